@@ -1,0 +1,55 @@
+# Every target sets up its own environment: `make demo` works on a fresh clone.
+# PYTHONSAFEPATH keeps our evaluate/ from shadowing the Hugging Face package of that name.
+export PYTHONSAFEPATH = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?=
+ARGS ?=
+
+.PHONY: help setup harvest train evaluate demo test test-long test-gpu test-peers check format bench clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make the environment in .venv
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+harvest: $(READY)  ## run a model once, write its activations: make harvest CONFIG=configs/harvest/demo.toml
+	$(BIN)/thresher harvest $(or $(CONFIG),configs/harvest/demo.toml) $(ARGS)
+
+train: $(READY)  ## train a sweep from a store: make train CONFIG=configs/train/demo.toml
+	$(BIN)/thresher train $(or $(CONFIG),configs/train/demo.toml) $(ARGS)
+
+evaluate: $(READY)  ## judge the SAEs: make evaluate CONFIG=configs/evaluate/demo.toml
+	$(BIN)/thresher evaluate $(or $(CONFIG),configs/evaluate/demo.toml) $(ARGS)
+
+demo: $(READY)  ## the whole pipeline on the bundled model and real text
+	$(BIN)/thresher harvest configs/harvest/demo.toml
+	$(BIN)/thresher train configs/train/demo.toml
+	$(BIN)/thresher evaluate configs/evaluate/demo.toml
+
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-long: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(READY)  ## lint, format and type checks; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(READY)  ## format and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what runs and builds left, but not the environment
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache

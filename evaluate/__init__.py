@@ -1,0 +1,13 @@
+"""Stage three: SAEs and a store, with or without the model, to metrics and a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..shared.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .config import EvaluateConfig as EvaluateConfig
+    from .run import evaluate as evaluate
+
+__getattr__ = lazy_exports(__name__, {"EvaluateConfig": ".config", "evaluate": ".run"})

@@ -1,0 +1,21 @@
+"""The `thresher evaluate` subcommand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..shared.cli import run_stage
+from .config import EvaluateConfig
+
+SUMMARY = "Judge SAEs on held-out activations and, spliced, in the model."
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stage and return its exit code."""
+    return run_stage("evaluate", EvaluateConfig, _run, SUMMARY, arguments)
+
+
+def _run(config: EvaluateConfig) -> Any:
+    from .run import evaluate  # here, so that --help stays quick
+
+    return evaluate(config)

@@ -1,0 +1,72 @@
+"""The `thresher` command: one subcommand per stage, each registered by its own package.
+
+A subcommand is an entry point of the group `thresher.commands` that names a light module with
+`SUMMARY` and `main(arguments)`; nothing here imports a stage, and `--help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from typing import Any
+
+from .config import C, describe, load_config
+from .errors import ThresherError
+
+USAGE_ERROR = 2
+
+
+def run_guarded(action: Callable[[], Any]) -> int:
+    """Run `action`; print a user's error as one line and return the exit code."""
+    try:
+        result = action()
+    except ThresherError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return result if isinstance(result, int) else 0
+
+
+def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, arguments: list[str]) -> int:
+    """Run one configured stage: `thresher STAGE [CONFIG.toml] [--key value ...]`."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}")
+        return 0
+    path = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    return run_guarded(lambda: _discard(run(load_config(cls, path, arguments[1:] if path else arguments))))
+
+
+def _discard(result: Any) -> None:
+    del result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Dispatch to the subcommand that the first argument names."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {entry.name: entry for entry in sorted(entry_points(group="thresher.commands"), key=_order)}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: thresher COMMAND ...\n\nTrain many sparse autoencoders from one language-model run.\n")
+        for name, entry in commands.items():
+            print(f"  {name:<10} {entry.load().SUMMARY}")
+        print("\n`thresher COMMAND --help` lists a command's options.")
+        return 0
+    if arguments[0] == "--version":
+        print(f"thresher {version('thresher')}")
+        return 0
+    if arguments[0] not in commands:
+        print(f"error: no command '{arguments[0]}'; expected one of: {', '.join(commands)}", file=sys.stderr)
+        return USAGE_ERROR
+    return commands[arguments[0]].load().main(arguments[1:])
+
+
+def _order(entry: Any) -> tuple[int, str]:
+    stages = ["harvest", "train", "evaluate"]
+    return (stages.index(entry.name) if entry.name in stages else len(stages), entry.name)

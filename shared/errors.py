@@ -1,0 +1,49 @@
+"""Every error a user can cause: one root, each also the builtin it resembles.
+
+A message says what was expected, what came, and what to do. The command line prints it as one
+line and exits with code 2; any other exception is a bug of ours and keeps its traceback.
+"""
+
+
+class ThresherError(Exception):
+    """Root of all errors that the user can mend."""
+
+
+class ConfigError(ThresherError, ValueError):
+    """A configuration key or value is not acceptable."""
+
+
+class MissingFileError(ThresherError, FileNotFoundError):
+    """A path that the configuration names does not exist."""
+
+
+class DataError(ThresherError, ValueError):
+    """A text source gives no usable text."""
+
+
+class HookPointError(ThresherError, LookupError):
+    """A hook point does not exist in this model, store or SAE."""
+
+
+class ModelError(ThresherError, ValueError):
+    """A language model cannot be loaded or used as asked."""
+
+
+class NonFiniteError(ThresherError, ArithmeticError):
+    """A model or a training run produced NaN or infinity."""
+
+
+class StoreError(ThresherError, ValueError):
+    """An activation store is damaged, incomplete, or does not fit what is asked of it."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to the store."""
+
+
+class DiskSpaceError(ThresherError, OSError):
+    """The disk has, or has left, too little room."""
+
+
+class SaeError(ThresherError, ValueError):
+    """An SAE on disk is damaged, unsupported, or does not fit the store."""
