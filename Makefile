@@ -42,6 +42,15 @@ test-long: $(READY)  ## the tests that take minutes
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+PEERS := .venv-peers
+$(PEERS)/.ready: benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt
+	touch $@
+
+test-peers: $(READY) $(PEERS)/.ready  ## the tests that ask the peer libraries, in an environment of their own
+	$(BIN)/python -m pytest -m peers $(ARGS)
+
 check: $(READY)  ## lint, format and type checks; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

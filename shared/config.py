@@ -55,16 +55,29 @@ def to_config(cls: type[C], table: Mapping[str, Any], where: str) -> C:
 
     `where` names the table's origin in error messages.
     """
-    check_keys(table, cls.__struct_fields__, where)
+    _check_table(table, msgspec.inspect.type_info(cls), where)
     try:
         return msgspec.convert(table, cls)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}".replace(" - at `$.", " at `")) from None
 
 
+def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
+    """Check the keys of a table and of the lists of tables inside it."""
+    for part in _members(kind):
+        if isinstance(part, msgspec.inspect.ListType) and isinstance(table, list):
+            for number, item in enumerate(table, 1):
+                _check_table(item, part.item_type, f"{where}, table {number}")
+        elif isinstance(part, msgspec.inspect.StructType) and isinstance(table, dict):
+            fields = {field.encode_name: field.type for field in part.fields}
+            check_keys(table, fields, where)
+            for key, value in table.items():
+                _check_table(value, fields[key], f"{where}: [[{key}]]")
+
+
 def parse_overrides(cls: type[Config], arguments: list[str]) -> dict[str, Any]:
     """Parse `--key value` and `--key=value` arguments; a list is `[a, b]` or `a,b`."""
-    types = {field.name: field.type for field in msgspec.inspect.type_info(cls).fields}  # pyright: ignore[reportAttributeAccessIssue]
+    types = {field.name: field.type for field in _fields(cls)}
     overrides: dict[str, Any] = {}
     rest = iter(arguments)
     for argument in rest:
@@ -77,17 +90,23 @@ def parse_overrides(cls: type[Config], arguments: list[str]) -> dict[str, Any]:
             text = next(rest, None)
             if text is None:
                 raise ConfigError(f"command line: --{key} needs a value")
-        overrides[key] = _parse_value(text, _accepted(types[key]))
+        overrides[key] = _parse_value(text, tuple(map(type, _members(types[key]))))
     return overrides
 
 
-def _accepted(kind: Any) -> tuple[type, ...]:
+def _fields(cls: type[Config]) -> tuple[msgspec.inspect.Field, ...]:
+    kind = msgspec.inspect.type_info(cls)
+    assert isinstance(kind, msgspec.inspect.StructType)
+    return kind.fields
+
+
+def _members(kind: msgspec.inspect.Type) -> tuple[msgspec.inspect.Type, ...]:
     """Return the members of a field's type, with `Meta` wrappers and unions undone."""
     if isinstance(kind, msgspec.inspect.Metadata):
-        return _accepted(kind.type)
+        return _members(kind.type)
     if isinstance(kind, msgspec.inspect.UnionType):
-        return tuple(member for part in kind.types for member in _accepted(part))
-    return (type(kind),)
+        return tuple(member for part in kind.types for member in _members(part))
+    return (kind,)
 
 
 def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
@@ -96,10 +115,9 @@ def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
     except tomllib.TOMLDecodeError:
         value = text
     sequences = (msgspec.inspect.ListType, msgspec.inspect.VarTupleType)
-    if not isinstance(value, list) and any(kind in sequences for kind in accepted):
-        if msgspec.inspect.StrType not in accepted or "," in text:
-            parts = text.split(",")
-            return [_parse_value(part.strip(), ()) for part in parts]
+    takes_list = any(kind in sequences for kind in accepted)
+    if takes_list and not isinstance(value, list) and (msgspec.inspect.StrType not in accepted or "," in text):
+        return [_parse_value(part.strip(), ()) for part in text.split(",")]
     if msgspec.inspect.StrType in accepted and not isinstance(value, (str, list)) and len(accepted) == 1:
         return text
     return value
@@ -130,7 +148,7 @@ def _without_none(value: Any) -> Any:
 def describe(cls: type[Config]) -> str:
     """Return one line of help per configuration key: `--key`, default, sentence."""
     lines = []
-    for field in msgspec.inspect.type_info(cls).fields:  # pyright: ignore[reportAttributeAccessIssue]
+    for field in _fields(cls):
         extra = getattr(field.type, "extra_json_schema", None) or {}
         if field.required:
             default = "required"
