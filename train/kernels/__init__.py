@@ -1,0 +1,34 @@
+"""The sparse ops that every architecture trains with, and which device runs which of them.
+
+| backend | module | device |
+|---|---|---|
+| reference | `reference.py` | any: plain PyTorch, the oracle of the tests |
+| cpu | `cpu.py` | CPU: bf16 GEMM in row blocks, `embedding_bag` and its backward |
+| triton | `fused.py` | CUDA: hand-written kernels, see docs/kernels.md |
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from ...shared.errors import ConfigError
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+def kernels_for(device: torch.device | str, backend: str = "auto") -> ModuleType:
+    """Return the module with `select_topk`, `decode`, `grad_values` and `grad_weights` for a device.
+
+    Raises `ConfigError` for a backend that does not exist or does not run there.
+    """
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        raise ConfigError(f"kernels: expected one of {', '.join(BACKENDS)}, got '{backend}'")
+    if backend == "auto":
+        backend = {"cpu": "cpu", "cuda": "triton"}.get(kind, "reference")
+    if backend in ("cpu", "triton") and kind != {"cpu": "cpu", "triton": "cuda"}[backend]:
+        raise ConfigError(f"kernels: backend '{backend}' does not run on device '{kind}'; use 'auto' or 'reference'")
+    return import_module({"triton": ".fused"}.get(backend, f".{backend}"), __name__)
