@@ -1,0 +1,3 @@
+"""The self-contained HTML report of an evaluated sweep."""
+
+from .write import write_report as write_report

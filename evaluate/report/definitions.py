@@ -1,0 +1,111 @@
+"""The columns of the report's table: what each metric is called, what it means, how it is printed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+Style = Literal["text", "integer", "fraction", "percent", "number"]
+
+
+class Metric(NamedTuple):
+    """One column; `better` says which direction is the better one, where there is one."""
+
+    key: str
+    label: str
+    style: Style
+    better: Literal["higher", "lower", "nearer 1", ""]
+    definition: str
+
+
+METRICS = (
+    Metric("name", "SAE", "text", "", "Name of the SAE, which is also its folder in the sweep."),
+    Metric("architecture", "Architecture", "text", "", "How the latents are made sparse."),
+    Metric("hook_point", "Hook point", "text", "", "Where in the language model the activations were taken."),
+    Metric("d_sae", "d_sae", "integer", "", "Number of latents."),
+    Metric("k", "k", "integer", "", "Latents kept per token, for the TopK kinds."),
+    Metric("l1_coefficient", "L1 coefficient", "number", "", "Weight of the sparsity penalty, for the ReLU kinds."),
+    Metric("l0", "L0", "number", "lower", "Mean number of latents active per token."),
+    Metric(
+        "explained_variance",
+        "Explained variance",
+        "fraction",
+        "higher",
+        "1 - E‖x - x̂‖² / (E‖x‖² - ‖E x‖²), over all evaluated tokens.",
+    ),
+    Metric("fvu", "FVU", "fraction", "lower", "Fraction of variance unexplained: 1 - explained variance."),
+    Metric("mse", "MSE", "number", "lower", "E‖x - x̂‖²: squared error summed over d_in, averaged over tokens."),
+    Metric("cossim", "Cosine", "fraction", "higher", "Mean over tokens of the cosine between x and x̂."),
+    Metric("l2_ratio", "L2 ratio", "fraction", "nearer 1", "Mean of ‖x̂‖ / ‖x‖: below 1 the SAE shrinks its input."),
+    Metric(
+        "relative_reconstruction_bias",
+        "Reconstruction bias",
+        "fraction",
+        "nearer 1",
+        "E‖x̂‖² / E[x · x̂]: 1 where the reconstruction's scale is unbiased.",
+    ),
+    Metric("l1", "L1", "number", "", "Mean over tokens of the sum of the latents' activations."),
+    Metric("dead_fraction", "Dead", "percent", "lower", "Share of latents that fired on no evaluated token."),
+    Metric(
+        "ce_loss_score",
+        "CE loss score",
+        "fraction",
+        "higher",
+        "(CE_zero - CE_sae) / (CE_zero - CE_clean): 1 where the model, with the SAE spliced in, predicts as well "
+        "as without it; 0 where it does as badly as with the activation set to zero.",
+    ),
+    Metric(
+        "kl_div_score",
+        "KL score",
+        "fraction",
+        "higher",
+        "(KL_zero - KL_sae) / KL_zero, with KL the divergence of the model's predictions from the clean model's.",
+    ),
+    Metric("ce_clean", "CE clean", "number", "", "Cross-entropy of the untouched model, in nats per token."),
+    Metric("ce_sae", "CE with SAE", "number", "lower", "Cross-entropy with the SAE spliced in, in nats per token."),
+    Metric("ce_zero", "CE zero", "number", "", "Cross-entropy with the activation set to zero, in nats per token."),
+    Metric("ce_mean", "CE mean", "number", "", "Cross-entropy with the activation set to its mean, in nats per token."),
+    Metric(
+        "top1_agreement", "Top-1 agreement", "percent", "higher", "Share of tokens whose likeliest next token stays."
+    ),
+    Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
+)
+KNOWN = {metric.key: metric for metric in METRICS}
+ALWAYS_SHOWN = (
+    "name",
+    "architecture",
+    "hook_point",
+    "d_sae",
+    "l0",
+    "explained_variance",
+    "dead_fraction",
+    "ce_loss_score",
+)
+
+
+def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
+    """Return the columns of a table of `metrics`: the known ones that any SAE has, then other plain numbers."""
+    present = {key for row in metrics for key, value in row.items() if value is not None}
+    known = [metric for metric in METRICS if metric.key in present or metric.key in ALWAYS_SHOWN]
+    others = [key for key in dict.fromkeys(key for row in metrics for key in row) if key not in KNOWN]
+    return known + [
+        Metric(key, key.replace("_", " "), "number", "", f"`{key}` in metrics.json.")
+        for key in others
+        if any(isinstance(row.get(key), int | float) and not isinstance(row.get(key), bool) for row in metrics)
+    ]
+
+
+def format_value(value: Any, style: Style) -> str:
+    """Return a value as the report prints it; what is missing is a dash."""
+    if value is None or value != value:
+        return "–"
+    if style == "text" or isinstance(value, str):
+        return str(value)
+    if isinstance(value, list):
+        return ", ".join(format_value(item, style) for item in value)
+    if style == "integer" and float(value).is_integer():
+        return f"{int(value):,}"
+    if style == "percent":
+        return f"{100 * value:.1f}%"
+    if style == "fraction":
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -1,0 +1,83 @@
+// Small builders for SVG and HTML, the one tooltip, and the lighting of one SAE across all charts.
+const NS = "http://www.w3.org/2000/svg";
+
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS(NS, tag);
+  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+function html(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+
+function formatNumber(value) {
+  if (!isNumber(value)) return "–";
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e+", "e");
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
+  return String(Number(value.toPrecision(4)));
+}
+
+const tooltip = document.getElementById("tooltip");
+
+function showTooltip(text, x, y) {
+  tooltip.textContent = text;
+  tooltip.hidden = false;
+  const box = tooltip.getBoundingClientRect();
+  const left = x + 14 + box.width > innerWidth ? x - box.width - 14 : x + 14;
+  const top = y + 16 + box.height > innerHeight ? y - box.height - 12 : y + 16;
+  tooltip.style.left = `${Math.max(8, Math.min(left, innerWidth - box.width - 8))}px`;
+  tooltip.style.top = `${Math.max(8, top)}px`;
+}
+
+function hideTooltip() {
+  tooltip.hidden = true;
+}
+
+addEventListener("keydown", (event) => event.key === "Escape" && hideTooltip());
+addEventListener("scroll", hideTooltip, { passive: true, capture: true });
+
+// Show `text()` while the element is pointed at or holds the focus.
+function describe(element, text) {
+  element.addEventListener("pointermove", (event) => showTooltip(text(), event.clientX, event.clientY));
+  element.addEventListener("pointerleave", hideTooltip);
+  element.addEventListener("focus", () => {
+    if (!element.matches(":focus-visible")) return;
+    const box = element.getBoundingClientRect();
+    showTooltip(text(), box.left + Math.min(box.width / 2, 60), box.bottom - 8);
+  });
+  element.addEventListener("blur", hideTooltip);
+}
+
+function light(name) {
+  document.body.classList.toggle("lighting", name !== null);
+  for (const node of document.querySelectorAll("[data-sae]")) node.classList.toggle("lit", node.dataset.sae === name);
+}
+
+function lightOnHover(element, name) {
+  element.addEventListener("pointerenter", () => light(name));
+  element.addEventListener("pointerleave", () => light(null));
+  element.addEventListener("focus", () => element.matches(":focus-visible") && light(name));
+  element.addEventListener("blur", () => light(null));
+}
+
+// Draw now, and again whenever the container's width changes.
+function drawResponsive(container, draw) {
+  let width = 0;
+  const redraw = () => {
+    if (container.clientWidth > 0) container.replaceChildren(draw(container.clientWidth, container.clientHeight));
+  };
+  new ResizeObserver(() => {
+    if (container.clientWidth === width) return;
+    width = container.clientWidth;
+    redraw();
+  }).observe(container);
+  return redraw;
+}

@@ -1,0 +1,5 @@
+const report = JSON.parse(document.getElementById("data").textContent);
+setUpTable();
+if (report.saes.length) setUpPareto(report.saes);
+setUpCurves(report.saes, report.curves);
+setUpDensities(report.saes);

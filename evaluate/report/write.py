@@ -1,0 +1,130 @@
+"""Write the report: the metrics, loss curves and scripts of one page, in one file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .definitions import columns, format_value
+from .labels import point_labels
+
+SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js", "main.js")
+CURVE_POINTS = 400
+NOT_CURVES = ("step", "tokens", "name", "time")
+
+
+def write_report(
+    path: str | Path,
+    metrics: Sequence[Mapping[str, Any]],
+    loss_curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    features: Mapping[str, Any] | None = None,
+    *,
+    title: str = "Sparse autoencoder sweep",
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one HTML file that shows a sweep's metrics and loss curves, and return its path.
+
+    `metrics` are the rows of metrics.json, `loss_curves` the lines of each SAE's
+    metrics.jsonl by name; `provenance` names what was evaluated, on what.
+    """
+    rows = [dict(row) for row in metrics]
+    data = {
+        "saes": [_sae(row, label) for row, label in zip(rows, point_labels(rows), strict=True)],
+        "curves": {name: thin_curve(lines) for name, lines in (loss_curves or {}).items() if lines},
+    }
+    table = columns(rows)
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=title,
+            rows=rows,
+            columns=table,
+            hook_points=list(dict.fromkeys(str(row.get("hook_point")) for row in rows)),
+            has_model_metrics=any(row.get("ce_loss_score") is not None for row in rows),
+            provenance={key: value for key, value in (provenance or {}).items() if value is not None},
+            format_value=format_value,
+            sort_key=_sort_key,
+            style=_asset("report.css"),
+            script=Markup("\n".join(_asset(name) for name in SCRIPTS)),
+            data=json_for_script(data),
+        )
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def thin_curve(lines: Sequence[Mapping[str, Any]], n_points: int = CURVE_POINTS) -> dict[str, list[float | None]]:
+    """Turn log lines into columns of at most about `n_points` values, keeping the first and the last line."""
+    stride = max(1, math.ceil(len(lines) / n_points))
+    kept = list(lines[::stride])
+    if kept[-1] is not lines[-1]:
+        kept.append(lines[-1])
+    keys = dict.fromkeys(key for line in kept for key in line if _is_number(line[key]))
+    return {key: [_finite(line.get(key)) for line in kept] for key in keys}
+
+
+def json_for_script(value: Any) -> Markup:
+    """Return JSON that is safe inside a script element; NaN and infinity become null."""
+    text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _sae(row: Mapping[str, Any], label: str) -> dict[str, Any]:
+    keys = ("name", "architecture", "hook_point", "d_sae", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
+    histogram = row.get("density_histogram")
+    return {"label": label, "density": histogram} | {key: row.get(key) for key in keys}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return _significant(value) if isinstance(value, float) else value
+
+
+def _significant(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> float | None:
+    return value if _is_number(value) and math.isfinite(value) else None
+
+
+def _sort_key(value: Any) -> str:
+    """Return what the table sorts by: numbers as such, what is missing as the empty string."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(value) if _is_number(value) else str(value)
+
+
+def _asset(name: str) -> Markup:
+    return Markup(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FunctionLoader(lambda name: str(_asset(name)))
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
