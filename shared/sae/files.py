@@ -1,0 +1,158 @@
+"""SAEs on disk: SAELens v6's `cfg.json` and `sae_weights.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import MissingFileError, SaeError
+
+CONFIG_NAME = "cfg.json"
+WEIGHTS_NAME = "sae_weights.safetensors"
+SAELENS_VERSION = "6.0.0"
+"""The oldest SAELens whose reader takes these files as they are."""
+
+ARCHITECTURE_KEYS: dict[str, tuple[str, ...]] = {
+    "standard": (),
+    "topk": ("k", "rescale_acts_by_decoder_norm"),
+    "jumprelu": (),
+    "gated": (),
+    "transcoder": ("d_out",),
+    "skip_transcoder": ("d_out",),
+    "jumprelu_transcoder": ("d_out",),
+    "jumprelu_skip_transcoder": ("d_out",),
+}
+"""The keys of `cfg.json` that only some architectures have."""
+
+_SAELENS_KINDS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "attn_z": "attn.hook_z",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+}
+_TENSORS = ("W_enc", "W_dec", "b_dec")
+
+
+def saelens_hook_name(hook_point: str) -> str:
+    """Return SAELens's spelling of a canonical hook point, `blocks.2.hook_resid_post`; others are unchanged."""
+    block, dot, kind = hook_point.rpartition(".")
+    return block + dot + _SAELENS_KINDS[kind] if kind in _SAELENS_KINDS else hook_point
+
+
+def tensor_names(architecture: str) -> tuple[str, ...]:
+    """Return the tensors that an architecture's weights file holds."""
+    if architecture not in ARCHITECTURE_KEYS:
+        raise SaeError(
+            f"SAE architecture '{architecture}' is not supported; expected one of: {', '.join(ARCHITECTURE_KEYS)}"
+        )
+    names = (*_TENSORS, "b_gate", "b_mag", "r_mag") if architecture == "gated" else (*_TENSORS, "b_enc")
+    if architecture.startswith("jumprelu"):
+        names += ("threshold",)
+    if architecture.endswith("skip_transcoder"):
+        names += ("W_skip",)
+    return names
+
+
+def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a folder's configuration and float32 weights, checked against each other.
+
+    Raises:
+        MissingFileError: the folder or one of its two files is not there.
+        SaeError: a file is damaged, or describes an SAE that this version cannot compute.
+    """
+    folder = Path(path)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise MissingFileError(f"no SAE at '{folder}': expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except (ValueError, SafetensorError) as error:
+        raise SaeError(f"SAE at '{folder}' is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise SaeError(f"SAE at '{folder}' is damaged: {CONFIG_NAME} is not a JSON object")
+    _check(config, tensors, folder)
+    return config, {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+
+
+def _check(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    architecture = config.get("architecture")
+    expected = tensor_names(str(architecture))
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise SaeError(f"SAE at '{folder}' is damaged: {WEIGHTS_NAME} lacks {', '.join(missing)}")
+    for key, only in (("normalize_activations", "none"), ("reshape_activations", "none")):
+        if config.get(key, only) != only:
+            raise SaeError(
+                f"SAE at '{folder}' has {key} '{config[key]}', expected '{only}'; fold it into the weights first"
+            )
+    d_in, d_sae = config.get("d_in"), config.get("d_sae")
+    d_out = config.get("d_out", d_in) if "transcoder" in str(architecture) else d_in
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
+    for name in expected:
+        shape = shapes.get(name, (d_sae,))
+        if tuple(tensors[name].shape) != shape:
+            raise SaeError(
+                f"SAE at '{folder}' is damaged: {name} has shape {tuple(tensors[name].shape)}, "
+                f"expected {shape} from {CONFIG_NAME}"
+            )
+    if architecture == "topk" and not 1 <= config.get("k", 0) <= (d_sae or 0):
+        raise SaeError(f"SAE at '{folder}' is damaged: k is {config.get('k')}, expected 1 to d_sae = {d_sae}")
+
+
+def write_folder(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, each atomically and the configuration last, so that a folder with it is complete."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    partial = folder / f".{WEIGHTS_NAME}.partial"
+    save_file(plain, partial, metadata={"format": "pt"})
+    _publish(partial, folder / WEIGHTS_NAME)
+    partial = folder / f".{CONFIG_NAME}.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _publish(partial, folder / CONFIG_NAME)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, final)
+
+
+def saelens_config(
+    architecture: str, d_in: int, d_sae: int, hook_point: str, config: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of `cfg.json`; `config` gives the architecture's own keys."""
+    own = {key: config[key] for key in ARCHITECTURE_KEYS[architecture] if key in config}
+    if architecture == "topk":
+        own["rescale_acts_by_decoder_norm"] = False
+    return {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        **own,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", "transcoder" not in architecture)),
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "hook_name": saelens_hook_name(hook_point),
+            **metadata,
+            "thresher": {"version": version("thresher"), "hook_point": hook_point, "config": dict(config)},
+        },
+    }

@@ -1,0 +1,161 @@
+"""A sparse autoencoder for inference, in raw activation units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from ..errors import SaeError
+from ..hook_points import canonical_hook_point
+from . import activations
+from .files import read_folder, saelens_config, tensor_names, write_folder
+
+
+class Sae(nn.Module):
+    """An SAE or transcoder: `x_hat = decode(encode(x))`.
+
+    `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in unless the SAE is a
+    transcoder. `config` holds the hyperparameters (such as `k`), `metadata` what else `cfg.json` says.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+    r_mag: nn.Parameter
+    threshold: nn.Parameter
+    W_skip: nn.Parameter
+
+    def __init__(
+        self,
+        architecture: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        hook_point: str = "",
+        config: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.architecture = architecture
+        self.hook_point = hook_point
+        self.config = dict(config or {})
+        self.metadata = dict(metadata or {})
+        names = tensor_names(architecture)
+        for name in names:
+            self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
+        self.d_in, self.d_sae = self.W_enc.shape
+        self.d_out = self.W_dec.shape[1]
+        self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", "transcoder" not in architecture))
+        if architecture == "topk" and not 1 <= int(self.config.get("k", 0)) <= self.d_sae:
+            raise SaeError(f"k is {self.config.get('k')}, expected 1 to d_sae = {self.d_sae}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sae:
+        """Load a folder in SAELens v6 format.
+
+        Raises:
+            MissingFileError: there is no SAE at `path`.
+            SaeError: it is damaged or of an unsupported kind.
+        """
+        saved, tensors = read_folder(path)
+        metadata = dict(saved.get("metadata") or {})
+        own = metadata.pop("thresher", None) or {}
+        for key in ("sae_lens_version", "sae_lens_training_version"):
+            metadata.pop(key, None)
+        hook_name = metadata.pop("hook_name", None) or ""
+        top_level = ("architecture", "d_in", "d_sae", "metadata", "dtype", "device")
+        config = {key: value for key, value in saved.items() if key not in top_level}
+        sae = cls(
+            saved["architecture"],
+            tensors,
+            hook_point=own.get("hook_point") or canonical_hook_point(hook_name),
+            config=config | dict(own.get("config") or {}),
+            metadata=metadata,
+        )
+        if saved.get("rescale_acts_by_decoder_norm"):
+            sae.fold_decoder_norm()
+            sae.config["rescale_acts_by_decoder_norm"] = False
+        return sae
+
+    def save(self, path: str | Path) -> Path:
+        """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read."""
+        config = self.config | {"apply_b_dec_to_input": self.apply_b_dec_to_input}
+        if "transcoder" in self.architecture:
+            config["d_out"] = self.d_out
+        described = saelens_config(self.architecture, self.d_in, self.d_sae, self.hook_point, config, self.metadata)
+        write_folder(path, described, {name: getattr(self, name) for name in tensor_names(self.architecture)})
+        return Path(path)
+
+    @torch.no_grad()
+    def fold_decoder_norm(self) -> None:
+        """Give the decoder rows unit norm; reconstructions stay as they are, latents take the norms.
+
+        For `topk` this is exact only where selection weighs pre-activations by the decoder norms.
+        """
+        norm = self.W_dec.norm(dim=1).clamp_min(1e-8)
+        self.W_dec /= norm[:, None]
+        self.W_enc *= norm
+        for name in ("b_enc", "b_gate", "b_mag", "threshold"):
+            if name in self._parameters:
+                getattr(self, name).mul_(norm)
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the encoder's linear part: the gate's, for a gated SAE."""
+        centred = self._centred(x)
+        return centred @ self.W_enc + (self.b_gate if self.architecture == "gated" else self.b_enc)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents."""
+        pre_acts = self.pre_activations(x)
+        if self.architecture == "topk":
+            return activations.topk(pre_acts, int(self.config["k"]))
+        if self.architecture == "gated":
+            magnitude = (pre_acts - self.b_gate) * self.r_mag.exp() + self.b_mag
+            return activations.gated(pre_acts, magnitude)
+        if self.architecture.startswith("jumprelu"):
+            return activations.jumprelu(pre_acts, self.threshold)
+        return activations.relu(pre_acts)
+
+    def encode_sparse(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "batch m"], Int64[Tensor, "batch m"]]:
+        """Return the active latents of each row and their indices, padded with zeros to the widest row.
+
+        For `topk`, m is k.
+        """
+        if self.architecture == "topk":
+            top_acts, top_indices = self.pre_activations(x).topk(int(self.config["k"]), dim=-1, sorted=False)
+            return top_acts.relu(), top_indices
+        latents = self.encode(x)
+        widest = int((latents > 0).sum(dim=-1).max()) if len(latents) else 0
+        top_acts, top_indices = latents.topk(max(widest, 1), dim=-1, sorted=False)
+        return top_acts, top_indices
+
+    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the reconstruction; a skip transcoder's skip path is `forward`'s."""
+        return latents @ self.W_dec + self.b_dec
+
+    def decode_sparse(
+        self, top_acts: Float[Tensor, "batch m"], top_indices: Int64[Tensor, "batch m"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """Return the reconstruction from sparse latents."""
+        decoded = nn.functional.embedding_bag(top_indices, self.W_dec, mode="sum", per_sample_weights=top_acts)
+        return decoded + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the reconstruction of `x`, or a transcoder's estimate of its target."""
+        x_hat = self.decode(self.encode(x))
+        if "W_skip" in self._parameters:
+            x_hat = x_hat + x.to(x_hat.dtype) @ self.W_skip.T
+        return x_hat
+
+    def _centred(self, x: Tensor) -> Tensor:
+        x = x.to(self.W_enc.dtype)
+        return x - self.b_dec if self.apply_b_dec_to_input else x

@@ -1,0 +1,57 @@
+"""A store in memory, with the parts of `ActivationStore` that training reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+
+class ArrayStore:
+    def __init__(self, arrays, context_size=8, chunk_rows=4, held_out=None, masked=None):
+        self.path = "memory"
+        self.arrays = {name: torch.as_tensor(array) for name, array in arrays.items()}
+        first = next(iter(self.arrays.values()))
+        self.hook_points = tuple(self.arrays)
+        self.n_rows, self.dtype = len(first), first.dtype
+        self.context_size, self.chunk_rows = context_size, chunk_rows
+        self.n_contexts = self.n_rows // context_size
+        self._held_out = np.zeros(self.n_contexts, bool) if held_out is None else np.asarray(held_out)
+        self._masked = np.zeros(self.n_rows, bool) if masked is None else np.asarray(masked)
+        self.metadata = {"model": "none"}
+
+    def d_in(self, hook):
+        return self.arrays[hook].shape[1]
+
+    def training_mask(self):
+        return ~np.repeat(self._held_out, self.context_size) & ~self._masked
+
+    def held_out_contexts(self):
+        return self._held_out
+
+    def row_mask(self, start, stop):
+        return ~self._masked[start:stop]
+
+    def training_rows_per_chunk(self):
+        starts = np.arange(0, self.n_rows, self.chunk_rows)
+        return np.add.reduceat(self.training_mask().astype(np.int64), starts)
+
+    def read_chunks(self, hook, chunks, out=None):
+        rows = torch.zeros(len(chunks) * self.chunk_rows, self.d_in(hook), dtype=self.dtype)
+        for i, chunk in enumerate(chunks):
+            part = self.arrays[hook][chunk * self.chunk_rows : (chunk + 1) * self.chunk_rows]
+            rows[i * self.chunk_rows : i * self.chunk_rows + len(part)] = part
+        return rows
+
+    def moments(self, hook):
+        rows = self.arrays[hook].double()[torch.from_numpy(self.training_mask())]
+        mean = rows.mean(0)
+        variance = rows.var(0, unbiased=False)
+        return SimpleNamespace(
+            count=len(rows),
+            mean=mean.numpy(),
+            variance=variance.numpy(),
+            total_variance=float(variance.sum()),
+            mean_norm=float(rows.norm(dim=1).mean()),
+        )

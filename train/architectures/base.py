@@ -1,0 +1,129 @@
+"""What a trained architecture is: initial weights, a loss with its gradients, and an `Sae` to save.
+
+Inputs are centred on the store's mean and scaled, so `b_dec` starts at zero, which is the mean of the
+activations, and bfloat16 has its precision where the activations vary. While training, `W_enc` is
+`[d_sae, d_in]`, a row per latent like `W_dec`: the layout of the sparse operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ...shared.errors import ConfigError
+from ...shared.sae import Sae
+from ..config import SaeConfig
+from ..normalization import Normalization
+
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A normalised batch, shared by the SAEs of one hook point.
+
+    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default.
+    """
+
+    x: Float[Tensor, "batch d_in"]
+    x_compute: Float[Tensor, "batch d_in"]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a step depends on besides the parameters and the batch."""
+
+    kernels: Any
+    W_enc_compute: Float[Tensor, "d_sae d_in"]
+    total_variance: float
+    dead: Bool[Tensor, " d_sae"] | None = None
+    sparsity_scale: float = 1.0
+
+
+@dataclass
+class StepOutput:
+    """A step's gradients, the latents that fired, and its loss terms.
+
+    `mse` is the mean over rows of the squared error; `loss` is what the gradients are of.
+    """
+
+    gradients: Parameters
+    fired: Bool[Tensor, " d_sae"]
+    loss: float
+    mse: float
+    l0: float
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+class Architecture:
+    """Base of the architectures; a subclass is registered by its `name`."""
+
+    name: ClassVar[str]
+    required: ClassVar[tuple[str, ...]] = ()
+    unit_norm_decoder: ClassVar[bool] = True
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    eps: ClassVar[float] = 6.25e-10
+
+    def __init__(self, config: SaeConfig, d_in: int):
+        for key in self.required:
+            if getattr(config, key) is None:
+                raise ConfigError(f"architecture '{self.name}' needs '{key}'; give it in the [[sae]] table")
+        if config.k is not None and config.k > config.d_sae:
+            raise ConfigError(f"k is {config.k}, expected at most d_sae = {config.d_sae}; give a smaller k")
+        self.config = config
+        self.d_in = d_in
+        self.d_sae = config.d_sae
+
+    @property
+    def lr(self) -> float:
+        """Return the peak learning rate; the default is 2e-4 / sqrt(d_sae / 2^14) (arXiv 2406.04093, A.3)."""
+        return self.config.lr or 2e-4 / (self.d_sae / 2**14) ** 0.5
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
+        W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        return {
+            "W_enc": W_dec.clone(),
+            "b_enc": torch.zeros(self.d_sae),
+            "W_dec": W_dec,
+            "b_dec": torch.zeros(self.d_in),
+        }
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients at these parameters."""
+        raise NotImplementedError
+
+    def exported(self, parameters: Parameters, normalization: Normalization) -> tuple[str, dict[str, Tensor]]:
+        """Return the saved architecture and its tensors in raw activation units.
+
+        Latents scale with the input, so the encoder's weights stay, its bias is divided by the
+        scale, and the decoder keeps its norms.
+        """
+        return self.name, {
+            "W_enc": parameters["W_enc"].T,
+            "b_enc": parameters["b_enc"] / normalization.scale,
+            "W_dec": parameters["W_dec"],
+            "b_dec": parameters["b_dec"] / normalization.scale + normalization.mean.to(parameters["b_dec"].dtype),
+        }
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what the saved SAE says about its training."""
+        keys = ("architecture", "d_sae", "k", "l1_coefficient", "seed", "aux_coefficient")
+        values = {key: getattr(self.config, key) for key in keys}
+        return {key: value for key, value in values.items() if value is not None} | {"lr": self.lr}
+
+    def to_sae(self, parameters: Parameters, normalization: Normalization, metadata: dict[str, Any]) -> Sae:
+        """Return the SAE for inference on raw activations."""
+        architecture, tensors = self.exported(parameters, normalization)
+        return Sae(
+            architecture,
+            {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
+            hook_point=self.config.hook_point,
+            config=self.hyperparameters(),
+            metadata=metadata,
+        )

@@ -1,0 +1,173 @@
+"""Shuffled batches from an activation store, the same whatever the timing, and resumable anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..shared.errors import ConfigError, HookPointError, StoreError
+from ..shared.hook_points import canonical_hook_point
+from ..shared.store import ActivationStore
+from .order import Epoch, locate, order_epoch, order_window
+
+_WINDOWS_IN_MEMORY = 2
+
+
+class Window(NamedTuple):
+    """Decoded chunks, and the order in which their training rows are taken."""
+
+    rows: dict[str, Tensor]
+    order: Tensor
+
+
+class ShuffledBatches:
+    """Endless iterator over a store's training rows, epoch after epoch.
+
+    Each batch is a dict of hook point to `[batch, d_in]` in the store's dtype; all hook points of a batch
+    carry the same tokens. Held-out contexts and masked tokens never appear. Batches run across the
+    ends of windows and epochs, so no row is dropped or repeated. The state is the number of rows
+    taken so far; with several ranks, each takes its slice of every batch of the same stream.
+
+    Args:
+        store: the store to read.
+        hook_points: hook points to read; all of the store's when not given.
+        batch_size: rows per batch, over all ranks.
+        seed: seed of the order.
+        device: device of the batches.
+        window_bytes: bound on the memory of decoded activations; a larger one shuffles better.
+        rank: this process's rank.
+        world_size: number of ranks.
+
+    Raises:
+        HookPointError: the store does not have one of the hook points.
+        StoreError: the store has no training rows.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hook_points: Sequence[str] | None = None,
+        batch_size: int = 4096,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        *,
+        window_bytes: int = 2 << 30,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        names = [canonical_hook_point(name) for name in hook_points or store.hook_points]
+        for name in names:
+            if name not in store.hook_points:
+                raise HookPointError(
+                    f"no hook point '{name}' in store '{store.path}'; it has: {', '.join(store.hook_points)}"
+                )
+        if batch_size % world_size:
+            raise ConfigError(f"batch_size is {batch_size}, expected a multiple of the {world_size} ranks")
+        self.store = store
+        self.hook_points = tuple(dict.fromkeys(names))
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        self.window_bytes = window_bytes
+        self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._rows_per_chunk = np.asarray(store.training_rows_per_chunk(), dtype=np.int64)
+        self.rows_per_epoch = int(self._rows_per_chunk.sum())
+        if not self.rows_per_epoch:
+            raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
+        self._rows_taken = 0
+        self._epochs: dict[int, Epoch] = {}
+        self._windows: dict[tuple[int, int], Future[Window]] = {}
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-window")
+
+    def __iter__(self) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+        return self
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch d_in"]]:
+        first = self._rows_taken + self._slice.start
+        batch = self._gather(first, self._slice.stop - self._slice.start)
+        self._rows_taken += self.batch_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state: rows taken, and the seed that the order depends on."""
+        return {"rows_taken": self._rows_taken, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place in the stream.
+
+        Raises:
+            ConfigError: the state is of a stream with another seed.
+        """
+        if state["seed"] != self.seed:
+            raise ConfigError(f"the saved stream has seed {state['seed']}, this one {self.seed}; use the same")
+        self._rows_taken = int(state["rows_taken"])
+
+    def close(self) -> None:
+        """Stop decoding ahead."""
+        self._windows.clear()
+        self._decoder.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> ShuffledBatches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _chunks_per_window(self) -> int:
+        width = sum(self.store.d_in(name) for name in self.hook_points)
+        chunk_bytes = self.store.chunk_rows * width * torch.empty(0, dtype=self.store.dtype).element_size()
+        return max(1, self.window_bytes // (_WINDOWS_IN_MEMORY * chunk_bytes))
+
+    def _epoch(self, epoch: int) -> Epoch:
+        if epoch not in self._epochs:
+            self._epochs = {old: order for old, order in self._epochs.items() if abs(old - epoch) <= 1}
+            self._epochs[epoch] = order_epoch(self._rows_per_chunk, self._chunks_per_window(), self.seed, epoch)
+        return self._epochs[epoch]
+
+    def _gather(self, position: int, n_rows: int) -> dict[str, Tensor]:
+        parts: list[dict[str, Tensor]] = []
+        while n_rows:
+            epoch, row = locate(position, self.rows_per_epoch)
+            starts = self._epoch(epoch).row_starts
+            index = int(np.searchsorted(starts, row, side="right")) - 1
+            window = self._window(epoch, index)
+            first = row - int(starts[index])
+            taken = window.order[first : first + n_rows]
+            parts.append({name: rows.index_select(0, taken) for name, rows in window.rows.items()})
+            position += len(taken)
+            n_rows -= len(taken)
+        whole = parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        return {name: rows.to(self.device) for name, rows in whole.items()}
+
+    def _window(self, epoch: int, index: int) -> Window:
+        """Return one window, and start decoding the one after it."""
+        here = (epoch, index)
+        after = (epoch, index + 1) if index + 1 < self._epoch(epoch).n_windows else (epoch + 1, 0)
+        self._windows = {place: window for place, window in self._windows.items() if place in (here, after)}
+        if here not in self._windows:
+            self._windows[here] = self._decoder.submit(self._decode, *here)
+        window = self._windows[here].result()
+        if after not in self._windows:
+            self._epoch(after[0])
+            self._windows[after] = self._decoder.submit(self._decode, *after)
+        return window
+
+    def _decode(self, epoch: int, index: int) -> Window:
+        chunks = self._epochs[epoch].window(index)
+        usable = [self._training_rows(int(chunk)) for chunk in chunks]
+        rows = {name: self.store.read_chunks(name, chunks) for name in self.hook_points}
+        places = np.concatenate([i * self.store.chunk_rows + np.flatnonzero(mask) for i, mask in enumerate(usable)])
+        order = order_window(self._rows_per_chunk[chunks], self.seed, epoch, index)
+        return Window(rows, torch.from_numpy(places[order]))
+
+    def _training_rows(self, chunk: int) -> np.ndarray:
+        start = chunk * self.store.chunk_rows
+        stop = min(start + self.store.chunk_rows, self.store.n_rows)
+        contexts = np.arange(start, stop) // self.store.context_size
+        return self.store.row_mask(start, stop) & ~self.store.held_out_contexts()[contexts]

@@ -1,0 +1,76 @@
+"""The training stage's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from ..shared.config import Config
+
+
+class SaeConfig(Config, frozen=True):
+    """One SAE of a sweep: a `[[sae]]` table of the configuration, once its grids are expanded."""
+
+    hook_point: Annotated[str, Meta(description="Hook point of the store to train on.")]
+    d_sae: Annotated[int, Meta(ge=1, description="Number of latents.")]
+    architecture: Annotated[str, Meta(description="Registered architecture, such as topk or standard.")] = "topk"
+    name: Annotated[str | None, Meta(description="Folder name; may use other keys, as in topk-k{k}.")] = None
+    k: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="Active latents per row, for the top-k kinds.")
+    ] = None
+    l1_coefficient: Annotated[Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the L1 penalty.")] = None
+    lr: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Peak learning rate; the architecture's own if not given."),
+    ] = None
+    seed: Annotated[int, Meta(ge=0, description="Seed of the initial weights.")] = 0
+    aux_coefficient: Annotated[float, Meta(ge=0, description="Weight of the auxiliary loss of dead latents.")] = 1 / 32
+    k_aux: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="Dead latents per row in the auxiliary loss; d_in / 2.")
+    ] = None
+    dead_after_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="A latent is dead when it has not fired for so many tokens; a tenth of the run."),
+    ] = None
+    sparsity_warmup_steps: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Steps over which the sparsity penalty grows; a twentieth of the run."),
+    ] = None
+    clip_grad_norm: Annotated[
+        Annotated[float, Meta(gt=0)] | None, Meta(description="Largest norm of the gradient, if any.")
+    ] = None
+
+
+class TrainConfig(Config, frozen=True):
+    """What to train, on which store, and for how long."""
+
+    store: Annotated[str, Meta(description="Path of the activation store.")]
+    output: Annotated[str, Meta(description="Folder for the SAEs, one sub-folder each.")]
+    sae: Annotated[list[Any], Meta(min_length=1, description="The sweep, as [[sae]] tables; lists expand as a grid.")]
+    batch_size: Annotated[int, Meta(ge=1, description="Activations per step.")] = 4096
+    tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="Activations to train on; `epochs` of the store's.")
+    ] = None
+    epochs: Annotated[float, Meta(gt=0, description="Passes over the store when `tokens` is not given.")] = 1.0
+    seed: Annotated[int, Meta(ge=0, description="Seed of the order of the activations.")] = 0
+    warmup_steps: Annotated[int, Meta(ge=0, description="Steps over which the learning rate grows from zero.")] = 1000
+    decay_fraction: Annotated[
+        float, Meta(ge=0, le=1, description="Last fraction of the run, over which the learning rate falls to zero.")
+    ] = 0.2
+    normalize_activations: Annotated[
+        Literal["expected_average_only_in", "none"],
+        Meta(description="Scale inputs to a mean norm of sqrt(d_in), or leave them; folded into the saved weights."),
+    ] = "expected_average_only_in"
+    compute_dtype: Annotated[
+        Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")
+    ] = "bfloat16"
+    device: Annotated[str, Meta(description="Device to train on: cpu, cuda or cuda:0.")] = "cpu"
+    window_bytes: Annotated[int, Meta(ge=1, description="Memory for shuffling, in bytes; a larger one mixes more.")] = (
+        2 << 30
+    )
+    checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000
+    keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
+    log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
+    tensorboard: Annotated[bool, Meta(description="Also write TensorBoard event files, if it is installed.")] = False
+    dry_run: Annotated[bool, Meta(description="Print the plan and stop.")] = False

@@ -1,0 +1,70 @@
+"""Write each SAE's training metrics: `metrics.jsonl`, and TensorBoard where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..shared.errors import ConfigError
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """One SAE's metrics, a JSON object per line; values that are not finite become null.
+
+    Opened at a step to resume from, it drops the lines that came after that step.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0, tensorboard: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_NAME
+        kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else b""
+        path.write_bytes(kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(folder, resume_step) if tensorboard else None
+
+    def write(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line."""
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+        self._file.write(json.dumps({"step": step, "tokens": tokens, **plain}) + "\n")
+        if self._board is not None:
+            for key, value in plain.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, step)
+
+    def flush(self) -> None:
+        """Hand everything written to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines_up_to(path: Path, step: int) -> bytes:
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line)
+    return b"".join(kept)
+
+
+def _summary_writer(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("tensorboard = true needs TensorBoard; install 'thresher[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)

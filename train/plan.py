@@ -1,0 +1,91 @@
+"""What a training run will do, worked out and checked before it starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..shared.errors import ConfigError, HookPointError
+from ..shared.store import ActivationStore
+from .architectures import make_architecture
+from .config import SaeConfig, TrainConfig
+from .sae_trainer import Schedule
+from .sweep import expand_sweep
+
+_BYTES_PER_PARAMETER = 4 + 4 + 8 + 2
+"""Weights, gradient and Adam's two moments in float32, and the encoder's bfloat16 copy, rounded up."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: the SAEs, their schedule, and what they take."""
+
+    saes: tuple[SaeConfig, ...]
+    schedule: Schedule
+    rows_per_epoch: int
+    n_parameters: dict[str, int]
+    memory_bytes: int
+
+    def describe(self) -> str:
+        """Return the plan as a table and a summary."""
+        columns = ("name", "architecture", "hook_point", "d_sae", "k", "l1_coefficient", "parameters")
+        rows = [
+            [str(getattr(sae, key)) if getattr(sae, key) is not None else "-" for key in columns[:-1]]
+            + [f"{self.n_parameters[str(sae.name)]:,}"]
+            for sae in self.saes
+        ]
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines = [
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (columns, *rows)
+        ]
+        n_tokens = self.schedule.n_steps * self.schedule.batch_size
+        lines.append(
+            f"{len(self.saes)} SAEs, {sum(self.n_parameters.values()):,} parameters, "
+            f"{self.schedule.n_steps:,} steps of {self.schedule.batch_size:,} = {n_tokens:,} tokens "
+            f"({n_tokens / self.rows_per_epoch:.2f} epochs of {self.rows_per_epoch:,}), "
+            f"about {self.memory_bytes / 2**30:.2f} GiB of memory"
+        )
+        return "\n".join(lines)
+
+
+def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -> Plan:
+    """Expand the sweep and check it against the store and the machine.
+
+    Raises:
+        ConfigError: a hyperparameter does not fit, or the machine has too little memory.
+        HookPointError: the store lacks a hook point.
+    """
+    saes = expand_sweep(config.sae)
+    n_parameters = {}
+    for sae in saes:
+        if sae.hook_point not in store.hook_points:
+            raise HookPointError(
+                f"SAE '{sae.name}': no hook point '{sae.hook_point}' in store '{store.path}'; "
+                f"it has: {', '.join(store.hook_points)}"
+            )
+        d_in = store.d_in(sae.hook_point)
+        make_architecture(sae, d_in)
+        n_parameters[str(sae.name)] = 2 * d_in * sae.d_sae + sae.d_sae + d_in
+    tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
+    schedule = Schedule(-(-tokens // config.batch_size), config.batch_size, config.warmup_steps, config.decay_fraction)
+    largest = max(sae.d_sae for sae in saes)
+    memory = config.window_bytes + sum(n_parameters.values()) * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
+    available = available_memory()
+    if config.device == "cpu" and memory > available:
+        raise ConfigError(
+            f"the run needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
+            "train fewer SAEs at once, narrower ones, or with a smaller window_bytes"
+        )
+    return Plan(tuple(saes), schedule, rows_per_epoch, n_parameters, memory)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are free or can be freed."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,129 @@
+"""The training stage: a store's shuffled activations, to every SAE of a sweep."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..shared.store import ActivationStore
+from .architectures.base import Batch
+from .batches import ShuffledBatches
+from .config import TrainConfig
+from .interrupt import Interruption
+from .kernels import kernels_for
+from .metrics import MetricsLog
+from .normalization import normalization_of
+from .plan import Plan, plan_run
+from .run_state import RunState
+from .sae_trainer import SaeTrainer
+
+
+def train(config: TrainConfig) -> list[Path]:
+    """Train every SAE of a configuration from one stream and return the folders of those that finished.
+
+    An unfinished run of the same configuration goes on from its last checkpoint.
+
+    Raises:
+        ThresherError: the store, the configuration or an earlier run in `output` does not allow it.
+        KeyboardInterrupt: a signal asked to stop; a checkpoint was written.
+    """
+    store = ActivationStore.open(config.store)
+    with ShuffledBatches(
+        store,
+        None,
+        config.batch_size,
+        config.seed,
+        config.device,
+        window_bytes=config.window_bytes,
+    ) as probe:
+        plan = plan_run(config, store, probe.rows_per_epoch)
+    if config.dry_run:
+        print(plan.describe())
+        return []
+    run = RunState(config, plan, store)
+    if run.finished:
+        print(f"this run is finished; its SAEs are in '{config.output}'; choose another output to train again")
+        return run.folders()
+    hook_points = sorted({sae.hook_point for sae in plan.saes})
+    with ShuffledBatches(
+        store, hook_points, config.batch_size, config.seed, config.device, window_bytes=config.window_bytes
+    ) as batches:
+        trainers = make_trainers(config, plan, store)
+        run.resume(trainers, batches)
+        _train_to_end(config, plan, run, trainers, batches)
+    return run.finish(trainers)
+
+
+def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore) -> list[SaeTrainer]:
+    """Return the sweep's trainers at step zero."""
+    kernels = kernels_for(config.device)
+    kinds = {
+        hook: normalization_of(store, hook, config.normalize_activations)
+        for hook in {sae.hook_point for sae in plan.saes}
+    }
+    dtype = getattr(torch, config.compute_dtype)
+    return [
+        SaeTrainer(sae, store.d_in(sae.hook_point), kinds[sae.hook_point], plan.schedule, kernels, dtype, config.device)
+        for sae in plan.saes
+    ]
+
+
+def _train_to_end(
+    config: TrainConfig, plan: Plan, run: RunState, trainers: list[SaeTrainer], batches: ShuffledBatches
+) -> None:
+    n_steps, batch_size = plan.schedule.n_steps, plan.schedule.batch_size
+    checkpoint_steps = max(1, config.checkpoint_every_tokens // batch_size)
+    logs = {t.name: MetricsLog(run.output / t.name, run.step, config.tensorboard) for t in trainers}
+    bar = tqdm(
+        total=n_steps * batch_size,
+        initial=run.step * batch_size,
+        unit="token",
+        unit_scale=True,
+        desc="train",
+        disable=not sys.stderr.isatty(),
+    )
+    try:
+        with Interruption() as interruption, bar:
+            while run.step < n_steps:
+                started = time.perf_counter()
+                prepared = prepare(next(batches), trainers)
+                waited = time.perf_counter() - started
+                metrics = {t.name: t.step(prepared[t.config.hook_point]) for t in trainers if not t.diverged}
+                run.step += 1
+                elapsed = time.perf_counter() - started
+                if run.step % config.log_every_steps == 0 or run.step == n_steps:
+                    speed = {"tokens_per_second": batch_size / elapsed, "data_wait_fraction": waited / elapsed}
+                    for name, values in metrics.items():
+                        logs[name].write(run.step, run.step * batch_size, values | speed)
+                bar.update(batch_size)
+                bar.set_postfix_str(_losses(metrics), refresh=False)
+                run.record_divergence(trainers)
+                if interruption.requested or (run.step % checkpoint_steps == 0 and run.step < n_steps):
+                    for log in logs.values():
+                        log.flush()
+                    run.checkpoint(trainers, batches)
+                interruption.raise_if_requested()
+    finally:
+        for log in logs.values():
+            log.close()
+
+
+def prepare(batch: dict[str, torch.Tensor], trainers: list[SaeTrainer]) -> dict[str, Batch]:
+    """Normalise each hook point's activations once for all SAEs that train on it."""
+    prepared: dict[str, Batch] = {}
+    for trainer in trainers:
+        hook_point = trainer.config.hook_point
+        if hook_point not in prepared:
+            x = trainer.normalization.apply(batch[hook_point])
+            prepared[hook_point] = Batch(x, x.to(trainer.W_enc_compute.dtype))
+    return prepared
+
+
+def _losses(metrics: dict[str, dict[str, Any]]) -> str:
+    fvu = [1 - values["explained_variance"] for values in metrics.values() if "explained_variance" in values]
+    return "fvu " + " ".join(f"{value:.3f}" for value in fvu[:12])

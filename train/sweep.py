@@ -1,0 +1,65 @@
+"""Expand a configuration's `[[sae]]` tables into the list of SAEs to train."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ..shared.config import to_config
+from ..shared.errors import ConfigError
+from ..shared.hook_points import canonical_hook_point
+from .config import SaeConfig
+
+_LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
+
+
+def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeConfig]:
+    """Return one configuration per SAE, each with a name of its own.
+
+    A list value stands for its members in turn, several lists for all their combinations, the last
+    varying fastest. A name may hold other keys in braces; keys that vary and are not in it are added.
+
+    Raises:
+        ConfigError: a table is not valid, or two SAEs would have one name.
+    """
+    saes = []
+    for index, table in enumerate(tables):
+        where = f"sae[{index}]"
+        if isinstance(table, SaeConfig):
+            table = {key: value for key, value in msgspec.to_builtins(table).items() if value is not None}
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where}: expected a [[sae]] table, got {table!r}")
+        varying = [key for key, value in table.items() if isinstance(value, list)]
+        for key in varying:
+            if not table[key]:
+                raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
+        for values in itertools.product(*(table[key] for key in varying)):
+            config = to_config(SaeConfig, {**table, **dict(zip(varying, values, strict=True))}, where)
+            config = msgspec.structs.replace(config, hook_point=canonical_hook_point(config.hook_point))
+            saes.append(msgspec.structs.replace(config, name=_name(config, varying, where)))
+    twice = [name for name, count in Counter(sae.name for sae in saes).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
+    return saes
+
+
+def _name(config: SaeConfig, varying: Sequence[str], where: str) -> str:
+    keys = {key: value for key, value in msgspec.structs.asdict(config).items() if value is not None}
+    template = config.name
+    if template is None:
+        template = "{architecture}-{hook_point}-{d_sae}"
+        template += "-k{k}" if config.k is not None else ""
+        template += "-l1-{l1_coefficient}" if config.l1_coefficient is not None else ""
+    for key in varying:
+        if f"{{{key}}}" not in template and key != "name":
+            template += f"-{_LABELS.get(key, key)}{{{key}}}"
+    try:
+        name = template.format(**keys)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise ConfigError(f"{where}: name '{template}' uses an unknown key; known keys: {', '.join(keys)}") from None
+    return re.sub(r"[^\w.+-]+", "_", name)
