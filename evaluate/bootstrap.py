@@ -1,0 +1,49 @@
+"""Confidence intervals by resampling documents, the units that are independent of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+Sums = Mapping[str, Float[np.ndarray, "groups ..."]]
+Metrics = Callable[[Sums], dict[str, np.ndarray]]
+
+CONFIDENCE = 0.95
+
+
+def estimate(metrics: Metrics, sums: Sums) -> dict[str, float | None]:
+    """Return the metrics over all groups; one that is not finite is None."""
+    totals = {name: value.sum(axis=0, keepdims=True) for name, value in sums.items()}
+    return {name: finite(value[0]) for name, value in metrics(totals).items()}
+
+
+def confidence_intervals(metrics: Metrics, sums: Sums, n_samples: int, seed: int) -> dict[str, tuple[float, float]]:
+    """Return each metric's 95% percentile interval over resamples of the groups with replacement.
+
+    A group is a document, or several where there are more than `held_out.MAX_GROUPS`; one whose
+    sums are all zero took no part. Empty where `n_samples` is 0 or only one group took part. The
+    same seed gives every SAE the same resamples.
+    """
+    took_part = np.any([value.reshape(len(value), -1).any(axis=1) for value in sums.values()], axis=0)
+    occupied = np.flatnonzero(took_part)
+    if n_samples == 0 or len(occupied) < 2:
+        return {}
+    rng = np.random.default_rng(seed)
+    shares = np.full(len(occupied), 1 / len(occupied))
+    weights = rng.multinomial(len(occupied), shares, size=n_samples).astype(np.float64)
+    resampled = {name: weights @ value[occupied] for name, value in sums.items()}
+    tail = (1 - CONFIDENCE) / 2
+    intervals = {}
+    for name, values in metrics(resampled).items():
+        values = values[np.isfinite(values)]
+        if len(values):
+            low, high = np.quantile(values, [tail, 1 - tail])
+            intervals[name] = (float(low), float(high))
+    return intervals
+
+
+def finite(value: float) -> float | None:
+    """Return a float that JSON can hold, or None for NaN and infinity."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,38 @@
+"""What `thresher evaluate` can be told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from ..shared.config import Config
+
+
+class EvaluateConfig(Config, frozen=True, kw_only=True):
+    """Judge SAEs on the held-out contexts of a store and, spliced, in the model."""
+
+    store: Annotated[str, Meta(description="Folder of the activation store whose held-out contexts are used.")]
+    saes: Annotated[str | list[str], Meta(description="Folder of a sweep, or a list of SAE folders.")]
+    output: Annotated[str, Meta(description="Folder for metrics.json, metrics.parquet and report.html.")]
+    model: Annotated[
+        str | bool | None,
+        Meta(description="Model to splice the SAEs into; by default the one that the store names; false for none."),
+    ] = None
+    model_dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"] | None,
+        Meta(description="Data type of the model; by default the one the store was harvested in."),
+    ] = None
+    device: Annotated[str, Meta(description="Device of the SAEs and the model.")] = "cpu"
+    max_rows: Annotated[
+        int | None, Meta(ge=1, description="Held-out rows to use, spread evenly over them; by default all.")
+    ] = None
+    model_rows: Annotated[
+        int | None, Meta(ge=1, description="Held-out tokens to run the model on, spread evenly; none for all.")
+    ] = 65536
+    batch_size: Annotated[int, Meta(ge=1, description="Contexts per forward pass of the model.")] = 8
+    block_rows: Annotated[int, Meta(ge=1, description="Rows read from the store and encoded at a time.")] = 8192
+    bootstrap_samples: Annotated[
+        int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
+    ] = 1000
+    seed: Annotated[int, Meta(ge=0, description="Seed of the resampling.")] = 0

@@ -1,0 +1,57 @@
+"""Run an SAE over rows by the cheaper of its two paths: sparse for TopK, dense for the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ..shared.sae import Sae
+from .latents import LatentSums
+
+LATENT_ENTRIES = 1 << 25
+"""Pre-activations held at a time: 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The latents of some rows: entries and their indices, or a dense matrix where `top_indices` is None."""
+
+    latents: Float[Tensor, "rows m"]
+    top_indices: Int64[Tensor, "rows m"] | None
+    x_hat: Float[Tensor, "rows d_out"]
+
+    @property
+    def l0(self) -> Float[Tensor, " rows"]:
+        """The number of latents that are not zero."""
+        return (self.latents != 0).sum(dim=1).float()
+
+    @property
+    def l1(self) -> Float[Tensor, " rows"]:
+        """The sum of the latents' magnitudes."""
+        return self.latents.abs().sum(dim=1)
+
+    def add_to(self, sums: LatentSums) -> None:
+        """Count these latents."""
+        if self.top_indices is None:
+            sums.add_dense(self.latents)
+        else:
+            sums.add_sparse(self.latents, self.top_indices)
+
+
+def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
+    """Return the latents and the reconstruction of rows."""
+    if sae.architecture == "topk":
+        top_acts, top_indices = sae.encode_sparse(x)
+        return Encoded(top_acts, top_indices, sae.decode_sparse(top_acts, top_indices))
+    latents = sae.encode(x)
+    x_hat = sae.decode(latents)
+    if "W_skip" in sae._parameters:
+        x_hat = x_hat + x @ sae.get_parameter("W_skip").T
+    return Encoded(latents, None, x_hat)
+
+
+def rows_at_a_time(sae: Sae) -> int:
+    """Return how many rows to encode at once, so that memory stays bounded at any width."""
+    return max(1, LATENT_ENTRIES // sae.d_sae)

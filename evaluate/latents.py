@@ -1,0 +1,74 @@
+"""Per-latent statistics: how often each fires, how strongly, and the histogram of densities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+DENSITY_EDGES = np.linspace(-8, 0, 33)
+"""Bins of log10 density, a quarter of a decade each, the same for every SAE."""
+
+
+class LatentSums:
+    """Firings, sum and maximum of every latent's activations."""
+
+    def __init__(self, d_sae: int, device: str = "cpu"):
+        self.n_rows = 0
+        self._firings = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self._sum = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self._max = torch.zeros(d_sae, dtype=torch.float32, device=device)
+
+    def add_dense(self, latents: Float[Tensor, "rows d_sae"]) -> None:
+        """Add rows of latents."""
+        self.n_rows += len(latents)
+        self._firings += (latents != 0).sum(dim=0)
+        self._sum += latents.sum(dim=0, dtype=torch.float64)
+        if len(latents):
+            self._max = torch.maximum(self._max, latents.amax(dim=0))
+
+    def add_sparse(self, top_acts: Float[Tensor, "rows m"], top_indices: Int64[Tensor, "rows m"]) -> None:
+        """Add rows of latents that are given by their active entries; zeros are padding."""
+        self.n_rows += len(top_acts)
+        values, indices = top_acts.reshape(-1), top_indices.reshape(-1)
+        d_sae = len(self._firings)
+        self._firings += torch.bincount(indices, weights=(values != 0).to(torch.float64), minlength=d_sae).to(
+            torch.int64
+        )
+        self._sum += torch.bincount(indices, weights=values.to(torch.float64), minlength=d_sae)
+        self._max.scatter_reduce_(0, indices, values, "amax")
+
+    @property
+    def firings(self) -> Int64[np.ndarray, " d_sae"]:
+        """The number of rows on which each latent is not zero."""
+        return self._firings.cpu().numpy()
+
+    @property
+    def density(self) -> Float[np.ndarray, " d_sae"]:
+        """The fraction of rows on which each latent is not zero."""
+        return self.firings / max(self.n_rows, 1)
+
+    @property
+    def mean_activation(self) -> Float[np.ndarray, " d_sae"]:
+        """The mean activation over the rows on which the latent fires; NaN where it never does."""
+        firings = self.firings
+        total = self._sum.cpu().numpy()
+        return np.divide(total, firings, out=np.full(len(total), np.nan), where=firings > 0)
+
+    @property
+    def max_activation(self) -> Float[np.ndarray, " d_sae"]:
+        """The largest activation seen, zero for a latent that never fires."""
+        return self._max.cpu().numpy()
+
+
+def density_summary(density: Float[np.ndarray, " d_sae"]) -> dict[str, Any]:
+    """Return the dead fraction, and the histogram of log10 density over the latents that are alive."""
+    alive = density[density > 0]
+    counts, _ = np.histogram(np.log10(alive).clip(DENSITY_EDGES[0], DENSITY_EDGES[-1]), bins=DENSITY_EDGES)
+    return {
+        "dead_fraction": float((density == 0).mean()),
+        "density_histogram": {"edges": DENSITY_EDGES.tolist(), "counts": counts.tolist()},
+    }

@@ -1,0 +1,68 @@
+"""The offline metrics: one walk over the store's held-out rows for all SAEs, without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .bootstrap import confidence_intervals, estimate
+from .encoding import encode, rows_at_a_time
+from .held_out import Block, HeldOut
+from .latents import LatentSums, density_summary
+from .reconstruction import InputSums, ReconstructionSums, reconstruction_metrics
+from .sae_folders import EvaluatedSae
+
+
+@dataclass(frozen=True)
+class SaeSums:
+    """What one SAE accumulates over the walk."""
+
+    reconstruction: ReconstructionSums
+    latents: LatentSums
+
+
+@torch.inference_mode()
+def accumulate(
+    saes: Sequence[EvaluatedSae], held_out: HeldOut, block_rows: int, device: str
+) -> tuple[dict[str, InputSums], dict[str, SaeSums]]:
+    """Walk once over the held-out rows; return the sums by target hook point and by SAE."""
+    store = held_out.store
+    places = list(dict.fromkeys(place for sae in saes for place in (sae.hook_point, sae.target)))
+    targets = dict.fromkeys(sae.target for sae in saes)
+    inputs = {place: InputSums(held_out.n_groups, store.d_in(place), device) for place in targets}
+    sums = {
+        sae.name: SaeSums(ReconstructionSums(held_out.n_groups, device), LatentSums(sae.sae.d_sae, device))
+        for sae in saes
+    }
+    with tqdm(total=held_out.n_rows, unit="row", unit_scale=True, desc="evaluate", disable=None) as progress:
+        for block in held_out.blocks(places, block_rows, device):
+            for place in targets:
+                inputs[place].add(block.activations[place], block.group)
+            for sae in saes:
+                _add_block(sae, block, sums[sae.name])
+            progress.update(len(block.group))
+    return inputs, sums
+
+
+def _add_block(sae: EvaluatedSae, block: Block, sums: SaeSums) -> None:
+    step = rows_at_a_time(sae.sae)
+    for start in range(0, len(block.group), step):
+        rows = slice(start, start + step)
+        x, target = block.activations[sae.hook_point][rows], block.activations[sae.target][rows]
+        encoded = encode(sae.sae, x)
+        sums.reconstruction.add(target, encoded.x_hat, encoded.l0, encoded.l1, block.group[rows])
+        encoded.add_to(sums.latents)
+
+
+def offline_metrics(
+    inputs: InputSums, sums: SaeSums, bootstrap_samples: int, seed: int
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """Return one SAE's offline metrics, and the confidence intervals of those that are means over rows."""
+    rows = inputs.sums() | sums.reconstruction.sums()
+    metrics: dict[str, Any] = dict(estimate(reconstruction_metrics, rows))
+    metrics |= density_summary(sums.latents.density)
+    return metrics, confidence_intervals(reconstruction_metrics, rows, bootstrap_samples, seed)

@@ -1,0 +1,117 @@
+"""Judge SAEs: held-out rows of the store, then the model with each SAE spliced in, then the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..shared.config import to_toml
+from ..shared.errors import ModelError
+from ..shared.language_model import is_encoder, load_model, resolve_hook_points
+from ..shared.store import ActivationStore
+from .bootstrap import confidence_intervals, estimate
+from .config import EvaluateConfig
+from .held_out import HeldOut, held_out
+from .offline import accumulate, offline_metrics
+from .output import latent_table, loss_curve, parquet_bytes, write_atomically, write_metrics
+from .report.write import write_report
+from .sae_folders import EvaluatedSae, load_saes, sae_folders
+from .spliced import accumulate_losses, splice_metrics
+from .table import metrics_table
+
+ABLATION = "zero: the activation is set to zero at every position, masked ones too"
+
+
+def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Evaluate every SAE on the store's held-out contexts; write and return the metrics.
+
+    Raises:
+        MissingFileError: the store or an SAE is not there.
+        StoreError: the store is damaged or holds nothing out.
+        HookPointError, SaeError: an SAE does not fit the store.
+        ModelError: the model cannot be loaded or has no logits.
+    """
+    store = ActivationStore.open(config.store)
+    saes = load_saes(sae_folders(config.saes), store, config.device)
+    rows = held_out(store, config.max_rows)
+    model = model_name(config, store)
+    output = Path(config.output)
+
+    inputs, sums = accumulate(saes, rows, config.block_rows, config.device)
+    losses = _spliced_losses(config, model, saes, rows.subset(config.model_rows)) if model else {}
+    metrics = []
+    for sae in saes:
+        row = sae.description() | provenance(rows, model)
+        measured, intervals = offline_metrics(inputs[sae.target], sums[sae.name], config.bootstrap_samples, config.seed)
+        row |= measured
+        if sae.name in losses:
+            row |= estimate(splice_metrics, losses[sae.name])
+            row["n_model_tokens"] = int(losses[sae.name]["n_kl"].sum())
+            intervals |= confidence_intervals(splice_metrics, losses[sae.name], config.bootstrap_samples, config.seed)
+        row["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
+        metrics.append(row)
+        table = latent_table(sums[sae.name].latents)
+        write_atomically(output / "latents" / f"{sae.name.replace('/', '_')}.parquet", parquet_bytes(table))
+
+    write_metrics(output, metrics)
+    write_atomically(output / "config.toml", to_toml(config).encode())
+    curves = {sae.name: loss_curve(sae.path) for sae in saes}
+    report = write_report(output / "report.html", metrics, curves, provenance=provenance(rows, model))
+    tqdm.write(metrics_table(metrics))
+    tqdm.write(f"\n{summary(rows, model, losses)}\nreport  {report}")
+    return metrics
+
+
+def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
+    """Return the model to splice into: the one asked for, else the store's own if its tokens are stored."""
+    if config.model is False or config.model == "none":
+        return None
+    if isinstance(config.model, str):
+        return config.model
+    named = store.metadata.get("model")
+    return str(named) if named and store.tokens(0, 1) is not None else None
+
+
+def _spliced_losses(
+    config: EvaluateConfig, model: str, saes: list[EvaluatedSae], rows: HeldOut
+) -> dict[str, dict[str, Any]]:
+    dtype = config.model_dtype or str(rows.store.metadata.get("model_dtype") or "auto")
+    language_model = load_model(model, dtype, config.device)
+    if is_encoder(language_model.config):
+        raise ModelError(f"model '{model}' predicts no next token, so it has no CE loss score; set model = false")
+    places = {place for sae in saes for place in (sae.hook_point, sae.target)}
+    hook_points = resolve_hook_points(language_model, sorted(places))
+    return accumulate_losses(language_model, hook_points, saes, rows, config.batch_size)
+
+
+def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
+    """Return what was evaluated, on what, and what was left out: the same for every SAE."""
+    return {
+        "n_rows": rows.n_rows,
+        "n_contexts": len(rows.contexts),
+        "n_documents": rows.n_documents,
+        "mask": mask_description(rows.store),
+        "model": model,
+        "ablation": ABLATION if model else None,
+    }
+
+
+def mask_description(store: ActivationStore) -> str:
+    """Say which rows are left out of every metric."""
+    masked = list(store.metadata.get("mask_token_ids") or [])
+    return f"held-out rows whose token is not in {masked}" if masked else "every held-out row"
+
+
+def summary(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:
+    """Return the lines under the table: on what the figures rest."""
+    lines = [
+        f"offline  {rows.n_rows:,} rows of {rows.n_documents:,} held-out documents; {mask_description(rows.store)}"
+    ]
+    if model:
+        n_tokens = int(next(iter(losses.values()))["n_kl"].sum())
+        lines.append(f"model    {model} on {n_tokens:,} of these tokens; scores against zero ablation")
+    else:
+        lines.append("model    not run")
+    return "\n".join(lines)

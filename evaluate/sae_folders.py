@@ -1,0 +1,100 @@
+"""Find the SAEs to evaluate, and check each against the store."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..shared.errors import HookPointError, MissingFileError, SaeError
+from ..shared.hook_points import canonical_hook_point
+from ..shared.sae import Sae
+from ..shared.store import ActivationStore
+
+CONFIG_NAME = "cfg.json"
+
+
+@dataclass(frozen=True)
+class EvaluatedSae:
+    """An SAE under evaluation, its name in the results, and the hook points of its input and its target."""
+
+    name: str
+    path: Path
+    sae: Sae
+    hook_point: str
+    target: str
+
+    def description(self) -> dict[str, Any]:
+        """Return what identifies the SAE in `metrics.json`."""
+        known = self.sae.metadata | self.sae.config
+        return {
+            "name": self.name,
+            "architecture": self.sae.architecture,
+            "hook_point": self.hook_point,
+            "target_hook_point": self.target,
+            "d_in": self.sae.d_in,
+            "d_sae": self.sae.d_sae,
+            "k": known.get("k"),
+            "l1_coefficient": known.get("l1_coefficient"),
+        }
+
+
+def sae_folders(saes: str | list[str]) -> list[Path]:
+    """Return the SAE folders of a sweep's folder (its children), or those listed; `2` sorts before `10`.
+
+    Raises:
+        MissingFileError: a path is not there, or has no SAE in it.
+    """
+    found: list[Path] = []
+    for path in map(Path, [saes] if isinstance(saes, str) else saes):
+        if not path.is_dir():
+            raise MissingFileError(f"no SAE folder at '{path}'; give the output folder of `thresher train`")
+        if (path / CONFIG_NAME).is_file():
+            inside = [path]
+        else:
+            inside = sorted((file.parent for file in path.glob(f"*/{CONFIG_NAME}")), key=_natural)
+        if not inside:
+            raise MissingFileError(f"no SAE in '{path}': expected {CONFIG_NAME} in it or in one of its folders")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
+
+
+def unique_names(folders: list[Path]) -> list[str]:
+    """Return each folder's name, with as many parents as it takes to tell them apart."""
+    resolved = [folder.resolve() for folder in folders]
+    depth = 1
+    while len(names := ["/".join(path.parts[-depth:]) for path in resolved]) != len(set(names)):
+        depth += 1
+    return names
+
+
+def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[EvaluatedSae]:
+    """Load every SAE, each checked against the store's hook points and widths.
+
+    Raises:
+        HookPointError: an SAE was trained at a hook point that the store lacks.
+        SaeError: an SAE expects rows of another width.
+    """
+    loaded = []
+    for name, folder in zip(unique_names(folders), folders, strict=True):
+        sae = Sae.load(folder).to(device).eval()
+        hook_point = canonical_hook_point(sae.hook_point)
+        target = canonical_hook_point(sae.metadata.get("hook_name_out") or hook_point)
+        for place, width, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
+            if place not in store.hook_points:
+                raise HookPointError(
+                    f"SAE '{name}' {role} '{place}', expected one of the store's hook points: "
+                    f"{', '.join(store.hook_points)}; harvest that hook point, or leave this SAE out"
+                )
+            if width != store.d_in(place):
+                raise SaeError(
+                    f"SAE '{name}' {role} rows of width {width}, but store '{store.path}' has "
+                    f"{store.d_in(place)} at '{place}'; evaluate it on a store of the model it was trained on"
+                )
+        loaded.append(EvaluatedSae(name, folder, sae, hook_point, target))
+    return loaded

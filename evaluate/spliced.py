@@ -1,0 +1,177 @@
+"""What the model loses when an SAE's reconstruction takes the place of the activation.
+
+Cross-entropy and KL divergence from the clean model, against ablation: with the activation set to
+zero, and to its mean over the training rows. Positions with a masked token keep their activation
+when an SAE is spliced in (ablation replaces them too), and no loss is counted at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..shared.hook_points import ResolvedHookPoint
+from ..shared.language_model import splice
+from .encoding import encode
+from .held_out import HeldOut
+from .sae_folders import EvaluatedSae
+
+Activation = Float[Tensor, "batch context d"]
+VOCABULARY_ENTRIES = 1 << 25
+"""Log-probabilities held at a time: 128 MiB in float32."""
+
+
+class LossSums:
+    """Float64 sums per document group of one run's losses: `ce`, `kl` and `agree`."""
+
+    def __init__(self, n_groups: int, device: str = "cpu"):
+        self._sums = {name: torch.zeros(n_groups, dtype=torch.float64, device=device) for name in ("ce", "kl", "agree")}
+
+    def add(self, losses: Mapping[str, Float[Tensor, "batch context"]], count: Mapping[str, Tensor], group: Tensor):
+        """Add the losses of a batch where `count` is true."""
+        for name, values in losses.items():
+            where = count[name]
+            self._sums[name].index_add_(0, group[where], values[where].to(torch.float64))
+
+    def sums(self, run: str) -> dict[str, Float[np.ndarray, " groups"]]:
+        """Return the sums, named after the run: `ce_zero`, `kl_zero`, `agree_zero`."""
+        return {f"{name}_{run}": value.cpu().numpy() for name, value in self._sums.items()}
+
+
+def token_losses(
+    logits: Float[Tensor, "batch context vocabulary"],
+    clean: Float[Tensor, "batch context vocabulary"],
+    tokens: Int64[Tensor, "batch context"],
+) -> dict[str, Float[Tensor, "batch context"]]:
+    """Return, at each position: `ce` of the next token, `kl` KL(clean || logits), and `agree` on the likeliest token.
+
+    In float32, whatever the model's type. `ce` at a context's last position is zero: it has no next token.
+    """
+    batch, context, vocabulary = logits.shape
+    targets = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).reshape(-1, 1)
+    step = max(1, VOCABULARY_ENTRIES // vocabulary)
+    parts: dict[str, list[Tensor]] = {"ce": [], "kl": [], "agree": []}
+    flat, flat_clean = logits.reshape(-1, vocabulary), clean.reshape(-1, vocabulary)
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
+        log_probs = flat[rows].float().log_softmax(dim=-1)
+        log_clean = log_probs if logits is clean else flat_clean[rows].float().log_softmax(dim=-1)
+        parts["ce"].append(-log_probs.gather(1, targets[rows])[:, 0])
+        parts["kl"].append((log_clean.exp() * (log_clean - log_probs)).sum(dim=-1))
+        parts["agree"].append((flat[rows].argmax(dim=-1) == flat_clean[rows].argmax(dim=-1)).float())
+    losses = {name: torch.cat(values).reshape(batch, context) for name, values in parts.items()}
+    losses["ce"][:, -1] = 0
+    return losses
+
+
+@contextmanager
+def spliced(
+    model: PreTrainedModel,
+    hook_points: Mapping[str, ResolvedHookPoint],
+    sae: EvaluatedSae,
+    usable: Bool[Tensor, "batch context"],
+) -> Iterator[None]:
+    """Within this context, the model runs on the SAE's reconstruction at every usable position.
+
+    A transcoder reads its input in the same pass and replaces its target.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def read(activation: Activation) -> Activation:
+        seen["x"] = activation
+        return activation
+
+    def replace(activation: Activation) -> Activation:
+        x = seen.get("x", activation)
+        replaced = activation.clone()
+        replaced[usable] = encode(sae.sae, x[usable].float()).x_hat.to(activation.dtype)
+        return replaced
+
+    with ExitStack() as stack:
+        if sae.target != sae.hook_point:
+            stack.enter_context(splice(model, hook_points[sae.hook_point], read))
+        stack.enter_context(splice(model, hook_points[sae.target], replace))
+        yield
+
+
+def ablation(value: Float[Tensor, " d"] | float) -> Callable[[Activation], Activation]:
+    """Return the replacement of every position's activation by `value`."""
+    return lambda activation: torch.zeros_like(activation) + torch.as_tensor(value).to(activation)
+
+
+@torch.inference_mode()
+def accumulate_losses(
+    model: PreTrainedModel,
+    hook_points: Mapping[str, ResolvedHookPoint],
+    saes: Sequence[EvaluatedSae],
+    held_out: HeldOut,
+    batch_size: int,
+) -> dict[str, dict[str, Float[np.ndarray, " groups"]]]:
+    """Run the model on the stored tokens: clean, ablated once per target, and with each SAE; return sums by SAE."""
+    device = str(next(model.parameters()).device)
+    targets = list(dict.fromkeys(sae.target for sae in saes))
+    means = {place: torch.from_numpy(np.asarray(held_out.store.moments(place).mean)) for place in targets}
+    ablations = {("zero", place): ablation(0.0) for place in targets}
+    ablations |= {("mean", place): ablation(means[place]) for place in targets}
+    runs = [("clean", ""), *ablations, *(("sae", sae.name) for sae in saes)]
+    sums = {run: LossSums(held_out.n_groups, device) for run in runs}
+    counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in ("n_ce", "n_kl")}
+    total = len(held_out.contexts) * held_out.store.context_size
+    with tqdm(total=total, unit="token", unit_scale=True, desc="splice", disable=None) as progress:
+        for cpu_tokens, part in held_out.token_batches(batch_size):
+            tokens = cpu_tokens.to(device)
+            usable = torch.from_numpy(held_out.usable[part]).to(device)
+            group = torch.from_numpy(held_out.group[part]).to(device)
+            has_next = usable.clone()
+            has_next[:, -1] = False
+            count = {"ce": has_next, "kl": usable, "agree": usable}
+            for name, where in (("n_ce", has_next), ("n_kl", usable)):
+                counts[name].index_add_(0, group[where], torch.ones_like(group[where], dtype=torch.float64))
+            clean = _logits(model, tokens)
+            sums["clean", ""].add(token_losses(clean, clean, tokens), count, group)
+            for (kind, place), replace in ablations.items():
+                with splice(model, hook_points[place], replace):
+                    sums[kind, place].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
+            for sae in saes:
+                with spliced(model, hook_points, sae, usable):
+                    sums["sae", sae.name].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
+            progress.update(tokens.numel())
+    n = {name: value.cpu().numpy() for name, value in counts.items()}
+    return {
+        sae.name: n
+        | sums["clean", ""].sums("clean")
+        | sums["zero", sae.target].sums("zero")
+        | sums["mean", sae.target].sums("mean")
+        | sums["sae", sae.name].sums("sae")
+        for sae in saes
+    }
+
+
+def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "batch context"]) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray, " resamples"]]:
+    """Return the losses and scores from sums over tokens, whose first axis counts resamples (or is length one)."""
+    ce = {run: sums[f"ce_{run}"] / sums["n_ce"] for run in ("clean", "zero", "mean", "sae")}
+    kl = {run: sums[f"kl_{run}"] / sums["n_kl"] for run in ("zero", "mean", "sae")}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scores = {
+            "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+            "kl_div_score": (kl["zero"] - kl["sae"]) / kl["zero"],
+            "ce_loss_score_mean_ablation": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+            "kl_div_score_mean_ablation": (kl["mean"] - kl["sae"]) / kl["mean"],
+        }
+    agreement = {
+        f"top1_agreement_{run}" if run != "sae" else "top1_agreement": sums[f"agree_{run}"] / sums["n_kl"]
+        for run in ("zero", "mean", "sae")
+    }
+    losses = {f"ce_{run}": value for run, value in ce.items()} | {f"kl_{run}": value for run, value in kl.items()}
+    return scores | losses | agreement

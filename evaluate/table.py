@@ -1,0 +1,71 @@
+"""The table that `thresher evaluate` prints: at most 100 columns wide, one section per hook point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH = 100
+
+Row = Mapping[str, Any]
+
+
+def metrics_table(metrics: Sequence[Row]) -> str:
+    """Return the table of the rows of `metrics.json`; a dash stands for what was not measured."""
+    header = ["SAE", "d_sae", "k or λ", "expl. var", "± 95%", "L0", "dead", "CE score", "KL score"]
+    cells = [_cells(row) for row in metrics]
+    widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    lines = []
+    hook_points = dict.fromkeys(str(row["hook_point"]) for row in metrics)
+    for hook_point in hook_points:
+        lines += ["", hook_point, _line(header, widths), "─" * (sum(widths) + 2 * len(widths) - 2)]
+        lines += [
+            _line(line, widths) for row, line in zip(metrics, cells, strict=True) if row["hook_point"] == hook_point
+        ]
+    return "\n".join(lines[1:])
+
+
+def _cells(row: Row) -> list[str]:
+    interval = (row.get("confidence_95") or {}).get("explained_variance")
+    return [
+        str(row["name"]),
+        f"{row['d_sae']:,}",
+        _sparsity(row),
+        number(row.get("explained_variance"), 4),
+        f"{(interval[1] - interval[0]) / 2:.4f}" if interval else "-",
+        number(row.get("l0"), 1),
+        percent(row.get("dead_fraction")),
+        number(row.get("ce_loss_score"), 4),
+        number(row.get("kl_div_score"), 4),
+    ]
+
+
+def _sparsity(row: Row) -> str:
+    if row.get("k") is not None:
+        return f"{row['k']}"
+    return f"λ {row['l1_coefficient']:g}" if row.get("l1_coefficient") is not None else "-"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Align the name to the left and the figures to the right."""
+    first = shorten(cells[0], widths[0]).ljust(widths[0])
+    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
+
+
+def number(value: float | None, decimals: int) -> str:
+    """Return a number with so many decimals, or a dash."""
+    return "-" if value is None else f"{value:,.{decimals}f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction as a percentage, or a dash."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut the middle out of a text that is wider than `width`."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
