@@ -1,0 +1,60 @@
+"""What a harvest is: the model, the text, the hook points and the store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from ..shared.config import Config
+
+
+class HarvestConfig(Config, frozen=True, kw_only=True):
+    """Configuration of one harvest."""
+
+    model: Annotated[str, Meta(description="Folder or Hugging Face id of the language model.")]
+    hook_points: Annotated[
+        list[str], Meta(min_length=1, description="Where to read activations, such as blocks.2.resid_post.")
+    ]
+    store: Annotated[str, Meta(min_length=1, description="Folder of the activation store to write.")]
+    dataset: Annotated[
+        str,
+        Meta(
+            description="python-stdlib; a file or folder of text, JSONL, Parquet or Arrow; or a Hugging Face dataset."
+        ),
+    ] = "python-stdlib"
+    tokens: Annotated[int, Meta(ge=1, description="Rows to harvest, rounded up to whole contexts.")] = 1_000_000
+    context_size: Annotated[int, Meta(ge=2, description="Tokens in a context.")] = 256
+    batch_size: Annotated[int, Meta(ge=1, description="Contexts in a forward pass.")] = 32
+    holdout_fraction: Annotated[
+        float, Meta(ge=0, lt=1, description="Fraction of the documents, chosen by hash, never trained on.")
+    ] = 0.05
+    seed: Annotated[int, Meta(ge=0, description="Seed of the order of files.")] = 0
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], Meta(description="Data type of the stored activations.")
+    ] = "bfloat16"
+    codec: Annotated[str, Meta(description="Compression of the store: none, lz4, zstd or int8.")] = "lz4"
+    shard_bytes: Annotated[int, Meta(ge=1, description="Target size of a shard of one hook point, uncompressed.")] = (
+        256 * 2**20
+    )
+    model_dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="Data type the model runs in; auto is bfloat16 where the device has it."),
+    ] = "auto"
+    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
+    revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model.")] = None
+    dataset_config: Annotated[str | None, Meta(description="Configuration name of a Hugging Face dataset.")] = None
+    dataset_revision: Annotated[str | None, Meta(description="Branch, tag or commit of the dataset.")] = None
+    split: Annotated[str, Meta(description="Split of a Hugging Face dataset.")] = "train"
+    text_column: Annotated[str, Meta(description="Column of the text in JSONL, Parquet, Arrow and datasets.")] = "text"
+    streaming: Annotated[bool, Meta(description="Read a Hugging Face dataset as it downloads.")] = False
+    bos_token: Annotated[
+        str | None, Meta(description="Token put before each document; the tokenizer's BOS, CLS or EOS when absent.")
+    ] = None
+    bos_every_context: Annotated[
+        bool,
+        Meta(
+            description="Also begin with a BOS the contexts that go on with a document: the first position's "
+            "norm is an outlier, and as a BOS it is masked."
+        ),
+    ] = True

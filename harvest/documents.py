@@ -1,0 +1,148 @@
+"""Text sources: an iterator of named documents, always in the same order for one configuration."""
+
+from __future__ import annotations
+
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+
+from ..shared.errors import DataError, MissingFileError
+from .config import HarvestConfig
+
+PYTHON_STDLIB = "python-stdlib"
+BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+NAME_COLUMNS = ("path", "name", "title", "url", "id")
+MAX_NAME = 200
+
+
+class Document(NamedTuple):
+    """One text and where it is from: a path, a title, or dataset and row."""
+
+    name: str
+    text: str
+
+
+def read_documents(config: HarvestConfig) -> Iterator[Document]:
+    """Yield the documents of `config.dataset`.
+
+    Raises `MissingFileError` for a path that is not there and `DataError` for a source without
+    usable text.
+    """
+    path = Path(config.dataset).expanduser()
+    if config.dataset == PYTHON_STDLIB:
+        return _files(_stdlib_files(), Path(sysconfig.get_paths()["stdlib"]), config.seed)
+    if path.is_dir():
+        return _folder(path, config)
+    if path.is_file():
+        builder = BUILDERS.get(_kind(path))
+        return _data_files(builder, [path], config) if builder else _files([path], path.parent, config.seed)
+    if _looks_like_a_path(config.dataset):
+        raise MissingFileError(f"no text at '{config.dataset}'; give a file, a folder, or a Hugging Face dataset id")
+    return _rows(_hub_dataset(config), config)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or _kind(Path(name)) in (".txt", *BUILDERS)
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix that tells a file's format, below that of a compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _stdlib_files() -> list[Path]:
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    others = {"site-packages", "dist-packages", "__pycache__"}
+    return [path for path in stdlib.rglob("*.py") if not others & set(path.relative_to(stdlib).parts)]
+
+
+def _files(paths: list[Path], root: Path, seed: int) -> Iterator[Document]:
+    """Yield text files as documents, shuffled by the seed; a file that is not UTF-8 is passed over."""
+    paths = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+    random.Random(seed).shuffle(paths)
+    skipped = 0
+    for path in paths:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            skipped += 1
+            continue
+        yield Document(path.relative_to(root).as_posix(), text)
+    if skipped:
+        print(
+            f"note: {skipped} of {len(paths)} files under '{root}' are not UTF-8 text and were left out",
+            file=sys.stderr,
+        )
+
+
+def _folder(folder: Path, config: HarvestConfig) -> Iterator[Document]:
+    """Read a folder: a dataset saved to disk, data files of one format, or else text files."""
+    if (folder / "state.json").is_file():
+        return _rows(datasets.load_from_disk(folder), config)
+    if (folder / "dataset_dict.json").is_file():
+        return _rows(_split(datasets.load_from_disk(folder), config), config)
+    hidden = (path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in hidden if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    builders = {BUILDERS[_kind(path)] for path in paths if _kind(path) in BUILDERS}
+    if len(builders) > 1:
+        raise DataError(f"'{folder}' mixes {' and '.join(sorted(builders))} files; give a folder of one format")
+    if builders:
+        return _data_files(builders.pop(), [path for path in paths if _kind(path) in BUILDERS], config)
+    if not paths:
+        raise DataError(f"no files in '{folder}'; expected text, JSONL, Parquet or Arrow files")
+    return _files(paths, folder, config.seed)
+
+
+def _data_files(builder: str, paths: list[Path], config: HarvestConfig) -> Iterator[Document]:
+    files = [str(path) for path in paths]
+    return _rows(datasets.load_dataset(builder, data_files=files, split="train", streaming=True), config)
+
+
+def _hub_dataset(config: HarvestConfig) -> Any:
+    try:
+        return datasets.load_dataset(
+            config.dataset,
+            config.dataset_config,
+            split=config.split,
+            revision=config.dataset_revision,
+            streaming=config.streaming,
+        )
+    except (OSError, ValueError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot load dataset '{config.dataset}': expected {PYTHON_STDLIB}, a file, a folder, or a Hugging Face "
+            f"dataset id that can be reached; {reason}"
+        ) from None
+
+
+def _split(loaded: Any, config: HarvestConfig) -> Any:
+    if config.split not in loaded:
+        raise DataError(f"'{config.dataset}' has no split '{config.split}'; it has {', '.join(loaded)}")
+    return loaded[config.split]
+
+
+def _rows(rows: Any, config: HarvestConfig) -> Iterator[Document]:
+    """Yield a dataset's rows; a row is named by its path, name, title, URL or id, or its number."""
+    column, name_column = config.text_column, None
+    for number, row in enumerate(rows):
+        if number == 0:
+            if column not in row:
+                raise DataError(
+                    f"'{config.dataset}' has no column '{column}'; set text_column to one of {', '.join(row)}"
+                )
+            name_column = next((name for name in NAME_COLUMNS if isinstance(row.get(name), (str, int))), None)
+        text = row[column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise DataError(
+                f"column '{column}' of '{config.dataset}' must hold text, got {type(text).__name__} in row {number}"
+            )
+        name = str(row[name_column])[:MAX_NAME] if name_column else f"row {number}"
+        yield Document(name, text)

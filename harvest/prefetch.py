@@ -1,0 +1,57 @@
+"""Run an iterator in a thread, a few items ahead of its reader."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+class Prefetch(Generic[T]):
+    """Iterate over `items` through a queue of at most `depth`, filled by a thread.
+
+    An exception of the iterator is raised where its item would have come. Leaving the context
+    stops the thread after the item it is making.
+    """
+
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self._items = items
+        self._queue: queue.Queue[object] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+
+    def __enter__(self) -> Iterator[T]:
+        self._thread.start()
+        return self._drain()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _fill(self) -> None:
+        try:
+            for item in self._items:
+                self._queue.put(item)
+                if self._stop.is_set():
+                    return
+        except BaseException as error:
+            self._error = error
+        self._queue.put(_END)
+
+    def _drain(self) -> Iterator[T]:
+        while (item := self._queue.get()) is not _END:
+            yield item  # pyright: ignore[reportReturnType]
+        if self._error is not None:
+            raise self._error
