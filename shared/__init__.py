@@ -11,6 +11,4 @@ if TYPE_CHECKING:
     from .store import ActivationStore as ActivationStore
     from .store import ActivationStoreWriter as ActivationStoreWriter
 
-__getattr__ = lazy_exports(
-    __name__, {"ActivationStore": ".store", "ActivationStoreWriter": ".store", "Sae": ".sae"}
-)
+__getattr__ = lazy_exports(__name__, {"ActivationStore": ".store", "ActivationStoreWriter": ".store", "Sae": ".sae"})

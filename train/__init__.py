@@ -11,6 +11,4 @@ if TYPE_CHECKING:
     from .config import TrainConfig as TrainConfig
     from .run import train as train
 
-__getattr__ = lazy_exports(
-    __name__, {"ShuffledBatches": ".batches", "TrainConfig": ".config", "train": ".run"}
-)
+__getattr__ = lazy_exports(__name__, {"ShuffledBatches": ".batches", "TrainConfig": ".config", "train": ".run"})

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import pytest
 from msgspec import Meta
+
 from thresher.shared.config import Config, describe, load_config, parse_overrides, to_config, to_toml
 from thresher.shared.errors import ConfigError, MissingFileError, ThresherError
 
