@@ -1,0 +1,27 @@
+"""The `thresher store` subcommand: look into a store, check it, show some of it."""
+
+from __future__ import annotations
+
+SUMMARY = "Show, verify or sample an activation store."
+USAGE = """usage: thresher store info PATH
+       thresher store verify PATH
+       thresher store sample PATH [--contexts N] [--seed N] [--tokenizer PATH]
+
+Show what a store holds; check every checksum in it; print some contexts with the norms of their rows.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `info`, `verify` or `sample` and return the exit code."""
+    from ..cli import run_guarded
+
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE, end="")
+        return 0 if arguments else 2
+
+    def run() -> int:
+        from .inspect import run_command  # here, so that --help stays quick
+
+        return run_command(arguments)
+
+    return run_guarded(run)

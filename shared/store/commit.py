@@ -1,0 +1,241 @@
+"""A store's folder as the writer sees it: begun, locked, a shard committed at a time, completed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from ..errors import ConfigError, StoreError
+from .checksum import crc32c
+from .durable import (
+    announce,
+    disk_errors,
+    lock,
+    make_folder,
+    move_into_place,
+    remove_tree,
+    sync,
+    sync_folder,
+    write_synced,
+)
+from .format import MANIFEST, PARTIAL_FOLDER, STATISTICS, Header, arrays_of, provenance_key, statistics_key
+from .manifest import Completion, FileRecord, Manifest, ShardRecord, encode_line, read_manifest
+from .pipeline import ShardInProgress
+from .provenance import Segments, encode_segments, join_segments
+from .statistics import Statistics, decode_statistics, encode_statistics, merge_statistics
+from .zarr_metadata import metadata_files
+
+
+class StoreFolder:
+    """The folder, locked for this process until `close`."""
+
+    def __init__(self, path: Path, file: IO[bytes], manifest: Manifest | None) -> None:
+        self.path = path
+        self.partial = path / PARTIAL_FOLDER
+        self._file = file
+        self._manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path, proposed: Header, resume: bool) -> StoreFolder:
+        """Lock the store at `path`, made if need be, and clear what a killed writer left half done."""
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"expected a folder for the store, got a file at '{path}'; name another path")
+        if path.is_dir() and not (path / MANIFEST).exists() and any(path.iterdir()):
+            raise StoreError(f"'{path}' holds other files and no store; name an empty or new folder")
+        with disk_errors(path):
+            make_folder(path)
+            file = (path / MANIFEST).open("ab")
+            try:
+                lock(file, path)
+                manifest = read_manifest(path)
+                if manifest is not None:
+                    _check_same(manifest, proposed, path, resume)
+                folder = cls(path, file, manifest)
+                folder._recover()
+            except BaseException:
+                file.close()
+                raise
+        return folder
+
+    @property
+    def header(self) -> Header | None:
+        """The store's header, or None before the first batch."""
+        return self._manifest.header if self._manifest else None
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts in committed shards."""
+        return self._manifest.n_contexts if self._manifest else 0
+
+    @property
+    def may_append(self) -> bool:
+        """Whether more shards may follow: not after the last one."""
+        manifest = self._manifest
+        if manifest is None or not manifest.shards:
+            return manifest is None or manifest.completion is None
+        return manifest.completion is None and manifest.shards[-1].contexts == manifest.header.contexts_per_shard
+
+    def _recover(self) -> None:
+        """Cut a torn last line off the manifest, and remove files that it does not name."""
+        manifest = self._manifest
+        whole = manifest.n_bytes if manifest else 0
+        if (self.path / MANIFEST).stat().st_size > whole:
+            announce("cut the manifest")
+            self._file.truncate(whole)
+            sync(self._file)
+        self.clear_partial()
+        if manifest is not None and manifest.completion is None:
+            for key in shard_keys(manifest.header, len(manifest.shards)):
+                (self.path / key).unlink(missing_ok=True)
+            self._write_metadata(0)
+
+    def start(self, header: Header) -> Header:
+        """Begin the store: its header line, then the metadata of its arrays."""
+        with disk_errors(self.path):
+            try:
+                line, checksum = encode_line(header, 0)
+            except (TypeError, msgspec.MsgspecError, ValueError) as error:
+                raise ConfigError(f"expected metadata that JSON can hold; {error}") from None
+            self._append(line)
+            sync_folder(self.path)
+            self._manifest = Manifest(header, shards=[], n_bytes=len(line), checksum=checksum)
+            self._write_metadata(0)
+        return header
+
+    def _write_metadata(self, n_rows: int) -> dict[str, FileRecord]:
+        """Write each `zarr.json` that is not as it should be; return their records."""
+        assert self._manifest is not None
+        files = metadata_files(self._manifest.header, n_rows)
+        moves = []
+        for key, content in files.items():
+            target = self.path / key
+            if not target.exists() or target.read_bytes() != content:
+                make_folder(target.parent)
+                moves.append((self._stage(key, content), target))
+        move_into_place(moves)
+        return {key: _record(content) for key, content in files.items()}
+
+    def _stage(self, key: str, content: bytes) -> Path:
+        make_folder(self.partial)
+        path = self.partial / key.replace("/", "~")
+        write_synced(path, content)
+        return path
+
+    def commit(
+        self,
+        shard: ShardInProgress,
+        n_contexts: int,
+        statistics: Statistics,
+        segments: list[Segments],
+        info: Mapping[int, tuple[int, str]],
+    ) -> None:
+        """Make a written shard part of the store: flush, rename, flush, and only then name it in the manifest."""
+        manifest = self._manifest
+        assert manifest is not None
+        keys = {array.name: array.shard_key(shard.number) for array in arrays_of(manifest.header)}
+        moves, files = [], {}
+        for name, (path, n_bytes, checksum) in shard.finish().items():
+            moves.append((path, self.path / keys[name]))
+            files[keys[name]] = FileRecord(n_bytes, checksum)
+        sides = {
+            statistics_key(shard.number): encode_statistics(statistics),
+            provenance_key(shard.number): encode_segments(join_segments(segments), info),
+        }
+        for key, content in sides.items():
+            make_folder((self.path / key).parent)
+            moves.append((self._stage(key, content), self.path / key))
+            files[key] = _record(content)
+        move_into_place(moves)
+        entry = ShardRecord(shard=shard.number, contexts=n_contexts, files=files)
+        self._append_entry(entry)
+        manifest.shards.append(entry)
+
+    def complete(self) -> None:
+        """Write the merged statistics and the arrays' final shapes, then the manifest's last line."""
+        manifest = self._manifest
+        assert manifest is not None
+        if manifest.completion is not None:
+            return
+        with disk_errors(self.path):
+            header = manifest.header
+            content = encode_statistics(merge_statistics(shard_statistics(self.path, manifest), header))
+            move_into_place([(self._stage(STATISTICS, content), self.path / STATISTICS)])
+            files = {STATISTICS: _record(content)}
+            files |= self._write_metadata(manifest.n_contexts * header.context_size)
+            self.clear_partial()
+            entry = Completion(shards=len(manifest.shards), contexts=manifest.n_contexts, files=files)
+            self._append_entry(entry)
+            manifest.completion = entry
+
+    def _append_entry(self, entry: ShardRecord | Completion) -> None:
+        assert self._manifest is not None
+        line, self._manifest.checksum = encode_line(entry, self._manifest.checksum)
+        self._append(line)
+
+    def _append(self, line: bytes) -> None:
+        announce("append to the manifest")
+        self._file.write(line)
+        sync(self._file)
+
+    def clear_partial(self) -> None:
+        """Remove temporary files."""
+        if self.partial.exists():
+            remove_tree(self.partial)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._file.close()
+
+
+def _record(content: bytes) -> FileRecord:
+    return FileRecord(len(content), crc32c(content))
+
+
+def shard_keys(header: Header, shard: int) -> list[str]:
+    """Return the files that a committed shard consists of, by path in the store."""
+    keys = [array.shard_key(shard) for array in arrays_of(header)]
+    return [*keys, statistics_key(shard), provenance_key(shard)]
+
+
+def shard_statistics(path: Path, manifest: Manifest) -> list[Statistics]:
+    """Return each committed shard's statistics, checked against the manifest."""
+    return [
+        decode_statistics(
+            read_checked(path, statistics_key(record.shard), record.files), manifest.header, record.contexts
+        )
+        for record in manifest.shards
+    ]
+
+
+def read_checked(store: Path, key: str, files: Mapping[str, FileRecord]) -> bytes:
+    """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+    record = files.get(key)
+    if record is None:
+        raise StoreError(f"the store '{store}' is damaged: its manifest does not name '{key}'")
+    path = store / key
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size == record.bytes else b""
+    except OSError as error:
+        raise StoreError(f"the store '{store}' is damaged: cannot read '{key}' ({error.strerror})") from None
+    if len(content) != record.bytes:
+        raise StoreError(f"the store '{store}' is damaged: '{key}' has {size} bytes, its manifest says {record.bytes}")
+    if crc32c(content) != record.crc32c:
+        raise StoreError(f"the store '{store}' is damaged: '{key}' does not have its checksum")
+    return content
+
+
+def _check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool) -> None:
+    """Raise `StoreError` unless a store of the same settings may be gone on with."""
+    if not resume:
+        raise StoreError(f"'{path}' already holds a store; remove it, name another path, or resume it")
+    old, new = msgspec.to_builtins(manifest.header), msgspec.json.decode(msgspec.json.encode(proposed))
+    for key in old:
+        if key != "has_tokens" and old[key] != new[key]:
+            raise StoreError(
+                f"the store '{path}' was begun with {key} = {old[key]!r}, now asked for {new[key]!r}; "
+                "use the same settings, or name another path"
+            )

@@ -1,0 +1,71 @@
+"""Mean, variance and mean norm of a hook point's training rows, in float64, mergeable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from jaxtyping import Float64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Exact moments of rows: `M2` sums squared deviations from the mean, `sum_norm` Euclidean norms."""
+
+    count: int
+    mean: Float64[np.ndarray, " d_in"]
+    M2: Float64[np.ndarray, " d_in"]
+    sum_norm: float
+
+    @classmethod
+    def none(cls, d_in: int) -> Moments:
+        """Return the moments of no rows."""
+        return cls(0, np.zeros(d_in), np.zeros(d_in), 0.0)
+
+    @classmethod
+    def of(cls, rows: Float64[np.ndarray, "n d_in"]) -> Moments:
+        """Return the moments of rows. `rows` is overwritten."""
+        if not len(rows):
+            return cls.none(rows.shape[1])
+        squares = rows * rows
+        sum_norm = float(np.sqrt(squares.sum(axis=1)).sum())
+        mean = rows.mean(axis=0)
+        rows -= mean
+        np.multiply(rows, rows, out=squares)
+        return cls(len(rows), mean, squares.sum(axis=0), sum_norm)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Merge with the moments of other rows (Chan, Golub and LeVeque 1983, equations 2.1)."""
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if not other.count else other
+        difference = other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        M2 = self.M2 + other.M2 + difference * difference * (self.count * other.count / count)
+        return Moments(count, mean, M2, self.sum_norm + other.sum_norm)
+
+    @property
+    def variance(self) -> Float64[np.ndarray, " d_in"]:
+        """Population variance of each channel."""
+        return self.M2 / max(self.count, 1)
+
+    @property
+    def total_variance(self) -> float:
+        """E||x - E x||^2, the sum of the channels' variances."""
+        return float(self.variance.sum())
+
+    @property
+    def mean_norm(self) -> float:
+        """E||x||."""
+        return self.sum_norm / max(self.count, 1)
+
+    @property
+    def mean_squared_norm(self) -> float:
+        """E||x||^2."""
+        return self.total_variance + float(self.mean @ self.mean)
+
+
+def merge(parts: list[Moments], d_in: int) -> Moments:
+    """Merge moments in order; the same parts in the same order give the same bits."""
+    return reduce(Moments.__add__, parts, Moments.none(d_in))

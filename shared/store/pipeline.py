@@ -1,0 +1,121 @@
+"""The background half of the writer: threads compress chunks, one thread writes and commits shards in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from ..errors import ThresherError
+from .durable import disk_errors, make_folder
+from .shards import ShardFile
+
+Encoded = list[tuple[str, Any]]
+"""The stored bytes of one chunk of each of some arrays, by array."""
+
+
+class ShardInProgress:
+    """The temporary files of a shard that is being written."""
+
+    def __init__(self, number: int, folder: Path, n_chunks: dict[str, int]) -> None:
+        self.number = number
+        self._paths = {name: folder / f"{name.replace('/', '~')}.{number}" for name in n_chunks}
+        self._n_chunks = n_chunks
+        self._files: dict[str, ShardFile] = {}
+
+    def append(self, encoded: Encoded) -> int:
+        """Write the next chunk of each array; return the bytes written."""
+        written = 0
+        for name, stored in encoded:
+            if name not in self._files:
+                make_folder(self._paths[name].parent)
+                self._files[name] = ShardFile(self._paths[name], self._n_chunks[name])
+            self._files[name].append(stored)
+            written += len(stored)
+        return written
+
+    def finish(self) -> dict[str, tuple[Path, int, int]]:
+        """Flush the files; return each array's (temporary path, bytes, footer checksum)."""
+        return {name: (file.path, *file.finish()) for name, file in self._files.items()}
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for file in self._files.values():
+            file.abandon()
+
+
+class Pipeline:
+    """Run encoding in threads and their results, in order, in one writing thread.
+
+    At most `pending_bytes` of rows (or one piece of work) wait at any time: `encode` blocks until there is room.
+    """
+
+    def __init__(self, store: Path, threads: int, pending_bytes: int) -> None:
+        self.bytes_written = 0
+        self.error: BaseException | None = None
+        self._store = store
+        self._limit = pending_bytes
+        self._pending = 0
+        self._room = threading.Condition()
+        self._queue: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="store-encode")
+        self._writer = threading.Thread(target=self._write, name="store-write", daemon=True)
+        self._writer.start()
+
+    def encode(self, work: Callable[[], Any], then: Callable[[Any], int], cost: int) -> None:
+        """Run `work()` in a pool thread, and `then(its result)`, which returns bytes written, in the writing thread."""
+        with self._room:
+            self._room.wait_for(lambda: not self._pending or self._pending + cost <= self._limit)
+            self._pending += cost
+        self.check()
+        self._queue.put((self._pool.submit(work), then, cost))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Run `action()` in the writing thread after all that came before."""
+        self.check()
+        self._queue.put((None, action, 0))
+
+    def check(self) -> None:
+        """Raise the error that stopped the background, if one did."""
+        if self.error is not None:
+            if isinstance(self.error, ThresherError):
+                raise type(self.error)(*self.error.args) from self.error
+            raise self.error
+
+    def close(self) -> None:
+        """Wait for all work, then stop the threads; errors are left to `check`."""
+        self._queue.put(None)
+        self._writer.join()
+        self._pool.shutdown()
+
+    def abort(self) -> None:
+        """Drop the work that waits, and stop the threads."""
+        if self.error is None:
+            self.error = RuntimeError("the writer was closed")
+        self.close()
+
+    def _write(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, then, cost = item
+            try:
+                with disk_errors(self._store):
+                    self._run(future, then)
+            except BaseException as error:  # handed to the caller by check()
+                self.error = self.error or error
+            finally:
+                with self._room:
+                    self._pending -= cost
+                    self._room.notify_all()
+
+    def _run(self, future: Future[Any] | None, then: Callable[..., Any]) -> None:
+        if self.error is not None:
+            if future is not None:
+                future.cancel()
+            return
+        if future is None:
+            then()
+        else:
+            self.bytes_written += then(future.result())

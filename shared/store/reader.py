@@ -1,0 +1,264 @@
+"""Read a store: `ActivationStore`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int32, Int64
+from torch import Tensor
+
+from ..errors import ConfigError, HookPointError, StoreError
+from .commit import read_checked, shard_statistics
+from .format import STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
+from .manifest import Manifest, read_manifest
+from .mapped import ShardCache
+from .moments import Moments
+from .provenance import decode_segments, expand_segments
+from .quantise import dequantise
+from .rows import TORCH_DTYPES
+from .statistics import Statistics, decode_statistics, merge_statistics
+from .verify import find_faults
+
+Verify = Literal["first", "always", "never"]
+
+
+class ActivationStore:
+    """A store of activations, opened for reading; safe to use from several threads.
+
+    Open it with `ActivationStore.open(path)`. Rows are in sequence order: row `r` is position `r % context_size` of
+    context `r // context_size`. A store whose harvest was cut off is readable as far as it was committed.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, verify: Verify, threads: int | None) -> None:
+        header = manifest.header
+        self.path = path
+        self.hook_points = tuple(header.hook_points)
+        self.context_size = header.context_size
+        self.n_contexts = manifest.n_contexts
+        self.n_rows = self.n_contexts * self.context_size
+        self.chunk_rows = header.chunk_rows
+        self.shard_rows = header.shard_rows
+        self.n_chunks = -(-self.n_rows // self.chunk_rows)
+        self.dtype = TORCH_DTYPES[header.dtype]
+        self.codec = header.codec
+        self.metadata: dict[str, Any] = header.metadata
+        self.mask_token_ids = tuple(header.mask_token_ids)
+        self.has_tokens = header.has_tokens
+        self.complete = manifest.completion is not None
+        self.manifest = manifest
+        self._verify: Verify = verify
+        self._threads = threads or min(os.cpu_count() or 1, 16)
+        self._pools: dict[int, ThreadPoolExecutor] = {}
+        self._caches = {
+            array.name: ShardCache(path, array, manifest.shards, header.context_size) for array in arrays_of(header)
+        }
+        self._segments = lru_cache(maxsize=8)(self._read_segments)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: Verify = "first", threads: int | None = None) -> Self:
+        """Open a store. `verify` says when a chunk's checksum is checked: at its first read, always, or never.
+
+        Raises:
+            MissingFileError: nothing is there.
+            StoreError: what is there is no store, or its manifest or metadata is damaged.
+        """
+        if verify not in Verify.__args__:
+            raise ConfigError(f"expected verify to be one of {', '.join(Verify.__args__)}; got '{verify}'")
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise StoreError(f"the store '{path}' is empty: its writing was cut off at the start; write it again")
+        if manifest.completion is not None:
+            for key in manifest.completion.files:
+                if key.endswith("zarr.json"):
+                    read_checked(path, key, manifest.completion.files)
+        return cls(path, manifest, verify, threads)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path: another process maps the files itself."""
+        return _reopen, (str(self.path), self._verify, self._threads)
+
+    def __repr__(self) -> str:
+        """Tell the path, the size and the hook points."""
+        hooks = ", ".join(f"{name} [{self.d_in(name)}]" for name in self.hook_points)
+        return f"ActivationStore('{self.path}', {self.n_rows} rows, {hooks})"
+
+    def d_in(self, hook_point: str) -> int:
+        """Return a hook point's width; raise `HookPointError` if the store does not hold it."""
+        try:
+            return self.manifest.header.hook_points[hook_point]
+        except KeyError:
+            raise HookPointError(
+                f"the store '{self.path}' has no hook point '{hook_point}'; it has {', '.join(self.hook_points)}"
+            ) from None
+
+    def read(self, hook_point: str, start: int, stop: int) -> Float[Tensor, "n d_in"]:
+        """Return rows [start, stop) in the store's dtype."""
+        self._check_rows(start, stop)
+        first = start // self.chunk_rows
+        chunks = range(first, -(-stop // self.chunk_rows))
+        rows = self.read_chunks(hook_point, chunks)
+        return rows[start - first * self.chunk_rows : stop - first * self.chunk_rows]
+
+    def read_chunks(
+        self, hook_point: str, chunk_indices: Sequence[int] | Int[np.ndarray, " n"], out: Tensor | None = None
+    ) -> Float[Tensor, "rows d_in"]:
+        """Decode whole chunks, in any order, in parallel, one after another into `out` (made if not given).
+
+        `out` has `len(chunk_indices) * chunk_rows` rows; rows of the store's last chunk beyond `n_rows` are zero.
+        """
+        d_in = self.d_in(hook_point)
+        indices = np.asarray(chunk_indices, dtype=np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.n_chunks:
+            raise ConfigError(f"expected chunks of 0 to {self.n_chunks - 1}, got {indices.min()} to {indices.max()}")
+        shape = (len(indices) * self.chunk_rows, d_in)
+        if out is None:
+            out = torch.empty(shape, dtype=self.dtype)
+        elif not _fits(out, shape, self.dtype):
+            raise ConfigError(
+                f"expected a contiguous {self.dtype} CPU tensor of shape {shape} to decode into, "
+                f"got {out.dtype} on {out.device} of shape {tuple(out.shape)}"
+            )
+        if self.codec == "int8":
+            self._dequantise_chunks(hook_point, indices, out)
+        elif len(indices):
+            target = out.view(torch.uint8).numpy().reshape(len(indices), -1)
+            cache = self._caches[hook_point]
+            self._parallel(lambda i: cache.decode(int(indices[i]), target[i], self._verify), len(indices))
+        return out
+
+    def _dequantise_chunks(self, hook_point: str, indices: np.ndarray, out: Tensor) -> None:
+        values_of, scales_of = self._caches[hook_point], self._caches[scales_name(hook_point)]
+        rows, d_in = self.chunk_rows, out.shape[1]
+
+        def decode(i: int) -> None:
+            values = np.empty((rows, d_in), dtype=np.int8)
+            scales = np.empty(rows, dtype=np.float32)
+            values_of.decode(int(indices[i]), values.reshape(-1).view(np.uint8), self._verify)
+            scales_of.decode(int(indices[i]), scales.view(np.uint8), self._verify)
+            out[i * rows : (i + 1) * rows] = torch.from_numpy(dequantise(values, scales))
+
+        self._parallel(decode, len(indices))
+
+    def _parallel(self, work: Callable[[int], None], n: int) -> None:
+        """Run work(0) to work(n - 1) in this process's threads."""
+        pool = self._pools.get(os.getpid())
+        if pool is None:
+            pool = self._pools.setdefault(os.getpid(), ThreadPoolExecutor(self._threads, "store-decode"))
+        parts = min(n, self._threads)
+        futures = [pool.submit(_run, work, n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+        for future in futures:
+            future.result()
+
+    def tokens(self, start: int, stop: int) -> Int32[Tensor, " n"] | None:
+        """Return the tokens of rows [start, stop), or None if the store holds none."""
+        if not self.has_tokens:
+            return None
+        self._check_rows(start, stop)
+        cache = self._caches[TOKENS]
+        rows = cache.array.chunk_rows
+        first, last = start // rows, -(-stop // rows)
+        out = np.empty((last - first, rows), dtype="<i4")
+        self._parallel(lambda i: cache.decode(first + i, out[i].view(np.uint8), self._verify), last - first)
+        return torch.from_numpy(out.reshape(-1)[start - first * rows : stop - first * rows])
+
+    def held_out_contexts(self) -> Bool[np.ndarray, " n_contexts"]:
+        """Tell of each context whether it is held out."""
+        return self._statistics.held_out
+
+    def row_mask(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
+        """Tell of rows [start, stop) which may be used: their token is none of `mask_token_ids`."""
+        tokens = self.tokens(start, stop) if self.mask_token_ids else None
+        if tokens is None:
+            self._check_rows(start, stop)
+            return np.ones(stop - start, dtype=bool)
+        return ~np.isin(tokens.numpy(), self.mask_token_ids)
+
+    def training_mask(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
+        """Tell of rows [start, stop) which may be trained on: usable, and of no held-out context."""
+        contexts = np.arange(start, stop) // self.context_size
+        return self.row_mask(start, stop) & ~self.held_out_contexts()[contexts]
+
+    def training_rows_per_chunk(self) -> Int64[np.ndarray, " n_chunks"]:
+        """Count each chunk's rows that may be trained on."""
+        return self._statistics.training_rows
+
+    def moments(self, hook_point: str) -> Moments:
+        """Return the exact float64 moments of a hook point's training rows."""
+        self.d_in(hook_point)
+        return self._statistics.moments[hook_point]
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        manifest = self.manifest
+        if manifest.completion is None:
+            return merge_statistics(shard_statistics(self.path, manifest), manifest.header)
+        content = read_checked(self.path, STATISTICS, manifest.completion.files)
+        return decode_statistics(content, manifest.header, self.n_contexts)
+
+    def documents(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Return each row's (document, position in it); -1 where it was not given."""
+        self._check_rows(start, stop)
+        parts = []
+        for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
+            first = shard * self.shard_rows
+            document, position = expand_segments(self._segments(shard))
+            rows = slice(max(start - first, 0), stop - first)
+            parts.append((document[rows], position[rows]))
+        none = np.zeros(0, dtype=np.int64)
+        return (
+            np.concatenate([none, *(part[0] for part in parts)]),
+            np.concatenate([none, *(part[1] for part in parts)]),
+        )
+
+    def document_info(self, document: int) -> tuple[int | None, str | None]:
+        """Return a document's (hash, name), None where the writer was not told."""
+        for shard in range(len(self.manifest.shards)):
+            table = self._segments(shard)
+            found = np.flatnonzero(table["document"].fill_null(-1).to_numpy() == document)
+            if len(found):
+                row = table.slice(int(found[0]), 1).to_pylist()[0]
+                return row["document_hash"], row["document_name"]
+        raise StoreError(f"the store '{self.path}' has no document {document}")
+
+    def _read_segments(self, shard: int) -> Any:
+        key = provenance_key(shard)
+        record = self.manifest.shards[shard]
+        try:
+            table = decode_segments(read_checked(self.path, key, record.files))
+            if table["length"].to_numpy().sum() != record.contexts * self.context_size:
+                raise StoreError("its runs do not cover the shard")
+        except StoreError as error:
+            raise StoreError(f"the store '{self.path}' is damaged: '{key}': {error}") from None
+        return table
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Check every byte against its checksum; return one line per fault, none when the store is whole.
+
+        `progress` is called with the bytes checked since its last call.
+        """
+        return find_faults(self, progress or (lambda _: None))
+
+    def _check_rows(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ConfigError(f"expected rows within 0 to {self.n_rows}, got {start} to {stop}")
+
+
+def _fits(out: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    return tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
+
+
+def _run(work: Callable[[int], None], start: int, stop: int) -> None:
+    for i in range(start, stop):
+        work(i)
+
+
+def _reopen(path: str, verify: Verify, threads: int) -> ActivationStore:
+    return ActivationStore.open(path, verify=verify, threads=threads)

@@ -1,0 +1,101 @@
+"""Check every byte of a store, and name what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from ..errors import StoreError
+from .commit import read_checked, shard_keys
+from .format import PARTIAL_FOLDER, STATISTICS, ArrayLayout, arrays_of, provenance_key, statistics_key
+from .manifest import ShardRecord
+from .mapped import MappedShard
+from .provenance import decode_segments
+from .shards import CHECKSUM_BYTES
+from .statistics import decode_statistics
+from .zarr_metadata import metadata_files
+
+if TYPE_CHECKING:
+    from .reader import ActivationStore
+
+
+def find_faults(store: ActivationStore, progress: Callable[[int], None]) -> list[str]:
+    """Return one line per fault: the file, and for data the chunk and rows."""
+    manifest = store.manifest
+    work = [(array, record) for record in manifest.shards for array in arrays_of(manifest.header)]
+    with ThreadPoolExecutor(store._threads, "store-verify") as pool:
+        parts = list(pool.map(lambda item: _shard_faults(store, item[0], item[1], progress), work))
+    faults = [fault for part in parts for fault in part]
+    for record in manifest.shards:
+        faults += _side_file_faults(store, record)
+    return faults + _whole_store_faults(store)
+
+
+def _shard_faults(
+    store: ActivationStore, array: ArrayLayout, record: ShardRecord, progress: Callable[[int], None]
+) -> list[str]:
+    n_rows = record.contexts * store.context_size
+    try:
+        shard = MappedShard(store.path, array, record, array.n_chunks(n_rows))
+    except StoreError as error:
+        return [str(error)]
+    faults = []
+    first_row = record.shard * array.shard_rows
+    for chunk, checksum in enumerate(shard.checksums):
+        stop = int(shard.bounds[chunk + 1])
+        stored_checksum = int.from_bytes(shard.data[stop - CHECKSUM_BYTES : stop].tobytes(), "little")
+        try:
+            shard.check(chunk)
+            if stored_checksum != checksum:
+                raise StoreError(f"{shard.where}, chunk {chunk}: the checksum behind it is not the footer's")
+        except StoreError as error:
+            rows = first_row + chunk * array.chunk_rows
+            faults.append(f"{error} (rows {rows} to {min(rows + array.chunk_rows, first_row + n_rows) - 1})")
+        progress(stop - int(shard.bounds[chunk]))
+    return faults
+
+
+def _side_file_faults(store: ActivationStore, record: ShardRecord) -> list[str]:
+    header = store.manifest.header
+    expected = shard_keys(header, record.shard)
+    faults = []
+    if set(record.files) != set(expected):
+        faults.append(f"the store '{store.path}' is damaged: its manifest names other files for shard {record.shard}")
+    try:
+        decode_statistics(read_checked(store.path, statistics_key(record.shard), record.files), header, record.contexts)
+    except StoreError as error:
+        faults.append(_named(store, statistics_key(record.shard), error))
+    try:
+        decode_segments(read_checked(store.path, provenance_key(record.shard), record.files))
+    except StoreError as error:
+        faults.append(_named(store, provenance_key(record.shard), error))
+    return faults
+
+
+def _whole_store_faults(store: ActivationStore) -> list[str]:
+    manifest = store.manifest
+    expected = metadata_files(manifest.header, store.n_rows if store.complete else 0)
+    if manifest.completion is None:
+        faults = [
+            f"the store '{store.path}' is not finished, yet '{key}' is not as in an unfinished store"
+            for key, content in expected.items()
+            if not (store.path / key).is_file() or (store.path / key).read_bytes() != content
+        ]
+        return faults
+    faults = []
+    for key in [STATISTICS, *expected]:
+        try:
+            content = read_checked(store.path, key, manifest.completion.files)
+            if key == STATISTICS:
+                decode_statistics(content, manifest.header, store.n_contexts)
+        except StoreError as error:
+            faults.append(_named(store, key, error))
+    if (store.path / PARTIAL_FOLDER).exists():
+        faults.append(f"the store '{store.path}' is complete, yet a temporary folder '{PARTIAL_FOLDER}' is left")
+    return faults
+
+
+def _named(store: ActivationStore, key: str, error: StoreError) -> str:
+    """Return an error's line, with the file named once."""
+    return str(error) if key in str(error) else f"the store '{store.path}' is damaged: '{key}': {error}"
