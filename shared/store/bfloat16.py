@@ -1,6 +1,7 @@
 """Zarr's registered `bfloat16` extension data type, which zarr-python does not know by itself.
 
-With Thresher installed, zarr-python finds it through the entry point group `zarr.data_type`.
+Call `register_bfloat16()` before `zarr.open`: zarr-python 3.1.6 collects data types from the entry points
+of installed packages, but never loads what it collected. tensorstore needs nothing.
 https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/bfloat16
 """
 
@@ -43,5 +44,5 @@ class BFloat16(BaseFloat[Any, Any]):
 
 
 def register_bfloat16() -> None:
-    """Teach zarr-python the data type, for a process that did not find the entry point."""
+    """Teach zarr-python the data type, for this process."""
     data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)
