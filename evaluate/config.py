@@ -25,10 +25,11 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     ] = None
     device: Annotated[str, Meta(description="Device of the SAEs and the model.")] = "cpu"
     max_rows: Annotated[
-        int | None, Meta(ge=1, description="Held-out rows to use, spread evenly over them; by default all.")
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Held-out rows to use, spread evenly over them; by default all."),
     ] = None
     model_rows: Annotated[
-        int | None, Meta(ge=1, description="Held-out tokens to run the model on, spread evenly; none for all.")
+        Annotated[int, Meta(ge=1)], Meta(description="Held-out tokens to run the model on, at most, spread evenly.")
     ] = 65536
     batch_size: Annotated[int, Meta(ge=1, description="Contexts per forward pass of the model.")] = 8
     block_rows: Annotated[int, Meta(ge=1, description="Rows read from the store and encoded at a time.")] = 8192

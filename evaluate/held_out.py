@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -112,27 +113,31 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
         )
     size = store.context_size
     contexts = contexts[spread(len(contexts), max_rows, size)]
-    usable, documents = [], []
-    for start, stop in context_spans(contexts):
-        usable.append(np.asarray(store.row_mask(start * size, stop * size)))
-        documents.append(row_documents(store, start, stop))
-    usable = np.concatenate(usable).reshape(-1, size)
+    usable = np.empty((len(contexts), size), dtype=bool)
+    documents = np.empty((len(contexts), size), dtype=np.int64)
+    for part, start, stop in _by_shard(contexts, store.shard_rows // size):
+        within = contexts[part] - start
+        usable[part] = store.row_mask(start * size, stop * size).reshape(-1, size)[within]
+        documents[part] = row_documents(store, start, stop).reshape(-1, size)[within]
     if not usable.any():
         raise StoreError(
             f"store '{store.path}' has {usable.size:,} held-out rows and every one is masked; harvest more tokens"
         )
-    _, rank = np.unique(np.concatenate(documents)[usable.reshape(-1)], return_inverse=True)
+    _, rank = np.unique(documents[usable], return_inverse=True)
     group = np.zeros(usable.shape, dtype=np.int64)
     group[usable] = rank % MAX_GROUPS
     return HeldOut(store, contexts, usable, group, int(rank.max()) + 1)
 
 
+def _by_shard(contexts: Int64[np.ndarray, " contexts"], per_shard: int) -> Iterator[tuple[slice, int, int]]:
+    """Yield for each shard the slice of `contexts` that lies in it, and the range [start, stop) that they span."""
+    edges = np.flatnonzero(np.diff(contexts // per_shard)) + 1
+    for first, last in pairwise([0, *edges.tolist(), len(contexts)]):
+        yield slice(first, last), int(contexts[first]), int(contexts[last - 1]) + 1
+
+
 def row_documents(store: ActivationStore, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
-    """Return the document of each row of contexts [start, stop); a store without documents has one per context."""
-    size = store.context_size
-    found = store.documents(start * size, stop * size)
-    if found is None or found[0] is None:
-        return np.repeat(np.arange(start, stop), size)
-    document = np.asarray(found[0], dtype=np.int64)
-    context = np.repeat(np.arange(start, stop), size)
+    """Return the document of each row of contexts [start, stop); rows without one count as their context's own."""
+    document, _ = store.documents(start * store.context_size, stop * store.context_size)
+    context = np.repeat(np.arange(start, stop), store.context_size)
     return np.where(document < 0, -1 - context, document)

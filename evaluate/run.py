@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             row |= estimate(splice_metrics, losses[sae.name])
             row["n_model_tokens"] = int(losses[sae.name]["n_kl"].sum())
             intervals |= confidence_intervals(splice_metrics, losses[sae.name], config.bootstrap_samples, config.seed)
-        row["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
+        row["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()} or None
         metrics.append(row)
         table = latent_table(sums[sae.name].latents)
         write_atomically(output / "latents" / f"{sae.name.replace('/', '_')}.parquet", parquet_bytes(table))
@@ -71,7 +71,7 @@ def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
     if isinstance(config.model, str):
         return config.model
     named = store.metadata.get("model")
-    return str(named) if named and store.tokens(0, 1) is not None else None
+    return str(named) if named and store.has_tokens else None
 
 
 def _spliced_losses(
@@ -100,7 +100,7 @@ def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
 
 def mask_description(store: ActivationStore) -> str:
     """Say which rows are left out of every metric."""
-    masked = list(store.metadata.get("mask_token_ids") or [])
+    masked = list(store.mask_token_ids)
     return f"held-out rows whose token is not in {masked}" if masked else "every held-out row"
 
 
