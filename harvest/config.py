@@ -8,6 +8,9 @@ from msgspec import Meta
 
 from ..shared.config import Config
 
+Level = Annotated[int, Meta(ge=0, le=22)]
+Positive = Annotated[int, Meta(ge=1)]
+
 
 class HarvestConfig(Config, frozen=True, kw_only=True):
     """Configuration of one harvest."""
@@ -33,10 +36,16 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], Meta(description="Data type of the stored activations.")
     ] = "bfloat16"
-    codec: Annotated[str, Meta(description="Compression of the store: none, lz4, zstd or int8.")] = "lz4"
+    codec: Annotated[
+        Literal["none", "lz4", "zstd", "int8"], Meta(description="Compression of the stored activations.")
+    ] = "lz4"
+    codec_level: Annotated[Level | None, Meta(description="Level of the compression; the codec's own when absent.")] = (
+        None
+    )
     shard_bytes: Annotated[int, Meta(ge=1, description="Target size of a shard of one hook point, uncompressed.")] = (
         256 * 2**20
     )
+    threads: Annotated[Positive | None, Meta(description="Threads that compress; one per core when absent.")] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="Data type the model runs in; auto is bfloat16 where the device has it."),
@@ -58,3 +67,8 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
             "norm is an outlier, and as a BOS it is masked."
         ),
     ] = True
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts that hold `tokens` rows."""
+        return -(-self.tokens // self.context_size)

@@ -40,11 +40,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, bos: int) -> list[int]
     return sorted({bos, *tokenizer.all_special_ids})
 
 
-def n_contexts_wanted(config: HarvestConfig) -> int:
-    """Return how many contexts hold `config.tokens` rows."""
-    return -(-config.tokens // config.context_size)
-
-
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedDocument]:
     """Tokenize documents in batches; a document without tokens gets a number but is passed over.
 
@@ -84,7 +79,7 @@ def _encodable(text: str) -> str:
 
 def read_contexts(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, group: int) -> Iterator[Context]:
     """Yield the contexts of a harvest; note on stderr when the text is too short for all of them."""
-    n_wanted, n_packed = n_contexts_wanted(config), 0
+    n_wanted, n_packed = config.n_contexts, 0
     documents = tokenize(read_documents(config), tokenizer)
     first = next(documents, None)
     if first is None:

@@ -1,0 +1,90 @@
+"""Load what a harvest needs and check that its parts fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..shared.errors import ModelError
+from ..shared.hook_points import ResolvedHookPoint
+from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
+from ..shared.store.format import CHUNK_BYTES, ITEM_BYTES, choose_chunk_rows
+from .config import HarvestConfig
+from .tokens import bos_token_id, special_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model, its tokenizer, where to read it, and how contexts are grouped for the store."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    hook_points: dict[str, ResolvedHookPoint]
+    group: int
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each hook point."""
+        return {name: hook_point.d_in for name, hook_point in self.hook_points.items()}
+
+
+def make_plan(config: HarvestConfig) -> Plan:
+    """Load model and tokenizer and find the hook points; raise `ModelError` or `HookPointError` if they do not fit."""
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model, config.revision)
+    model = load_model(config.model, config.model_dtype, device, config.revision)
+    check_fits(model, tokenizer, config)
+    hook_points = resolve_hook_points(model, config.hook_points)
+    widest = max(hook_point.d_in for hook_point in hook_points.values())
+    row_bytes = widest * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
+    chunk_rows = choose_chunk_rows(row_bytes, config.context_size, CHUNK_BYTES)
+    return Plan(model, tokenizer, hook_points, max(1, chunk_rows // config.context_size))
+
+
+def choose_device(device: str) -> str:
+    """Return the device that "auto" means here: CUDA where there is any."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HarvestConfig) -> None:
+    """Raise `ModelError` for contexts beyond the model's positions or tokens beyond its vocabulary."""
+    text_config: Any = model.config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(limit, int) and config.context_size > limit:
+        raise ModelError(
+            f"context_size {config.context_size} is beyond the {limit} positions of '{config.model}'; lower it"
+        )
+    embeddings: Any = model.get_input_embeddings()
+    n_embeddings = embeddings.weight.shape[0]
+    largest = max([*special_token_ids(tokenizer, bos_token_id(tokenizer, config.bos_token)), tokenizer.vocab_size - 1])
+    if largest >= n_embeddings:
+        raise ModelError(
+            f"the tokenizer of '{config.model}' gives token {largest}, its model has {n_embeddings} embeddings; "
+            "the folder holds the tokenizer of another model"
+        )
+
+
+def metadata_of(config: HarvestConfig, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return what the store says about its origin; readers rely on these keys (docs/FORMAT.md)."""
+    bos = bos_token_id(plan.tokenizer, config.bos_token)
+    return {
+        "model": config.model,
+        "model_class": type(plan.model).__name__,
+        "model_dtype": str(plan.model.dtype).removeprefix("torch."),
+        "dataset": config.dataset,
+        "context_size": config.context_size,
+        "tokenizer": plan.tokenizer.name_or_path,
+        "bos_token_id": bos,
+        "holdout_fraction": config.holdout_fraction,
+        "seed": config.seed,
+        "mask_token_ids": special_token_ids(plan.tokenizer, bos),
+        "hook_modules": {name: hook_point.module_path for name, hook_point in plan.hook_points.items()},
+        "harvest": identity,
+    }

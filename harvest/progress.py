@@ -1,0 +1,45 @@
+"""The harvest's progress bar: tokens/s, GB written and compression ratio; quiet when not a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStoreWriter
+
+
+class Progress:
+    """A bar over the tokens of `n_contexts` contexts, of which `n_done` are stored already."""
+
+    def __init__(self, writer: ActivationStoreWriter, context_size: int, n_contexts: int, n_done: int) -> None:
+        self._writer = writer
+        self._context_size = context_size
+        self._bar = tqdm(
+            total=n_contexts * context_size,
+            initial=n_done * context_size,
+            unit="token",
+            unit_scale=True,
+            desc="harvest",
+            disable=None,
+        )
+
+    def update(self, n_contexts: int) -> None:
+        """Count contexts that were handed to the writer."""
+        writer = self._writer
+        if not self._bar.disable:
+            ratio = f"{writer.raw_bytes / writer.bytes_written:.2f}" if writer.bytes_written else "?"
+            self._bar.set_postfix_str(f"{writer.bytes_written / 1e9:.2f} GB written, ratio {ratio}", refresh=False)
+        self._bar.update(n_contexts * self._context_size)
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
