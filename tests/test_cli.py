@@ -1,0 +1,61 @@
+"""The command line as a user meets it: help is quick, mistakes cost one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from thresher.shared.cli import main
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from thresher.shared.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True)
+
+
+def test_help_lists_every_command_and_imports_no_torch():
+    code = "import sys; from thresher.shared.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("harvest", "train", "evaluate", "store"):
+        assert f"  {command}" in done.stdout
+    order = [done.stdout.index(f"  {stage} ") for stage in ("harvest", "train", "evaluate")]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("stage", ["harvest", "train", "evaluate"])
+def test_stage_help_names_every_key(stage, capsys):
+    assert main([stage, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: thresher {stage}" in shown
+    assert "--store" in shown
+    assert " (required)" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["harvst"], "no command 'harvst'"),
+        (["train", "no/such.toml"], "no config file at 'no/such.toml'"),
+        (["harvest", "--modl", "x"], "unknown key 'modl'; did you mean 'model'?"),
+        (["evaluate", "--store"], "--store needs a value"),
+        (["train", "--store", "x"], "missing required field"),
+        (["store", "verify", "no/such/store"], "no/such/store"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert expected in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    from thresher.shared.cli import run_guarded
+
+    with pytest.raises(ZeroDivisionError):
+        run_guarded(lambda: 1 / 0)
