@@ -6,7 +6,7 @@ function curveStyle(saes, name) {
   const sae = saes.find((other) => other.name === name);
   if (!sae) return { colour: "var(--soft)", dash: null, label: name };
   const architectures = [...new Set(saes.map((other) => other.architecture))];
-  const hooks = [...new Set(saes.map((other) => other.hook_point))];
+  const hooks = hooksOf(saes);
   const family = saes.filter((other) => other.architecture === sae.architecture);
   const shade = family.length > 1 ? family.indexOf(sae) / (family.length - 1) : 0.5;
   const base = colourOf(architectures.indexOf(sae.architecture));

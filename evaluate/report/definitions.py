@@ -60,33 +60,59 @@ METRICS = (
         "higher",
         "(KL_zero - KL_sae) / KL_zero, with KL the divergence of the model's predictions from the clean model's.",
     ),
+    Metric(
+        "top1_agreement",
+        "Top-1 agreement",
+        "percent",
+        "higher",
+        "Share of tokens after which the model with the SAE predicts the same next token as the clean model.",
+    ),
     Metric("ce_clean", "CE clean", "number", "", "Cross-entropy of the untouched model, in nats per token."),
     Metric("ce_sae", "CE with SAE", "number", "lower", "Cross-entropy with the SAE spliced in, in nats per token."),
     Metric("ce_zero", "CE zero", "number", "", "Cross-entropy with the activation set to zero, in nats per token."),
     Metric("ce_mean", "CE mean", "number", "", "Cross-entropy with the activation set to its mean, in nats per token."),
     Metric(
-        "top1_agreement", "Top-1 agreement", "percent", "higher", "Share of tokens whose likeliest next token stays."
+        "kl_sae", "KL with SAE", "number", "lower", "KL divergence of the predictions with the SAE, in nats per token."
+    ),
+    Metric("kl_zero", "KL zero", "number", "", "KL divergence with the activation set to zero, in nats per token."),
+    Metric("kl_mean", "KL mean", "number", "", "KL divergence with the activation set to its mean, in nats per token."),
+    Metric(
+        "ce_loss_score_mean_ablation",
+        "CE loss score, mean",
+        "fraction",
+        "higher",
+        "As the CE loss score, against the activation set to its mean rather than to zero.",
+    ),
+    Metric(
+        "kl_div_score_mean_ablation",
+        "KL score, mean",
+        "fraction",
+        "higher",
+        "As the KL score, against the activation set to its mean rather than to zero.",
     ),
     Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
+    Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
 )
+NOT_COLUMNS = (
+    "n_contexts",
+    "n_documents",
+    "d_in",
+    "top1_agreement_zero",
+    "top1_agreement_mean",
+    "top1_agreement_clean",
+)
+MISSING = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}
-ALWAYS_SHOWN = (
-    "name",
-    "architecture",
-    "hook_point",
-    "d_sae",
-    "l0",
-    "explained_variance",
-    "dead_fraction",
-    "ce_loss_score",
-)
+FIRST = ("name", "l0", "explained_variance", "ce_loss_score", "kl_div_score", "dead_fraction")
+ALWAYS_SHOWN = (*FIRST[:-2], "dead_fraction", "architecture", "hook_point", "d_sae")
 
 
 def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
     """Return the columns of a table of `metrics`: the known ones that any SAE has, then other plain numbers."""
     present = {key for row in metrics for key, value in row.items() if value is not None}
-    known = [metric for metric in METRICS if metric.key in present or metric.key in ALWAYS_SHOWN]
-    others = [key for key in dict.fromkeys(key for row in metrics for key in row) if key not in KNOWN]
+    ordered = [KNOWN[key] for key in FIRST] + [metric for metric in METRICS if metric.key not in FIRST]
+    known = [metric for metric in ordered if metric.key in present or metric.key in ALWAYS_SHOWN]
+    others = [key for key in dict.fromkeys(key for row in metrics for key in row) if key not in (*KNOWN, *NOT_COLUMNS)]
     return known + [
         Metric(key, key.replace("_", " "), "number", "", f"`{key}` in metrics.json.")
         for key in others
@@ -97,7 +123,7 @@ def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
 def format_value(value: Any, style: Style) -> str:
     """Return a value as the report prints it; what is missing is a dash."""
     if value is None or value != value:
-        return "–"
+        return MISSING
     if style == "text" or isinstance(value, str):
         return str(value)
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 // Bars over given edges, and the small multiples of latent densities on one shared log axis.
 function drawHistogram(width, height, { edges, counts }, { label, xTitle, yTitle = "Latents", colour, xEnds, yMax, tick = (value) => formatTick(value, false), unit = "latents" }) {
   const root = svg("svg", { width, height, role: "img", "aria-label": label });
-  const frame = { left: 0, right: width - 4, top: 26, bottom: height - 40 };
+  const frame = { left: 0, right: width - 14, top: 26, bottom: height - 40 };
   const y = makeScale(counts, frame.bottom, frame.top, { room: 0, count: 3, ends: [0, Math.max(1, yMax ?? Math.max(...counts))] });
   frame.left = leftMargin(y);
   const x = makeScale(edges, frame.left, frame.right, { room: 0, count: Math.max(3, Math.min(6, Math.floor(width / 60))), ends: xEnds });

@@ -11,6 +11,9 @@ from .definitions import format_value
 def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
     """Return one short label per SAE, such as `k=32`, with the width only where widths differ."""
     widths = {row.get("d_sae") for row in metrics}
+    hooks = Counter(str(row.get("hook_point")) for row in metrics)
+    usual = hooks.most_common(1)[0][0] if hooks else ""
+    short = _short_hooks(list(hooks))
     labels = []
     for row in metrics:
         parts = []
@@ -20,6 +23,8 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
             parts.append(f"λ={format_value(row['l1_coefficient'], 'number')}")
         if len(widths) > 1 and row.get("d_sae") is not None:
             parts.append(_width(row["d_sae"]))
+        if parts and str(row.get("hook_point")) != usual:
+            parts.append(short[str(row.get("hook_point"))])
         labels.append(" · ".join(parts) or str(row["name"]))
     seen = Counter(
         (label, row.get("architecture"), row.get("hook_point")) for label, row in zip(labels, metrics, strict=True)
@@ -28,6 +33,15 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
         str(row["name"]) if seen[label, row.get("architecture"), row.get("hook_point")] > 1 else label
         for label, row in zip(labels, metrics, strict=True)
     ]
+
+
+def _short_hooks(hooks: list[str]) -> dict[str, str]:
+    """Return each hook point without the last parts of its name that all share."""
+    parts = [hook.split(".") for hook in hooks]
+    shared = 0
+    while parts and all(len(part) > shared + 1 and part[-1 - shared] == parts[0][-1 - shared] for part in parts):
+        shared += 1
+    return {hook: ".".join(part[: len(part) - shared]) for hook, part in zip(hooks, parts, strict=True)}
 
 
 def _width(d_sae: int) -> str:

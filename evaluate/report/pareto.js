@@ -31,6 +31,13 @@ function paretoFrontier(points) {
   });
 }
 
+// The hook points, the one with most SAEs first, which is the one whose marks are filled.
+function hooksOf(saes) {
+  const counts = new Map();
+  for (const { hook_point } of saes) counts.set(hook_point, (counts.get(hook_point) ?? 0) + 1);
+  return [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || a.localeCompare(b, "en", { numeric: true }));
+}
+
 const overlap = (a, b) => Math.max(0, Math.min(a.x1, b.x1) - Math.max(a.x0, b.x0)) * Math.max(0, Math.min(a.y1, b.y1) - Math.max(a.y0, b.y0));
 
 // Choose for each label the nearest of 36 places that touches no mark, no other label and no edge.
@@ -83,9 +90,12 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
     root.append(group);
   });
   for (const point of points) {
-    const text = `${point.name}\n${point.architecture} at ${point.hook_point}\nL0 ${formatNumber(point.l0)}, ${title.toLowerCase()} ${formatNumber(point.value)}`;
+    const interval = point.intervals[key]?.map(formatNumber).join(" to ");
+    const text = `${point.name}\n${point.architecture} at ${point.hook_point}\nL0 ${formatNumber(point.l0)}, ${title.toLowerCase()} ${formatNumber(point.value)}${interval ? `\n95% confidence ${interval}` : ""}`;
     const group = svg("g", { "data-sae": point.name, transform: `translate(${point.px} ${point.py})`, tabindex: 0, role: "img", "aria-label": text.replaceAll("\n", ", ") });
     group.append(svg("circle", { r: 15, fill: "transparent" }), svg("circle", { class: "ring", r: 11 }));
+    const bounds = point.intervals[key];
+    if (bounds) group.append(svg("path", { class: "interval", d: `M0 ${y(bounds[0]) - point.py}V${y(bounds[1]) - point.py}`, style: `stroke: ${colourOf(architectures.indexOf(point.architecture))}` }));
     group.append(drawMark(architectures.indexOf(point.architecture), hooks.indexOf(point.hook_point)));
     describe(group, () => text);
     lightOnHover(group, point.name);
@@ -103,7 +113,7 @@ function drawLegend(list, architectures, hooks) {
 
 function setUpPareto(saes) {
   const architectures = [...new Set(saes.map((sae) => sae.architecture))];
-  const hooks = [...new Set(saes.map((sae) => sae.hook_point))];
+  const hooks = hooksOf(saes);
   const sizes = saes.map((sae) => sae.l0).filter((l0) => isNumber(l0) && l0 > 0);
   const state = { log: Math.max(...sizes) / Math.min(...sizes) > 6, architectures, hooks };
   let shown = saes;

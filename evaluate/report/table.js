@@ -26,6 +26,10 @@ function setUpTable() {
     });
   });
   for (const row of body.rows) lightOnHover(row, row.dataset.sae);
+  for (const cell of table.querySelectorAll("[data-interval]")) {
+    describe(cell, () => cell.dataset.interval);
+    cell.append(Object.assign(document.createElement("span"), { className: "hidden", textContent: `, ${cell.dataset.interval}` }));
+  }
   document.getElementById("table-filter").addEventListener("input", (event) => {
     const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from .definitions import columns, format_value
+from .definitions import Metric, columns, format_value
 from .labels import point_labels
 
 SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js", "main.js")
@@ -52,6 +52,7 @@ def write_report(
             has_model_metrics=any(row.get("ce_loss_score") is not None for row in rows),
             provenance={key: value for key, value in (provenance or {}).items() if value is not None},
             format_value=format_value,
+            interval=_interval,
             sort_key=_sort_key,
             style=_asset("report.css"),
             script=Markup("\n".join(_asset(name) for name in SCRIPTS)),
@@ -87,7 +88,9 @@ def json_for_script(value: Any) -> Markup:
 def _sae(row: Mapping[str, Any], label: str) -> dict[str, Any]:
     keys = ("name", "architecture", "hook_point", "d_sae", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
     histogram = row.get("density_histogram")
-    return {"label": label, "density": histogram} | {key: row.get(key) for key in keys}
+    bounds = row.get("confidence_95") or {}
+    intervals = {key: bounds[key] for key in ("explained_variance", "ce_loss_score") if bounds.get(key)}
+    return {"label": label, "density": histogram, "intervals": intervals} | {key: row.get(key) for key in keys}
 
 
 def _plain(value: Any) -> Any:
@@ -119,8 +122,17 @@ def _sort_key(value: Any) -> str:
     return repr(value) if _is_number(value) else str(value)
 
 
+def _interval(row: Mapping[str, Any], metric: Metric) -> str:
+    """Return a metric's confidence interval as text, or nothing where it has none."""
+    bounds = (row.get("confidence_95") or {}).get(metric.key)
+    if not bounds:
+        return ""
+    low, high = (format_value(bound, metric.style) for bound in bounds)
+    return f"95% confidence interval {low} to {high}, by documents"
+
+
 def _asset(name: str) -> Markup:
-    return Markup(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+    return Markup(resources.files(__package__ or __name__).joinpath(name).read_text(encoding="utf-8"))
 
 
 def _environment() -> jinja2.Environment:
