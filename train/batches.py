@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from ..shared.hook_points import canonical_hook_point
-from ..shared.store import ActivationStore
 from .order import Epoch, locate, order_epoch, order_window
+
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStore
 
 _WINDOWS_IN_MEMORY = 2
 

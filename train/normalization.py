@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..shared.store import ActivationStore
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStore
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..shared.errors import ConfigError, HookPointError
-from ..shared.store import ActivationStore
 from .architectures import make_architecture
 from .config import SaeConfig, TrainConfig
 from .sae_trainer import Schedule
 from .sweep import expand_sweep
+
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStore
 
 _BYTES_PER_PARAMETER = 4 + 4 + 8 + 2
 """Weights, gradient and Adam's two moments in float32, and the encoder's bfloat16 copy, rounded up."""

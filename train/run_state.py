@@ -6,18 +6,20 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..shared.config import read_toml, to_toml
 from ..shared.errors import ConfigError
-from ..shared.store import ActivationStore
 from .batches import ShuffledBatches
 from .checkpoint import load_record, load_state, save_record, save_state, write_atomically
 from .config import TrainConfig
 from .plan import Plan
 from .sae_trainer import SaeTrainer
+
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStore
 
 CONFIG_NAME = "config.toml"
 DIVERGED_NAME = "diverged.json"

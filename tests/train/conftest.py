@@ -1,14 +1,17 @@
-"""A store in memory, with the parts of `ActivationStore` that training reads."""
+"""Stores in memory for the tests of training."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 
 class ArrayStore:
+    """The parts of `ActivationStore` that training reads, over arrays."""
+
     def __init__(self, arrays, context_size=8, chunk_rows=4, held_out=None, masked=None):
         self.path = "memory"
         self.arrays = {name: torch.as_tensor(array) for name, array in arrays.items()}
@@ -46,8 +49,7 @@ class ArrayStore:
 
     def moments(self, hook):
         rows = self.arrays[hook].double()[torch.from_numpy(self.training_mask())]
-        mean = rows.mean(0)
-        variance = rows.var(0, unbiased=False)
+        mean, variance = rows.mean(0), rows.var(0, unbiased=False)
         return SimpleNamespace(
             count=len(rows),
             mean=mean.numpy(),
@@ -55,3 +57,18 @@ class ArrayStore:
             total_variance=float(variance.sum()),
             mean_norm=float(rows.norm(dim=1).mean()),
         )
+
+
+@pytest.fixture
+def array_store():
+    """The class, since tests cannot import from each other."""
+    return ArrayStore
+
+
+@pytest.fixture(scope="session")
+def sparse_activations():
+    """Return 6,000 rows of 32 channels that a dictionary of 64 directions explains."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(64, 32, generator=generator)
+    codes = torch.rand(6000, 64, generator=generator) * (torch.rand(6000, 64, generator=generator) < 0.05)
+    return (codes @ directions + 1).bfloat16()

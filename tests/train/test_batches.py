@@ -1,0 +1,87 @@
+"""The stream gives every training row once per epoch, and goes on exactly where it was left."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from thresher.shared.errors import ConfigError, HookPointError, StoreError
+from thresher.train import ShuffledBatches
+
+WIDTH = 3
+CHUNK_BYTES = 4 * WIDTH * 4
+
+
+@pytest.fixture
+def numbered(array_store):
+    """Return a function that makes a store whose rows hold their own number."""
+
+    def make(n_contexts=9, chunk_rows=4, **masks):
+        n_rows = n_contexts * 8
+        rows = torch.arange(n_rows, dtype=torch.float32)[:, None].expand(-1, WIDTH).contiguous()
+        return array_store({"a": rows, "b": rows + 0.5}, chunk_rows=chunk_rows, **masks)
+
+    return make
+
+
+def rows_of(batches, n):
+    return [int(row) for _ in range(n) for row in next(batches)["a"][:, 0]]
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 5, 8, 16, 100])
+@pytest.mark.parametrize("window_bytes", [1, 7 * CHUNK_BYTES, 1 << 20])
+def test_every_training_row_once_per_epoch(numbered, chunk_rows, window_bytes):
+    masks = {"held_out": np.arange(9) % 4 == 1, "masked": np.arange(72) % 11 == 3}
+    store = numbered(chunk_rows=chunk_rows, **masks)
+    expected = np.flatnonzero(store.training_mask()).tolist()
+    with ShuffledBatches(store, ["a"], batch_size=7, window_bytes=window_bytes) as batches:
+        assert batches.rows_per_epoch == len(expected)
+        seen = rows_of(batches, 3 * len(expected) // 7 + 1)
+    epochs = [seen[i * len(expected) : (i + 1) * len(expected)] for i in range(3)]
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_hook_points_of_a_batch_carry_the_same_rows(numbered):
+    with ShuffledBatches(numbered(), batch_size=10, window_bytes=4 * CHUNK_BYTES) as batches:
+        for _ in range(20):
+            batch = next(batches)
+            assert torch.equal(batch["a"] + 0.5, batch["b"])
+
+
+@given(st.integers(0, 40), st.integers(1, 30), st.integers(0, 3))
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_resume_at_any_point_continues_the_same_stream(numbered, taken, batch_size, seed):
+    store = numbered()
+    options = {"batch_size": batch_size, "seed": seed, "window_bytes": 6 * CHUNK_BYTES}
+    with ShuffledBatches(store, **options) as batches:
+        rows_of(batches, taken)
+        state = batches.state_dict()
+        expected = rows_of(batches, 5)
+    with ShuffledBatches(store, **options) as batches:
+        batches.load_state_dict(state)
+        assert rows_of(batches, 5) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_partition_every_batch(numbered, world_size):
+    store = numbered()
+    with ShuffledBatches(store, ["a"], batch_size=24) as whole:
+        expected = [rows_of(whole, 1) for _ in range(7)]
+    ranks = [ShuffledBatches(store, ["a"], batch_size=24, rank=r, world_size=world_size) for r in range(world_size)]
+    for batch in expected:
+        assert [row for rank in ranks for row in rows_of(rank, 1)] == batch
+    for rank in ranks:
+        rank.close()
+
+
+def test_errors_say_what_to_do(numbered):
+    with pytest.raises(HookPointError, match=r"no hook point 'c'.*it has: a, b"):
+        ShuffledBatches(numbered(), ["c"])
+    with pytest.raises(StoreError, match="no training rows"):
+        ShuffledBatches(numbered(held_out=np.ones(9, bool)))
+    with pytest.raises(ConfigError, match="multiple of the 3 ranks"):
+        ShuffledBatches(numbered(), batch_size=10, world_size=3)
+    with ShuffledBatches(numbered(), seed=1) as batches, pytest.raises(ConfigError, match="seed 0"):
+        batches.load_state_dict({"rows_taken": 0, "seed": 0})

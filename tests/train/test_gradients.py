@@ -1,0 +1,107 @@
+"""Every architecture's hand-written gradients equal autograd's, in float64, of the plain formula."""
+
+import pytest
+import torch
+
+from thresher.train.architectures import make_architecture
+from thresher.train.architectures.base import Batch, StepInput
+from thresher.train.config import SaeConfig
+from thresher.train.kernels import kernels_for
+
+TOTAL_VARIANCE = 3.7
+
+
+def problem(d_in=7, d_sae=19, batch=13, seed=0, bias=0.0, **config):
+    """Return an architecture with random float64 parameters and a batch."""
+    torch.manual_seed(seed)
+    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=d_sae, **config), d_in)
+    parameters = {
+        name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64) + (bias if name == "b_enc" else 0)
+        for name, tensor in architecture.initial_parameters(torch.Generator().manual_seed(seed)).items()
+    }
+    return architecture, parameters, torch.randn(batch, d_in, dtype=torch.float64)
+
+
+def run(architecture, parameters, x, dead=None, sparsity_scale=1.0):
+    step = StepInput(
+        kernels=kernels_for("cpu"),
+        W_enc_compute=parameters["W_enc"],
+        total_variance=TOTAL_VARIANCE,
+        dead=dead,
+        sparsity_scale=sparsity_scale,
+    )
+    return architecture.step({name: tensor.clone() for name, tensor in parameters.items()}, Batch(x, x), step)
+
+
+def check(output, parameters, loss_of):
+    """Compare a step's loss and gradients with autograd's of `loss_of(parameters)`."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+    loss = loss_of(leaves)
+    expected = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    assert output.loss == pytest.approx(loss.item(), rel=1e-10)
+    for name, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(output.gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def pre_activations(p, x):
+    return (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+
+
+def keep_topk(pre_acts, k):
+    return torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(k, dim=1).indices, 1.0) * pre_acts.relu()
+
+
+def auxk(p, x, x_hat, dead, k_aux, coefficient):
+    residual = (x - x_hat).detach()
+    pre_acts = pre_activations(p, x).masked_fill(~dead, -torch.inf)
+    chosen = torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(min(k_aux, int(dead.sum()))).indices, 1.0)
+    e_hat = torch.where(chosen > 0, pre_acts, 0.0).relu() @ p["W_dec"]
+    return coefficient * (residual - e_hat).square().sum() / residual.square().sum()
+
+
+@pytest.mark.parametrize("k", [1, 4, 19])
+@pytest.mark.parametrize("bias", [0.0, -2.0])
+def test_topk(k, bias):
+    """With the lower bias, rows have fewer than k positives: those entries must pass no gradient."""
+    architecture, parameters, x = problem(k=k, bias=bias)
+
+    def loss_of(p):
+        x_hat = keep_topk(pre_activations(p, x), k) @ p["W_dec"] + p["b_dec"]
+        return (x - x_hat).square().sum(1).mean() / TOTAL_VARIANCE
+
+    check(run(architecture, parameters, x), parameters, loss_of)
+
+
+@pytest.mark.parametrize("n_dead", [1, 5, 12])
+@pytest.mark.parametrize("k_aux", [None, 2])
+def test_topk_with_auxk(n_dead, k_aux):
+    """Dead latents learn from the residual, which is held constant, without the decoder's bias."""
+    architecture, parameters, x = problem(k=3, k_aux=k_aux, aux_coefficient=0.4)
+    dead = torch.zeros(19, dtype=torch.bool)
+    dead[torch.randperm(19)[:n_dead]] = True
+
+    def loss_of(p):
+        x_hat = keep_topk(pre_activations(p, x), 3) @ p["W_dec"] + p["b_dec"]
+        mse = (x - x_hat).square().sum(1).mean() / TOTAL_VARIANCE
+        return mse + auxk(p, x, x_hat, dead, k_aux or 3, 0.4)
+
+    output = run(architecture, parameters, x, dead)
+    check(output, parameters, loss_of)
+    assert output.gradients["W_enc"][dead].abs().sum() > 0
+
+
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+def test_standard(bias, scale):
+    """Both ways through the loss, dense and, with few latents active, sparse, are the formula."""
+    architecture, parameters, x = problem(architecture="standard", l1_coefficient=0.7, bias=bias, batch=40)
+
+    def loss_of(p):
+        acts = pre_activations(p, x).relu()
+        x_hat = acts @ p["W_dec"] + p["b_dec"]
+        penalty = (acts * p["W_dec"].norm(dim=1)).sum(1).mean()
+        return (x - x_hat).square().sum(1).mean() + 0.7 * scale * penalty
+
+    output = run(architecture, parameters, x, sparsity_scale=scale)
+    assert (output.l0 < 19 / 16) == (bias < 0)
+    check(output, parameters, loss_of)
