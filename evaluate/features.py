@@ -1,0 +1,184 @@
+"""Index what every latent of every SAE responds to, in one pass over the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..shared.errors import StoreError
+from ..shared.store import ActivationStore
+from .encoding import rows_at_a_time
+from .features_contexts import BestContexts, sampling_priority
+from .features_files import FeatureIndex, write_index
+from .features_logits import LogitEffects, logit_effects
+from .features_rows import LatentRows, VisitedRows
+from .features_sparse import active_latents
+from .features_statistics import ActivationStatistics, CoFiring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BLOCK_ROWS = 8192
+
+
+class NamedSae(Protocol):
+    """An SAE with its name and the hook point whose activations it reads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sae(self) -> Any: ...
+    @property
+    def hook_point(self) -> str: ...
+
+
+class FeatureSettings(NamedTuple):
+    """How much the index keeps. Memory per latent is about `(n_top + n_sampled) * (2 * window + 20)` bytes."""
+
+    max_rows: int = 1_000_000
+    n_top: int = 10
+    n_sampled: int = 10
+    window: int = 32
+    n_neighbours: int = 8
+    n_tokens: int = 10
+    max_pairs: int = 1 << 25
+    seed: int = 0
+
+
+class _Pass:
+    """What the pass accumulates for one SAE."""
+
+    def __init__(self, sae: NamedSae, settings: FeatureSettings, context_size: int, total_rows: int):
+        d_sae, window = sae.sae.d_sae, min(settings.window, context_size)
+        self.sae, self.settings = sae, settings
+        self.statistics = ActivationStatistics(d_sae)
+        self.top = BestContexts(d_sae, settings.n_top, window)
+        self.sampled = BestContexts(d_sae, settings.n_sampled, window)
+        self.co_firing = CoFiring(d_sae, total_rows, settings.max_pairs)
+
+    def add(self, x: torch.Tensor, usable: np.ndarray, first_row: int, context_size: int) -> None:
+        sae = self.sae.sae
+        block = active_latents(sae, x, usable, first_row, context_size, rows_at_a_time(sae))
+        n_rows = int(usable.sum())
+        self.statistics.add(block, n_rows)
+        self.co_firing.add(block, n_rows)
+        latent, row, value = block.context_peaks()
+        self.top.add(block, latent, row, value, value.astype(np.float64))
+        priority = sampling_priority(latent, row // context_size, self.settings.seed)
+        self.sampled.add(block, latent, row, value, priority)
+
+
+def build_feature_index(
+    store: ActivationStore,
+    saes: Sequence[NamedSae],
+    output: str | Path,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: FeatureSettings | None = None,
+) -> dict[str, FeatureIndex]:
+    """Write `<output>/<name>.parquet` for every SAE, reading the store once; return the opened indexes by name.
+
+    With `model`, the index holds logit effects; with `tokenizer`, the text of the tokens. An index
+    that is there already, of the same SAE, store and settings, is kept.
+
+    Raises:
+        StoreError: the store holds no tokens.
+    """
+    settings = settings or FeatureSettings()
+    if not store.has_tokens:
+        raise StoreError(f"the store '{store.path}' holds no tokens, which a feature index shows; write it with tokens")
+    paths = {sae.name: Path(output) / f"{sae.name.replace('/', '_')}.parquet" for sae in saes}
+    prints = {sae.name: _fingerprint(store, sae, settings, model is not None, tokenizer is not None) for sae in saes}
+    indexes = {name: index for name, path in paths.items() if (index := _existing(path, prints[name]))}
+    missing = [sae for sae in saes if sae.name not in indexes]
+    if missing:
+        passes, visited = _walk(store, missing, settings)
+        for one in tqdm(passes, unit="SAE", desc="write features", disable=None):
+            sae = one.sae
+            effects = logit_effects(model, sae.sae.W_dec, settings.n_tokens) if model is not None else None
+            metadata = {
+                "name": sae.name,
+                "hook_point": sae.hook_point,
+                "architecture": sae.sae.architecture,
+                "n_rows": one.statistics.n_rows,
+                "context_size": store.context_size,
+                "fingerprint": prints[sae.name],
+                **settings._asdict(),
+            }
+            indexes[sae.name] = _write(paths[sae.name], one, visited, effects, tokenizer, metadata)
+    return {sae.name: indexes[sae.name] for sae in saes}
+
+
+def _walk(
+    store: ActivationStore, saes: Sequence[NamedSae], settings: FeatureSettings
+) -> tuple[list[_Pass], VisitedRows]:
+    """Read blocks of whole contexts, spread over the store where it has more than `max_rows`."""
+    size = store.context_size
+    per_block = max(1, BLOCK_ROWS // size)
+    n_blocks = -(-store.n_contexts // per_block)
+    wanted = min(n_blocks, max(1, settings.max_rows // (per_block * size)))
+    blocks = np.arange(wanted) * n_blocks // wanted
+    visited = VisitedRows(size)
+    passes = [_Pass(sae, settings, size, wanted * per_block * size) for sae in saes]
+    with tqdm(
+        total=wanted * per_block * size, unit="token", unit_scale=True, desc="features", disable=None
+    ) as progress:
+        for block in blocks.tolist():
+            start, stop = block * per_block * size, min((block + 1) * per_block, store.n_contexts) * size
+            usable = np.asarray(store.row_mask(start, stop))
+            visited.add(store, start, stop)
+            activations: dict[str, torch.Tensor] = {}
+            for one in passes:
+                hook_point = one.sae.hook_point
+                if hook_point not in activations:
+                    activations[hook_point] = store.read(hook_point, start, stop)
+                one.add(activations[hook_point], usable, start, size)
+            progress.update(stop - start)
+    return passes, visited
+
+
+def _write(
+    path: Path,
+    one: _Pass,
+    visited: VisitedRows,
+    effects: LogitEffects | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    metadata: dict[str, Any],
+) -> FeatureIndex:
+    neighbours = one.co_firing.neighbours(one.settings.n_neighbours)
+    latents = LatentRows(one.statistics, one.top, one.sampled, visited, effects, neighbours)
+    tokens = latents.token_ids()
+    vocabulary = {token: tokenizer.decode([token]) for token in tokens} if tokenizer is not None else {}
+    documents = visited.document_names(latents.document_ids())
+    return write_index(path, one.sae.sae.d_sae, latents.columns, metadata, vocabulary, documents)
+
+
+def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:
+    if not path.is_file():
+        return None
+    index = FeatureIndex.open(path)
+    return index if index.metadata.get("fingerprint") == fingerprint else None
+
+
+def _fingerprint(store: ActivationStore, sae: NamedSae, settings: FeatureSettings, *with_parts: bool) -> str:
+    """Return a digest of what the index depends on; of a wide SAE's decoder it samples 64 rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    described = [sae.name, sae.hook_point, sae.sae.architecture, sae.sae.config, settings, with_parts]
+    described += [store.path.name, store.n_rows, store.context_size, store.metadata]
+    digest.update(json.dumps(described, default=str, sort_keys=True).encode())
+    weights = sae.sae.W_dec[:: max(1, sae.sae.d_sae // 64)]
+    for tensor in (sae.sae.b_dec, weights, *(sae.sae.get_parameter(name) for name in _biases(sae.sae))):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _biases(sae: Any) -> list[str]:
+    return [name for name, value in sae.named_parameters() if value.ndim == 1]

@@ -1,0 +1,145 @@
+"""The feature index on disk: one Parquet file per SAE, one line per latent, nothing that needs the store again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..shared.errors import DataError, MissingFileError
+
+ROW_GROUP = 512
+METADATA_KEY = b"thresher.features"
+
+CONTEXT = pa.struct(
+    {
+        "activation": pa.float32(),
+        "context": pa.int64(),
+        "offset": pa.int32(),
+        "document": pa.int64(),
+        "position": pa.int64(),
+        "peak": pa.int32(),
+        "tokens": pa.list_(pa.int32()),
+        "activations": pa.list_(pa.float32()),
+    }
+)
+TOKEN_EFFECT = pa.struct({"token": pa.int32(), "effect": pa.float32()})
+NEIGHBOUR = pa.struct({"latent": pa.int64(), "score": pa.float32()})
+SCHEMA = pa.schema(
+    {
+        "latent": pa.int64(),
+        "firings": pa.int64(),
+        "density": pa.float64(),
+        "mean_activation": pa.float64(),
+        "max_activation": pa.float32(),
+        "interestingness": pa.float32(),
+        "histogram_end": pa.float32(),
+        "histogram": pa.list_(pa.int32()),
+        "top": pa.list_(CONTEXT),
+        "sampled": pa.list_(CONTEXT),
+        "promoted": pa.list_(TOKEN_EFFECT),
+        "suppressed": pa.list_(TOKEN_EFFECT),
+        "neighbours": pa.list_(NEIGHBOUR),
+    }
+)
+
+
+class FeatureIndex:
+    """One SAE's feature index, read from its Parquet file a row group at a time.
+
+    `metadata` names the SAE and the settings; `vocabulary` gives the text of every token id that
+    occurs, `documents` the name of every document that has one.
+    """
+
+    def __init__(self, path: Path, file: pq.ParquetFile, described: Mapping[str, Any]):
+        self.path = path
+        self.n_latents: int = file.metadata.num_rows
+        self.metadata: dict[str, Any] = dict(described["metadata"])
+        self.vocabulary = {int(token): text for token, text in described["vocabulary"].items()}
+        self.documents = {int(document): name for document, name in described["documents"].items()}
+        self._file = file
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open an index.
+
+        Raises:
+            MissingFileError: there is no file at `path`.
+            DataError: it is no feature index.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFileError(f"no feature index at '{path}'; build it with build_feature_index")
+        try:
+            file = pq.ParquetFile(path)
+            described = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise DataError(f"'{path}' is no feature index: {error}") from None
+        return cls(path, file, described)
+
+    def batches(self, size: int = ROW_GROUP) -> Iterator[list[dict[str, Any]]]:
+        """Yield the latents in order, `size` at a time, as plain objects."""
+        for batch in self._file.iter_batches(batch_size=size):
+            yield batch.to_pylist()
+
+    def columns(self, names: list[str]) -> pa.Table:
+        """Return some columns of all latents."""
+        return self._file.read(columns=names)
+
+    @cached_property
+    def name(self) -> str:
+        """The SAE's name."""
+        return str(self.metadata["name"])
+
+
+def write_index(
+    path: Path,
+    n_latents: int,
+    rows: Callable[[int, int], dict[str, pa.Array]],
+    metadata: Mapping[str, Any],
+    vocabulary: Mapping[int, str],
+    documents: Mapping[int, str],
+) -> FeatureIndex:
+    """Write an index a row group at a time, whole or not at all; `rows(start, stop)` gives the columns."""
+    described = {"metadata": dict(metadata), "vocabulary": vocabulary, "documents": documents}
+    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(described, ensure_ascii=False).encode()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for start in range(0, n_latents, ROW_GROUP):
+                stop = min(start + ROW_GROUP, n_latents)
+                columns = rows(start, stop)
+                writer.write_table(
+                    pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema)
+                )
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return FeatureIndex.open(path)
+
+
+def nested(counts: np.ndarray, values: pa.Array) -> pa.ListArray:
+    """Return a list column: the first counts[0] of `values`, then the next counts[1], ..."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:
+    """Return a column of structures from columns of their parts."""
+    parts = []
+    for field in kind:
+        values = columns[field.name]
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            flat = pa.array(values.reshape(-1)).cast(field.type.value_type)
+            parts.append(nested(np.full(len(values), values.shape[1]), flat))
+        else:
+            parts.append(pa.array(values).cast(field.type))
+    return pa.StructArray.from_arrays(parts, fields=list(kind))

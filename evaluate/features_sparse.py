@@ -1,0 +1,88 @@
+"""The active latents of one block of contexts, as a sorted sparse matrix that answers look-ups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+
+from ..shared.sae import Sae
+
+
+@dataclass(frozen=True)
+class ActiveLatents:
+    """The entries above zero of rows `first_row` and on, by row and, within a row, by latent."""
+
+    first_row: int
+    context_size: int
+    d_sae: int
+    row: Int64[np.ndarray, " entries"]
+    latent: Int64[np.ndarray, " entries"]
+    value: Float32[np.ndarray, " entries"]
+
+    @cached_property
+    def _keys(self) -> Int64[np.ndarray, " entries"]:
+        return (self.row - self.first_row) * self.d_sae + self.latent
+
+    def lookup(
+        self, rows: Int64[np.ndarray, "*shape"], latents: Int64[np.ndarray, "*shape"]
+    ) -> Float32[np.ndarray, "*shape"]:
+        """Return the activations of given latents on given rows of the block."""
+        wanted = (rows - self.first_row) * self.d_sae + latents
+        if not len(self._keys):
+            return np.zeros(wanted.shape, dtype=np.float32)
+        at = np.searchsorted(self._keys, wanted).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[at] == wanted, self.value[at], np.float32(0))
+
+    def context_peaks(
+        self,
+    ) -> tuple[Int64[np.ndarray, " peaks"], Int64[np.ndarray, " peaks"], Float32[np.ndarray, " peaks"]]:
+        """Return (latent, row, activation) of each latent's strongest row in each context, by latent."""
+        n_contexts = int(self.row[-1] - self.first_row) // self.context_size + 1 if len(self.row) else 1
+        group = self.latent * n_contexts + (self.row - self.first_row) // self.context_size
+        # Positive floats sort as their bits do, so one integer key sorts by group and then by activation.
+        order = np.argsort((group << 32) | self.value.view(np.uint32).astype(np.int64), kind="stable")
+        last = np.flatnonzero(np.diff(group[order], append=-1))
+        peaks = order[last]
+        return self.latent[peaks], self.row[peaks], self.value[peaks]
+
+
+@torch.inference_mode()
+def active_latents(
+    sae: Sae,
+    x: Float[torch.Tensor, "rows d_in"],
+    usable: Bool[np.ndarray, " rows"],
+    first_row: int,
+    context_size: int,
+    step: int,
+) -> ActiveLatents:
+    """Encode a block of whole contexts, `step` rows at a time; rows that are not usable activate nothing."""
+    rows = np.flatnonzero(usable)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        inside, latent, value = _encode(sae, x[torch.from_numpy(part)])
+        parts.append((part[inside] + first_row, latent, value))
+    if not parts:
+        none = np.zeros(0, dtype=np.int64)
+        return ActiveLatents(first_row, context_size, sae.d_sae, none, none, np.zeros(0, dtype=np.float32))
+    row, latent, value = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ActiveLatents(first_row, context_size, sae.d_sae, row, latent, value)
+
+
+def _encode(sae: Sae, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x = x.to(sae.W_enc.device, torch.float32)
+    if sae.architecture == "topk":
+        top_acts, top_indices = sae.encode_sparse(x)
+        top_indices, order = top_indices.sort(dim=1)
+        top_acts = top_acts.gather(1, order)
+        row, entry = (top_acts > 0).nonzero(as_tuple=True)
+        latent, value = top_indices[row, entry], top_acts[row, entry]
+    else:
+        latents = sae.encode(x)
+        row, latent = (latents > 0).nonzero(as_tuple=True)
+        value = latents[row, latent]
+    return row.cpu().numpy(), latent.cpu().numpy(), value.float().cpu().numpy()

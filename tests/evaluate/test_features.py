@@ -1,0 +1,246 @@
+"""The feature index against a plain loop over every row, latent and context."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from thresher.evaluate.features import FeatureSettings, build_feature_index
+from thresher.evaluate.features_files import FeatureIndex
+from thresher.evaluate.features_logits import logit_effects
+from thresher.evaluate.features_rows import interestingness
+from thresher.evaluate.features_sparse import active_latents
+from thresher.evaluate.features_statistics import N_BINS, ActivationStatistics, CoFiring
+from thresher.shared.errors import DataError, MissingFileError, StoreError
+from thresher.shared.sae import Sae
+from thresher.shared.store import ActivationStore, ActivationStoreWriter
+
+CONTEXT, N_CONTEXTS, D_IN, D_SAE, BOS = 12, 43, 8, 24, 0
+SETTINGS = FeatureSettings(n_top=3, n_sampled=4, window=5, n_neighbours=3, n_tokens=4)
+
+
+@dataclass
+class Named:
+    name: str
+    sae: Sae
+    hook_point: str = "blocks.0.resid_post"
+
+
+def make_sae(architecture="topk", seed=0, k=4):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "W_enc": torch.randn(D_IN, D_SAE, generator=generator),
+        "b_enc": torch.randn(D_SAE, generator=generator) * 0.3 - (1.0 if architecture == "standard" else 0.0),
+        "W_dec": torch.randn(D_SAE, D_IN, generator=generator),
+        "b_dec": torch.zeros(D_IN),
+    }
+    tensors["b_enc"][5] = -1e4
+    return Sae(architecture, tensors, config={"k": k})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("features") / "store"
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=(N_CONTEXTS, CONTEXT, D_IN)).astype(np.float32)
+    x[20] *= 50
+    tokens = generator.integers(1, 50, (N_CONTEXTS, CONTEXT)).astype(np.int32)
+    tokens[:, 0] = BOS
+    documents = np.repeat(np.arange(N_CONTEXTS)[:, None] // 2, CONTEXT, axis=1)
+    positions = np.broadcast_to(np.arange(CONTEXT), documents.shape).astype(np.int32)
+    hooks = {"blocks.0.resid_post": D_IN}
+    with ActivationStoreWriter(path, hooks, CONTEXT, dtype="float32", mask_token_ids=[BOS]) as writer:
+        info = {int(number): (int(number) + 1, f"file_{number}.py") for number in np.unique(documents)}
+        writer.append({"blocks.0.resid_post": x}, tokens, documents=documents, positions=positions, document_info=info)
+    return ActivationStore.open(path)
+
+
+def dense_latents(store, sae):
+    latents = sae.encode(store.read("blocks.0.resid_post", 0, store.n_rows)).numpy().copy()
+    latents[~store.row_mask(0, store.n_rows)] = 0
+    return latents.reshape(N_CONTEXTS, CONTEXT, D_SAE)
+
+
+def lines(index):
+    return [line for batch in index.batches(7) for line in batch]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard"])
+@pytest.mark.parametrize("block_rows", [1, 60, 8192])
+def test_index_matches_a_plain_loop(store, tmp_path, monkeypatch, architecture, block_rows):
+    monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", block_rows)
+    sae = make_sae(architecture)
+    index = build_feature_index(store, [Named("a/b", sae)], tmp_path, settings=SETTINGS)["a/b"]
+    latents = dense_latents(store, sae)
+    tokens = store.tokens(0, store.n_rows).numpy().reshape(N_CONTEXTS, CONTEXT)
+    found = lines(index)
+    assert [line["latent"] for line in found] == list(range(D_SAE))
+    assert sum(line["firings"] for line in found) == (latents > 0).sum()
+    for line in found:
+        acts = latents[:, :, line["latent"]]
+        fired = acts[acts > 0]
+        assert line["firings"] == len(fired)
+        assert line["density"] == pytest.approx(len(fired) / (N_CONTEXTS * (CONTEXT - 1)))
+        assert line["max_activation"] == pytest.approx(acts.max(), rel=1e-5)
+        assert line["mean_activation"] == pytest.approx(fired.mean() if len(fired) else 0, rel=1e-5)
+        if len(fired):
+            edges = np.linspace(0, line["histogram_end"], N_BINS + 1)
+            assert line["histogram"] == np.histogram(fired, edges)[0].tolist()
+            assert line["histogram_end"] / 2 <= line["max_activation"] < line["histogram_end"]
+        peaks = acts.max(axis=1)
+        best = [int(c) for c in np.argsort(-peaks, kind="stable")[:3] if peaks[c] > 0]
+        assert [entry["context"] for entry in line["top"]] == best
+        sampled = [entry["context"] for entry in line["sampled"]]
+        assert len(sampled) == len(set(sampled)) == min(4, (peaks > 0).sum())
+        shown = [entry["activation"] for entry in line["sampled"]]
+        assert shown == sorted(shown, reverse=True)
+        for entry in line["top"] + line["sampled"]:
+            context, part = entry["context"], slice(entry["offset"], entry["offset"] + 5)
+            assert entry["activation"] == pytest.approx(peaks[context], rel=1e-5)
+            assert entry["tokens"] == tokens[context, part].tolist()
+            np.testing.assert_allclose(entry["activations"], acts[context, part], rtol=2e-3, atol=1e-6)
+            assert entry["activations"][entry["peak"]] == pytest.approx(entry["activation"], rel=2e-3)
+            assert entry["document"] == context // 2
+            assert entry["position"] == entry["offset"] + entry["peak"]
+            assert index.documents[entry["document"]] == f"file_{entry['document']}.py"
+
+
+def test_blocks_do_not_change_the_sample(store, tmp_path, monkeypatch):
+    sae = Named("a", make_sae())
+    columns = []
+    for rows in (1, 8192):
+        monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", rows)
+        index = build_feature_index(store, [sae], tmp_path / str(rows), settings=SETTINGS)["a"]
+        columns.append([[entry["context"] for entry in line["sampled"]] for line in lines(index)])
+    assert columns[0] == columns[1]
+
+
+def test_samples_are_fair(store, tmp_path):
+    sae = Named("a", make_sae("standard"))
+    seen = Counter()
+    expected = (dense_latents(store, sae.sae)[:, :, 3].max(axis=1) > 0).sum()
+    for seed in range(40):
+        settings = SETTINGS._replace(seed=seed)
+        index = build_feature_index(store, [sae], tmp_path / str(seed), settings=settings)["a"]
+        seen.update(entry["context"] for entry in lines(index)[3]["sampled"])
+    assert sum(seen.values()) == 160
+    assert max(seen.values()) < 5 * 160 / expected + 3
+
+
+def test_neighbours_are_the_cosine_of_firing(store, tmp_path):
+    sae = make_sae("standard")
+    index = build_feature_index(store, [Named("a", sae)], tmp_path, settings=SETTINGS)["a"]
+    fires = (dense_latents(store, sae) > 0).reshape(-1, D_SAE).astype(np.float64)
+    together = fires.T @ fires
+    norm = np.sqrt(np.diag(together))
+    with np.errstate(invalid="ignore"):
+        cosine = np.where(together >= 2, together / np.outer(norm, norm), 0)
+    np.fill_diagonal(cosine, 0)
+    for line in lines(index):
+        best = sorted(cosine[line["latent"]][cosine[line["latent"]] > 0], reverse=True)[:3]
+        assert [n["score"] for n in line["neighbours"]] == pytest.approx(best)
+        for neighbour in line["neighbours"]:
+            assert cosine[line["latent"], neighbour["latent"]] == pytest.approx(neighbour["score"])
+
+
+def test_the_pair_budget_bounds_the_rows_that_are_counted(store):
+    sae = make_sae("topk", k=4)
+    x = store.read("blocks.0.resid_post", 0, store.n_rows)
+    block = active_latents(sae, x, np.ones(store.n_rows, dtype=bool), 0, CONTEXT, 100)
+    co_firing = CoFiring(D_SAE, store.n_rows, max_pairs=16 * 50)
+    co_firing.add(block, store.n_rows)
+    assert 0 < co_firing.firings.sum() <= 4 * 51
+
+
+def test_a_growing_maximum_keeps_the_histogram_exact(store):
+    sae = make_sae("standard")
+    statistics = ActivationStatistics(D_SAE)
+    seen = []
+    for scale in (1e-3, 1.0, 0.1, 700.0):
+        x = store.read("blocks.0.resid_post", 0, 120) * scale
+        block = active_latents(sae, x, np.ones(120, dtype=bool), 0, CONTEXT, 50)
+        statistics.add(block, 120)
+        seen.append(block.value[block.latent == 2])
+    edges = np.linspace(0, 2.0 ** statistics.exponent[2], N_BINS + 1)
+    assert statistics.counts[2].tolist() == np.histogram(np.concatenate(seen), edges)[0].tolist()
+
+
+def test_an_index_of_the_same_sae_is_kept_and_another_is_not(store, tmp_path):
+    def build(seed, **changes):
+        settings = SETTINGS._replace(**changes)
+        return build_feature_index(store, [Named("a", make_sae(seed=seed))], tmp_path, settings=settings)[
+            "a"
+        ].path.stat()
+
+    first = build(0)
+    assert build(0).st_ino == first.st_ino
+    assert build(0, n_top=2).st_ino != first.st_ino
+    assert len(lines(FeatureIndex.open(tmp_path / "a.parquet"))[0]["top"]) == 2
+    changed = build(1, n_top=2).st_mtime_ns
+    assert build(0, n_top=2).st_mtime_ns != changed
+
+
+def test_max_rows_spreads_over_the_store(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", CONTEXT)
+    settings = SETTINGS._replace(max_rows=10 * CONTEXT)
+    index = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=settings)["a"]
+    assert index.metadata["n_rows"] == 10 * (CONTEXT - 1)
+    contexts = {entry["context"] for line in lines(index) for entry in line["top"]}
+    assert contexts <= {i * N_CONTEXTS // 10 for i in range(10)}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_logit_effects(family):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=8)).eval()
+        norm = model.transformer.ln_f
+        norm.bias.data.normal_()
+    else:
+        config = LlamaConfig(
+            num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=40
+        )
+        model = LlamaForCausalLM(config).eval()
+        norm = model.model.norm
+    norm.weight.data.uniform_(0.5, 2)
+    rows = torch.randn(9, 16)
+    found = logit_effects(model, rows, n=3, step=4)
+    x, weight = rows.double(), norm.weight.detach().double()
+    if family == "gpt2":
+        x = x - x.mean(dim=1, keepdim=True)
+    x = x / (x.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * weight
+    logits = x @ model.lm_head.weight.detach().double().T
+    logits -= logits.mean(dim=1, keepdim=True)
+    order = logits.argsort(dim=1, descending=True)
+    np.testing.assert_array_equal(found.promoted, order[:, :3])
+    np.testing.assert_array_equal(found.suppressed, order.flip(1)[:, :3])
+    np.testing.assert_allclose(found.promoted_effect, logits.gather(1, order[:, :3]), rtol=1e-3)
+    np.testing.assert_allclose(found.peak, logits.max(dim=1).values / logits.std(dim=1, correction=0), rtol=1e-3)
+    assert logit_effects(model, torch.randn(4, 7)) is None
+
+
+def test_interestingness_by_hand():
+    tokens = np.array([[7, 7, 7, 8], [1, 2, 3, 4], [-1, -1, -1, -1], [5, 5, -1, -1]])
+    documents = np.array([[0, 1, 2, 3], [4, 4, 4, 4], [-1, -1, -1, -1], [0, 9, -1, -1]])
+    density = np.array([0.0, 0.1, 0.0, 0.5])
+    score = interestingness(tokens, documents, density, None)
+    np.testing.assert_allclose(score, [0.75, 0.25 * 0.25 * 0.5, 0, 0])
+    with_logits = interestingness(tokens, documents, density, np.array([5.0, 40.0, 1.0, 1.0]))
+    np.testing.assert_allclose(with_logits[:2], [0.625, 0.625 * 0.25 * 0.5])
+
+
+def test_faults_are_named(store, tmp_path):
+    with pytest.raises(MissingFileError, match="no feature index"):
+        FeatureIndex.open(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("PAR1 is not enough")
+    with pytest.raises(DataError, match="no feature index"):
+        FeatureIndex.open(tmp_path / "text.parquet")
+    with ActivationStoreWriter(tmp_path / "bare", {"h": 4}, 4, dtype="float32") as writer:
+        writer.append({"h": np.ones((2, 4, 4), dtype=np.float32)})
+    with pytest.raises(StoreError, match="no tokens"):
+        build_feature_index(ActivationStore.open(tmp_path / "bare"), [], tmp_path)
