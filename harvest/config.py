@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from ..shared.config import Config
+from ..shared.store.format import CHUNK_BYTES, SHARD_BYTES
 
 Level = Annotated[int, Meta(ge=0, le=22)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -42,9 +43,8 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     codec_level: Annotated[Level | None, Meta(description="Level of the compression; the codec's own when absent.")] = (
         None
     )
-    shard_bytes: Annotated[int, Meta(ge=1, description="Target size of a shard of one hook point, uncompressed.")] = (
-        256 * 2**20
-    )
+    chunk_bytes: Annotated[int, Meta(ge=1, description="Target bytes of a chunk, the unit of shuffling.")] = CHUNK_BYTES
+    shard_bytes: Annotated[int, Meta(ge=1, description="Target bytes of a shard, a file of chunks.")] = SHARD_BYTES
     threads: Annotated[Positive | None, Meta(description="Threads that compress; one per core when absent.")] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],

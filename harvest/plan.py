@@ -10,7 +10,7 @@ import torch
 from ..shared.errors import ModelError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
-from ..shared.store.format import CHUNK_BYTES, ITEM_BYTES, choose_chunk_rows
+from ..shared.store.format import ITEM_BYTES, choose_chunk_rows
 from .config import HarvestConfig
 from .tokens import bos_token_id, special_token_ids
 
@@ -42,7 +42,7 @@ def make_plan(config: HarvestConfig) -> Plan:
     hook_points = resolve_hook_points(model, config.hook_points)
     widest = max(hook_point.d_in for hook_point in hook_points.values())
     row_bytes = widest * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
-    chunk_rows = choose_chunk_rows(row_bytes, config.context_size, CHUNK_BYTES)
+    chunk_rows = choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes)
     return Plan(model, tokenizer, hook_points, max(1, chunk_rows // config.context_size))
 
 

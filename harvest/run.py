@@ -70,6 +70,7 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object]) 
         codec_level=config.codec_level,
         mask_token_ids=metadata["mask_token_ids"],
         metadata=metadata,
+        chunk_bytes=config.chunk_bytes,
         shard_bytes=config.shard_bytes,
         n_contexts=config.n_contexts,
         threads=config.threads,

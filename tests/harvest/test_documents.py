@@ -130,8 +130,8 @@ def test_missing_files_and_columns(tmp_path):
         read(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="must hold text, got int in row 0"):
         read(tmp_path / "a.jsonl", text_column="n")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no files in"):
-        (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="mixes json and parquet"):

@@ -52,7 +52,7 @@ def pack_all(documents, **options):
     fraction=st.sampled_from([0.0, 0.3]),
 )
 def test_every_token_once_and_in_order(lengths, context_size, group, bos_every_context, fraction):
-    documents = documents_of(lengths + [60, 60, 60])
+    documents = documents_of([*lengths, 60, 60, 60])
     contexts = pack_all(
         documents,
         context_size=context_size,
