@@ -91,12 +91,6 @@ class Pipeline:
         self._writer.join()
         self._pool.shutdown()
 
-    def abort(self) -> None:
-        """Drop the work that waits, and stop the threads."""
-        if self.error is None:
-            self.error = RuntimeError("the writer was closed")
-        self.close()
-
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
             future, then, cost = item

@@ -148,11 +148,11 @@ class ActivationStoreWriter:
         self._folder.close()
 
     def abandon(self) -> None:
-        """Drop the shard in progress and leave the store as it was last committed."""
+        """Commit the whole shards that are on their way, drop the one in progress, and leave the store unfinished."""
         if self._closed:
             return
         self._closed = True
-        self._pipeline.abort()
+        self._pipeline.close()
         for shard in self._open_shards:
             shard.abandon()
         self._folder.clear_partial()
