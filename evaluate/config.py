@@ -33,6 +33,10 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     ] = 65536
     batch_size: Annotated[int, Meta(ge=1, description="Contexts per forward pass of the model.")] = 8
     block_rows: Annotated[int, Meta(ge=1, description="Rows read from the store and encoded at a time.")] = 8192
+    dictionary: Annotated[
+        bool, Meta(description="Measure decoder directions: neighbours within each SAE, matches between SAEs.")
+    ] = True
+    n_neighbours: Annotated[int, Meta(ge=1, description="Nearest decoder neighbours to write for each latent.")] = 5
     bootstrap_samples: Annotated[
         int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
     ] = 1000

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,15 +18,33 @@ from .latents import LatentSums
 
 def write_metrics(output: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Write `metrics.json` and `metrics.parquet`: the same rows, one per SAE."""
-    keys = dict.fromkeys(key for row in metrics for key in row)
-    rows = [{key: row.get(key) for key in keys} for row in metrics]
+    rows = _with_all_keys(metrics)
     text = json.dumps(rows, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(output / "metrics.json", text.encode())
-    write_atomically(output / "metrics.parquet", parquet_bytes(pa.Table.from_pylist(rows)))
+    write_rows(output / "metrics.parquet", metrics)
 
 
-def latent_table(sums: LatentSums) -> pa.Table:
-    """Return one row per latent: how often and how strongly it fires."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, whose keys may differ, as a Parquet table."""
+    write_atomically(path, parquet_bytes(pa.Table.from_pylist(_with_all_keys(rows))))
+
+
+def _with_all_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def write_latents(output: Path, name: str, sums: LatentSums, columns: Mapping[str, np.ndarray]) -> None:
+    """Write `latents/NAME.parquet`, one row per latent."""
+    path = output / "latents" / f"{name.replace('/', '_')}.parquet"
+    write_atomically(path, parquet_bytes(latent_table(sums, columns)))
+
+
+def latent_table(sums: LatentSums, geometry: Mapping[str, np.ndarray]) -> pa.Table:
+    """Return one row per latent: how often and how strongly it fires, and where its directions point.
+
+    A column of `geometry` that has several values per latent becomes a list column.
+    """
     columns = {
         "latent": range(len(sums.firings)),
         "firings": sums.firings,
@@ -33,7 +52,9 @@ def latent_table(sums: LatentSums) -> pa.Table:
         "mean_activation": sums.mean_activation,
         "max_activation": sums.max_activation,
     }
-    return pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+    table = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
+    table |= {name: pa.array(list(values) if values.ndim > 1 else values) for name, values in geometry.items()}
+    return pa.table(table)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -12,10 +12,12 @@ from ..shared.errors import ModelError
 from ..shared.language_model import is_encoder, load_model, resolve_hook_points
 from ..shared.store import ActivationStore
 from .bootstrap import confidence_intervals, estimate
+from .comparison import compare_dictionaries
 from .config import EvaluateConfig
+from .dictionary import geometry
 from .held_out import HeldOut, held_out
 from .offline import accumulate, offline_metrics
-from .output import latent_table, loss_curve, parquet_bytes, write_atomically, write_metrics
+from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
 from .spliced import accumulate_losses, splice_metrics
@@ -51,16 +53,22 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             row["n_model_tokens"] = int(losses[sae.name]["n_kl"].sum())
             intervals |= confidence_intervals(splice_metrics, losses[sae.name], config.bootstrap_samples, config.seed)
         row["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()} or None
+        columns = {}
+        if config.dictionary:
+            columns, summary = geometry(sae.sae, sums[sae.name].latents.firings, config.n_neighbours)
+            row |= summary
+        write_latents(output, sae.name, sums[sae.name].latents, columns)
         metrics.append(row)
-        table = latent_table(sums[sae.name].latents)
-        write_atomically(output / "latents" / f"{sae.name.replace('/', '_')}.parquet", parquet_bytes(table))
 
     write_metrics(output, metrics)
+    if config.dictionary:
+        pairs = compare_dictionaries(saes, {name: sum_.latents for name, sum_ in sums.items()})
+        write_rows(output / "dictionaries.parquet", pairs)
     write_atomically(output / "config.toml", to_toml(config).encode())
     curves = {sae.name: loss_curve(sae.path) for sae in saes}
     report = write_report(output / "report.html", metrics, curves, provenance=provenance(rows, model))
     tqdm.write(metrics_table(metrics))
-    tqdm.write(f"\n{summary(rows, model, losses)}\nreport  {report}")
+    tqdm.write(f"\n{footer(rows, model, losses)}\nreport  {report}")
     return metrics
 
 
@@ -104,7 +112,7 @@ def mask_description(store: ActivationStore) -> str:
     return f"held-out rows whose token is not in {masked}" if masked else "every held-out row"
 
 
-def summary(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:
+def footer(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:
     """Return the lines under the table: on what the figures rest."""
     lines = [
         f"offline  {rows.n_rows:,} rows of {rows.n_documents:,} held-out documents; {mask_description(rows.store)}"

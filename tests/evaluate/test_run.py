@@ -101,6 +101,11 @@ def test_files(result, sweep):
     assert tomllib.loads((output / "config.toml").read_text())["block_rows"] == 50
     latents = pq.read_table(output / "latents" / "topk_k2.parquet")
     assert latents.num_rows == 32
+    assert len(latents["neighbours"][0]) == 5
+    np.testing.assert_allclose(latents["encoder_decoder_cosine"], np.ones(32), atol=1e-5)
+    (pair,) = pq.read_table(output / "dictionaries.parquet").to_pylist()
+    assert (pair["a"], pair["b"], pair["kind"]) == ("topk_k2", "topk_k10", "other")
+    assert pair["mean_max_cosine_ab"] > 0.999
     assert not list(output.rglob("*.partial"))
 
 

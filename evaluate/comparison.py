@@ -1,0 +1,43 @@
+"""Compare a sweep's dictionaries pair by pair: across widths (feature splitting) and seeds (stability)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from .dictionary import compare, decoder_directions, live
+from .latents import LatentSums
+from .sae_folders import EvaluatedSae
+
+Kind = Literal["widths", "seeds", "other"]
+
+
+def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
+    """Say what sets two SAEs of a hook point apart, by their rows of `metrics.json`."""
+    same = all(a.get(key) == b.get(key) for key in ("architecture", "k", "l1_coefficient"))
+    if a["d_sae"] != b["d_sae"]:
+        return "widths" if a["architecture"] == b["architecture"] else "other"
+    return "seeds" if same else "other"
+
+
+@torch.inference_mode()
+def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, LatentSums]) -> list[dict[str, Any]]:
+    """Compare every two SAEs that reconstruct the same hook point; the narrower one is `a`."""
+    directions = {sae.name: live(decoder_directions(sae.sae), latents[sae.name].firings) for sae in saes}
+    pairs = [
+        tuple(sorted(pair, key=lambda sae: sae.sae.d_sae)) for pair in combinations(saes, 2) if _same_target(*pair)
+    ]
+    rows = []
+    for a, b in tqdm(pairs, unit="pair", desc="compare", disable=None):
+        described = {"a": a.name, "b": b.name, "hook_point": a.target}
+        described |= {"kind": pair_kind(a.description(), b.description())}
+        rows.append(described | compare(directions[a.name], directions[b.name]))
+    return rows
+
+
+def _same_target(a: EvaluatedSae, b: EvaluatedSae) -> bool:
+    return a.target == b.target
