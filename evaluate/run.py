@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..shared.config import to_toml
 from ..shared.errors import ModelError
-from ..shared.language_model import is_encoder, load_model, resolve_hook_points
+from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ..shared.store import ActivationStore
 from .bootstrap import confidence_intervals, estimate
 from .comparison import compare_dictionaries
 from .config import EvaluateConfig
 from .dictionary import geometry
+from .features import FeatureSettings, build_feature_index
+from .features_files import FeatureIndex
 from .held_out import HeldOut, held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
@@ -42,7 +45,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     output = Path(config.output)
 
     inputs, sums = accumulate(saes, rows, config.block_rows, config.device)
-    losses = _spliced_losses(config, model, saes, rows.subset(config.model_rows)) if model else {}
+    language_model = load_model(model, _dtype(config, store), config.device) if model else None
+    losses = _spliced_losses(config, language_model, saes, rows) if language_model is not None else {}
     metrics = []
     for sae in saes:
         row = sae.description() | provenance(rows, model)
@@ -66,7 +70,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         write_rows(output / "dictionaries.parquet", pairs)
     write_atomically(output / "config.toml", to_toml(config).encode())
     curves = {sae.name: loss_curve(sae.path) for sae in saes}
-    report = write_report(output / "report.html", metrics, curves, provenance=provenance(rows, model))
+    features = _features(config, store, saes, language_model, output / "features")
+    report = write_report(output / "report.html", metrics, curves, features, provenance=provenance(rows, model))
     tqdm.write(metrics_table(metrics))
     tqdm.write(f"\n{footer(rows, model, losses)}\nreport  {report}")
     return metrics
@@ -82,16 +87,33 @@ def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
     return str(named) if named and store.has_tokens else None
 
 
+def _dtype(config: EvaluateConfig, store: ActivationStore) -> str:
+    return config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
+
+
 def _spliced_losses(
-    config: EvaluateConfig, model: str, saes: list[EvaluatedSae], rows: HeldOut
+    config: EvaluateConfig, model: PreTrainedModel, saes: list[EvaluatedSae], rows: HeldOut
 ) -> dict[str, dict[str, Any]]:
-    dtype = config.model_dtype or str(rows.store.metadata.get("model_dtype") or "auto")
-    language_model = load_model(model, dtype, config.device)
-    if is_encoder(language_model.config):
-        raise ModelError(f"model '{model}' predicts no next token, so it has no CE loss score; set model = false")
+    if is_encoder(model.config):
+        raise ModelError(f"{type(model).__name__} predicts no next token: it has no CE loss score; set model = false")
     places = {place for sae in saes for place in (sae.hook_point, sae.target)}
-    hook_points = resolve_hook_points(language_model, sorted(places))
-    return accumulate_losses(language_model, hook_points, saes, rows, config.batch_size)
+    hook_points = resolve_hook_points(model, sorted(places))
+    return accumulate_losses(model, hook_points, saes, rows.subset(config.model_rows), config.batch_size)
+
+
+def _features(
+    config: EvaluateConfig,
+    store: ActivationStore,
+    saes: list[EvaluatedSae],
+    model: PreTrainedModel | None,
+    output: Path,
+) -> dict[str, FeatureIndex] | None:
+    """Build the feature index, where one is asked for and the store has the tokens that it shows."""
+    if config.feature_rows == 0 or not store.has_tokens:
+        return None
+    tokenizer = load_tokenizer(str(store.metadata["tokenizer"])) if store.metadata.get("tokenizer") else None
+    settings = FeatureSettings(max_rows=config.feature_rows)
+    return build_feature_index(store, saes, output, model=model, tokenizer=tokenizer, settings=settings)
 
 
 def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
