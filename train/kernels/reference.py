@@ -17,13 +17,13 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def rows_of(offsets: Int[Tensor, "batch+1"], nnz: int) -> Int[Tensor, " nnz"]:
+def rows_of(offsets: Int[Tensor, " batch+1"], nnz: int) -> Int[Tensor, " nnz"]:
     """Return the row of each of the `nnz` entries of a CSR matrix."""
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
     return torch.repeat_interleave(rows, offsets.diff().long(), output_size=nnz)
 
 
-def uniform_offsets(batch: int, k: int, device: torch.device | str = "cpu") -> Int[Tensor, "batch+1"]:
+def uniform_offsets(batch: int, k: int, device: torch.device | str = "cpu") -> Int[Tensor, " batch+1"]:
     """Return the row starts of a CSR matrix with `k` entries in every row."""
     return torch.arange(0, batch * k + 1, max(k, 1), device=device) if k else torch.zeros(batch + 1, dtype=torch.long)
 
@@ -48,7 +48,7 @@ def select_threshold(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"] | float,
-) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, "batch+1"]]:
+) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch+1"]]:
     """Return, as CSR, the latents whose pre-activation is above `threshold`: ReLU at 0, JumpReLU at theta."""
     pre_acts = pre_activations(x, W_enc, b_enc)
     chosen = pre_acts > threshold
@@ -60,7 +60,7 @@ def select_threshold(
 def decode(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, "batch+1"],
+    offsets: Int[Tensor, " batch+1"],
     W_dec: Float[Tensor, "d_sae d_in"],
 ) -> Float[Tensor, "batch d_in"]:
     """Return `sum_j values_j W_dec[indices_j]` for each row."""
@@ -73,7 +73,7 @@ def grad_values(
     g: Float[Tensor, "batch d_in"],
     W_dec: Float[Tensor, "d_sae d_in"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, "batch+1"],
+    offsets: Int[Tensor, " batch+1"],
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry."""
     rows = rows_of(offsets, len(indices))
@@ -83,7 +83,7 @@ def grad_values(
 def grad_weights(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, "batch+1"],
+    offsets: Int[Tensor, " batch+1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
 ) -> Float[Tensor, "d_sae d_in"]:

@@ -1,0 +1,51 @@
+"""The entries of a sparse matrix sorted by latent, and the plan that splits the latents with many.
+
+All of it stays on the device: a stable sort, two binary searches, no count that the host must know.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int, Int32, Int64
+from torch import Tensor
+
+MAX_SEGMENT = 256
+
+
+class Csc(NamedTuple):
+    """Entries by latent: `order[starts[i]:starts[i + 1]]` are latent i's, in the order of their rows.
+
+    A latent with more than `max_segment` entries is hot: it is cut in segments that are summed apart,
+    numbers `segment_starts[i]` to `segment_starts[i + 1]`, and `segment_latents` says whose each is.
+    """
+
+    order: Int64[Tensor, " nnz"]
+    rows: Int32[Tensor, " nnz"]
+    starts: Int64[Tensor, " d_sae+1"]
+    segment_starts: Int64[Tensor, " d_sae+1"]
+    segment_latents: Int64[Tensor, " n_segments"]
+    max_segment: int
+
+
+def to_csc(
+    indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int, max_segment: int = MAX_SEGMENT
+) -> Csc:
+    """Sort entries by latent; entries from `offsets[-1]` on belong to none.
+
+    There is room for `2 * nnz / max_segment` segments: a hot latent's last is the only one not full.
+    """
+    nnz, device = len(indices), indices.device
+    entries = torch.arange(nnz, device=device)
+    latents = torch.where(entries < offsets[-1], indices.long(), d_sae)
+    by_latent, order = torch.sort(latents, stable=True)
+    starts = torch.searchsorted(by_latent, torch.arange(d_sae + 1, device=device))
+    rows = (torch.searchsorted(offsets.long(), order, right=True) - 1).clamp_(max=len(offsets) - 2).int()
+    counts = starts.diff()
+    n_segments = torch.where(counts > max_segment, (counts + max_segment - 1) // max_segment, 0)
+    segment_starts = torch.nn.functional.pad(n_segments.cumsum(0), (1, 0))
+    capacity = 2 * nnz // max_segment + 1
+    segments = torch.arange(capacity, device=device)
+    segment_latents = (torch.searchsorted(segment_starts, segments, right=True) - 1).clamp_(max=d_sae - 1)
+    return Csc(order, rows, starts, segment_starts, segment_latents, max_segment)

@@ -1,0 +1,306 @@
+"""The weights' gradients and their update in one kernel: no gradient of a weight reaches memory.
+
+A program holds a latent's encoder and decoder rows: it sums their gradients, takes from the decoder's the
+part along its row, applies Adam, restores the unit norm, and writes the rows and their bfloat16 shadows.
+Per parameter that is 26 bytes: weight and two moments read and written, and the shadow.
+
+Clipping by the exact global norm takes the kernel twice: once for each latent's squared norm alone.
+"""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from .csc import Csc
+from .feature_major import sum_latent, sum_segments
+from .token_major import row_tiling
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """A parameter of the encoder or decoder, its moments, and the bfloat16 copy that the products read."""
+
+    weight: Float[Tensor, " d_sae *d_in"]
+    mean: Float[Tensor, " d_sae *d_in"]
+    square: Float[Tensor, " d_sae *d_in"]
+    shadow: Float[Tensor, " d_sae *d_in"]
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, " d_sae *d_in"]) -> AdamState:
+        """Return the state before the first step; it owns its contiguous float32 weight."""
+        weight = weight.detach().float().contiguous().clone()
+        return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight), weight.to(torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Adam's constants, and on the device what changes from step to step, so that a captured graph sees it.
+
+    `schedule` is [lr, 1 - beta1^t, 1 - beta2^t, clip coefficient].
+    """
+
+    schedule: Float[Tensor, " 4"]
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 6.25e-10
+    unit_norm: bool = True
+
+
+@triton.jit
+def adam(
+    weight_ptr, mean_ptr, square_ptr, at, mask, gradient, lr, correction1, correction2, keep1, keep2, new1, new2, eps
+):
+    """Update the moments in memory and return the new weight (1412.6980; PyTorch's order of operations)."""
+    mean = tl.load(mean_ptr + at, mask=mask, other=0.0) * keep1 + gradient * new1
+    square = tl.load(square_ptr + at, mask=mask, other=0.0) * keep2 + gradient * gradient * new2
+    tl.store(mean_ptr + at, mean, mask=mask)
+    tl.store(square_ptr + at, square, mask=mask)
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+    return weight - (lr / correction1) * mean / (tl.sqrt_rn(square) / tl.sqrt_rn(correction2) + eps)
+
+
+@triton.jit
+def update_kernel(
+    acts_ptr,
+    grad_pre_acts_ptr,
+    order_ptr,
+    rows_ptr,
+    x_ptr,
+    n_x_rows,
+    stride_x,
+    g_ptr,
+    n_g_rows,
+    stride_g,
+    starts_ptr,
+    segment_starts_ptr,
+    partial_enc_ptr,
+    partial_bias_ptr,
+    partial_dec_ptr,
+    partial_unused_ptr,
+    W_enc_ptr,
+    W_enc_mean_ptr,
+    W_enc_square_ptr,
+    W_enc_shadow_ptr,
+    W_dec_ptr,
+    W_dec_mean_ptr,
+    W_dec_square_ptr,
+    W_dec_shadow_ptr,
+    b_enc_ptr,
+    b_enc_mean_ptr,
+    b_enc_square_ptr,
+    squared_norm_ptr,
+    centre_ptr,
+    schedule_ptr,
+    keep1,
+    keep2,
+    new1,
+    new2,
+    eps,
+    d_in,
+    UNIT_NORM: tl.constexpr,
+    NORM_ONLY: tl.constexpr,
+    MAX_SEGMENT: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    D: tl.constexpr,
+):
+    latent = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    mask = d < d_in
+    at = latent * d_in + d
+    grad_dec, _ = sum_latent(
+        latent,
+        acts_ptr,
+        order_ptr,
+        rows_ptr,
+        g_ptr,
+        n_g_rows,
+        stride_g,
+        starts_ptr,
+        segment_starts_ptr,
+        partial_dec_ptr,
+        partial_unused_ptr,
+        d,
+        d_in,
+        MAX_SEGMENT,
+        ENTRIES,
+        D,
+    )
+    if UNIT_NORM:
+        W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
+        along = tl.sum(grad_dec * W_dec, axis=0) / tl.maximum(tl.sum(W_dec * W_dec, axis=0), 1e-30)
+        grad_dec -= along * W_dec
+    grad_enc, grad_bias = sum_latent(
+        latent,
+        grad_pre_acts_ptr,
+        order_ptr,
+        rows_ptr,
+        x_ptr,
+        n_x_rows,
+        stride_x,
+        starts_ptr,
+        segment_starts_ptr,
+        partial_enc_ptr,
+        partial_bias_ptr,
+        d,
+        d_in,
+        MAX_SEGMENT,
+        ENTRIES,
+        D,
+    )
+    # The encoder read x - centre.
+    grad_enc -= grad_bias * tl.load(centre_ptr + d, mask=mask, other=0.0)
+    if NORM_ONLY:
+        squares = tl.sum(grad_enc * grad_enc, axis=0) + tl.sum(grad_dec * grad_dec, axis=0)
+        tl.store(squared_norm_ptr + latent, squares + grad_bias * grad_bias)
+    else:
+        lr = tl.load(schedule_ptr)
+        correction1 = tl.load(schedule_ptr + 1)
+        correction2 = tl.load(schedule_ptr + 2)
+        clip = tl.load(schedule_ptr + 3)
+        W_dec = adam(
+            W_dec_ptr,
+            W_dec_mean_ptr,
+            W_dec_square_ptr,
+            at,
+            mask,
+            grad_dec * clip,
+            lr,
+            correction1,
+            correction2,
+            keep1,
+            keep2,
+            new1,
+            new2,
+            eps,
+        )
+        if UNIT_NORM:
+            squared = tl.sum(tl.where(mask, W_dec * W_dec, 0.0), axis=0)
+            W_dec = W_dec / tl.maximum(tl.sqrt_rn(squared), 1e-15)
+        tl.store(W_dec_ptr + at, W_dec, mask=mask)
+        tl.store(W_dec_shadow_ptr + at, W_dec.to(W_dec_shadow_ptr.dtype.element_ty), mask=mask)
+        W_enc = adam(
+            W_enc_ptr,
+            W_enc_mean_ptr,
+            W_enc_square_ptr,
+            at,
+            mask,
+            grad_enc * clip,
+            lr,
+            correction1,
+            correction2,
+            keep1,
+            keep2,
+            new1,
+            new2,
+            eps,
+        )
+        tl.store(W_enc_ptr + at, W_enc, mask=mask)
+        tl.store(W_enc_shadow_ptr + at, W_enc.to(W_enc_shadow_ptr.dtype.element_ty), mask=mask)
+        b_enc = adam(
+            b_enc_ptr,
+            b_enc_mean_ptr,
+            b_enc_square_ptr,
+            latent,
+            latent >= 0,
+            grad_bias * clip,
+            lr,
+            correction1,
+            correction2,
+            keep1,
+            keep2,
+            new1,
+            new2,
+            eps,
+        )
+        tl.store(b_enc_ptr + latent, b_enc)
+
+
+def update(
+    acts: Float[Tensor, " nnz"],
+    grad_pre_acts: Float[Tensor, " nnz"],
+    csc: Csc,
+    x: Float[Tensor, "x_rows d_in"],
+    g: Float[Tensor, "g_rows d_in"],
+    W_enc: AdamState,
+    b_enc: AdamState,
+    W_dec: AdamState,
+    hyperparameters: Hyperparameters,
+    centre: Float[Tensor, " d_in"],
+    max_norm: float | None = None,
+    other_squared_norm: Float[Tensor, ""] | None = None,
+) -> None:
+    """Update the encoder and the decoder, in place, from a step's sparse entries.
+
+    The pre-activations were `W_enc (x - centre) + b_enc`; `centre` is `b_dec`, or zeros. Entries' rows
+    count modulo the rows of `x` and of `g`: with an auxiliary loss, `g` stacks its residual's gradient under
+    the main one's. With `max_norm`, gradients (the decoder's projected) are scaled so that their global norm,
+    `other_squared_norm` of the parameters updated elsewhere included, is at most that, and
+    `schedule[3]` holds the coefficient for those.
+    """
+    d_sae, d_in = W_enc.weight.shape
+    tiling = row_tiling(d_in)
+    partial_enc, partial_bias = sum_segments(grad_pre_acts, csc, x)
+    partial_dec, partial_unused = sum_segments(acts, csc, g)
+    squared_norm = torch.empty(d_sae if max_norm is not None else 1, dtype=torch.float32, device=x.device)
+    h = hyperparameters
+
+    def run(norm_only: bool) -> None:
+        update_kernel[(d_sae,)](
+            acts,
+            grad_pre_acts,
+            csc.order,
+            csc.rows,
+            x,
+            len(x),
+            x.stride(0),
+            g,
+            len(g),
+            g.stride(0),
+            csc.starts,
+            csc.segment_starts,
+            partial_enc,
+            partial_bias,
+            partial_dec,
+            partial_unused,
+            W_enc.weight,
+            W_enc.mean,
+            W_enc.square,
+            W_enc.shadow,
+            W_dec.weight,
+            W_dec.mean,
+            W_dec.square,
+            W_dec.shadow,
+            b_enc.weight,
+            b_enc.mean,
+            b_enc.square,
+            squared_norm,
+            centre,
+            h.schedule,
+            h.beta1,
+            h.beta2,
+            1 - h.beta1,
+            1 - h.beta2,
+            h.eps,
+            d_in,
+            UNIT_NORM=h.unit_norm,
+            NORM_ONLY=norm_only,
+            MAX_SEGMENT=csc.max_segment,
+            ENTRIES=tiling.entries,
+            D=tiling.d,
+            num_warps=tiling.num_warps,
+        )
+
+    if max_norm is not None:
+        run(norm_only=True)
+        total = squared_norm.double().sum()
+        if other_squared_norm is not None:
+            total = total + other_squared_norm
+        h.schedule[3].copy_((max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0))
+    run(norm_only=False)

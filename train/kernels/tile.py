@@ -1,0 +1,86 @@
+"""What the Triton kernels share: one tile of pre-activations, and keys that order like values.
+
+Hints for other readers: `tl.dot` accumulates in float32; row starts are 64-bit, because d_sae * d_in
+passes 2^31 long before memory runs out; a masked load always names the value that changes nothing.
+"""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOWEST_KEY: tl.constexpr = tl.constexpr(-(2**63))
+# Triton's interpreter multiplies the bits of bfloat16 as integers; widened products are what tensor cores form anyway.
+WIDEN: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def tile_registers(device: torch.device) -> int | None:
+    """Return the registers a thread of a 128 x 128 tile may have: on sm_90, where it is free, two programs then fit."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return 128
+    return None
+
+
+@triton.jit
+def pre_activation_tile(
+    x_ptr,
+    W_ptr,
+    b_ptr,
+    rows,
+    columns,
+    n_rows,
+    d_sae,
+    d_in,
+    stride_x,
+    stride_W,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_LATENTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return `x W_enc^T + b_enc` for some rows and latents; latents past the last are -inf, rows past it repeat it."""
+    x_rows = x_ptr + tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * stride_x
+    W_rows = W_ptr + tl.minimum(columns, d_sae - 1).to(tl.int64)[None, :] * stride_W
+    z = tl.zeros([BLOCK_ROWS, BLOCK_LATENTS], tl.float32)
+    for start in range(0, d_in, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_rows + d[None, :], mask=(d < d_in)[None, :], other=0.0)
+        W = tl.load(W_rows + d[:, None], mask=(d < d_in)[:, None], other=0.0)
+        if WIDEN:
+            x = x.to(tl.float32)
+            W = W.to(tl.float32)
+        z = tl.dot(x, W, z, input_precision="ieee")
+    bias = tl.load(b_ptr + columns, mask=columns < d_sae, other=float("-inf"))
+    return z + bias.to(tl.float32)[None, :]
+
+
+@triton.jit
+def sortable_key(value, column):
+    """Return an int64 that orders by value, then by lower column."""
+    bits = value.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (order.to(tl.int64) << 32) | (column ^ 0x7FFFFFFF).to(tl.int64)
+
+
+@triton.jit
+def key_value(key):
+    """Return the value of a key."""
+    order = (key >> 32).to(tl.int32)
+    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_column(key):
+    """Return the column of a key."""
+    return (key & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+
+
+@triton.jit
+def grouped_tile(n_row_blocks, n_tiles, GROUP: tl.constexpr):
+    """Return this program's (row block, tile), walking a few row blocks abreast so that they share `W_enc` in L2."""
+    program = tl.program_id(0)
+    group_size = GROUP * n_tiles
+    first = (program // group_size) * GROUP
+    width = tl.minimum(n_row_blocks - first, GROUP)
+    return first + (program % group_size) % width, (program % group_size) // width

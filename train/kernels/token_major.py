@@ -1,0 +1,266 @@
+"""Decode, the loss and the gradient of the values: one program a token, one pass over its decoder rows.
+
+A token's whole row of `d_in` stays in registers: the chosen decoder rows are summed, the loss and its
+gradient `g` formed, and the same decoder rows, still in the cache, are multiplied with `g`.
+"""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class RowTiling(NamedTuple):
+    """How a program holds rows of `d_in`: how many at once, and over how many warps."""
+
+    entries: int
+    d: int
+    num_warps: int
+
+
+def row_tiling(d_in: int) -> RowTiling:
+    """Hold the whole row, and as many rows at once as leave the registers unspilled."""
+    # With fewer elements than threads, threads that share one could read what another has already written.
+    d = max(128, triton.next_power_of_2(d_in))
+    num_warps = 4 if d <= 1024 else 8 if d <= 8192 else 16
+    entries = max(1, min(16, num_warps * 1024 // d))
+    return RowTiling(entries, d, num_warps)
+
+
+@triton.jit
+def decode_row(values_ptr, indices_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES: tl.constexpr, D: tl.constexpr):
+    """Return `sum_j values_j W[indices_j]` over a row's entries."""
+    # Terms are added across entries once, at the end: that crosses warps.
+    x_hat = tl.zeros([ENTRIES, D], tl.float32)
+    for first in range(start, stop, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        value = tl.load(values_ptr + entries, mask=entries < stop, other=0.0).to(tl.float32)
+        latent = tl.load(indices_ptr + entries, mask=entries < stop, other=0).to(tl.int64)
+        mask = (entries < stop)[:, None] & (d < d_in)[None, :]
+        W = tl.load(W_ptr + latent[:, None] * stride_W + d[None, :], mask=mask, other=0.0)
+        x_hat += value[:, None] * W.to(tl.float32)
+    return tl.sum(x_hat, axis=0)
+
+
+@triton.jit
+def store_grad_values(
+    g,
+    values_ptr,
+    indices_ptr,
+    out_ptr,
+    start,
+    stop,
+    W_ptr,
+    stride_W,
+    d,
+    d_in,
+    ENTRIES: tl.constexpr,
+    D: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Store `g . W[indices_j]` for a row's entries; with RELU, 0 where the value is."""
+    for first in range(start, stop, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        latent = tl.load(indices_ptr + entries, mask=entries < stop, other=0).to(tl.int64)
+        mask = (entries < stop)[:, None] & (d < d_in)[None, :]
+        W = tl.load(W_ptr + latent[:, None] * stride_W + d[None, :], mask=mask, other=0.0)
+        dots = tl.sum(g[None, :] * W.to(tl.float32), axis=1)
+        if RELU:
+            value = tl.load(values_ptr + entries, mask=entries < stop, other=0.0)
+            dots = tl.where(value > 0, dots, 0.0)
+        tl.store(out_ptr + entries, dots, mask=entries < stop)
+
+
+@triton.jit
+def decode_kernel(
+    values_ptr,
+    indices_ptr,
+    offsets_ptr,
+    W_ptr,
+    x_hat_ptr,
+    capacity,
+    d_in,
+    stride_W,
+    ENTRIES: tl.constexpr,
+    D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    start = tl.minimum(tl.load(offsets_ptr + row).to(tl.int64), capacity)
+    stop = tl.minimum(tl.load(offsets_ptr + row + 1).to(tl.int64), capacity)
+    x_hat = decode_row(values_ptr, indices_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D)
+    tl.store(x_hat_ptr + row * d_in + d, x_hat, mask=d < d_in)
+
+
+@triton.jit
+def grad_values_kernel(
+    g_ptr,
+    W_ptr,
+    indices_ptr,
+    offsets_ptr,
+    out_ptr,
+    capacity,
+    d_in,
+    stride_g,
+    stride_W,
+    ENTRIES: tl.constexpr,
+    D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    start = tl.minimum(tl.load(offsets_ptr + row).to(tl.int64), capacity)
+    stop = tl.minimum(tl.load(offsets_ptr + row + 1).to(tl.int64), capacity)
+    g = tl.load(g_ptr + row * stride_g + d, mask=d < d_in, other=0.0).to(tl.float32)
+    store_grad_values(
+        g, indices_ptr, indices_ptr, out_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D, RELU=False
+    )
+
+
+@triton.jit
+def reconstruct_kernel(
+    values_ptr,
+    indices_ptr,
+    offsets_ptr,
+    W_ptr,
+    b_ptr,
+    target_ptr,
+    scale_ptr,
+    loss_ptr,
+    g_ptr,
+    grad_values_ptr,
+    capacity,
+    d_in,
+    stride_W,
+    stride_target,
+    ENTRIES: tl.constexpr,
+    D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    start = tl.minimum(tl.load(offsets_ptr + row).to(tl.int64), capacity)
+    stop = tl.minimum(tl.load(offsets_ptr + row + 1).to(tl.int64), capacity)
+    x_hat = decode_row(values_ptr, indices_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D)
+    x_hat += tl.load(b_ptr + d, mask=d < d_in, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + row * stride_target + d, mask=d < d_in, other=0.0).to(tl.float32)
+    residual = tl.where(d < d_in, x_hat - target, 0.0)
+    tl.store(loss_ptr + row, tl.sum(residual * residual, axis=0))
+    g = residual * tl.load(scale_ptr)
+    g_stored = g.to(g_ptr.dtype.element_ty)
+    tl.store(g_ptr + row * d_in + d, g_stored, mask=d < d_in)
+    store_grad_values(
+        g, values_ptr, indices_ptr, grad_values_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D, RELU=True
+    )
+
+
+class Reconstruction(NamedTuple):
+    """What a step needs of its tokens."""
+
+    squared_error: Float[Tensor, " batch"]
+    g: Float[Tensor, "batch d_in"]
+    grad_pre_acts: Float[Tensor, " nnz"]
+
+
+def reconstruct(
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    target: Float[Tensor, "batch d_in"],
+    scale: Float[Tensor, ""],
+    g_dtype: torch.dtype = torch.float32,
+) -> Reconstruction:
+    """Return each token's squared error, `g = scale * (x_hat - target)`, and `g . W_dec[i]` where a value is positive.
+
+    With `scale = 2 / batch`, on the device, the latter two are the gradients of the batch's mean squared error.
+    """
+    n_rows, d_in = target.shape
+    assert W_dec.stride(1) == target.stride(1) == 1
+    tiling = row_tiling(d_in)
+    squared_error = torch.empty(n_rows, dtype=torch.float32, device=target.device)
+    g = torch.empty(n_rows, d_in, dtype=g_dtype, device=target.device)
+    grad_pre_acts = torch.empty(len(values), dtype=torch.float32, device=target.device)
+    if n_rows:
+        reconstruct_kernel[(n_rows,)](
+            values,
+            indices,
+            offsets,
+            W_dec,
+            b_dec,
+            target,
+            scale,
+            squared_error,
+            g,
+            grad_pre_acts,
+            len(values),
+            d_in,
+            W_dec.stride(0),
+            target.stride(0),
+            ENTRIES=tiling.entries,
+            D=tiling.d,
+            num_warps=tiling.num_warps,
+        )
+    return Reconstruction(squared_error, g, grad_pre_acts)
+
+
+def decode(
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, "batch d_in"]:
+    """Return `sum_j values_j W_dec[indices_j]` for each row."""
+    n_rows, d_in = len(offsets) - 1, W_dec.shape[1]
+    assert W_dec.stride(1) == 1
+    tiling = row_tiling(d_in)
+    x_hat = torch.empty(n_rows, d_in, dtype=torch.float32, device=W_dec.device)
+    if n_rows:
+        decode_kernel[(n_rows,)](
+            values,
+            indices,
+            offsets,
+            W_dec,
+            x_hat,
+            len(values),
+            d_in,
+            W_dec.stride(0),
+            ENTRIES=tiling.entries,
+            D=tiling.d,
+            num_warps=tiling.num_warps,
+        )
+    return x_hat
+
+
+def grad_values(
+    g: Float[Tensor, "batch d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+) -> Float[Tensor, " nnz"]:
+    """Return `g[row_j] . W_dec[indices_j]` for each entry."""
+    n_rows, d_in = g.shape
+    assert W_dec.stride(1) == g.stride(1) == 1
+    tiling = row_tiling(d_in)
+    out = torch.empty(len(indices), dtype=torch.float32, device=g.device)
+    if n_rows:
+        grad_values_kernel[(n_rows,)](
+            g,
+            W_dec,
+            indices,
+            offsets,
+            out,
+            len(indices),
+            d_in,
+            g.stride(0),
+            W_dec.stride(0),
+            ENTRIES=tiling.entries,
+            D=tiling.d,
+            num_warps=tiling.num_warps,
+        )
+    return out
