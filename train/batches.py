@@ -42,7 +42,8 @@ class ShuffledBatches:
         batch_size: rows per batch, over all ranks.
         seed: seed of the order.
         device: device of the batches.
-        window_bytes: bound on the memory of decoded activations; a larger one shuffles better.
+        window_bytes: bound on the memory of decoded activations of each hook point; a larger one shuffles
+            better. It is part of what decides the order, but which hook points are read is not.
         rank: this process's rank.
         world_size: number of ranks.
 
@@ -122,8 +123,8 @@ class ShuffledBatches:
         self.close()
 
     def _chunks_per_window(self) -> int:
-        width = sum(self.store.d_in(name) for name in self.hook_points)
-        chunk_bytes = self.store.chunk_rows * width * torch.empty(0, dtype=self.store.dtype).element_size()
+        widest = max(self.store.d_in(name) for name in self.store.hook_points)
+        chunk_bytes = self.store.chunk_rows * widest * self.store.dtype.itemsize
         return max(1, self.window_bytes // (_WINDOWS_IN_MEMORY * chunk_bytes))
 
     def _epoch(self, epoch: int) -> Epoch:
@@ -171,5 +172,6 @@ class ShuffledBatches:
     def _training_rows(self, chunk: int) -> np.ndarray:
         start = chunk * self.store.chunk_rows
         stop = min(start + self.store.chunk_rows, self.store.n_rows)
-        contexts = np.arange(start, stop) // self.store.context_size
-        return self.store.row_mask(start, stop) & ~self.store.held_out_contexts()[contexts]
+        if self._rows_per_chunk[chunk] == stop - start:
+            return np.ones(stop - start, dtype=bool)
+        return self.store.training_mask(start, stop)

@@ -66,9 +66,9 @@ class TrainConfig(Config, frozen=True):
         Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")
     ] = "bfloat16"
     device: Annotated[str, Meta(description="Device to train on: cpu, cuda or cuda:0.")] = "cpu"
-    window_bytes: Annotated[int, Meta(ge=1, description="Memory for shuffling, in bytes; a larger one mixes more.")] = (
-        2 << 30
-    )
+    window_bytes: Annotated[
+        int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
+    ] = 2 << 30
     checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000
     keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1

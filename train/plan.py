@@ -72,7 +72,11 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     schedule = Schedule(-(-tokens // config.batch_size), config.batch_size, config.warmup_steps, config.decay_fraction)
     largest = max(sae.d_sae for sae in saes)
-    memory = config.window_bytes + sum(n_parameters.values()) * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
+    hook_points = {sae.hook_point for sae in saes}
+    window_bytes = sum(
+        min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
+    )
+    memory = window_bytes + sum(n_parameters.values()) * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
     available = available_memory()
     if config.device == "cpu" and memory > available:
         raise ConfigError(

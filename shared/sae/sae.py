@@ -100,8 +100,8 @@ class Sae(nn.Module):
         For `topk` this is exact only where selection weighs pre-activations by the decoder norms.
         """
         norm = self.W_dec.norm(dim=1).clamp_min(1e-8)
-        self.W_dec /= norm[:, None]
-        self.W_enc *= norm
+        self.W_dec.div_(norm[:, None])
+        self.W_enc.mul_(norm)
         for name in ("b_enc", "b_gate", "b_mag", "threshold"):
             if name in self._parameters:
                 getattr(self, name).mul_(norm)

@@ -27,14 +27,8 @@ class ArrayStore:
     def d_in(self, hook):
         return self.arrays[hook].shape[1]
 
-    def training_mask(self):
-        return ~np.repeat(self._held_out, self.context_size) & ~self._masked
-
-    def held_out_contexts(self):
-        return self._held_out
-
-    def row_mask(self, start, stop):
-        return ~self._masked[start:stop]
+    def training_mask(self, start=0, stop=None):
+        return (~np.repeat(self._held_out, self.context_size) & ~self._masked)[start:stop]
 
     def training_rows_per_chunk(self):
         starts = np.arange(0, self.n_rows, self.chunk_rows)

@@ -1,0 +1,207 @@
+"""A sweep trains, resumes and refuses, on a real store."""
+
+import json
+import shutil
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+import thresher.train.run as run_module
+from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
+from thresher.shared.cli import main
+from thresher.shared.config import to_toml
+from thresher.shared.errors import ConfigError, HookPointError, MissingFileError, StoreError
+from thresher.train import TrainConfig, train
+
+TOPK = {"architecture": "topk", "hook_point": "blocks.0.resid_post", "d_sae": 96, "lr": 3e-3}
+STANDARD = {
+    "architecture": "standard",
+    "hook_point": "blocks.0.mlp_out",
+    "d_sae": 64,
+    "l1_coefficient": 0.3,
+    "lr": 3e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, sparse_activations):
+    """Write the activations, and three times them at a second hook point; every fifth context is held out."""
+    path = tmp_path_factory.mktemp("store") / "store"
+    x = sparse_activations[: 372 * 16].view(372, 16, 32)
+    tokens = torch.randint(0, 50, (372, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    hooks = {"blocks.0.resid_post": 32, "blocks.0.mlp_out": 32}
+    with ActivationStoreWriter(path, hooks, 16, mask_token_ids=[0], metadata={"model": "tiny"}) as writer:
+        held_out = np.arange(372) % 5 == 0
+        writer.append({"blocks.0.resid_post": x, "blocks.0.mlp_out": 3 * x}, tokens, held_out=held_out)
+    return path
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    return TrainConfig(
+        store=str(store),
+        output=str(tmp_path / "saes"),
+        batch_size=128,
+        tokens=128 * 40,
+        warmup_steps=5,
+        checkpoint_every_tokens=128 * 10,
+        window_bytes=1 << 18,
+        sae=[{**TOPK, "k": [4, 8]}, STANDARD],
+    )
+
+
+def change(config, **changes):
+    return msgspec.structs.replace(config, **changes)
+
+
+def weights(folder):
+    return (folder / "sae_weights.safetensors").read_bytes()
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait_fraction")} for line in lines]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program catches it."""
+
+
+def train_killed(monkeypatch, config, at_step):
+    """Train until just after a step, then die without writing anything more."""
+    prepare, calls = run_module.prepare, []
+
+    def dying(*arguments):
+        calls.append(None)
+        if len(calls) > at_step:
+            raise Killed
+        return prepare(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prepare", dying)
+        with pytest.raises(Killed):
+            train(config)
+
+
+def test_a_sweep_trains_each_sae_to_its_hook_point(config, store):
+    folders = train(change(config, tokens=128 * 200))
+    x = ActivationStore.open(store).read("blocks.0.resid_post", 0, 16).float()
+    names = ["topk-blocks.0.resid_post-96-k4", "topk-blocks.0.resid_post-96-k8", "standard-blocks.0.mlp_out-64-l1-0.3"]
+    assert [folder.name for folder in folders] == names
+    for folder in folders:
+        sae = Sae.load(folder)
+        held_out = x * 3 if sae.hook_point == "blocks.0.mlp_out" else x
+        error = (sae(held_out) - held_out).square().sum()
+        assert error < 0.3 * (held_out - held_out.mean(0)).square().sum()
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae), rtol=1e-5, atol=1e-5)
+        lines = metrics(folder)
+        assert [line["step"] for line in lines] == list(range(1, 201))
+        assert lines[-1]["tokens"] == 128 * 200
+        assert lines[-1]["explained_variance"] > 0.7
+        assert 0 < lines[-1]["l0"] < 30
+        assert (folder / "config.toml").exists()
+    assert sae.metadata["model_name"] == "tiny"
+
+
+def test_an_sae_in_a_sweep_equals_the_same_sae_alone(config, tmp_path):
+    together = train(config)
+    for table, folder in zip([TOPK | {"k": 4}, TOPK | {"k": 8}, STANDARD], together, strict=True):
+        (alone,) = train(change(config, output=str(tmp_path / "alone"), sae=[table]))
+        assert weights(alone) == weights(folder)
+        assert metrics(alone) == metrics(folder)
+        shutil.rmtree(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("at_step", [3, 10, 25, 40])
+def test_a_killed_run_resumes_to_the_same_end(config, tmp_path, monkeypatch, at_step):
+    whole = train(config)
+    cut = change(config, output=str(tmp_path / "cut"))
+    if at_step < 40:
+        train_killed(monkeypatch, cut, at_step)
+    resumed = train(cut)
+    assert [weights(folder) for folder in resumed] == [weights(folder) for folder in whole]
+    assert [metrics(folder) for folder in resumed] == [metrics(folder) for folder in whole]
+
+
+def test_only_the_last_checkpoints_are_kept(config, monkeypatch):
+    train_killed(monkeypatch, config, 35)
+    kept = sorted(path.name for path in run_module.Path(config.output).glob("topk-*k4/checkpoints/*"))
+    assert kept == ["step-000000020.safetensors", "step-000000030.safetensors"]
+
+
+def test_a_finished_run_says_so_and_does_nothing(config, capsys):
+    folders = train(config)
+    before = weights(folders[0])
+    assert train(config) == folders
+    assert "this run is finished" in capsys.readouterr().out
+    assert weights(folders[0]) == before
+
+
+def test_a_changed_configuration_is_refused_with_its_keys(config, monkeypatch):
+    train_killed(monkeypatch, config, 12)
+    other = change(config, seed=1, tokens=999, sae=[{**TOPK, "k": [4, 8]}, STANDARD | {"lr": 0.1}])
+    with pytest.raises(ConfigError, match=r"differing: seed, sae 'standard-blocks.0.mlp_out-64-l1-0.3'\.lr, n_steps"):
+        train(other)
+    assert train(change(config, log_every_steps=7))
+
+
+def test_an_sae_that_diverges_is_recorded_and_harms_no_other(config, tmp_path, capsys):
+    expected = train(config)
+    bad = TOPK | {"k": 6, "lr": 1e18}
+    mixed = train(change(config, output=str(tmp_path / "mixed"), sae=[bad, *config.sae]))
+    assert [weights(folder) for folder in mixed] == [weights(folder) for folder in expected]
+    folder = tmp_path / "mixed" / "topk-blocks.0.resid_post-96-k6"
+    assert "step" in json.loads((folder / "diverged.json").read_text())["reason"]
+    assert not (folder / "cfg.json").exists()
+    with pytest.raises(ConfigError, match="all SAEs diverged"):
+        train(change(config, output=str(tmp_path / "bad"), sae=[bad]))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path, capsys):
+    assert train(change(config, dry_run=True)) == []
+    out = capsys.readouterr().out
+    assert "topk-blocks.0.resid_post-96-k8" in out
+    assert "3 SAEs" in out
+    assert "40 steps of 128" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "message"),
+    [
+        ({"k": 97}, ConfigError, "k is 97, expected at most d_sae = 96"),
+        ({"k": None}, ConfigError, "architecture 'topk' needs 'k'"),
+        ({"k": 4, "hook_point": "blocks.9.resid_post"}, HookPointError, "it has: blocks.0.resid_post"),
+        ({"k": 4, "architecture": "topkk"}, ConfigError, "did you mean 'topk'"),
+        ({"k": 4, "lrr": 1}, ConfigError, "unknown key 'lrr'; did you mean 'lr'"),
+        ({"k": 4, "lr": -1.0}, ConfigError, "lr"),
+        ({"k": []}, ConfigError, "empty list"),
+        ({"k": [4, 8], "name": "same"}, ConfigError, None),
+    ],
+)
+def test_errors(config, table, error, message):
+    merged = {key: value for key, value in (TOPK | table).items() if value is not None}
+    if message is None:
+        assert [folder.name for folder in train(change(config, sae=[merged]))] == ["same-k4", "same-k8"]
+        return
+    with pytest.raises(error, match=message):
+        train(change(config, sae=[merged]))
+
+
+def test_a_store_that_is_none_is_refused(config, tmp_path):
+    with pytest.raises(MissingFileError):
+        train(change(config, store=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((StoreError, MissingFileError)):
+        train(change(config, store=str(tmp_path / "empty")))
+
+
+def test_command_line(config, tmp_path, capsys):
+    path = tmp_path / "train.toml"
+    path.write_text(to_toml(config))
+    assert main(["train", str(path), "--dry-run", "true"]) == 0
+    assert "3 SAEs" in capsys.readouterr().out
+    assert main(["train", str(path), "--bach_size", "3"]) == 2
+    assert "did you mean 'batch_size'" in capsys.readouterr().err
