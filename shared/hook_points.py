@@ -106,12 +106,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """
     import torch.nn as nn
 
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     n_layers = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    ]
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(path, module) for path, module in lists if len(module)]
     for path, module in lists:
         if len(module) == n_layers:
             return path, module
