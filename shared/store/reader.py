@@ -239,7 +239,7 @@ class ActivationStore:
             raise StoreError(f"the store '{self.path}' is damaged: '{key}': {error}") from None
         return table
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> list[str]:
+    def verify(self, progress: Callable[[int], object] | None = None) -> list[str]:
         """Check every byte against its checksum; return one line per fault, none when the store is whole.
 
         `progress` is called with the bytes checked since its last call.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .reader import ActivationStore
 
 
-def find_faults(store: ActivationStore, progress: Callable[[int], None]) -> list[str]:
+def find_faults(store: ActivationStore, progress: Callable[[int], object]) -> list[str]:
     """Return one line per fault: the file, and for data the chunk and rows."""
     manifest = store.manifest
     work = [(array, record) for record in manifest.shards for array in arrays_of(manifest.header)]
@@ -33,7 +33,7 @@ def find_faults(store: ActivationStore, progress: Callable[[int], None]) -> list
 
 
 def _shard_faults(
-    store: ActivationStore, array: ArrayLayout, record: ShardRecord, progress: Callable[[int], None]
+    store: ActivationStore, array: ArrayLayout, record: ShardRecord, progress: Callable[[int], object]
 ) -> list[str]:
     n_rows = record.contexts * store.context_size
     try:

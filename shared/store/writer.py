@@ -8,17 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
+from msgspec.structs import replace
 
 from ..errors import ConfigError, StoreError
+from .assembly import ShardAssembly
+from .batch import Batch
 from .commit import StoreFolder
-from .encode import encode_hook_chunk, encode_tokens
-from .format import CHUNK_BYTES, MAX_ROWS, SHARD_BYTES, TOKENS, Header, arrays_of, make_header
-from .moments import Moments
-from .pipeline import Encoded, Pipeline, ShardInProgress
-from .provenance import Segments, find_segments
-from .rows import BITS, check_finite, to_bits
-from .statistics import Statistics
+from .format import CHUNK_BYTES, SHARD_BYTES, Header, make_header
+from .pipeline import Pipeline, ShardInProgress
 
 PENDING_BYTES = 256 << 20
 
@@ -80,7 +77,7 @@ class ActivationStoreWriter:
         self._n_contexts = self.n_committed_contexts
         self._may_append = self._folder.may_append
         self._closed = False
-        self._batch: _ShardBatch | None = None
+        self._assembly: ShardAssembly | None = None
         self._open_shards: list[ShardInProgress] = []
         self._pipeline = Pipeline(self.path, threads or min(os.cpu_count() or 1, 8), pending_bytes)
 
@@ -114,18 +111,18 @@ class ActivationStoreWriter:
             raise StoreError(f"the writer of '{self.path}' is closed; open the store again to append")
         self._pipeline.check()
         header = self._start(tokens is not None)
-        batch = _Batch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions)
+        batch = Batch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions)
         self._check_room(batch.n)
         start = 0
         while start < batch.n:
-            if self._batch is None:
-                self._batch = _ShardBatch(header, self._n_contexts // header.contexts_per_shard, self._folder)
-                self._open_shards.append(self._batch.shard)
-            stop = min(batch.n, start + header.contexts_per_shard - self._batch.n_contexts)
-            self._batch.add(batch, start, stop, document_info or {}, self._pipeline)
+            if self._assembly is None:
+                self._assembly = ShardAssembly(header, self._n_contexts // header.contexts_per_shard, self._folder)
+                self._open_shards.append(self._assembly.shard)
+            stop = min(batch.n, start + header.contexts_per_shard - self._assembly.n_contexts)
+            self._assembly.add(batch, start, stop, document_info or {}, self._pipeline)
             self._n_contexts += stop - start
             start = stop
-            if self._batch.n_contexts == header.contexts_per_shard:
+            if self._assembly.n_contexts == header.contexts_per_shard:
                 self._finish_shard()
         self.raw_bytes += sum(rows.nbytes for rows in batch.rows.values())
 
@@ -134,7 +131,7 @@ class ActivationStoreWriter:
         if self._closed:
             return
         try:
-            if self._batch is not None:
+            if self._assembly is not None:
                 self._finish_shard()
             self._pipeline.close()
             self._pipeline.check()
@@ -173,8 +170,6 @@ class ActivationStoreWriter:
 
     def _start(self, has_tokens: bool) -> Header:
         if self._header is None:
-            from msgspec.structs import replace
-
             self._header = self._folder.start(replace(self._proposed, has_tokens=has_tokens))
         if self._header.has_tokens != has_tokens:
             expected, got = ("tokens", "none") if self._header.has_tokens else ("no tokens", "tokens")
@@ -191,166 +186,7 @@ class ActivationStoreWriter:
             raise StoreError(f"the store '{self.path}' was declared with {limit} contexts; got {self._n_contexts + n}")
 
     def _finish_shard(self) -> None:
-        assert self._batch is not None
-        batch, self._batch = self._batch, None
-        batch.finish(self._pipeline)
-        self._pipeline.then(lambda: self._open_shards.remove(batch.shard))
-
-
-class _Batch:
-    """A batch that was checked as a whole before any of it is stored."""
-
-    def __init__(self, n: int, rows: dict[str, np.ndarray]) -> None:
-        self.n = n
-        self.rows = rows
-        self.tokens: np.ndarray | None = None
-        self.held_out = np.zeros(n, dtype=bool)
-        self.usable = np.ones(0, dtype=bool)
-        self.documents = np.zeros((0, 0), dtype=np.int64)
-        self.positions = np.zeros((0, 0), dtype=np.int64)
-
-    @classmethod
-    def of(
-        cls,
-        header: Header,
-        first_context: int,
-        activations: Mapping[str, Any],
-        tokens: Any,
-        held_out: Any,
-        documents: Any,
-        positions: Any,
-    ) -> _Batch:
-        names = list(header.hook_points)
-        if set(activations) != set(names):
-            raise ConfigError(f"expected activations of {', '.join(names)}; got {', '.join(map(str, activations))}")
-        n = len(next(iter(activations.values())))
-        rows = {}
-        for name, d_in in header.hook_points.items():
-            expected, got = (n, header.context_size, d_in), tuple(activations[name].shape)
-            if got != expected:
-                raise ConfigError(f"hook point '{name}': expected activations of shape {expected}, got {got}")
-            rows[name] = to_bits(activations[name], header.dtype, name)
-            if n:
-                check_finite(rows[name], header.dtype, name, first_context)
-        batch = cls(n, rows)
-        grid = (n, header.context_size)
-        batch.usable = np.ones(grid, dtype=bool)
-        if tokens is not None:
-            batch.tokens = _integers("tokens", tokens, grid, np.int32)
-            if header.mask_token_ids:
-                batch.usable = ~np.isin(batch.tokens, header.mask_token_ids)
-        if held_out is not None:
-            batch.held_out = _integers("held_out", held_out, (n,), np.bool_)
-        unknown = np.broadcast_to(np.int64(-1), grid)
-        batch.documents = unknown if documents is None else _integers("documents", documents, grid, np.int64)
-        batch.positions = unknown if positions is None else _integers("positions", positions, grid, np.int64)
-        return batch
-
-
-def _integers(what: str, values: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
-    if array.shape != shape or array.dtype.kind not in "iub":
-        raise ConfigError(f"expected {what} of integers of shape {shape}, got {array.dtype} of shape {array.shape}")
-    if (
-        dtype != np.bool_
-        and array.size
-        and not -(MAX_ROWS << 14) <= int(array.min()) <= int(array.max()) <= (np.iinfo(dtype).max)
-    ):
-        raise ConfigError(f"expected {what} that fit {np.dtype(dtype)}, got up to {int(array.max())}")
-    return array.astype(dtype)
-
-
-class _ShardBatch:
-    """The shard being filled: buffers of one chunk per hook point, and what is known of its contexts."""
-
-    def __init__(self, header: Header, number: int, folder: StoreFolder) -> None:
-        self.n_contexts = 0
-        self._header = header
-        self._folder = folder
-        self._number = number
-        arrays = arrays_of(header)
-        self.shard = ShardInProgress(number, folder.partial, {array.name: array.chunks_per_shard for array in arrays})
-        self._arrays = {array.name: array for array in arrays}
-        self._fill = 0
-        self._new_buffers()
-        self._tokens: list[np.ndarray] = []
-        self._held_out: list[np.ndarray] = []
-        self._training_rows: list[int] = []
-        self._segments: list[Segments] = []
-        self._info: dict[int, tuple[int, str]] = {}
-        self._moments = {name: Moments.none(d_in) for name, d_in in header.hook_points.items()}
-
-    def _new_buffers(self) -> None:
-        shape = self._header.chunk_rows
-        bits = BITS[self._header.dtype]
-        self._buffers = {name: np.empty((shape, d_in), bits) for name, d_in in self._header.hook_points.items()}
-        self._training = np.empty(shape, dtype=bool)
-
-    def add(
-        self, batch: _Batch, start: int, stop: int, info: Mapping[int, tuple[int, str]], pipeline: Pipeline
-    ) -> None:
-        """Take contexts [start, stop) of a batch; they fit the shard."""
-        header = self._header
-        first = self._number * header.contexts_per_shard + self.n_contexts
-        held_out = batch.held_out[start:stop]
-        segments = find_segments(batch.documents[start:stop], batch.positions[start:stop], held_out, first)
-        self._segments.append(segments)
-        self._info |= {key: info[key] for key in np.unique(segments.document).tolist() if key in info}
-        self._held_out.append(held_out)
-        if batch.tokens is not None:
-            self._tokens.append(batch.tokens[start:stop].reshape(-1))
-        training = (batch.usable[start:stop] & ~held_out[:, None]).reshape(-1)
-        rows = {name: part[start:stop].reshape(-1, part.shape[-1]) for name, part in batch.rows.items()}
-        done = 0
-        while done < len(training):
-            n = min(len(training) - done, header.chunk_rows - self._fill)
-            for name, part in rows.items():
-                self._buffers[name][self._fill : self._fill + n] = part[done : done + n]
-            self._training[self._fill : self._fill + n] = training[done : done + n]
-            self._fill += n
-            done += n
-            if self._fill == header.chunk_rows:
-                self._send_chunk(pipeline)
-        self.n_contexts += stop - start
-
-    def _send_chunk(self, pipeline: Pipeline) -> None:
-        """Hand the filled buffers to the background; a last, partial chunk is padded with zeros."""
-        self._training[self._fill :] = False
-        self._training_rows.append(int(self._training.sum()))
-        for name, buffer in self._buffers.items():
-            buffer[self._fill :] = 0
-            pipeline.encode(
-                lambda name=name, buffer=buffer, training=self._training: (
-                    name,
-                    *encode_hook_chunk(self._header, self._arrays, name, buffer, training),
-                ),
-                self._write_chunk,
-                buffer.nbytes,
-            )
-        self._fill = 0
-        self._new_buffers()
-
-    def _write_chunk(self, result: tuple[str, Encoded, Moments]) -> int:
-        name, encoded, moments = result
-        self._moments[name] = self._moments[name] + moments
-        return self.shard.append(encoded)
-
-    def finish(self, pipeline: Pipeline) -> None:
-        """Send what is left, and have the shard committed after it."""
-        if self._fill:
-            self._send_chunk(pipeline)
-        if self._tokens:
-            tokens = np.concatenate(self._tokens)
-            rows = self._arrays[TOKENS].chunk_rows
-            for start in range(0, len(tokens), rows):
-                part = tokens[start : start + rows]
-                pipeline.encode(
-                    lambda part=part: encode_tokens(self._arrays[TOKENS], part), self.shard.append, part.nbytes
-                )
-        pipeline.then(self._commit)
-
-    def _commit(self) -> None:
-        statistics = Statistics(
-            self._moments, np.concatenate(self._held_out), np.array(self._training_rows, dtype=np.int64)
-        )
-        self._folder.commit(self.shard, self.n_contexts, statistics, self._segments, self._info)
+        assert self._assembly is not None
+        assembly, self._assembly = self._assembly, None
+        assembly.finish(self._pipeline)
+        self._pipeline.then(lambda: self._open_shards.remove(assembly.shard))

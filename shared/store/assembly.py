@@ -1,0 +1,111 @@
+"""Gather contexts into chunks and shards, and hand each full one to the background."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .batch import Batch
+from .commit import StoreFolder
+from .encode import encode_hook_chunk, encode_tokens
+from .format import TOKENS, Header, arrays_of
+from .moments import Moments
+from .pipeline import Encoded, Pipeline, ShardInProgress
+from .provenance import Segments, find_segments
+from .rows import BITS
+from .statistics import Statistics
+
+
+class ShardAssembly:
+    """The shard being filled: buffers of one chunk per hook point, and what is known of its contexts."""
+
+    def __init__(self, header: Header, number: int, folder: StoreFolder) -> None:
+        self.n_contexts = 0
+        self._header = header
+        self._folder = folder
+        self._number = number
+        arrays = arrays_of(header)
+        self.shard = ShardInProgress(number, folder.partial, {array.name: array.chunks_per_shard for array in arrays})
+        self._arrays = {array.name: array for array in arrays}
+        self._fill = 0
+        self._new_buffers()
+        self._tokens: list[np.ndarray] = []
+        self._held_out: list[np.ndarray] = []
+        self._training_rows: list[int] = []
+        self._segments: list[Segments] = []
+        self._info: dict[int, tuple[int, str]] = {}
+        self._moments = {name: Moments.none(d_in) for name, d_in in header.hook_points.items()}
+
+    def _new_buffers(self) -> None:
+        shape = self._header.chunk_rows
+        bits = BITS[self._header.dtype]
+        self._buffers = {name: np.empty((shape, d_in), bits) for name, d_in in self._header.hook_points.items()}
+        self._training = np.empty(shape, dtype=bool)
+
+    def add(self, batch: Batch, start: int, stop: int, info: Mapping[int, tuple[int, str]], pipeline: Pipeline) -> None:
+        """Take contexts [start, stop) of a batch; they fit the shard."""
+        header = self._header
+        first = self._number * header.contexts_per_shard + self.n_contexts
+        held_out = batch.held_out[start:stop]
+        segments = find_segments(batch.documents[start:stop], batch.positions[start:stop], held_out, first)
+        self._segments.append(segments)
+        self._info |= {key: info[key] for key in np.unique(segments.document).tolist() if key in info}
+        self._held_out.append(held_out)
+        if batch.tokens is not None:
+            self._tokens.append(batch.tokens[start:stop].reshape(-1))
+        training = (batch.usable[start:stop] & ~held_out[:, None]).reshape(-1)
+        rows = {name: part[start:stop].reshape(-1, part.shape[-1]) for name, part in batch.rows.items()}
+        done = 0
+        while done < len(training):
+            n = min(len(training) - done, header.chunk_rows - self._fill)
+            for name, part in rows.items():
+                self._buffers[name][self._fill : self._fill + n] = part[done : done + n]
+            self._training[self._fill : self._fill + n] = training[done : done + n]
+            self._fill += n
+            done += n
+            if self._fill == header.chunk_rows:
+                self._send_chunk(pipeline)
+        self.n_contexts += stop - start
+
+    def _send_chunk(self, pipeline: Pipeline) -> None:
+        """Hand the filled buffers to the background; a last, partial chunk is padded with zeros."""
+        self._training[self._fill :] = False
+        self._training_rows.append(int(self._training.sum()))
+        for name, buffer in self._buffers.items():
+            buffer[self._fill :] = 0
+            pipeline.encode(
+                lambda name=name, buffer=buffer, training=self._training: (
+                    name,
+                    *encode_hook_chunk(self._header, self._arrays, name, buffer, training),
+                ),
+                self._write_chunk,
+                buffer.nbytes,
+            )
+        self._fill = 0
+        self._new_buffers()
+
+    def _write_chunk(self, result: tuple[str, Encoded, Moments]) -> int:
+        name, encoded, moments = result
+        self._moments[name] = self._moments[name] + moments
+        return self.shard.append(encoded)
+
+    def finish(self, pipeline: Pipeline) -> None:
+        """Send what is left, and have the shard committed after it."""
+        if self._fill:
+            self._send_chunk(pipeline)
+        if self._tokens:
+            tokens = np.concatenate(self._tokens)
+            rows = self._arrays[TOKENS].chunk_rows
+            for start in range(0, len(tokens), rows):
+                part = tokens[start : start + rows]
+                pipeline.encode(
+                    lambda part=part: encode_tokens(self._arrays[TOKENS], part), self.shard.append, part.nbytes
+                )
+        pipeline.then(self._commit)
+
+    def _commit(self) -> None:
+        statistics = Statistics(
+            self._moments, np.concatenate(self._held_out), np.array(self._training_rows, dtype=np.int64)
+        )
+        self._folder.commit(self.shard, self.n_contexts, statistics, self._segments, self._info)
