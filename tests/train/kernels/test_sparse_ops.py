@@ -1,0 +1,127 @@
+"""Decode, gradients of values and of weights, against the references and against autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from thresher.train.kernels import fused, reference
+from thresher.train.kernels.csc import to_csc
+
+
+def sparse(device, counts, d_sae, d_in, dtype=torch.float32, hot=None):
+    """Return CSR latents with `counts` entries in each row, and decoder, inputs and bias."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.cat([torch.randperm(d_sae - 1, generator=generator)[:n] for n in counts])
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    if hot is not None:
+        indices[offsets[:-1]] = hot
+    values = torch.randn(len(indices), generator=generator)
+    W_dec = torch.randn(d_sae, d_in, generator=generator).to(dtype)
+    x = torch.randn(len(counts), d_in, generator=generator).to(dtype)
+    b_dec = torch.randn(d_in, generator=generator)
+    return tuple(tensor.to(device) for tensor in (values, indices.int(), offsets, W_dec, x, b_dec))
+
+
+SHAPES = [
+    pytest.param([1], 20, 16, torch.float32, id="one row, k=1"),
+    pytest.param([3, 0, 19, 1], 20, 80, torch.float32, id="ragged, an empty row, d_in=80"),
+    pytest.param([2, 2, 2], 20, 130, torch.bfloat16, id="bfloat16, d_in past a power of two"),
+]
+
+
+@pytest.mark.parametrize(("counts", "d_sae", "d_in", "dtype"), SHAPES)
+def test_ops_equal_the_references(device, counts, d_sae, d_in, dtype):
+    values, indices, offsets, W_dec, g, _ = sparse(device, counts, d_sae, d_in, dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4}
+    x_hat = fused.decode(values, indices, offsets, W_dec)
+    torch.testing.assert_close(x_hat, reference.decode(values, indices, offsets, W_dec), **tolerance)
+    by_values = fused.grad_values(g, W_dec, indices, offsets)
+    torch.testing.assert_close(by_values, reference.grad_values(g, W_dec, indices, offsets), **tolerance)
+    by_weights = fused.grad_weights(values, indices, offsets, g, d_sae)
+    expected = reference.grad_weights(values, indices, offsets, g, d_sae)
+    torch.testing.assert_close(by_weights, expected, **tolerance)
+    # The last latent is in no row.
+    assert (by_weights[-1] == 0).all()
+
+
+@pytest.mark.parametrize(("counts", "d_sae", "d_in", "dtype"), SHAPES)
+def test_references_are_autograds(counts, d_sae, d_in, dtype):
+    values, indices, offsets, W_dec, g, _ = sparse("cpu", counts, d_sae, d_in, dtype)
+    values, W_dec, g = (t.double().requires_grad_() for t in (values, W_dec, g))
+    dense = torch.zeros(len(counts), d_sae, dtype=torch.float64)
+    dense = dense.index_put((reference.rows_of(offsets, len(values)), indices.long()), values)
+    (dense @ W_dec * g).sum().backward()
+    torch.testing.assert_close(reference.decode(values, indices, offsets, W_dec), dense @ W_dec)
+    torch.testing.assert_close(reference.grad_values(g, W_dec, indices, offsets), values.grad)
+    torch.testing.assert_close(reference.grad_weights(values, indices, offsets, g, d_sae), W_dec.grad)
+
+
+@pytest.mark.parametrize("max_segment", [2, 3, 100])
+def test_a_hot_latent_is_split_and_summed(device, max_segment):
+    values, indices, offsets, _, g, _ = sparse(device, [2] * 7, 9, 16, hot=5)
+    csc = to_csc(indices, offsets, 9, max_segment)
+    by_weights, by_bias = fused.grad_weights_and_bias(values, csc, g)
+    expected = reference.grad_weights(values, indices, offsets, g, 9)
+    torch.testing.assert_close(by_weights, expected, rtol=1e-5, atol=1e-5)
+    assert by_bias[5].item() == pytest.approx(values[indices == 5].sum().item(), abs=1e-5)
+    assert torch.equal(by_weights, fused.grad_weights(values, indices, offsets, g, 9, csc))
+
+
+def test_csc_leaves_out_what_is_past_the_last_row(device):
+    indices = torch.tensor([2, 0, 2, 1, 1], dtype=torch.int32, device=device)
+    csc = to_csc(indices, torch.tensor([0, 1, 1, 3], device=device), 4, max_segment=1)
+    assert csc.starts.tolist() == [0, 1, 1, 3, 3]
+    assert csc.order[:3].tolist() == [1, 0, 2]
+    assert csc.rows[:3].tolist() == [2, 0, 2]
+    assert csc.segment_starts.tolist() == [0, 0, 0, 2, 2]
+    assert csc.segment_latents[:2].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(("counts", "d_sae", "d_in", "dtype"), SHAPES)
+def test_reconstruct_is_the_loss_and_its_gradients(device, counts, d_sae, d_in, dtype):
+    values, indices, offsets, W_dec, x, b_dec = sparse(device, counts, d_sae, d_in, dtype)
+    values[::3] = 0.0
+    scale = torch.tensor(2 / len(counts), device=device)
+    found = fused.reconstruct(values, indices, offsets, W_dec, b_dec, x, scale)
+
+    pre_acts = values.double().requires_grad_()
+    x_hat = reference.decode(pre_acts, indices, offsets, W_dec.double()) + b_dec
+    x_hat.retain_grad()
+    squared_error = (x_hat - x.double()).square().sum(1)
+    squared_error.mean().backward()
+    torch.testing.assert_close(found.squared_error.double(), squared_error, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.g.double(), x_hat.grad, rtol=1e-4, atol=1e-4)
+    # A latent that ReLU holds at zero, or one that is negative, passes nothing on.
+    expected = torch.where(values > 0, pre_acts.grad, 0.0)
+    torch.testing.assert_close(found.grad_pre_acts.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_start_beyond_what_32_bits_can_address(device):
+    """A decoder whose rows are 2^30 elements apart; memory that is not touched costs nothing."""
+    stride, d_in = 1 << 30, 16
+    storage = torch.zeros(1, dtype=torch.bfloat16, device=device).new_empty(4 * stride + d_in)
+    W_dec = storage.as_strided((5, d_in), (stride, 1))
+    W_dec.copy_(torch.arange(5.0)[:, None].expand(5, d_in))
+    offsets = torch.tensor([0, 2], device=device)
+    indices = torch.tensor([4, 1], dtype=torch.int32, device=device)
+    values = torch.tensor([1.0, 10.0], device=device)
+    assert (fused.decode(values, indices, offsets, W_dec) == 14.0).all()
+    by_values = fused.grad_values(torch.ones(1, d_in, device=device), W_dec, indices, offsets)
+    assert by_values.tolist() == [64.0, 16.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantise_scales_centres_and_normalises(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(-127, 128, (3, 80), generator=generator, dtype=torch.int8).to(device)
+    mean, channels = (torch.rand(80, generator=generator).to(device) for _ in range(2))
+    rows, factor = torch.rand(3, generator=generator).to(device), torch.tensor(0.3, device=device)
+    expected = (stored.double() * rows.double()[:, None] * channels - mean) * factor
+    found = fused.dequantise(stored, mean, factor, rows, channels, dtype)
+    assert found.dtype == dtype
+    # The interpreter truncates where the GPU rounds.
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected.to(found.device), rtol=tolerance, atol=1e-6)
+    plain = fused.dequantise(expected.to(dtype), torch.zeros(80, device=device), torch.tensor(1.0, device=device))
+    torch.testing.assert_close(plain.double(), expected, rtol=2**-7, atol=1e-6)
