@@ -7,7 +7,7 @@ held-out fraction are never trained on.
 
     python models/train_stdlib_lm.py --output models/stdlib-lm
 
-takes about half an hour on two CPU cores with AMX.
+takes about half an hour on two idle CPU cores with AMX.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def pack(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """Tokenize documents and pack them, a BOS before each, into contexts `[n, CONTEXT_SIZE]`."""
     bos = tokenizer.token_to_id(BOS)
+    assert bos is not None
     stream: list[int] = []
     for encoding in tokenizer.encode_batch(texts):
         stream.append(bos)
@@ -113,7 +114,7 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, output: Path) -> None:
     """Write the model in bf16 and its tokenizer, as `from_pretrained` expects them."""
     copy = GPT2LMHeadModel(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(output)
+    copy.bfloat16().save_pretrained(output)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT_SIZE
     ).save_pretrained(output)
@@ -149,8 +150,8 @@ def main() -> None:
     contexts = contexts[torch.randperm(len(contexts))][:n_wanted]
     n_steps = len(contexts) // arguments.batch_size
     print(
-        f"{len(contexts) * CONTEXT_SIZE:,} training tokens ({stdlib_contexts.numel():,} of the standard library, twice); "
-        f"held out: {held_out['stdlib'].numel():,} stdlib, {held_out['packages'].numel():,} packages; {n_steps:,} steps"
+        f"{len(contexts) * CONTEXT_SIZE:,} training tokens, {stdlib_contexts.numel():,} of them the standard library's "
+        f"and seen twice; held out: {held_out['stdlib'].numel():,} and {held_out['packages'].numel():,} of packages"
     )
 
     model = GPT2LMHeadModel(
