@@ -117,6 +117,7 @@ def main(folder: Path, mode: str, count: int, seed: int) -> None:
         elif in_child(lambda moment=moment, path=path: die_at(int(moment), path, codec)) == 9:
             break
         kills += 1
+        print(f"kill {kills} at {moment}", file=sys.stderr, flush=True)
         found = check(path, expected, codec, f"kill at {moment}")
         problems += [found] if found else []
     print(json.dumps({"kills": kills, "problems": problems, "files": len(expected)}))
