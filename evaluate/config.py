@@ -37,6 +37,9 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         bool, Meta(description="Measure decoder directions: neighbours within each SAE, matches between SAEs.")
     ] = True
     n_neighbours: Annotated[int, Meta(ge=1, description="Nearest decoder neighbours to write for each latent.")] = 5
+    probe_tasks: Annotated[
+        int, Meta(ge=0, description="Next-token tasks for k-sparse probing, on at most `model_rows` rows; 0 for none.")
+    ] = 0
     feature_rows: Annotated[
         int, Meta(ge=0, description="Rows of the whole store that the feature index is built from; 0 for no index.")
     ] = 1_000_000

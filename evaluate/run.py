@@ -21,12 +21,12 @@ from .features_files import FeatureIndex
 from .held_out import HeldOut, held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
+from .probing import sparse_probing
+from .provenance import footer, provenance
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
 from .spliced import accumulate_losses, splice_metrics
 from .table import metrics_table
-
-ABLATION = "zero: the activation is set to zero at every position, masked ones too"
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -45,8 +45,10 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     output = Path(config.output)
 
     inputs, sums = accumulate(saes, rows, config.block_rows, config.device)
-    language_model = load_model(model, _dtype(config, store), config.device) if model else None
+    dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
+    language_model = load_model(model, dtype, config.device) if model else None
     losses = _spliced_losses(config, language_model, saes, rows) if language_model is not None else {}
+    probes = sparse_probing(saes, rows.subset(config.model_rows), config)
     metrics = []
     for sae in saes:
         row = sae.description() | provenance(rows, model)
@@ -62,7 +64,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             columns, summary = geometry(sae.sae, sums[sae.name].latents.firings, config.n_neighbours)
             row |= summary
         write_latents(output, sae.name, sums[sae.name].latents, columns)
-        metrics.append(row)
+        metrics.append(row | probes.get(sae.name, {}))
 
     write_metrics(output, metrics)
     if config.dictionary:
@@ -85,10 +87,6 @@ def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
         return config.model
     named = store.metadata.get("model")
     return str(named) if named and store.has_tokens else None
-
-
-def _dtype(config: EvaluateConfig, store: ActivationStore) -> str:
-    return config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
 
 
 def _spliced_losses(
@@ -114,34 +112,3 @@ def _features(
     tokenizer = load_tokenizer(str(store.metadata["tokenizer"])) if store.metadata.get("tokenizer") else None
     settings = FeatureSettings(max_rows=config.feature_rows)
     return build_feature_index(store, saes, output, model=model, tokenizer=tokenizer, settings=settings)
-
-
-def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
-    """Return what was evaluated, on what, and what was left out: the same for every SAE."""
-    return {
-        "n_rows": rows.n_rows,
-        "n_contexts": len(rows.contexts),
-        "n_documents": rows.n_documents,
-        "mask": mask_description(rows.store),
-        "model": model,
-        "ablation": ABLATION if model else None,
-    }
-
-
-def mask_description(store: ActivationStore) -> str:
-    """Say which rows are left out of every metric."""
-    masked = list(store.mask_token_ids)
-    return f"held-out rows whose token is not in {masked}" if masked else "every held-out row"
-
-
-def footer(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:
-    """Return the lines under the table: on what the figures rest."""
-    lines = [
-        f"offline  {rows.n_rows:,} rows of {rows.n_documents:,} held-out documents; {mask_description(rows.store)}"
-    ]
-    if model:
-        n_tokens = int(next(iter(losses.values()))["n_kl"].sum())
-        lines.append(f"model    {model} on {n_tokens:,} of these tokens; scores against zero ablation")
-    else:
-        lines.append("model    not run")
-    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""Say what was evaluated, on what, and what was left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..shared.store import ActivationStore
+from .held_out import HeldOut
+
+ABLATION = "zero: the activation is set to zero at every position, masked ones too"
+
+
+def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
+    """Return what was evaluated, on what, and what was left out: the same for every SAE."""
+    return {
+        "n_rows": rows.n_rows,
+        "n_contexts": len(rows.contexts),
+        "n_documents": rows.n_documents,
+        "mask": mask_description(rows.store),
+        "model": model,
+        "ablation": ABLATION if model else None,
+    }
+
+
+def mask_description(store: ActivationStore) -> str:
+    """Say which rows are left out of every metric."""
+    masked = list(store.mask_token_ids)
+    return f"held-out rows whose token is not in {masked}" if masked else "every held-out row"
+
+
+def footer(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:
+    """Return the lines under the table: on what the figures rest."""
+    lines = [
+        f"offline  {rows.n_rows:,} rows of {rows.n_documents:,} held-out documents; {mask_description(rows.store)}"
+    ]
+    if model:
+        n_tokens = int(next(iter(losses.values()))["n_kl"].sum())
+        lines.append(f"model    {model} on {n_tokens:,} of these tokens; scores against zero ablation")
+    else:
+        lines.append("model    not run")
+    return "\n".join(lines)
