@@ -48,7 +48,7 @@ class FeatureSettings(NamedTuple):
     window: int = 32
     n_neighbours: int = 8
     n_tokens: int = 10
-    max_pairs: int = 1 << 25
+    max_pairs: int = 1 << 24
     seed: int = 0
 
 
@@ -156,7 +156,7 @@ def _write(
     neighbours = one.co_firing.neighbours(one.settings.n_neighbours)
     latents = LatentRows(one.statistics, one.top, one.sampled, visited, effects, neighbours)
     tokens = latents.token_ids()
-    vocabulary = {token: tokenizer.decode([token]) for token in tokens} if tokenizer is not None else {}
+    vocabulary = {token: str(tokenizer.decode([token])) for token in tokens} if tokenizer is not None else {}
     documents = visited.document_names(latents.document_ids())
     return write_index(path, one.sae.sae.d_sae, latents.columns, metadata, vocabulary, documents)
 

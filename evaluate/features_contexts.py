@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int64
 
-from .features_sparse import ActiveLatents
+from .features_sparse import ActiveLatents, runs
 
 
 class BestContexts:
@@ -31,7 +31,8 @@ class BestContexts:
         latent, row, value, priority = latent[better], row[better], value[better], priority[better]
         if not len(latent):
             return
-        affected, first, count = np.unique(latent, return_index=True, return_counts=True)
+        first, count = runs(latent)
+        affected = latent[first]
         place = np.arange(len(latent)) - np.repeat(first, count)
         line = np.repeat(np.arange(len(affected)), count)
         shape = (len(affected), self.n + int(count.max()))

@@ -44,7 +44,7 @@ class ActiveLatents:
         n_contexts = int(self.row[-1] - self.first_row) // self.context_size + 1 if len(self.row) else 1
         group = self.latent * n_contexts + (self.row - self.first_row) // self.context_size
         # Positive floats sort as their bits do, so one integer key sorts by group and then by activation.
-        order = np.argsort((group << 32) | self.value.view(np.uint32).astype(np.int64), kind="stable")
+        order = np.argsort((group << 32) | self.value.view(np.uint32).astype(np.int64))
         last = np.flatnonzero(np.diff(group[order], append=-1))
         peaks = order[last]
         return self.latent[peaks], self.row[peaks], self.value[peaks]
@@ -74,15 +74,22 @@ def active_latents(
 
 
 def _encode(sae: Sae, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (row, latent, activation) of what is above zero, by row and latent."""
     x = x.to(sae.W_enc.device, torch.float32)
-    if sae.architecture == "topk":
-        top_acts, top_indices = sae.encode_sparse(x)
-        top_indices, order = top_indices.sort(dim=1)
-        top_acts = top_acts.gather(1, order)
-        row, entry = (top_acts > 0).nonzero(as_tuple=True)
-        latent, value = top_indices[row, entry], top_acts[row, entry]
-    else:
+    if sae.architecture != "topk":
         latents = sae.encode(x)
         row, latent = (latents > 0).nonzero(as_tuple=True)
-        value = latents[row, latent]
-    return row.cpu().numpy(), latent.cpu().numpy(), value.float().cpu().numpy()
+        return row.cpu().numpy(), latent.cpu().numpy(), latents[row, latent].float().cpu().numpy()
+    top_acts, top_indices = sae.encode_sparse(x)
+    value, latent = top_acts.float().cpu().numpy().reshape(-1), top_indices.cpu().numpy().reshape(-1)
+    row = np.repeat(np.arange(len(x)), top_acts.shape[1])
+    if not (value > 0).all():
+        row, latent, value = row[value > 0], latent[value > 0], value[value > 0]
+    order = np.argsort(row * sae.d_sae + latent)
+    return row, latent[order], value[order]
+
+
+def runs(keys: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " runs"], Int64[np.ndarray, " runs"]]:
+    """Return where each run of equal values in sorted `keys` starts, and its length."""
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return first, np.diff(first, append=len(keys))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int64
 
-from .features_sparse import ActiveLatents
+from .features_sparse import ActiveLatents, runs
 
 N_BINS = 64
+MERGE_PAIRS = 1 << 23
 
 
 class ActivationStatistics:
@@ -60,36 +61,44 @@ class ActivationStatistics:
 class CoFiring:
     """How often pairs of latents fire on the same token, over a sample of rows that `max_pairs` bounds."""
 
-    def __init__(self, d_sae: int, total_rows: int, max_pairs: int = 1 << 25):
+    def __init__(self, d_sae: int, total_rows: int, max_pairs: int = 1 << 24):
         self.d_sae = d_sae
         self.firings = np.zeros(d_sae, dtype=np.int64)
         self._pairs_per_row = max_pairs / max(total_rows, 1)
         self._allowance = 0.0
+        self._waiting: list[np.ndarray] = []
         self._keys = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
 
     def add(self, block: ActiveLatents, n_rows: int) -> None:
         """Count the pairs on as many of a block's rows, evenly spaced, as the allowance covers."""
         self._allowance += self._pairs_per_row * n_rows
-        _, first, count = np.unique(block.row, return_index=True, return_counts=True)
-        cost = float((count.astype(np.float64) ** 2).sum())
-        if not cost:
-            return
-        n_taken = int(len(first) * min(1.0, self._allowance / cost))
+        first, count = runs(block.row - block.first_row)
+        cost = (count * (count - 1) / 2).sum()
+        share = min(1.0, self._allowance / cost) if cost else 1.0
+        n_taken = int(len(first) * share)
         taken = np.arange(n_taken) * len(first) // max(n_taken, 1)
         first, count = first[taken], count[taken]
-        self._allowance -= float((count.astype(np.float64) ** 2).sum())
+        self._allowance -= (count * (count - 1) / 2).sum()
         entries = _ranges(first, count)
         self.firings += np.bincount(block.latent[entries], minlength=self.d_sae)
-        left = np.repeat(entries, np.repeat(count, count))
-        right = _ranges(np.repeat(first, count), np.repeat(count, count))
-        keys, counts = np.unique(block.latent[left] * self.d_sae + block.latent[right], return_counts=True)
-        self._merge(keys, counts)
+        following = np.repeat(first + count, count) - entries - 1
+        left, right = np.repeat(entries, following), _ranges(entries + 1, following)
+        self._waiting.append(block.latent[left] * self.d_sae + block.latent[right])
+        if sum(map(len, self._waiting)) > MERGE_PAIRS:
+            self._merge()
 
-    def _merge(self, keys: np.ndarray, counts: np.ndarray) -> None:
-        both = np.concatenate([self._keys, keys])
-        self._keys, inverse = np.unique(both, return_inverse=True)
-        self._counts = np.bincount(inverse, weights=np.concatenate([self._counts, counts])).astype(np.int64)
+    def _merge(self) -> None:
+        """Count the waiting pairs, whose lower latent comes first."""
+        new = np.sort(np.concatenate([self._keys[:0], *self._waiting]))
+        self._waiting = []
+        first, count = runs(new)
+        keys = np.concatenate([self._keys, new[first]])
+        counts = np.concatenate([self._counts, count])
+        order = np.argsort(keys)
+        first, _ = runs(keys[order])
+        self._keys = keys[order][first]
+        self._counts = np.add.reduceat(counts[order], first) if len(first) else counts
 
     def neighbours(
         self, n: int, min_count: int = 2
@@ -99,13 +108,17 @@ class CoFiring:
         The score is the cosine of the two latents' firing indicators: firings together over the
         geometric mean of firings.
         """
-        a, b = np.divmod(self._keys, self.d_sae)
-        useful = (a != b) & (self._counts >= min_count)
-        a, b, together = a[useful], b[useful], self._counts[useful]
-        score = together / np.sqrt(self.firings[a] * self.firings[b].astype(np.float64))
-        order = np.lexsort((b, -score, a))
+        self._merge()
+        useful = self._counts >= min_count
+        low, high = np.divmod(self._keys[useful], self.d_sae)
+        score = self._counts[useful] / np.sqrt(self.firings[low] * self.firings[high].astype(np.float64))
+        a, b, score = np.concatenate([low, high]), np.concatenate([high, low]), np.concatenate([score, score])
+        # Positive floats sort as their bits do: one integer key sorts by latent and then by falling score.
+        falling = (1 << 31) - score.astype(np.float32).view(np.uint32).astype(np.int64)
+        order = np.argsort((a << 32) | falling)
         a, b, score = a[order], b[order], score[order]
-        rank = np.arange(len(a)) - np.searchsorted(a, a)
+        first, count = runs(a)
+        rank = np.arange(len(a)) - np.repeat(first, count)
         return a[rank < n], b[rank < n], score[rank < n]
 
 

@@ -3,3 +3,4 @@ setUpTable();
 if (report.saes.length) setUpPareto(report.saes);
 setUpCurves(report.saes, report.curves);
 setUpDensities(report.saes);
+if (report.features) setUpBrowser(report.saes, report.features);

@@ -13,10 +13,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..features_files import FeatureIndex
 from .definitions import Metric, columns, format_value
+from .feature_blocks import pack_features
 from .labels import point_labels
 
-SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js", "main.js")
+SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js")
+BROWSER_SCRIPTS = ("blocks.js", "latent.js", "browser.js")
 CURVE_POINTS = 400
 NOT_CURVES = ("step", "tokens", "name", "time")
 
@@ -25,7 +28,7 @@ def write_report(
     path: str | Path,
     metrics: Sequence[Mapping[str, Any]],
     loss_curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    features: Mapping[str, Any] | None = None,
+    features: Mapping[str, FeatureIndex] | None = None,
     *,
     title: str = "Sparse autoencoder sweep",
     provenance: Mapping[str, Any] | None = None,
@@ -33,10 +36,16 @@ def write_report(
     """Write one HTML file that shows a sweep's metrics and loss curves, and return its path.
 
     `metrics` are the rows of metrics.json, `loss_curves` the lines of each SAE's
-    metrics.jsonl by name; `provenance` names what was evaluated, on what.
+    metrics.jsonl by name, `features` the SAEs' feature indexes; `provenance` names what was
+    evaluated, on what. Feature data that is too large for one page goes to a folder beside it.
     """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in metrics]
+    packed = pack_features(features, path) if features else None
+    scripts = (*SCRIPTS, *(BROWSER_SCRIPTS if packed else ()), "main.js")
     data = {
+        "features": packed.catalogue if packed else None,
         "saes": [_sae(row, label) for row, label in zip(rows, point_labels(rows), strict=True)],
         "curves": {name: thin_curve(lines) for name, lines in (loss_curves or {}).items() if lines},
     }
@@ -55,12 +64,13 @@ def write_report(
             interval=_interval,
             sort_key=_sort_key,
             style=_asset("report.css"),
-            script=Markup("\n".join(_asset(name) for name in SCRIPTS)),
+            script=Markup("\n".join(_asset(name) for name in scripts)),
+            blocks=packed.inline if packed else [],
+            has_features=packed is not None,
+            has_folder=packed is not None and packed.folder is not None,
             data=json_for_script(data),
         )
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)

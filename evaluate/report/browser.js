@@ -1,0 +1,143 @@
+// The feature browser: one page per SAE, addressed by the fragment, with a list of latents to search and sort.
+const LIST_STEP = 80;
+
+function readRoute() {
+  const parts = new URLSearchParams(location.hash.slice(1));
+  const latent = parts.get("latent");
+  return parts.has("sae") ? { sae: parts.get("sae"), latent: latent === null || !/^\d+$/.test(latent) ? null : Number(latent) } : null;
+}
+
+const routeTo = (sae, latent = null) => `#${new URLSearchParams(latent === null ? { sae } : { sae, latent })}`;
+
+function searchTexts(summary, names) {
+  const text = (ids) => ids.map((id) => tokenText(names, id)).join(" ");
+  return summary.peaks.map((ids, i) => `${text(ids)} ${text(summary.promoted[i])}`.toLowerCase());
+}
+
+// Latents that fit the query: a number names one latent, anything else is looked for in its tokens.
+function selectLatents(summary, texts, query, sort, alive) {
+  const wanted = query.trim().toLowerCase();
+  const number = /^#?\d+$/.test(wanted) ? Number(wanted.replace("#", "")) : null;
+  const chosen = [];
+  for (let i = 0; i < texts.length; i++) {
+    if (i === number || ((!alive || summary.density[i] > 0) && (!wanted || texts[i].includes(wanted)))) chosen.push(i);
+  }
+  const column = { interestingness: summary.score, density: summary.density, max: summary.max }[sort];
+  chosen.sort((a, b) => (b === number) - (a === number) || (column ? column[b] - column[a] : 0) || a - b);
+  return chosen;
+}
+
+function setUpBrowser(saes, catalogue) {
+  const find = (id) => document.getElementById(`browser-${id}`);
+  const [page, list, status, article, search, sort, alive, picker] = ["page", "list", "status", "latent", "search", "sort", "alive", "sae"].map(find);
+  let current = null;
+  let shown = [];
+  let active = null;
+
+  picker.append(...Object.keys(catalogue.saes).map((name) => html("option", { value: name }, name)));
+  picker.addEventListener("change", () => { location.hash = routeTo(picker.value); });
+
+  function row(number) {
+    const { summary, names, sae } = current;
+    const link = html("a", { href: routeTo(sae, number), "data-latent": number }, html("span", { class: "number" }, String(number)), html("span", { class: "peaks" }, ...summary.peaks[number].slice(0, 3).map((id) => tokenChip(names, id))));
+    const value = { density: `${formatNumber(100 * summary.density[number])}%`, max: formatNumber(summary.max[number]) }[sort.value] ?? summary.score[number].toFixed(2);
+    link.append(html("span", { class: "value" }, value));
+    if (number === active) link.setAttribute("aria-current", "true");
+    return html("li", {}, link);
+  }
+
+  const more = () => list.append(...shown.slice(list.children.length, list.children.length + LIST_STEP).map(row));
+  list.addEventListener("scroll", () => { if (list.scrollTop + list.clientHeight > list.scrollHeight - 400) more(); });
+  list.addEventListener("keydown", (event) => {
+    const line = document.activeElement.closest("li");
+    const next = { ArrowDown: line?.nextElementSibling, ArrowUp: line?.previousElementSibling }[event.key];
+    if (!next) return;
+    event.preventDefault();
+    next.firstElementChild.focus();
+  });
+
+  function fill() {
+    if (!current) return;
+    shown = selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked);
+    list.replaceChildren();
+    list.scrollTop = 0;
+    more();
+    status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents`;
+  }
+  search.addEventListener("input", fill);
+  sort.addEventListener("change", fill);
+  alive.addEventListener("change", fill);
+  search.addEventListener("keydown", (event) => event.key === "Enter" && shown.length && (location.hash = routeTo(current.sae, shown[0])));
+
+  async function openSae(name) {
+    const entry = catalogue.saes[name];
+    const [names, summary] = await Promise.all([loadBlock(catalogue.names, catalogue.folder), loadBlock(`${entry.prefix}-summary`, catalogue.folder)]);
+    current = { sae: name, entry, names, summary, texts: searchTexts(summary, names) };
+    picker.value = name;
+    find("heading").textContent = name;
+    find("about").textContent = `${entry.n.toLocaleString("en")} latents, indexed on ${entry.rows.toLocaleString("en")} tokens.`;
+    search.value = "";
+    fill();
+  }
+
+  function drawOverview(name) {
+    const sae = saes.find((other) => other.name === name);
+    article.replaceChildren(html("p", { class: "empty" }, "Choose a latent to see what it responds to."));
+    if (!sae) return;
+    const facts = [["Explained variance", sae.explained_variance], ["L0", sae.l0], ["CE loss score", sae.ce_loss_score], ["Dead", isNumber(sae.dead_fraction) ? `${(100 * sae.dead_fraction).toFixed(1)}%` : null]];
+    article.append(html("dl", { class: "figures" }, ...facts.map(([key, value]) => fact(key, typeof value === "string" ? value : formatNumber(value)))));
+    if (!sae.density?.counts?.some((count) => count > 0)) return;
+    const chart = html("div", { class: "chart" });
+    const used = sae.density.counts.map((count, i) => (count > 0 ? i : -1)).filter((i) => i >= 0);
+    const part = { counts: sae.density.counts.slice(used[0], used.at(-1) + 1), edges: sae.density.edges.slice(used[0], used.at(-1) + 2) };
+    article.append(html("div", { class: "panels wide" }, html("div", {}, html("h4", {}, "Latent densities"), chart)));
+    drawResponsive(chart, (width, height) => drawHistogram(width, height, part, { label: `Histogram of the latent densities of ${name}`, xTitle: "Density", colour: "var(--a0)", tick: powerOfTen }))();
+  }
+
+  async function openLatent(number) {
+    const { entry, summary, names, sae } = current;
+    const block = await loadBlock(`${entry.prefix}-${Math.floor(number / entry.size)}`, catalogue.folder);
+    if (active !== number || current.sae !== sae) return;
+    const heading = drawLatent(article, number, summary, block[number % entry.size], names, (other) => routeTo(sae, other), entry.n);
+    heading.focus({ preventScroll: true });
+    if (matchMedia("(max-width: 52rem)").matches) heading.scrollIntoView();
+    else scrollTo(0, 0);
+  }
+
+  async function follow() {
+    const route = readRoute();
+    const known = route && Object.hasOwn(catalogue.saes, route.sae);
+    document.body.classList.toggle("browsing", Boolean(known));
+    page.hidden = !known;
+    if (!known) return;
+    try {
+      if (current?.sae !== route.sae) await openSae(route.sae);
+      active = route.latent !== null && route.latent < current.entry.n ? route.latent : null;
+      for (const link of list.querySelectorAll("a")) {
+        if (Number(link.dataset.latent) === active) link.setAttribute("aria-current", "true");
+        else link.removeAttribute("aria-current");
+      }
+      if (active === null) {
+        drawOverview(route.sae);
+        find("heading").focus({ preventScroll: true });
+        scrollTo(0, 0);
+      } else await openLatent(active);
+    } catch (error) {
+      article.replaceChildren(html("p", { class: "empty", role: "alert" }, error.message));
+    }
+  }
+
+  article.addEventListener("pointerover", (event) => {
+    const tip = event.target.dataset?.tip;
+    if (tip) showTooltip(tip, event.clientX, event.clientY);
+    else if (!event.target.closest("svg")) hideTooltip();
+  });
+  article.addEventListener("pointerleave", hideTooltip);
+  addEventListener("hashchange", follow);
+  for (const cell of document.querySelectorAll("#metrics tbody th")) {
+    const name = cell.parentElement.dataset.sae;
+    if (Object.hasOwn(catalogue.saes, name)) cell.replaceChildren(html("a", { href: routeTo(name) }, cell.textContent));
+  }
+  document.getElementById("features-list").append(...Object.entries(catalogue.saes).map(([name, entry]) => html("li", {}, html("a", { href: routeTo(name) }, name), ` ${entry.n.toLocaleString("en")} latents`)));
+  follow();
+}

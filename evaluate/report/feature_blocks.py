@@ -1,0 +1,127 @@
+"""Pack feature indexes into compressed blocks that the report opens one at a time, when they are looked at."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..features_files import FeatureIndex
+
+BLOCK_LATENTS = 128
+N_TOP, N_SAMPLED, N_PEAKS = 8, 6, 4
+INLINE_BYTES = 24 << 20
+"""Blocks beyond this many bytes go to files beside the report, so that the page stays quick to open."""
+
+
+class Block(NamedTuple):
+    """A block's element id and its content: JSON, gzip, Base64."""
+
+    id: str
+    text: str
+
+
+class Packed(NamedTuple):
+    """The blocks inside the page, those beside it, and the catalogue that names them all."""
+
+    inline: list[Block]
+    folder: Path | None
+    catalogue: dict[str, Any]
+
+
+def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
+    """Pack indexes for the report at `report`; write the blocks that do not fit inside it beside it."""
+    catalogue: dict[str, Any] = {"saes": {}, "names": "names"}
+    tokens: dict[int, str] = {}
+    documents: dict[int, str] = {}
+    inline: list[Block] = []
+    room = INLINE_BYTES
+    folder = report.with_name(f"{report.stem}_features")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for number, (name, index) in enumerate(features.items()):
+        tokens |= index.vocabulary
+        documents |= index.documents
+        prefix = f"sae{number}"
+        catalogue["saes"][name] = {
+            "n": index.n_latents,
+            "size": BLOCK_LATENTS,
+            "rows": index.metadata.get("n_rows"),
+            "prefix": prefix,
+        }
+        for block in _blocks(prefix, index):
+            room -= len(block.text)
+            if room >= 0 or block.id.endswith("summary"):
+                inline.append(block)
+            else:
+                partial.mkdir(parents=True, exist_ok=True)
+                script = f"thresherBlock({json.dumps(block.id)},{json.dumps(block.text)})\n"
+                (partial / f"{block.id}.js").write_text(script, encoding="ascii")
+    inline.append(encode_block("names", {"tokens": tokens, "documents": documents}))
+    shutil.rmtree(folder, ignore_errors=True)
+    if not partial.is_dir():
+        return Packed(inline, None, catalogue)
+    os.replace(partial, folder)
+    return Packed(inline, folder, catalogue | {"folder": folder.name})
+
+
+def _blocks(prefix: str, index: FeatureIndex) -> Iterator[Block]:
+    """Yield one SAE's blocks of latents, and last the summary that its list needs."""
+    summary: dict[str, list[Any]] = {key: [] for key in ("density", "max", "score", "peaks", "promoted")}
+    for number, lines in enumerate(index.batches(BLOCK_LATENTS)):
+        for line in lines:
+            peaks = Counter(entry["tokens"][entry["peak"]] for entry in line["top"])
+            summary["density"].append(_short(line["density"]))
+            summary["max"].append(_short(line["max_activation"]))
+            summary["score"].append(_short(line["interestingness"]))
+            summary["peaks"].append([token for token, _ in peaks.most_common(N_PEAKS)])
+            summary["promoted"].append([effect["token"] for effect in line["promoted"][:N_PEAKS]])
+        yield encode_block(f"{prefix}-{number}", [_latent(line) for line in lines])
+    yield encode_block(f"{prefix}-summary", summary)
+
+
+def _latent(line: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {entry["context"] for entry in line["top"][:N_TOP]}
+    sampled = [entry for entry in line["sampled"] if entry["context"] not in shown]
+    last = max((i for i, count in enumerate(line["histogram"]) if count), default=-1) + 1
+    return {
+        "firings": line["firings"],
+        "mean": _short(line["mean_activation"]),
+        "end": _short(line["histogram_end"] * last / max(1, len(line["histogram"]))),
+        "histogram": line["histogram"][:last],
+        "top": [_context(entry) for entry in line["top"][:N_TOP]],
+        "sampled": [_context(entry) for entry in _spread(sampled, N_SAMPLED)],
+        "promoted": [[effect["token"], _short(effect["effect"])] for effect in line["promoted"]],
+        "suppressed": [[effect["token"], _short(effect["effect"])] for effect in line["suppressed"]],
+        "neighbours": [[other["latent"], _short(other["score"])] for other in line["neighbours"]],
+    }
+
+
+def _spread(entries: Sequence[Any], n: int) -> list[Any]:
+    """Return `n` entries at even steps through a list: quantiles, where the list is sorted."""
+    if len(entries) <= n:
+        return list(entries)
+    return [entries[round(i * (len(entries) - 1) / (n - 1))] for i in range(n)]
+
+
+def _context(entry: Mapping[str, Any]) -> list[Any]:
+    active = {str(i): _short(value) for i, value in enumerate(entry["activations"]) if value}
+    where = [entry["document"], entry["position"], entry["context"]]
+    return [_short(entry["activation"]), entry["peak"], entry["tokens"], active, *where]
+
+
+def encode_block(name: str, value: Any) -> Block:
+    """Return a block; the same value always gives the same text."""
+    content = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return Block(name, base64.b64encode(gzip.compress(content, 6, mtime=0)).decode("ascii"))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}") if math.isfinite(value) else 0.0

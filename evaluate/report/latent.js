@@ -1,0 +1,71 @@
+// One latent: its figures, histogram, tokens it promotes, neighbours, and the contexts in which it fires.
+function visible(text) {
+  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "∅";
+}
+
+const tokenText = (names, id) => names.tokens[id] ?? `⟨${id}⟩`;
+
+function tokenChip(names, id) {
+  return html("code", { class: "token" }, visible(tokenText(names, id)));
+}
+
+function drawContext([activation, peak, tokens, active, document_, position, context], names, maximum) {
+  const source = names.documents[document_] ?? (document_ >= 0 ? `document ${document_}` : `context ${context}`);
+  const place = position >= 0 ? `${source}, token ${position.toLocaleString("en")}` : source;
+  const line = html("li", { class: "context" });
+  const text = html("p", { class: "context-text" });
+  tokens.forEach((id, i) => {
+    const value = active[i] ?? 0;
+    const word = visible(tokenText(names, id));
+    if (!value) {
+      const span = html("span", {}, word);
+      span.dataset.tip = `${word}\nnot active`;
+      text.append(span);
+      return;
+    }
+    const mark = html(i === peak ? "mark" : "span", { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, value / maximum))}%` }, word);
+    mark.dataset.tip = `${word}\nactivation ${formatNumber(value)}`;
+    text.append(mark);
+  });
+  line.append(html("p", { class: "context-head" }, html("strong", {}, formatNumber(activation)), ` ${place}`), text);
+  return line;
+}
+
+function tokenTable(title, rows, names) {
+  const largest = Math.max(...rows.map(([, effect]) => Math.abs(effect)), 1e-9);
+  const list = html("ol", { class: "effects" }, ...rows.map(([id, effect]) => html("li", { style: `--share: ${(100 * Math.abs(effect)) / largest}%` }, tokenChip(names, id), html("span", {}, effect.toFixed(2)))));
+  return html("div", {}, html("h4", {}, title), list);
+}
+
+function contextList(title, note, contexts, names, maximum) {
+  const list = html("ol", { class: "contexts" }, ...contexts.map((context) => drawContext(context, names, maximum)));
+  return html("section", { class: "context-group" }, html("h4", {}, title), html("p", { class: "note" }, note), list);
+}
+
+const fact = (name, value) => html("div", {}, html("dt", {}, name), html("dd", {}, value));
+
+function drawLatent(article, number, summary, latent, names, linkTo, total) {
+  const maximum = summary.max[number];
+  const heading = html("h3", { id: "latent-heading", tabindex: -1 }, `Latent ${number.toLocaleString("en")}`);
+  const step = (to, text, label) => (to < 0 || to >= total ? html("span", { class: "step", "aria-hidden": "true" }, text) : html("a", { class: "step", href: linkTo(to), "aria-label": label }, text));
+  const head = html("div", { class: "latent-head" }, heading, html("div", { class: "steps" }, step(number - 1, "‹", "Previous latent"), step(number + 1, "›", "Next latent")));
+  const facts = html("dl", { class: "figures" },
+    fact("Density", `${formatNumber(100 * summary.density[number])}%`), fact("Fires on", `${latent.firings.toLocaleString("en")} tokens`),
+    fact("Max", formatNumber(maximum)), fact("Mean when active", formatNumber(latent.mean)), fact("Interestingness", summary.score[number].toFixed(2)));
+  article.replaceChildren(head, facts);
+  if (!latent.firings) {
+    article.append(html("p", { class: "empty" }, "This latent fired on none of the tokens that were indexed."));
+    return heading;
+  }
+  const panels = html("div", { class: "panels" });
+  const chart = html("div", { class: "chart" });
+  panels.append(html("div", {}, html("h4", {}, "Activations when active"), chart));
+  if (latent.promoted.length) panels.append(tokenTable("Promotes", latent.promoted, names), tokenTable("Suppresses", latent.suppressed, names));
+  const neighbours = html("ol", { class: "neighbours" }, ...latent.neighbours.map(([other, score]) => html("li", {}, html("a", { href: linkTo(other) }, `${other}`), ...summary.peaks[other].slice(0, 2).map((id) => tokenChip(names, id)), html("span", {}, score.toFixed(2)))));
+  panels.append(html("div", {}, html("h4", {}, "Fires together with"), latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, in the tokens sampled.")));
+  article.append(panels, contextList("Strongest contexts", "The contexts of highest activation.", latent.top, names, maximum));
+  if (latent.sampled.length) article.append(contextList("Across the range", "Drawn evenly from all other contexts in which it fires, from strong to weak.", latent.sampled, names, maximum));
+  const edges = latent.histogram.map((_, i) => (latent.end * i) / latent.histogram.length).concat(latent.end);
+  drawResponsive(chart, (width, height) => drawHistogram(width, height, { edges, counts: latent.histogram }, { label: `Histogram of activations, up to ${formatNumber(maximum)}`, xTitle: "Activation", yTitle: "Tokens", unit: "tokens", colour: "var(--a0)" }))();
+  return heading;
+}
