@@ -5,9 +5,11 @@ target: registers a thread, bytes of stack (spills) and of shared memory, and wh
 instructions are there. The tests hold these against what the GPUs have.
 """
 
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,7 @@ from triton.compiler import ASTSource
 from . import dequantise, feature_major, optimizer, select, threshold, token_major
 from .csc import MAX_SEGMENT
 
-# An SM's shared memory that one program may use.
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+CAPABILITIES = (80, 90)
 
 # How launches type each argument. What is not named is a pointer to float32 or a 32-bit integer.
 POINTERS = {
@@ -56,7 +57,7 @@ def variants() -> Iterator[Variant]:
     for k in (32, 64):
         for redo in (False, True):
             constants = {"N_CANDIDATES": 4, "K_PADDED": k, "CHUNK": select.merge_chunk(4096, k), "REDO": redo}
-            yield Variant(select.merge_kernel, constants, 4)
+            yield Variant(select.merge_kernel, constants, select.merge_warps(redo))
         yield Variant(select.recompute_kernel, {"K_PADDED": k} | tile | {"BLOCK_ROWS": 16}, 4)
     for fill in (False, True):
         yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | tile, 8)
@@ -115,9 +116,17 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Compile for the capabilities given, such as 80 and 90."""
-    for capability in map(int, arguments or ["80", "90"]):
+    """Compile for the capabilities given, such as 80 and 90; with `--each-once`, one variant of a kernel."""
+    capabilities = [int(argument) for argument in arguments if argument.isdigit()] or list(CAPABILITIES)
+    # Fused multiply-adds, as the launches have them; unset, Triton 3.9 warns that its default will change.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    for capability in capabilities:
+        seen: set[str] = set()
         for variant in variants():
+            name = variant.kernel.__name__
+            if "--each-once" in arguments and name in seen:
+                continue
+            seen.add(name)
             print(json.dumps(compile_variant(variant, capability)), flush=True)
 
 

@@ -263,7 +263,7 @@ def select_topk_certified(
             K_PADDED=K_PADDED,
             CHUNK=merge_chunk(n_merged, K_PADDED),
             REDO=redo,
-            num_warps=4,
+            num_warps=merge_warps(redo),
         )
 
     merge(n_keys, redo=False)
@@ -295,6 +295,11 @@ def select_topk_certified(
 def merge_chunk(n_keys: int, K_PADDED: int) -> int:
     """Return how many keys a merging program sorts at once."""
     return max(K_PADDED, min(triton.next_power_of_2(n_keys), 1024))
+
+
+def merge_warps(redo: bool) -> int:
+    """Return the warps of a merging program; with another number one of the two spills on sm_80 or sm_90."""
+    return 8 if redo else 4
 
 
 def select_topk_dense(
