@@ -20,6 +20,13 @@ class SaeConfig(Config, frozen=True):
         Annotated[int, Meta(ge=1)] | None, Meta(description="Active latents per row, for the top-k kinds.")
     ] = None
     l1_coefficient: Annotated[Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the L1 penalty.")] = None
+    l0_coefficient: Annotated[Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the L0 penalty.")] = None
+    target_l0: Annotated[
+        Annotated[float, Meta(gt=0)] | None, Meta(description="L0 to aim at, which the L0 penalty is then about.")
+    ] = None
+    prefix_sizes: Annotated[
+        tuple[int, ...] | None, Meta(description="Sizes of a Matryoshka SAE's prefixes, growing to d_sae.")
+    ] = None
     lr: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Peak learning rate; the architecture's own if not given."),

@@ -54,6 +54,7 @@ class SaeTrainer:
         self.architecture = make_architecture(config, d_in)
         initial = self.architecture.initial_parameters(torch.Generator().manual_seed(config.seed))
         self.parameters = {name: tensor.to(device) for name, tensor in initial.items()}
+        self.buffers = {name: tensor.to(device) for name, tensor in self.architecture.initial_buffers().items()}
         self.optimizer = Optimizer(self.parameters, self.architecture, config.clip_grad_norm)
         self.W_enc_compute = self.parameters["W_enc"].to(compute_dtype)
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
@@ -80,6 +81,7 @@ class SaeTrainer:
                 total_variance=self.normalization.total_variance,
                 dead=dead if n_dead else None,
                 sparsity_scale=sparsity_factor(step, self.sparsity_warmup_steps),
+                buffers=self.buffers,
             ),
         )
         if not math.isfinite(output.loss) or output.mse > _EXPLOSION * self.normalization.total_variance:
@@ -104,6 +106,7 @@ class SaeTrainer:
         """Return all that a later step depends on."""
         return {
             **{f"parameters.{name}": tensor for name, tensor in self.parameters.items()},
+            **{f"buffers.{name}": tensor for name, tensor in self.buffers.items()},
             **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_dict().items()},
             "tokens_since_fired": self.tokens_since_fired,
             "steps_done": torch.tensor(self.steps_done),
@@ -113,6 +116,8 @@ class SaeTrainer:
         """Go back to a saved state."""
         for name, tensor in self.parameters.items():
             tensor.copy_(state[f"parameters.{name}"])
+        for name, tensor in self.buffers.items():
+            tensor.copy_(state[f"buffers.{name}"])
         prefix = "optimizer."
         self.optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
@@ -121,4 +126,4 @@ class SaeTrainer:
 
     def to_sae(self, metadata: dict[str, Any]) -> Sae:
         """Return the SAE as it is now, for inference on raw activations."""
-        return self.architecture.to_sae(self.parameters, self.normalization, metadata)
+        return self.architecture.to_sae(self.parameters, self.buffers, self.normalization, metadata)

@@ -15,6 +15,7 @@ from ..shared.errors import ConfigError
 from ..shared.hook_points import canonical_hook_point
 from .config import SaeConfig
 
+_LISTS = ("prefix_sizes",)
 _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
 
 
@@ -34,7 +35,7 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
             table = {key: value for key, value in msgspec.to_builtins(table).items() if value is not None}
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where}: expected a [[sae]] table, got {table!r}")
-        varying = [key for key, value in table.items() if isinstance(value, list)]
+        varying = [key for key, value in table.items() if _is_grid(key, value)]
         for key in varying:
             if not table[key]:
                 raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
@@ -46,6 +47,11 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
     if twice:
         raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
     return saes
+
+
+def _is_grid(key: str, value: Any) -> bool:
+    """Tell whether a value stands for several; `prefix_sizes` is a list itself, and a grid of lists."""
+    return isinstance(value, list) and (key not in _LISTS or bool(value and isinstance(value[0], list)))
 
 
 def _name(config: SaeConfig, varying: Sequence[str], where: str) -> str:

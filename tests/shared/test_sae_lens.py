@@ -13,6 +13,7 @@ from thresher.shared import Sae
 PYTHON = Path(__file__).parents[2] / ".venv-peers/bin/python"
 SCRIPT = """
 import sys, torch, warnings
+sys.modules["torchvision"] = None  # it may be built for another torch, and SAELens does not need it
 warnings.simplefilter("ignore")
 from safetensors.torch import load_file, save_file
 from sae_lens import SAE

@@ -11,12 +11,14 @@ from thresher.train.kernels import kernels_for
 TOTAL_VARIANCE = 3.7
 
 
-def problem(d_in=7, d_sae=19, batch=13, seed=0, bias=0.0, **config):
+def problem(d_in=7, d_sae=19, batch=13, seed=0, bias=0.0, noise=0.3, **config):
     """Return an architecture with random float64 parameters and a batch."""
     torch.manual_seed(seed)
     architecture = make_architecture(SaeConfig(hook_point="h", d_sae=d_sae, **config), d_in)
     parameters = {
-        name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64) + (bias if name == "b_enc" else 0)
+        name: tensor.double()
+        + noise * torch.randn(tensor.shape, dtype=torch.float64)
+        + (bias if name in ("b_enc", "b_gate") else 0)
         for name, tensor in architecture.initial_parameters(torch.Generator().manual_seed(seed)).items()
     }
     return architecture, parameters, torch.randn(batch, d_in, dtype=torch.float64)
@@ -29,6 +31,7 @@ def run(architecture, parameters, x, dead=None, sparsity_scale=1.0):
         total_variance=TOTAL_VARIANCE,
         dead=dead,
         sparsity_scale=sparsity_scale,
+        buffers=architecture.initial_buffers(),
     )
     return architecture.step({name: tensor.clone() for name, tensor in parameters.items()}, Batch(x, x), step)
 
@@ -104,4 +107,116 @@ def test_standard(bias, scale):
 
     output = run(architecture, parameters, x, sparsity_scale=scale)
     assert (output.l0 < 19 / 16) == (bias < 0)
+    check(output, parameters, loss_of)
+
+
+def keep_batch_topk(pre_acts, k):
+    lowest = pre_acts.flatten().sort(descending=True).values[k * len(pre_acts) - 1]
+    return pre_acts.relu() * (pre_acts >= lowest)
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+@pytest.mark.parametrize("n_dead", [0, 5])
+def test_batch_topk(k, n_dead):
+    """With k = 12 fewer than batch * k are positive."""
+    architecture, parameters, x = problem(architecture="batch_topk", k=k, aux_coefficient=0.4, bias=-0.3)
+    dead = torch.arange(19) < n_dead
+
+    def loss_of(p):
+        x_hat = keep_batch_topk(pre_activations(p, x), k) @ p["W_dec"] + p["b_dec"]
+        mse = (x - x_hat).square().sum(1).mean() / TOTAL_VARIANCE
+        return mse + (auxk(p, x, x_hat, dead, 3, 0.4) if n_dead else 0)
+
+    output = run(architecture, parameters, x, dead if n_dead else None)
+    check(output, parameters, loss_of)
+    assert output.l0 <= k
+
+
+@pytest.mark.parametrize("prefixes", [None, (19,), (1, 5, 19), (2, 3, 4, 19)])
+def test_matryoshka_batch_topk(prefixes):
+    """The losses of the prefixes are summed, each averaged over rows once."""
+    architecture, parameters, x = problem(architecture="matryoshka_batch_topk", k=4, prefix_sizes=prefixes)
+    dead = torch.arange(19) >= 14
+
+    def loss_of(p):
+        acts = keep_batch_topk(pre_activations(p, x), 4)
+        loss = 0
+        for size in architecture.prefixes:
+            x_hat = acts[:, :size] @ p["W_dec"][:size] + p["b_dec"]
+            loss = loss + (x - x_hat).square().sum(1).mean() / TOTAL_VARIANCE
+        return loss + auxk(p, x, x_hat, dead, 3, 1 / 32)
+
+    check(run(architecture, parameters, x, dead), parameters, loss_of)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_hierarchical_topk(k):
+    architecture, parameters, x = problem(architecture="hierarchical_topk", k=k, bias=-0.5)
+
+    def loss_of(p):
+        pre_acts = pre_activations(p, x)
+        losses = [
+            (x - keep_topk(pre_acts, j) @ p["W_dec"] - p["b_dec"]).square().sum(1).mean() for j in range(1, k + 1)
+        ]
+        return sum(losses) / (k * TOTAL_VARIANCE)
+
+    check(run(architecture, parameters, x), parameters, loss_of)
+
+
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+def test_gated(bias):
+    """Dense, and sparse with few gates open; the auxiliary path trains no decoder."""
+    architecture, parameters, x = problem(architecture="gated", l1_coefficient=0.7, bias=bias, batch=40)
+
+    def loss_of(p):
+        linear = (x - p["b_dec"]) @ p["W_enc"].T
+        gate = linear + p["b_gate"]
+        acts = (gate > 0) * (linear * p["r_mag"].exp() + p["b_mag"]).relu()
+        x_hat = acts @ p["W_dec"] + p["b_dec"]
+        frozen = gate.relu() @ p["W_dec"].detach() + p["b_dec"].detach()
+        terms = (x - x_hat).square().sum(1) + (x - frozen).square().sum(1) + 0.7 * gate.relu().sum(1)
+        return terms.mean()
+
+    output = run(architecture, parameters, x)
+    assert output.l0 > 0
+    check(output, parameters, loss_of)
+
+
+class StraightThrough(torch.autograd.Function):
+    """H(z - theta) times z, or 1, with the rectangle's estimate of the gradient by theta."""
+
+    @staticmethod
+    def forward(ctx, z, theta, epsilon, times_z):
+        ctx.save_for_backward(z, theta)
+        ctx.epsilon, ctx.times_z = epsilon, times_z
+        return (z if times_z else 1.0) * (z > theta).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        z, theta = ctx.saved_tensors
+        near = ((z - theta).abs() < ctx.epsilon / 2).to(z.dtype) / ctx.epsilon
+        by_theta = -(theta if ctx.times_z else 1.0) * near * g
+        return (g * (z > theta) if ctx.times_z else None), by_theta.sum(0), None, None
+
+
+@pytest.mark.parametrize(("bias", "noise"), [(0.0, 0.3), (-2.5, 0.3)])
+@pytest.mark.parametrize("target", [None, 1.5])
+def test_jumprelu(bias, noise, target, monkeypatch):
+    """The estimator sees pre-activations just below the threshold too, for latents that output zero."""
+    monkeypatch.setattr("thresher.train.architectures.jumprelu._BANDWIDTH", 0.1)
+    architecture, parameters, x = problem(
+        architecture="jumprelu", l0_coefficient=0.6, target_l0=target, bias=bias, noise=noise, batch=60
+    )
+    epsilon = architecture.bandwidth
+
+    def loss_of(p):
+        z, theta = pre_activations(p, x), p["log_threshold"].exp()
+        x_hat = StraightThrough.apply(z, theta, epsilon, True) @ p["W_dec"] + p["b_dec"]
+        l0 = StraightThrough.apply(z, theta, epsilon, False).sum(1).mean()
+        penalty = 0.6 * (l0 if target is None else (l0 / target - 1) ** 2)
+        return (x - x_hat).square().sum(1).mean() / 7 + penalty
+
+    output = run(architecture, parameters, x)
+    below = pre_activations(parameters, x) - parameters["log_threshold"].exp()
+    assert ((below < 0) & (below > -epsilon / 2)).any()
     check(output, parameters, loss_of)

@@ -125,6 +125,34 @@ def test_a_killed_run_resumes_to_the_same_end(config, tmp_path, monkeypatch, at_
     assert [metrics(folder) for folder in resumed] == [metrics(folder) for folder in whole]
 
 
+EVERY_ARCHITECTURE = [
+    TOPK | {"k": 4},
+    TOPK | {"k": 4, "architecture": "batch_topk"},
+    TOPK | {"k": 4, "architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 96]},
+    TOPK | {"k": 4, "architecture": "hierarchical_topk"},
+    TOPK | {"architecture": "jumprelu", "l0_coefficient": 0.02},
+    TOPK | {"architecture": "gated", "l1_coefficient": 0.3},
+    STANDARD,
+]
+
+
+def test_a_mixed_sweep_of_every_architecture_resumes_to_the_same_end(config, tmp_path, monkeypatch, sparse_activations):
+    config = change(config, sae=EVERY_ARCHITECTURE, tokens=128 * 100, checkpoint_every_tokens=128 * 30)
+    whole = train(config)
+    cut = change(config, output=str(tmp_path / "cut"))
+    train_killed(monkeypatch, cut, 70)
+    resumed = train(cut)
+    assert [weights(folder) for folder in resumed] == [weights(folder) for folder in whole]
+    x = sparse_activations[:2000].float()
+    for folder in whole:
+        sae = Sae.load(folder)
+        scale = 3 if sae.hook_point == "blocks.0.mlp_out" else 1
+        x_hat = sae(x * scale) / scale
+        assert (x - x_hat).square().sum() < 0.9 * (x - x.mean(0)).square().sum(), folder.name
+        final = metrics(folder)[-1]
+        assert final["l0"] == pytest.approx((sae.encode(x * scale) > 0).sum() / len(x), rel=0.25), folder.name
+
+
 def test_only_the_last_checkpoints_are_kept(config, monkeypatch):
     train_killed(monkeypatch, config, 35)
     kept = sorted(path.name for path in run_module.Path(config.output).glob("topk-*k4/checkpoints/*"))

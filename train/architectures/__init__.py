@@ -7,10 +7,16 @@ import difflib
 from ...shared.errors import ConfigError
 from ..config import SaeConfig
 from .base import Architecture
+from .batch_topk import BatchTopK
+from .gated import Gated
+from .hierarchical_topk import HierarchicalTopK
+from .jumprelu import JumpReLU
+from .matryoshka import MatryoshkaBatchTopK
 from .standard import Standard
 from .topk import TopK
 
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (TopK, Standard)}
+_KNOWN = (TopK, BatchTopK, MatryoshkaBatchTopK, HierarchicalTopK, Standard, Gated, JumpReLU)
+ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in _KNOWN}
 
 
 def make_architecture(config: SaeConfig, d_in: int) -> Architecture:

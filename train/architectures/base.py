@@ -20,6 +20,7 @@ from ..config import SaeConfig
 from ..normalization import Normalization
 
 Parameters = dict[str, Tensor]
+Buffers = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a step depends on besides the parameters and the batch."""
+    """What a step depends on besides the parameters and the batch; `buffers` it may change in place."""
 
     kernels: Any
     W_enc_compute: Float[Tensor, "d_sae d_in"]
     total_variance: float
     dead: Bool[Tensor, " d_sae"] | None = None
     sparsity_scale: float = 1.0
+    buffers: Buffers = field(default_factory=dict)
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Architecture:
     unit_norm_decoder: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
+    default_lr: ClassVar[float | None] = None
 
     def __init__(self, config: SaeConfig, d_in: int):
         for key in self.required:
@@ -80,8 +83,8 @@ class Architecture:
 
     @property
     def lr(self) -> float:
-        """Return the peak learning rate; the default is 2e-4 / sqrt(d_sae / 2^14) (arXiv 2406.04093, A.3)."""
-        return self.config.lr or 2e-4 / (self.d_sae / 2**14) ** 0.5
+        """Return the peak learning rate; where none is published, 2e-4 / sqrt(d_sae / 2^14) (arXiv 2406.04093, A.3)."""
+        return self.config.lr or self.default_lr or 2e-4 / (self.d_sae / 2**14) ** 0.5
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
@@ -94,11 +97,17 @@ class Architecture:
             "b_dec": torch.zeros(self.d_in),
         }
 
+    def initial_buffers(self) -> Buffers:
+        """Return what training keeps besides the parameters, such as running means."""
+        return {}
+
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients at these parameters."""
         raise NotImplementedError
 
-    def exported(self, parameters: Parameters, normalization: Normalization) -> tuple[str, dict[str, Tensor]]:
+    def exported(
+        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
+    ) -> tuple[str, dict[str, Tensor]]:
         """Return the saved architecture and its tensors in raw activation units.
 
         Latents scale with the input, so the encoder's weights stay, its bias is divided by the
@@ -113,13 +122,24 @@ class Architecture:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return what the saved SAE says about its training."""
-        keys = ("architecture", "d_sae", "k", "l1_coefficient", "seed", "aux_coefficient")
+        keys = (
+            "architecture",
+            "d_sae",
+            "k",
+            "l1_coefficient",
+            "l0_coefficient",
+            "target_l0",
+            "seed",
+            "aux_coefficient",
+        )
         values = {key: getattr(self.config, key) for key in keys}
         return {key: value for key, value in values.items() if value is not None} | {"lr": self.lr}
 
-    def to_sae(self, parameters: Parameters, normalization: Normalization, metadata: dict[str, Any]) -> Sae:
+    def to_sae(
+        self, parameters: Parameters, buffers: Buffers, normalization: Normalization, metadata: dict[str, Any]
+    ) -> Sae:
         """Return the SAE for inference on raw activations."""
-        architecture, tensors = self.exported(parameters, normalization)
+        architecture, tensors = self.exported(parameters, buffers, normalization)
         return Sae(
             architecture,
             {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},

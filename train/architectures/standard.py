@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from .base import Architecture, Batch, Parameters, StepInput, StepOutput
-from .sparse import Latents, encoded_bias, finish_gradients, fired, sparse_gradients
-
-_SPARSE_BELOW = 1 / 16
+from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
+from .latents import above_threshold, encoded_bias, gradients_of
 
 
 class Standard(Architecture):
     """`f = ReLU(W_enc (x - b_dec) + b_enc)`, loss `||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||`.
 
-    Decoder norms are free while training and folded into the encoder on saving. A young SAE fires
-    nearly everywhere and runs dense; once few enough latents are active it runs sparse.
+    Decoder norms are free while training and folded into the encoder on saving.
     """
 
     name = "standard"
@@ -34,52 +31,27 @@ class Standard(Architecture):
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec = batch.x, parameters["W_dec"]
-        bias = encoded_bias(parameters)
-        acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias).relu_()
-        n_active = int(torch.count_nonzero(acts))
-        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters))
+        values = latents.pre_acts.relu()
+        active = values > 0
+        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
         norms = W_dec.norm(dim=1)
-        by_act = norms * (penalty / len(x))
-        if n_active < _SPARSE_BELOW * acts.numel():
-            latents = Latents.from_dense(acts)
-            values = step.kernels.grad_values(x, parameters["W_enc"], latents.indices, latents.offsets)
-            values = values.add_(bias[latents.indices]).relu_()
-            latents = Latents(values, latents.indices, latents.offsets)
-            place = (latents.indices, latents.offsets)
-            error = (step.kernels.decode(values, *place, W_dec) + parameters["b_dec"]).sub_(x)
-            g = error * (2 / len(x))
-            by_values = step.kernels.grad_values(g, W_dec, *place).add_(by_act[latents.indices])
-            gradients = sparse_gradients(step.kernels, parameters, x, latents, g, by_values)
-            act_sum = values.new_zeros(self.d_sae).index_add_(0, latents.indices, values)
-            fires = fired(latents, self.d_sae)
-        else:
-            W_dec_compute = W_dec.to(acts.dtype)
-            error = (
-                torch.addmm(parameters["b_dec"], acts, W_dec_compute)
-                if acts.dtype == x.dtype
-                else ((acts @ W_dec_compute).to(x.dtype) + parameters["b_dec"])
-            )
-            error = error.sub_(x)
-            g = error * (2 / len(x))
-            g_compute = g.to(acts.dtype)
-            by_pre_acts = (g_compute @ W_dec_compute.T).add_(by_act.to(acts.dtype)).mul_(acts > 0)
-            gradients = finish_gradients(
-                parameters,
-                (by_pre_acts.T @ batch.x_compute).to(x.dtype),
-                by_pre_acts.sum(0, dtype=x.dtype),
-                (acts.T @ g_compute).to(x.dtype),
-                g.sum(0),
-            )
-            act_sum = acts.sum(0, dtype=x.dtype)
-            fires = act_sum > 0
-        gradients["W_dec"].addcmul_((act_sum * (penalty / len(x)) / norms.clamp_min(1e-12))[:, None], W_dec)
+        error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
+        g = error * (2 / len(x))
+        by_values = latents.grad_values(g, W_dec).add_(latents.spread(norms * penalty))
+        gradients = gradients_of(parameters, latents, x, g, values, by_values.mul_(active))
+        sums = latents.sum(values)
+        gradients["W_dec"].addcmul_((sums * penalty / norms.clamp_min(1e-12))[:, None], W_dec)
         mse = float(error.square().sum()) / len(x)
-        terms = {"mse_loss": mse, "l1_loss": float(act_sum @ norms) * penalty / len(x)}
-        return StepOutput(gradients, fires, sum(terms.values()), mse, n_active / len(x), terms)
+        terms = {"mse_loss": mse, "l1_loss": float(sums @ norms) * penalty}
+        l0 = int(torch.count_nonzero(active)) / len(x)
+        return StepOutput(gradients, sums > 0, sum(terms.values()), mse, l0, terms)
 
-    def exported(self, parameters: Parameters, normalization: Normalization) -> tuple[str, dict[str, Tensor]]:
+    def exported(
+        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
+    ) -> tuple[str, dict[str, Tensor]]:
         """Fold the decoder's norms into the encoder, so that saved decoder rows have unit norm."""
-        architecture, tensors = super().exported(parameters, normalization)
+        architecture, tensors = super().exported(parameters, buffers, normalization)
         norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
         return architecture, tensors | {
             "W_enc": tensors["W_enc"] * norms,

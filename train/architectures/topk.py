@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from .auxk import add_auxk
 from .base import Architecture, Batch, Parameters, StepInput, StepOutput
-from .sparse import Latents, encoded_bias, fired, sparse_gradients
+from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at
 
 
 class TopK(Architecture):
@@ -17,28 +19,42 @@ class TopK(Architecture):
     name = "topk"
     required = ("k",)
 
+    def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
+        """Return the chosen entries, positive or not."""
+        bias = encoded_bias(parameters)
+        _, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, self.config.k)
+        offsets = torch.arange(0, top.numel() + 1, top.shape[1], device=top.device)
+        return sparse_at(step, parameters, batch.x, bias, top.reshape(-1), offsets)
+
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
-        kernels, x = step.kernels, batch.x
-        bias = encoded_bias(parameters)
-        _, top_indices = kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, self.config.k)
-        latents = Latents.from_topk(top_indices.new_empty(top_indices.shape).to(x.dtype), top_indices)
-        values = kernels.grad_values(x, parameters["W_enc"], latents.indices, latents.offsets)
-        values = values.add_(bias[latents.indices]).relu_()
-        latents = Latents(values, latents.indices, latents.offsets)
-
-        x_hat = kernels.decode(values, latents.indices, latents.offsets, parameters["W_dec"]) + parameters["b_dec"]
-        error = x_hat.sub_(x)
-        squared = float(error.square().sum())
+        x, latents = batch.x, self.select(parameters, batch, step)
+        values = latents.pre_acts.relu()
+        error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
+        mse = float(error.square().sum()) / len(x)
         g = error * (2 / (len(x) * step.total_variance))
-        by_values = kernels.grad_values(g, parameters["W_dec"], latents.indices, latents.offsets)
-        gradients = sparse_gradients(kernels, parameters, x, latents, g, by_values)
-        mse = squared / len(x)
+        by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
+        gradients = gradients_of(parameters, latents, x, g, values, by_pre_acts)
         terms = {"mse_loss": mse / step.total_variance}
+        return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
+
+    def finish(
+        self,
+        parameters: Parameters,
+        batch: Batch,
+        step: StepInput,
+        latents: SparseLatents,
+        gradients: Parameters,
+        error: torch.Tensor,
+        terms: dict[str, float],
+        mse: float,
+    ) -> StepOutput:
+        """Add AuxK where latents are dead, and note which latents fired."""
         if step.dead is not None and self.config.aux_coefficient > 0:
-            k_aux = self.config.k_aux or self.d_in // 2
-            terms["auxk_loss"] = add_auxk(
-                gradients, parameters, x, -error, step.dead, k_aux, self.config.aux_coefficient
-            )
-        l0 = float((values > 0).sum()) / len(x)
-        return StepOutput(gradients, fired(latents, self.d_sae), sum(terms.values()), mse, l0, terms)
+            k_aux = self.config.k_aux or max(1, self.d_in // 2)
+            coefficient = self.config.aux_coefficient
+            terms["auxk_loss"] = add_auxk(gradients, parameters, batch.x, -error, step.dead, k_aux, coefficient)
+        positive = latents.indices[latents.pre_acts > 0]
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=positive.device)
+        fired[positive] = True
+        return StepOutput(gradients, fired, sum(terms.values()), mse, len(positive) / len(batch.x), terms)

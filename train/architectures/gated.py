@@ -1,0 +1,70 @@
+"""Gated: one path decides which latents are active, another how large they are (arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..normalization import Normalization
+from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
+from .latents import above_threshold, encoded_bias, gradients_of
+
+
+class Gated(Architecture):
+    """`f = [pi > 0] ReLU(exp(r) l + b_mag)` with `l = W_enc (x - b_dec)` and `pi = l + b_gate`.
+
+    Loss: `||x - x_hat||^2 + lambda ||ReLU(pi)||_1 + ||x - x_hat'||^2`, where `x_hat'` decodes `ReLU(pi)` with the
+    decoder held constant.
+    """
+
+    name = "gated"
+    required = ("l1_coefficient",)
+    betas = (0.0, 0.999)
+    eps = 1e-8
+    default_lr = 5e-5
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return the base's weights, and zero for both biases and the rescaling."""
+        parameters = super().initial_parameters(generator)
+        del parameters["b_enc"]
+        return parameters | {name: torch.zeros(self.d_sae) for name in ("b_gate", "b_mag", "r_mag")}
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients."""
+        x, W_dec = batch.x, parameters["W_dec"]
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters, "b_gate"))
+        gate = latents.pre_acts.relu()
+        linear = latents.pre_acts - latents.spread(parameters["b_gate"])
+        rescale = latents.spread(parameters["r_mag"].exp())
+        magnitude = linear * rescale + latents.spread(parameters["b_mag"])
+        active = (gate > 0) & (magnitude > 0)
+        values = magnitude * active
+        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
+
+        error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
+        auxiliary = (latents.decode(gate, W_dec) + parameters["b_dec"]).sub_(x)
+        g = error * (2 / len(x))
+        by_magnitude = latents.grad_values(g, W_dec) * active
+        by_gate = (latents.grad_values(auxiliary * (2 / len(x)), W_dec) + penalty) * (gate > 0)
+        gradients = gradients_of(parameters, latents, x, g, values, by_magnitude * rescale + by_gate)
+        del gradients["b_enc"]
+        gradients["b_gate"] = latents.sum(by_gate)
+        gradients["b_mag"] = latents.sum(by_magnitude)
+        gradients["r_mag"] = latents.sum(by_magnitude * linear * rescale)
+        mse = float(error.square().sum()) / len(x)
+        terms = {
+            "mse_loss": mse,
+            "l1_loss": float(latents.sum(gate).sum()) * penalty,
+            "auxiliary_loss": float(auxiliary.square().sum()) / len(x),
+        }
+        l0 = int(torch.count_nonzero(active)) / len(x)
+        return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
+
+    def exported(
+        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
+    ) -> tuple[str, dict[str, Tensor]]:
+        """Scale both biases to raw activation units."""
+        _, tensors = super().exported(parameters | {"b_enc": parameters["b_gate"]}, buffers, normalization)
+        b_gate = tensors.pop("b_enc")
+        b_mag = parameters["b_mag"] / normalization.scale
+        return self.name, tensors | {"b_gate": b_gate, "b_mag": b_mag, "r_mag": parameters["r_mag"]}

@@ -1,0 +1,70 @@
+"""HierarchicalTopK: one SAE for every k up to K (arXiv 2505.24473)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..normalization import Normalization
+from .base import Batch, Buffers, Parameters, StepInput, StepOutput
+from .latents import SparseLatents, encoded_bias, sparse_at
+from .topk import TopK
+
+
+class HierarchicalTopK(TopK):
+    """TopK with the loss `(1 / K) sum_j ||x - x_hat_j||^2 / Var(x)` over every prefix of the sorted top K."""
+
+    name = "hierarchical_topk"
+
+    def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
+        """Return the chosen entries, largest first in every row."""
+        bias = encoded_bias(parameters)
+        latents = super().select(parameters, batch, step)
+        order = latents.pre_acts.view(len(batch.x), -1).argsort(dim=1, descending=True, stable=True)
+        indices = latents.indices.view_as(order).gather(1, order).reshape(-1)
+        return sparse_at(step, parameters, batch.x, bias, indices, latents.offsets)
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients: latent j's is by the sum of the residuals from the j-th on."""
+        x, latents, W_dec = batch.x, self.select(parameters, batch, step), parameters["W_dec"]
+        values = latents.pre_acts.relu().view(len(x), -1)
+        indices = latents.indices.view_as(values)
+        k = values.shape[1]
+        residual_sum = torch.zeros_like(x)
+        error, squared = parameters["b_dec"] - x, 0.0
+        for j in range(k):
+            error = error.addcmul(values[:, j : j + 1], W_dec[indices[:, j]])
+            residual_sum += error
+            squared += float(error.square().sum())
+        final = error
+        scale = 2 / (len(x) * step.total_variance * k)
+        by_bias = residual_sum * scale
+        g = by_bias.clone()
+        by_W_dec = torch.zeros_like(W_dec)
+        by_values = torch.empty_like(values)
+        error = parameters["b_dec"] - x
+        for j in range(k):
+            directions = W_dec[indices[:, j]]
+            by_values[:, j] = torch.linalg.vecdot(g, directions)
+            by_W_dec.index_add_(0, indices[:, j], g * values[:, j : j + 1])
+            error = error.addcmul(values[:, j : j + 1], directions)
+            g = g - error * scale
+        by_pre_acts = torch.where(values > 0, by_values, 0).view(-1)
+        W_enc = latents.grad_weights(by_pre_acts, x)
+        b_enc = latents.sum(by_pre_acts)
+        W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
+        gradients = {
+            "W_enc": W_enc,
+            "b_enc": b_enc,
+            "W_dec": by_W_dec,
+            "b_dec": by_bias.sum(0) - parameters["W_enc"].T @ b_enc,
+        }
+        terms = {"mse_loss": squared / (len(x) * k * step.total_variance)}
+        mse = float(final.square().sum()) / len(x)
+        return self.finish(parameters, batch, step, latents, gradients, final, terms, mse)
+
+    def exported(
+        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
+    ) -> tuple[str, dict[str, Tensor]]:
+        """Return a TopK SAE, which takes any smaller k as well."""
+        return "topk", super().exported(parameters, buffers, normalization)[1]

@@ -1,0 +1,75 @@
+"""JumpReLU: a learned threshold per latent and a penalty on L0 (arXiv 2407.14435; Gemma Scope, 2408.05147)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..normalization import Normalization
+from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
+from .latents import above_threshold, encoded_bias, gradients_of
+
+_BANDWIDTH = 0.001
+
+
+class JumpReLU(Architecture):
+    """`f = z H(z - theta)`, loss `||x - x_hat||^2 / d_in + lambda L0`, or `lambda (L0 / L0* - 1)^2` with a target.
+
+    The thresholds learn by straight-through estimates with a rectangle of width epsilon about each:
+    `df/dtheta = -(theta / epsilon) [|z - theta| < epsilon / 2]` and `dL0/dtheta = -(1 / epsilon) [same]`. The
+    published epsilon and first theta, 0.001 on inputs of unit mean square norm, are scaled to ours.
+    """
+
+    name = "jumprelu"
+    required = ("l0_coefficient",)
+    betas = (0.0, 0.999)
+    eps = 1e-8
+    default_lr = 7e-5
+
+    @property
+    def bandwidth(self) -> float:
+        """Return epsilon, in units of the normalised input."""
+        return _BANDWIDTH * math.sqrt(self.d_in)
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return the base's parameters and the thresholds' logarithms."""
+        log_threshold = torch.full((self.d_sae,), math.log(self.bandwidth))
+        return super().initial_parameters(generator) | {"log_threshold": log_threshold}
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients; entries just below their threshold count for its gradient."""
+        x, epsilon = batch.x, self.bandwidth
+        theta = parameters["log_threshold"].exp()
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters), theta - epsilon)
+        distance = latents.pre_acts - latents.spread(theta)
+        active = (distance > 0) & (latents.pre_acts > 0)
+        values = latents.pre_acts * active
+        error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
+        g = error * (2 / (len(x) * self.d_in))
+        by_values = latents.grad_values(g, parameters["W_dec"])
+        gradients = gradients_of(parameters, latents, x, g, values, by_values * active)
+
+        l0 = int(torch.count_nonzero(active)) / len(x)
+        penalty, by_l0 = self._penalty(l0, step.sparsity_scale)
+        near = distance.abs() < epsilon / 2
+        by_theta = -latents.sum((by_values * latents.spread(theta) + by_l0 / len(x)) * near) / epsilon
+        gradients["log_threshold"] = by_theta * theta
+        mse = float(error.square().sum()) / len(x)
+        terms = {"mse_loss": mse / self.d_in, "l0_loss": penalty}
+        return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
+
+    def _penalty(self, l0: float, scale: float) -> tuple[float, float]:
+        """Return the sparsity loss and its derivative by L0."""
+        weight, target = (self.config.l0_coefficient or 0.0) * scale, self.config.target_l0
+        if target is None:
+            return weight * l0, weight
+        return weight * (l0 / target - 1) ** 2, 2 * weight * (l0 / target - 1) / target
+
+    def exported(
+        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
+    ) -> tuple[str, dict[str, Tensor]]:
+        """Add the thresholds, in raw activation units."""
+        architecture, tensors = super().exported(parameters, buffers, normalization)
+        return architecture, tensors | {"threshold": parameters["log_threshold"].exp() / normalization.scale}

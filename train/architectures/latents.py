@@ -1,0 +1,157 @@
+"""A batch's latents as a sparse or a dense matrix, with the same operations on both.
+
+An architecture is written once over entries: elementwise work on `pre_acts` and values made from
+them, and these methods for what crosses rows and latents. Sparse entries go through the four sparse
+operations; dense ones, for young SAEs that fire nearly everywhere, through matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from .base import Batch, Parameters, StepInput
+
+_SPARSE_BELOW = 1 / 16
+
+
+@dataclass(frozen=True)
+class SparseLatents:
+    """Entries in CSR by row; `pre_acts` are theirs, in the parameters' precision."""
+
+    kernels: Any
+    pre_acts: Float[Tensor, " nnz"]
+    indices: Int64[Tensor, " nnz"]
+    offsets: Int64[Tensor, " batch_plus_1"]
+    d_sae: int
+
+    @cached_property
+    def _csc(self) -> tuple[Any, ...]:
+        """Return the entries' order by latent, where the backend can share it between calls."""
+        if not hasattr(self.kernels, "to_csc"):
+            return ()
+        return (self.kernels.to_csc(self.indices, self.offsets, self.d_sae),)
+
+    def spread(self, by_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
+        """Return each entry's latent's value."""
+        return by_latent[self.indices]
+
+    def sum(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        """Sum values by latent."""
+        return values.new_zeros(self.d_sae).index_add_(0, self.indices, values)
+
+    def decode(self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
+        """Return the reconstruction, without bias."""
+        return self.kernels.decode(values, self.indices, self.offsets, W_dec)
+
+    def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
+        """Return the gradient by each entry's value."""
+        return self.kernels.grad_values(g, W_dec, self.indices, self.offsets)
+
+    def grad_weights(self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
+        """Return `values^T g`."""
+        return self.kernels.grad_weights(values, self.indices, self.offsets, g, self.d_sae, *self._csc)
+
+    def columns(self, start: int, stop: int) -> tuple[SparseLatents, Tensor]:
+        """Return the entries of latents [start, stop), renumbered from 0, and which entries they are."""
+        chosen = ((self.indices >= start) & (self.indices < stop)).nonzero().squeeze(1)
+        offsets = torch.searchsorted(chosen, self.offsets)
+        part = SparseLatents(self.kernels, self.pre_acts[chosen], self.indices[chosen] - start, offsets, stop - start)
+        return part, chosen
+
+
+@dataclass(frozen=True)
+class DenseLatents:
+    """All pre-activations, in the compute dtype, and the batch in that dtype."""
+
+    pre_acts: Float[Tensor, "batch d_sae"]
+    precise: torch.dtype
+
+    def spread(self, by_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        """Return the values by latent, to broadcast over rows."""
+        return by_latent.to(self.pre_acts.dtype)
+
+    def sum(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
+        """Sum values by latent."""
+        return values.sum(0, dtype=self.precise)
+
+    def decode(self, values: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
+        """Return the reconstruction, without bias."""
+        return (values @ W_dec.to(values.dtype)).to(self.precise)
+
+    def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
+        """Return the gradient by each entry's value."""
+        return g.to(self.pre_acts.dtype) @ W_dec.to(self.pre_acts.dtype).T
+
+    def grad_weights(self, values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d"]) -> Tensor:
+        """Return `values^T g`."""
+        return (values.T @ g.to(values.dtype)).to(self.precise)
+
+
+Latents = SparseLatents | DenseLatents
+
+
+def encoded_bias(parameters: Parameters, bias: str = "b_enc") -> Float[Tensor, " d_sae"]:
+    """Return the bias that turns `W_enc (x - b_dec) + b_enc` into `W_enc x + bias`."""
+    return parameters[bias] - parameters["W_enc"] @ parameters["b_dec"]
+
+
+def sparse_at(
+    step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, indices: Tensor, offsets: Tensor
+) -> SparseLatents:
+    """Return chosen entries with their pre-activations computed in the parameters' precision."""
+    pre_acts = step.kernels.grad_values(x, parameters["W_enc"], indices, offsets).add_(bias[indices])
+    return SparseLatents(step.kernels, pre_acts, indices, offsets, len(bias))
+
+
+def above_threshold(
+    step: StepInput,
+    parameters: Parameters,
+    batch: Batch,
+    bias: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"] | float = 0.0,
+) -> Latents:
+    """Return the pre-activations above a threshold, sparse if few are, or else all of them, dense."""
+    pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
+    if isinstance(threshold, Tensor):
+        threshold = threshold.to(pre_acts.dtype)
+    chosen = pre_acts > threshold
+    if int(torch.count_nonzero(chosen)) >= _SPARSE_BELOW * chosen.numel():
+        return DenseLatents(pre_acts, batch.x.dtype)
+    return sparse_at(step, parameters, batch.x, bias, *csr_of(chosen))
+
+
+def csr_of(chosen: Tensor) -> tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch_plus_1"]]:
+    """Return the indices and offsets of a boolean matrix's true entries."""
+    rows, indices = chosen.nonzero(as_tuple=True)
+    offsets = torch.zeros(len(chosen) + 1, dtype=torch.int64, device=chosen.device)
+    torch.cumsum(torch.bincount(rows, minlength=len(chosen)), 0, out=offsets[1:])
+    return indices, offsets
+
+
+def gradients_of(
+    parameters: Parameters,
+    latents: Latents,
+    x: Float[Tensor, "batch d_in"],
+    g: Float[Tensor, "batch d_in"],
+    values: Tensor,
+    by_pre_acts: Tensor,
+) -> Parameters:
+    """Return the gradients of all parameters, that through the centring `x - b_dec` included.
+
+    `g` is the loss's gradient by the reconstruction, `by_pre_acts` that by the pre-activations.
+    """
+    W_enc = latents.grad_weights(by_pre_acts, x)
+    b_enc = latents.sum(by_pre_acts)
+    W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
+    return {
+        "W_enc": W_enc,
+        "b_enc": b_enc,
+        "W_dec": latents.grad_weights(values, g),
+        "b_dec": g.sum(0) - parameters["W_enc"].T @ b_enc,
+    }
