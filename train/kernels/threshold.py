@@ -10,7 +10,7 @@ With a `capacity` nothing waits for the host; entries past it are dropped and `o
 so that the caller can see it (`offsets[-1] > capacity`) whenever it next looks.
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPossiblyUnbound=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from typing import NamedTuple
