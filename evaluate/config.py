@@ -23,7 +23,7 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32"] | None,
         Meta(description="Data type of the model; by default the one the store was harvested in."),
     ] = None
-    device: Annotated[str, Meta(description="Device of the SAEs and the model.")] = "cpu"
+    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
     max_rows: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Held-out rows to use, spread evenly over them; by default all."),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..shared.sae import Sae
 
 MATCH = 0.7
-"""Two latents count as the same feature from this decoder cosine on (arXiv 2501.16615, section 3)."""
+"""Two latents count as the same feature from this decoder cosine on (arXiv 2501.16615)."""
 
 COSINES = 1 << 25
 """Cosines held at a time: 128 MiB in float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -22,10 +23,15 @@ class Encoded:
     top_indices: Int64[Tensor, "rows m"] | None
     x_hat: Float[Tensor, "rows d_out"]
 
+    @cached_property
+    def active(self) -> Float[Tensor, "rows m"]:
+        """One where a latent is not zero. In float32, whose sums are several times faster than those of booleans."""
+        return (self.latents != 0).float()
+
     @property
     def l0(self) -> Float[Tensor, " rows"]:
         """The number of latents that are not zero."""
-        return (self.latents != 0).sum(dim=1).float()
+        return self.active.sum(dim=1)
 
     @property
     def l1(self) -> Float[Tensor, " rows"]:
@@ -35,7 +41,7 @@ class Encoded:
     def add_to(self, sums: LatentSums) -> None:
         """Count these latents."""
         if self.top_indices is None:
-            sums.add_dense(self.latents)
+            sums.add_dense(self.latents, self.active)
         else:
             sums.add_sparse(self.latents, self.top_indices)
 

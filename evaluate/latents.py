@@ -22,11 +22,11 @@ class LatentSums:
         self._sum = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self._max = torch.zeros(d_sae, dtype=torch.float32, device=device)
 
-    def add_dense(self, latents: Float[Tensor, "rows d_sae"]) -> None:
-        """Add rows of latents."""
+    def add_dense(self, latents: Float[Tensor, "rows d_sae"], active: Float[Tensor, "rows d_sae"]) -> None:
+        """Add rows of latents, and where they are active: sums within the rows in float32, across calls in float64."""
         self.n_rows += len(latents)
-        self._firings += (latents != 0).sum(dim=0)
-        self._sum += latents.sum(dim=0, dtype=torch.float64)
+        self._firings += active.sum(dim=0).to(torch.int64)
+        self._sum += latents.sum(dim=0).to(torch.float64)
         if len(latents):
             self._max = torch.maximum(self._max, latents.amax(dim=0))
 

@@ -3,7 +3,7 @@
 A task asks of a row whether the next token is one particular frequent token, with as many rows
 that say yes as no, and no document in both the training and the test rows. The k latents are
 those whose class means differ most, and a logistic regression is fitted on them, as in SAEBench
-(arXiv 2503.09532, appendix; 2305.01610). The baseline is the same regression on the activations.
+(arXiv 2503.09532; k-sparse probing is from 2305.01610). The baseline is the same regression on the activations.
 """
 
 from __future__ import annotations

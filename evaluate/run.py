@@ -15,6 +15,7 @@ from ..shared.store import ActivationStore
 from .bootstrap import confidence_intervals, estimate
 from .comparison import compare_dictionaries
 from .config import EvaluateConfig
+from .device import choose_device
 from .dictionary import geometry
 from .features import FeatureSettings, build_feature_index
 from .features_files import FeatureIndex
@@ -38,15 +39,16 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         HookPointError, SaeError: an SAE does not fit the store.
         ModelError: the model cannot be loaded or has no logits.
     """
+    device = choose_device(config.device)
     store = ActivationStore.open(config.store)
-    saes = load_saes(sae_folders(config.saes), store, config.device)
+    saes = load_saes(sae_folders(config.saes), store, device)
     rows = held_out(store, config.max_rows)
     model = model_name(config, store)
     output = Path(config.output)
 
-    inputs, sums = accumulate(saes, rows, config.block_rows, config.device)
+    inputs, sums = accumulate(saes, rows, config.block_rows, device)
     dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
-    language_model = load_model(model, dtype, config.device) if model else None
+    language_model = load_model(model, dtype, device) if model else None
     losses = _spliced_losses(config, language_model, saes, rows) if language_model is not None else {}
     probes = sparse_probing(saes, rows.subset(config.model_rows), config)
     metrics = []

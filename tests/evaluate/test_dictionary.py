@@ -93,7 +93,7 @@ def test_dead_latents_are_left_out_and_pairs_are_named(make_sae):
         latents[sae.name] = LatentSums(sae.sae.d_sae)
         activations = torch.ones(1, sae.sae.d_sae)
         activations[0, ::4] = 0
-        latents[sae.name].add_dense(activations)
+        latents[sae.name].add_dense(activations, activations)
     rows = compare_dictionaries(saes, latents)
     assert [(row["a"], row["b"], row["kind"]) for row in rows] == [
         ("one", "wide", "widths"),

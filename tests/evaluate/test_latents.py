@@ -28,7 +28,7 @@ def test_statistics(latents, path):
     sums = LatentSums(23)
     for part in latents.split(40):
         if path == "dense":
-            sums.add_dense(part)
+            sums.add_dense(part, (part > 0).float())
         else:
             sums.add_sparse(*sparse(part))
     values = latents.numpy().astype(np.float64)
@@ -37,7 +37,7 @@ def test_statistics(latents, path):
     np.testing.assert_allclose(sums.density, fires.mean(0))
     np.testing.assert_allclose(sums.max_activation, values.max(0))
     expected = np.array([column[column > 0].mean() if column.any() else np.nan for column in values.T])
-    np.testing.assert_allclose(sums.mean_activation, expected)
+    np.testing.assert_allclose(sums.mean_activation, expected, rtol=1e-6)
     assert sums.n_rows == 97
     assert density_summary(sums.density)["dead_fraction"] == pytest.approx(1 / 23)
 
@@ -55,5 +55,5 @@ def test_histogram_counts_every_live_latent_once():
 
 def test_no_rows():
     sums = LatentSums(4)
-    sums.add_dense(torch.zeros(0, 4))
+    sums.add_dense(torch.zeros(0, 4), torch.zeros(0, 4))
     assert sums.density.tolist() == [0, 0, 0, 0]

@@ -155,6 +155,7 @@ def test_refusals_are_one_line(tiny, sweep, make_sae, tmp_path, capsys):
     width = evaluate_with(tmp_path / "width")
     assert "width 8" in width
     assert "16" in width
+    assert "expected device" in evaluate_with(sweep, tiny.store, "--device", "gpu")
     assert "no model" in evaluate_with(sweep, tiny.store, "--model", tmp_path / "empty").lower()
     assert "did you mean 'saes'" in refusal(capsys, "--store", tiny.store, "--sae", sweep, "--output", tmp_path)
     assert not (tmp_path / "out" / "metrics.json").exists()
@@ -168,3 +169,11 @@ def test_nothing_to_evaluate_on(sweep, tmp_path, capsys, masked):
         writer.append(batch, tokens=np.full((2, 4), 3), held_out=np.array([False, masked]))
     error = refusal(capsys, "--store", tmp_path / "store", "--saes", sweep, "--output", tmp_path / "out")
     assert "every one is masked" in error if masked else "no held-out rows" in error
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_figures(tiny, sweep, result):
+    config = EvaluateConfig(store=str(tiny.store), saes=str(sweep), output=str(tiny.root / "gpu"), device="cuda")
+    for ours, expected in zip(evaluate(config), result[0], strict=True):
+        for name in ("explained_variance", "cossim", "l0", "l1", "ce_loss_score", "kl_div_score", "dead_fraction"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name

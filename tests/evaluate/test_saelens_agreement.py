@@ -52,7 +52,7 @@ def both(tiny, make_sae):
         sae.W_enc.data *= 0.6
         sae.b_dec.data = torch.from_numpy(tiny.activations["blocks.1.resid_post"].numpy().mean((0, 1)))
         if architecture == "standard":
-            sae.b_enc.data -= 2
+            sae.b_enc.data -= 0.3
         folders.append(str(sae.save(root / name)))
     np.save(root / "tokens.npy", tiny.tokens[tiny.held_out].astype(np.int64))
     script = [str(PEERS), str(Path(__file__).with_name("saelens_evals.py"))]

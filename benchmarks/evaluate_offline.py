@@ -1,0 +1,142 @@
+"""How long the offline evaluation of eight SAEs over 100,000 stored rows takes, reading the store once.
+
+    python benchmarks/evaluate_offline.py
+
+Beside it, in the same run: the same SAEs evaluated one at a time, each reading the store again, and
+the bare encoders' matrix products, the floor. Before any time is printed, one SAE's metrics are
+checked against float64 NumPy. CPU seconds tell the cost also on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thresher.evaluate.config import EvaluateConfig
+from thresher.evaluate.run import evaluate
+from thresher.shared.sae import Sae
+from thresher.shared.store import ActivationStore, ActivationStoreWriter
+
+HOOK = "blocks.2.resid_post"
+CONTEXT = 256
+
+
+def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Return an action's result, and its wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = action()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def write_store(path: Path, n_rows: int, d_in: int) -> None:
+    """Write low-rank rows with a mean, all held out but the first context, in documents of ten contexts."""
+    generator = torch.Generator().manual_seed(0)
+    n_contexts = -(-n_rows // CONTEXT) + 1
+    directions = torch.randn(4 * d_in, d_in, generator=generator)
+    with ActivationStoreWriter(path, {HOOK: d_in}, CONTEXT) as writer:
+        for first in range(0, n_contexts, 16):
+            n = min(16, n_contexts - first)
+            latents = torch.randn(n * CONTEXT, 4 * d_in, generator=generator).sub_(2).relu_()
+            contexts = np.arange(first, first + n)
+            writer.append(
+                {HOOK: (3 + latents @ directions).reshape(n, CONTEXT, d_in)},
+                held_out=contexts > 0,
+                documents=np.repeat(contexts[:, None] // 10, CONTEXT, axis=1),
+            )
+
+
+def write_saes(folder: Path, n: int, d_in: int, d_sae: int) -> None:
+    """Write half TopK and half ReLU SAEs of random directions; the ReLU ones fire for a few percent of latents."""
+    for number in range(n):
+        generator = torch.Generator().manual_seed(number)
+        W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        topk = number % 2 == 0
+        tensors = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.full((d_sae,), 0.0 if topk else -20.0)}
+        sae = Sae(
+            "topk" if topk else "standard",
+            tensors | {"W_dec": W_dec, "b_dec": torch.full((d_in,), 3.0)},
+            hook_point=HOOK,
+            config={"k": 16 * (number // 2 + 1)} if topk else {"l1_coefficient": 1.0},
+        )
+        sae.save(folder / f"{number}-{sae.architecture}")
+
+
+def check_equal(root: Path, metrics: list[dict[str, Any]]) -> None:
+    """Stop unless the first SAE's metrics are those of float64 NumPy on the rows of the store."""
+    store = ActivationStore.open(root / "store")
+    sae = Sae.load(root / "saes" / metrics[0]["name"])
+    x = store.read(HOOK, CONTEXT, store.n_rows).float()
+    x_hat = sae.forward(x).double().numpy()
+    wide = x.double().numpy()
+    mse = np.square(wide - x_hat).sum(axis=1).mean()
+    expected = {"n_rows": len(x), "mse": mse, "explained_variance": 1 - mse / wide.var(axis=0).sum()}
+    for name, value in expected.items():
+        if not np.isclose(metrics[0][name], value, rtol=1e-5):
+            sys.exit(f"{name} is {metrics[0][name]}, float64 NumPy says {value}: no speed for a wrong result")
+
+
+def encoder_floor(root: Path, n_saes: int, d_sae: int) -> None:
+    """Multiply every held-out row with as many encoders, and nothing else."""
+    store = ActivationStore.open(root / "store")
+    W_enc = torch.randn(store.d_in(HOOK), d_sae)
+    for start in range(CONTEXT, store.n_rows, 8192):
+        x = store.read(HOOK, start, min(start + 8192, store.n_rows)).float()
+        for _ in range(n_saes):
+            x @ W_enc
+
+
+def main() -> None:
+    """Measure and print one JSON object; `--output` writes it too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--d-in", type=int, default=256)
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--saes", type=int, default=8)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_store(root / "store", options.rows, options.d_in)
+        write_saes(root / "saes", options.saes, options.d_in, options.d_sae)
+        settings = {"store": str(root / "store"), "output": str(root / "out"), "model": False, "feature_rows": 0}
+        together = EvaluateConfig(saes=str(root / "saes"), **settings)
+        metrics, wall, cpu = timed(lambda: evaluate(together))
+        check_equal(root, metrics)
+        one_by_one = [EvaluateConfig(saes=str(path), **settings) for path in sorted((root / "saes").iterdir())]
+        _, separate_wall, separate_cpu = timed(lambda: [evaluate(config) for config in one_by_one])
+        _, floor_wall, floor_cpu = timed(lambda: encoder_floor(root, options.saes, options.d_sae))
+    result = {
+        "n_saes": options.saes,
+        "rows": options.rows,
+        "d_in": options.d_in,
+        "d_sae": options.d_sae,
+        "threads": torch.get_num_threads(),
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "seconds_one_by_one": separate_wall,
+        "cpu_seconds_one_by_one": separate_cpu,
+        "seconds_encoder_floor": floor_wall,
+        "cpu_seconds_encoder_floor": floor_cpu,
+        "sae_rows_per_second": options.saes * options.rows / wall,
+    }
+    text = json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in result.items()}, indent=2)
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
