@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .architectures.base import Architecture, Parameters
 
+_BLOCK_ELEMENTS = 1 << 18
+
 
 class Optimizer:
     """Fused Adam over an SAE's parameters.
@@ -28,19 +30,46 @@ class Optimizer:
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
     def step(self, gradients: Parameters, lr: float) -> float | None:
-        """Change the parameters in place; return the gradient's norm where it is clipped."""
-        W_dec = self.parameters["W_dec"]
+        """Change the parameters in place; return the gradient's norm where it is clipped.
+
+        Large matrices go a block of rows at a time, so that a block stays in cache from projection
+        to normalisation.
+        """
+        norm = None
+        if self.clip_grad_norm:
+            for rows in self._row_blocks("W_dec"):
+                self._project(gradients, rows)
+            norm = self._clip(gradients)
+        for name in self.parameters:
+            self.steps[name] += 1
+            for rows in self._row_blocks(name):
+                unit_norm = name == "W_dec" and self.unit_norm_decoder
+                if unit_norm and not self.clip_grad_norm:
+                    self._project(gradients, rows)
+                self._adam(name, rows, gradients[name], lr)
+                if unit_norm:
+                    directions = self.parameters[name][rows]
+                    directions /= directions.norm(dim=1, keepdim=True).clamp_min_(1e-8)
+        return norm
+
+    def _row_blocks(self, name: str) -> list[slice]:
+        tensor = self.parameters[name]
+        rows = max(1, _BLOCK_ELEMENTS * max(len(tensor), 1) // max(tensor.numel(), 1))
+        return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
+
+    def _project(self, gradients: Parameters, rows: slice) -> None:
         if self.unit_norm_decoder:
-            parallel = torch.linalg.vecdot(gradients["W_dec"], W_dec)
-            gradients["W_dec"].addcmul_(parallel[:, None], W_dec, value=-1)
-        norm = self._clip(gradients) if self.clip_grad_norm else None
+            gradient, directions = gradients["W_dec"][rows], self.parameters["W_dec"][rows]
+            gradient.addcmul_(torch.linalg.vecdot(gradient, directions)[:, None], directions, value=-1)
+
+    def _adam(self, name: str, rows: slice, gradient: Tensor, lr: float) -> None:
         torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.parameters.values()),
-            [gradients[name] for name in self.parameters],
-            list(self.exp_avg.values()),
-            list(self.exp_avg_sq.values()),
+            [self.parameters[name][rows]],
+            [gradient[rows]],
+            [self.exp_avg[name][rows]],
+            [self.exp_avg_sq[name][rows]],
             [],
-            list(self.steps_next()),
+            [self.steps[name]],
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -49,15 +78,6 @@ class Optimizer:
             amsgrad=False,
             maximize=False,
         )
-        if self.unit_norm_decoder:
-            W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min_(1e-8)
-        return norm
-
-    def steps_next(self) -> list[Tensor]:
-        """Count one more step and return the counters, which fused Adam takes as tensors."""
-        for count in self.steps.values():
-            count += 1
-        return list(self.steps.values())
 
     def _clip(self, gradients: Parameters) -> float:
         assert self.clip_grad_norm is not None

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .base import Parameters
+from .base import Batch, Parameters
 
 _ROW_BLOCK = 1024
 
@@ -18,7 +18,8 @@ _ROW_BLOCK = 1024
 def add_auxk(
     gradients: Parameters,
     parameters: Parameters,
-    x: Float[Tensor, "batch d_in"],
+    batch: Batch,
+    W_enc_compute: Float[Tensor, "d_sae d_in"],
     residual: Float[Tensor, "batch d_in"],
     dead: Bool[Tensor, " d_sae"],
     k_aux: int,
@@ -26,31 +27,33 @@ def add_auxk(
 ) -> float:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
-    `x` is the batch without the centring by `b_dec`. Few latents are dead, so the products are
-    dense over those, a block of rows at a time.
+    The products are dense over the dead latents, in the compute dtype, a block of rows at a time.
     """
     latents = dead.nonzero().squeeze(1)
     scale = float(residual.square().sum())
     if not len(latents) or not scale > 0:
         return 0.0
-    W_enc, W_dec = parameters["W_enc"][latents], parameters["W_dec"][latents]
-    bias = parameters["b_enc"][latents] - W_enc @ parameters["b_dec"]
-    by_W_enc, by_W_dec, by_b_enc = torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(bias)
+    precise, compute = batch.x.dtype, batch.x_compute.dtype
+    W_enc, W_dec = W_enc_compute[latents], parameters["W_dec"][latents].to(compute)
+    bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
+    by_W_enc = torch.zeros_like(W_enc, dtype=precise)
+    by_W_dec, by_b_enc = torch.zeros_like(by_W_enc), torch.zeros_like(bias)
     k_aux = min(k_aux, len(latents))
     loss = 0.0
-    for start in range(0, len(x), _ROW_BLOCK):
+    for start in range(0, len(residual), _ROW_BLOCK):
         rows = slice(start, start + _ROW_BLOCK)
-        values, indices = torch.addmm(bias, x[rows], W_enc.T).topk(k_aux, dim=1, sorted=False)
-        acts = x.new_zeros(len(values), len(latents)).scatter_(1, indices, values.relu())
-        difference = acts @ W_dec - residual[rows]
+        x, e = batch.x_compute[rows], residual[rows]
+        values, indices = torch.addmm(bias.to(compute), x, W_enc.T).topk(k_aux, dim=1, sorted=False)
+        acts = x.new_zeros(len(x), len(latents)).scatter_(1, indices, values.relu())
+        difference = (acts @ W_dec).to(precise).sub_(e)
         loss += float(difference.square().sum())
-        g = difference.mul_(2 * coefficient / scale)
-        by_acts = (g @ W_dec.T) * (acts > 0)
-        by_W_dec.addmm_(acts.T, g)
-        by_W_enc.addmm_(by_acts.T, x[rows])
-        by_b_enc += by_acts.sum(0)
+        g = difference.mul_(2 * coefficient / scale).to(compute)
+        by_acts = (g @ W_dec.T).mul_(acts > 0)
+        by_W_dec += acts.T @ g
+        by_W_enc += by_acts.T @ x
+        by_b_enc += by_acts.sum(0, dtype=precise)
     gradients["W_dec"][latents] += by_W_dec
     gradients["W_enc"][latents] += by_W_enc - torch.outer(by_b_enc, parameters["b_dec"])
     gradients["b_enc"][latents] += by_b_enc
-    gradients["b_dec"] -= W_enc.T @ by_b_enc
+    gradients["b_dec"] -= parameters["W_enc"][latents].T @ by_b_enc
     return coefficient * loss / scale

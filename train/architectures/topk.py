@@ -51,9 +51,16 @@ class TopK(Architecture):
     ) -> StepOutput:
         """Add AuxK where latents are dead, and note which latents fired."""
         if step.dead is not None and self.config.aux_coefficient > 0:
-            k_aux = self.config.k_aux or max(1, self.d_in // 2)
-            coefficient = self.config.aux_coefficient
-            terms["auxk_loss"] = add_auxk(gradients, parameters, batch.x, -error, step.dead, k_aux, coefficient)
+            terms["auxk_loss"] = add_auxk(
+                gradients,
+                parameters,
+                batch,
+                step.W_enc_compute,
+                -error,
+                step.dead,
+                self.config.k_aux or max(1, self.d_in // 2),
+                self.config.aux_coefficient,
+            )
         positive = latents.indices[latents.pre_acts > 0]
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=positive.device)
         fired[positive] = True
