@@ -203,11 +203,20 @@ def shard_keys(header: Header, shard: int) -> list[str]:
 def shard_statistics(path: Path, manifest: Manifest) -> list[Statistics]:
     """Return each committed shard's statistics, checked against the manifest."""
     return [
-        decode_statistics(
-            read_checked(path, statistics_key(record.shard), record.files), manifest.header, record.contexts
-        )
+        load_statistics(path, statistics_key(record.shard), record.files, manifest.header, record.contexts)
         for record in manifest.shards
     ]
+
+
+def load_statistics(
+    store: Path, key: str, files: Mapping[str, FileRecord], header: Header, n_contexts: int
+) -> Statistics:
+    """Return the statistics in a file that the manifest names, of `n_contexts` contexts."""
+    content = read_checked(store, key, files)
+    try:
+        return decode_statistics(content, header, n_contexts)
+    except StoreError as error:
+        raise StoreError(f"the store '{store}' is damaged: '{key}': {error}") from None
 
 
 def read_checked(store: Path, key: str, files: Mapping[str, FileRecord]) -> bytes:

@@ -147,11 +147,7 @@ def choose_shard_rows(chunk_rows: int, context_size: int, widest_row_bytes: int,
 
 def _divisor_below(number: int, limit: int) -> int:
     """Return the largest divisor of `number` that is at most `limit`."""
-    best = 1
-    for low in range(1, math.isqrt(number) + 1):
-        if number % low == 0:
-            best = max(best, *(part for part in (low, number // low) if part <= limit), 1)
-    return best
+    return next(part for part in range(min(number, limit), 0, -1) if number % part == 0)
 
 
 def make_header(

@@ -95,7 +95,7 @@ def read_manifest(store: Path) -> Manifest | None:
 
 def parse_manifest(content: bytes) -> Manifest | None:
     """Return what the manifest's bytes say, or None if no whole line is there."""
-    lines = content.split(b"\n")[:-1]
+    *lines, torn = content.split(b"\n")
     if not lines:
         return None
     manifest: Manifest | None = None
@@ -111,6 +111,8 @@ def parse_manifest(content: bytes) -> Manifest | None:
         else:
             _add(manifest, entry, number)
     assert manifest is not None
+    if torn and manifest.completion is not None:
+        raise StoreError(f"line {len(lines) + 1}: nothing may follow the last line")
     manifest.n_bytes = sum(len(line) + 1 for line in lines)
     manifest.checksum = checksum
     return manifest

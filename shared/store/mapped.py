@@ -69,9 +69,7 @@ class ShardCache:
         self._context_size = context_size
         self._mapped: OrderedDict[int, MappedShard] = OrderedDict()
         self._lock = threading.Lock()
-        n_rows = sum(record.contexts for record in records) * context_size
-        self.n_chunks = array.n_chunks(n_rows)
-        self._checked = np.zeros(self.n_chunks, dtype=bool)
+        self._checked: dict[int, np.ndarray] = {}
 
     def shard(self, number: int) -> MappedShard:
         """Return a mapped shard."""
@@ -83,6 +81,7 @@ class ShardCache:
         record = self._records[number]
         mapped = MappedShard(self._store, self.array, record, self.array.n_chunks(record.contexts * self._context_size))
         with self._lock:
+            self._checked.setdefault(number, np.zeros(self.array.chunks_per_shard, dtype=bool))
             self._mapped[number] = mapped
             while len(self._mapped) > MAX_MAPPED_SHARDS:
                 self._mapped.popitem(last=False)
@@ -92,9 +91,9 @@ class ShardCache:
         """Decode a chunk, by its number in the array, into contiguous uint8 `out`."""
         number, within = divmod(chunk, self.array.chunks_per_shard)
         shard = self.shard(number)
-        if verify == "always" or (verify == "first" and not self._checked[chunk]):
+        if verify == "always" or (verify == "first" and not self._checked[number][within]):
             shard.check(within)
-            self._checked[chunk] = True
+            self._checked[number][within] = True
         try:
             decode_chunk(self.array, shard.stored(within), out)
         except StoreError as error:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 
 from ..errors import ConfigError, HookPointError, StoreError
-from .commit import read_checked, shard_statistics
+from .commit import load_statistics, read_checked, shard_statistics
 from .format import STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
 from .manifest import Manifest, read_manifest
 from .mapped import ShardCache
@@ -23,7 +23,7 @@ from .moments import Moments
 from .provenance import decode_segments, expand_segments
 from .quantise import dequantise
 from .rows import TORCH_DTYPES
-from .statistics import Statistics, decode_statistics, merge_statistics
+from .statistics import Statistics, merge_statistics
 from .verify import find_faults
 
 Verify = Literal["first", "always", "never"]
@@ -120,6 +120,9 @@ class ActivationStore:
             raise ConfigError(f"expected chunks of 0 to {self.n_chunks - 1}, got {indices.min()} to {indices.max()}")
         shape = (len(indices) * self.chunk_rows, d_in)
         if out is None:
+            # Mapping checks that the files are as large as the manifest says, before memory is taken for them.
+            for shard in np.unique(indices // self.manifest.header.chunks_per_shard).tolist():
+                self._caches[hook_point].shard(shard)
             out = torch.empty(shape, dtype=self.dtype)
         elif not _fits(out, shape, self.dtype):
             raise ConfigError(
@@ -200,8 +203,7 @@ class ActivationStore:
         manifest = self.manifest
         if manifest.completion is None:
             return merge_statistics(shard_statistics(self.path, manifest), manifest.header)
-        content = read_checked(self.path, STATISTICS, manifest.completion.files)
-        return decode_statistics(content, manifest.header, self.n_contexts)
+        return load_statistics(self.path, STATISTICS, manifest.completion.files, manifest.header, self.n_contexts)
 
     def documents(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """Return each row's (document, position in it); -1 where it was not given."""

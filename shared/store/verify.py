@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError
-from .commit import read_checked, shard_keys
+from .commit import load_statistics, read_checked, shard_keys
 from .format import PARTIAL_FOLDER, STATISTICS, ArrayLayout, arrays_of, provenance_key, statistics_key
 from .manifest import ShardRecord
 from .mapped import MappedShard
 from .provenance import decode_segments
 from .shards import CHECKSUM_BYTES
-from .statistics import decode_statistics
 from .zarr_metadata import metadata_files
 
 if TYPE_CHECKING:
@@ -63,9 +62,9 @@ def _side_file_faults(store: ActivationStore, record: ShardRecord) -> list[str]:
     if set(record.files) != set(expected):
         faults.append(f"the store '{store.path}' is damaged: its manifest names other files for shard {record.shard}")
     try:
-        decode_statistics(read_checked(store.path, statistics_key(record.shard), record.files), header, record.contexts)
+        load_statistics(store.path, statistics_key(record.shard), record.files, header, record.contexts)
     except StoreError as error:
-        faults.append(_named(store, statistics_key(record.shard), error))
+        faults.append(str(error))
     try:
         decode_segments(read_checked(store.path, provenance_key(record.shard), record.files))
     except StoreError as error:
@@ -86,11 +85,12 @@ def _whole_store_faults(store: ActivationStore) -> list[str]:
     faults = []
     for key in [STATISTICS, *expected]:
         try:
-            content = read_checked(store.path, key, manifest.completion.files)
             if key == STATISTICS:
-                decode_statistics(content, manifest.header, store.n_contexts)
+                load_statistics(store.path, key, manifest.completion.files, manifest.header, store.n_contexts)
+            else:
+                read_checked(store.path, key, manifest.completion.files)
         except StoreError as error:
-            faults.append(_named(store, key, error))
+            faults.append(str(error))
     if (store.path / PARTIAL_FOLDER).exists():
         faults.append(f"the store '{store.path}' is complete, yet a temporary folder '{PARTIAL_FOLDER}' is left")
     return faults
