@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from .config import HarvestConfig
 PYTHON_STDLIB = "python-stdlib"
 BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 NAME_COLUMNS = ("path", "name", "title", "url", "id")
 MAX_NAME = 200
 
@@ -57,9 +59,11 @@ def _kind(path: Path) -> str:
 
 
 def _stdlib_files() -> list[Path]:
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    others = {"site-packages", "dist-packages", "__pycache__"}
-    return [path for path in stdlib.rglob("*.py") if not others & set(path.relative_to(stdlib).parts)]
+    paths = []
+    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = [name for name in subfolders if name not in NOT_STDLIB]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return paths
 
 
 def _files(paths: list[Path], root: Path, seed: int) -> Iterator[Document]:

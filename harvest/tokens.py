@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,14 +47,23 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
     """
     number = 0
     for batch in _by_size(documents):
-        texts = [_encodable(document.text) for document in batch]
-        encoded = tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )
-        for document, ids in zip(batch, encoded["input_ids"], strict=True):
+        encoded = _encode([_encodable(document.text) for document in batch], tokenizer)
+        for document, ids in zip(batch, encoded, strict=True):
             if ids:
                 yield TokenizedDocument(number, document.name, document_hash(document.text), np.array(ids, np.int32))
             number += 1
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        options: dict[str, Any] = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [tokenizer(text, **options)["input_ids"] for text in texts]
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    # No offsets: a third less time than calling the tokenizer.
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:

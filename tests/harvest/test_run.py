@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from thresher.harvest import progress
 from thresher.harvest.config import HarvestConfig
@@ -249,3 +256,20 @@ def test_codecs(config, codec):
     ours, theirs = (s.read("blocks.0.mlp_out", 0, s.n_rows) for s in (store, plain))
     tolerance = 0.0 if codec != "int8" else float(theirs.abs().max()) / 100
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_an_encoder_is_a_source_too(config, tmp_path):
+    folder = tmp_path / "bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dust", "grain", "gr", "##o", "chaff", "<", ">", "bos"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **shape)).save_pretrained(folder)
+    store = ActivationStore.open(harvest(replaced(config, model=str(folder), tokens=20 * CONTEXT)))
+    tokens = store.tokens(0, store.n_rows).reshape(-1, CONTEXT)
+    assert store.metadata["bos_token_id"] == words.index("[CLS]")
+    model = BertModel.from_pretrained(folder).eval()
+    hidden = model(tokens.long(), output_hidden_states=True).hidden_states[2]
+    ours = store.read("blocks.1.resid_post", 0, store.n_rows).reshape(-1, CONTEXT, 16)
+    torch.testing.assert_close(ours, hidden, rtol=1e-5, atol=1e-5)

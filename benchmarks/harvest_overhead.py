@@ -1,0 +1,129 @@
+"""What harvesting costs above the bare forward pass to the same layer: same batches, dtype and truncation.
+
+    python benchmarks/harvest_overhead.py
+
+Both sides run alternately in this process. The bare side runs the model, cut off after the last
+block that is read, over contexts that were tokenized before. The harvest side does all of a
+harvest's work: reads and packs the text, runs the model, compresses, writes and flushes the store.
+The CPU ratio counts the seconds that all threads of this process used, and so tells the cost also
+on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from thresher.harvest.config import HarvestConfig
+from thresher.harvest.identity import identity
+from thresher.harvest.interrupt import Interrupt
+from thresher.harvest.plan import Plan, make_plan
+from thresher.harvest.run import open_writer, run_model
+from thresher.harvest.tokens import batch_contexts, read_contexts
+from thresher.shared.config import load_config
+from thresher.shared.hook_points import find_blocks
+from thresher.shared.store import ActivationStore
+
+
+@contextmanager
+def cut_after(model: nn.Module, layer: int) -> Iterator[None]:
+    """Take the blocks after `layer` out of the model."""
+    found = find_blocks(model)
+    assert found is not None
+    path, blocks = found
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, blocks[: layer + 1])
+    try:
+        yield
+    finally:
+        setattr(model.get_submodule(parent), name, blocks)
+
+
+def timed(action: Callable[[], object]) -> tuple[float, float]:
+    """Return the wall and CPU seconds of an action."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def check_equal(config: HarvestConfig, plan: Plan, batches: list[torch.Tensor]) -> None:
+    """Refuse to time a harvest whose store is not what the model computes."""
+    store = ActivationStore.open(config.store)
+    rows = torch.cat([batch.flatten() for batch in batches])[: store.n_rows]
+    tokens = store.tokens(0, store.n_rows)
+    assert tokens is not None
+    if not torch.equal(tokens.long(), rows):
+        sys.exit("the stored tokens are not those of the batches")
+    hidden = plan.model(batches[1], output_hidden_states=True).hidden_states
+    n = batches[0].numel()
+    for name, hook_point in plan.hook_points.items():
+        assert hook_point.layer is not None
+        stored = store.read(name, n, n + batches[1].numel())
+        if not torch.equal(stored, hidden[hook_point.layer + 1].flatten(0, 1).to(stored.dtype)):
+            sys.exit(f"the rows stored at {name} are not what the model computes")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--config", default="configs/harvest/demo.toml")
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/harvest_overhead.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = load_config(HarvestConfig, arguments.config, ["--tokens", str(arguments.tokens)])
+    plan = make_plan(config)
+    packed = batch_contexts(read_contexts(config, plan.tokenizer, plan.group), config.batch_size)
+    batches = [torch.from_numpy(batch.tokens).to(plan.model.device, torch.long) for batch in packed]
+    last = max(hook_point.layer or 0 for hook_point in plan.hook_points.values())
+    base = plan.model.base_model
+
+    def bare() -> None:
+        with cut_after(plan.model, last):
+            for input_ids in batches:
+                base(input_ids=input_ids, use_cache=False)
+
+    def whole(config: HarvestConfig) -> None:
+        with open_writer(config, plan, identity(config)) as writer:
+            run_model(config, plan, writer, Interrupt())
+
+    seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "harvest": []}
+    with tempfile.TemporaryDirectory(
+        dir=arguments.output.parent.resolve() if arguments.output.parent.exists() else None
+    ) as folder:
+        for number in range(arguments.rounds + 1):
+            here = msgspec.structs.replace(config, store=f"{folder}/{number}")
+            bare_seconds, harvest_seconds = timed(bare), timed(lambda here=here: whole(here))
+            if number == 0:
+                check_equal(here, plan, batches)  # and the first round only warms up
+                continue
+            seconds["bare"].append(bare_seconds)
+            seconds["harvest"].append(harvest_seconds)
+    n_tokens = sum(batch.numel() for batch in batches)
+    result = {"tokens": n_tokens, "threads": arguments.threads, "rounds": arguments.rounds}
+    for kind, column in (("wall", 0), ("cpu", 1)):
+        ratios = [h[column] / b[column] for h, b in zip(seconds["harvest"], seconds["bare"], strict=True)]
+        result[f"{kind}_ratio"] = round(statistics.median(ratios), 4)
+        result[f"{kind}_ratios"] = [round(ratio, 4) for ratio in ratios]
+        for side, times in seconds.items():
+            result[f"{side}_tokens_per_{kind}_second"] = round(n_tokens / statistics.median(t[column] for t in times))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
