@@ -3,10 +3,13 @@ function visible(text) {
   return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "∅";
 }
 
+// A chip shows spaces as dots, and a long run of them as a count.
+const compact = (text) => visible(text).replace(/ +/g, (run) => (run.length > 3 ? `·×${run.length}` : "·".repeat(run.length)));
+
 const tokenText = (names, id) => names.tokens[id] ?? `⟨${id}⟩`;
 
 function tokenChip(names, id) {
-  return html("code", { class: "token" }, visible(tokenText(names, id)));
+  return html("code", { class: "token" }, compact(tokenText(names, id)));
 }
 
 function drawContext([activation, peak, tokens, active, document_, position, context], names, maximum) {

@@ -1,0 +1,114 @@
+"""Export a feature index as the JSON batches that SAEDashboard writes and Neuronpedia takes in.
+
+The fields are those of `NeuronpediaDashboardBatch` in SAEDashboard (`batch-0.json`, ...). What the
+index does not hold (alignment with neurons, the histogram over all logits) is left empty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .features_files import FeatureIndex
+
+BATCH_LATENTS = 128
+N_INTERVALS = 5
+LEFT_EMPTY = (
+    "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices "
+    "correlated_neurons_l1 correlated_neurons_pearson logits_hist_data_bar_heights logits_hist_data_bar_values "
+    "decoder_weights_dist"
+)
+
+
+def export_neuronpedia(
+    index: FeatureIndex, output: str | Path, *, model_id: str, layer: int, sae_set: str, dataset: str = ""
+) -> list[Path]:
+    """Write `<output>/batch-<n>.json` and `skipped_indexes.json`, which names the latents that never fire."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    density = index.columns(["density"])["density"].to_numpy()
+    written, skipped = [], []
+    for number, lines in enumerate(index.batches(BATCH_LATENTS)):
+        skipped += [line["latent"] for line in lines if not line["firings"]]
+        features = [_feature(line, index, density, dataset) for line in lines if line["firings"]]
+        batch = {"model_id": model_id, "layer": layer, "sae_set": sae_set, "features": features}
+        written.append(_write(output / f"batch-{number}.json", batch))
+    _write(
+        output / "skipped_indexes.json",
+        {"model_id": model_id, "layer": str(layer), "sae_set": sae_set, "skipped_indexes": skipped},
+    )
+    return written
+
+
+def _feature(line: Mapping[str, Any], index: FeatureIndex, density: np.ndarray, dataset: str) -> dict[str, Any]:
+    edges = np.linspace(0, line["histogram_end"], len(line["histogram"]) + 1)
+    neighbours = [other["latent"] for other in line["neighbours"]]
+    cosine = np.array([other["score"] for other in line["neighbours"]])
+    context_size = int(index.metadata["context_size"])
+    return {name: [] for name in LEFT_EMPTY.split()} | {
+        "feature_index": line["latent"],
+        "correlated_features_indices": neighbours,
+        "correlated_features_l1": _rounded(cosine),
+        "correlated_features_pearson": _rounded(pearson(cosine, line["density"], density[neighbours])),
+        "neg_str": [_text(index, effect["token"]) for effect in line["suppressed"]],
+        "neg_values": _rounded([effect["effect"] for effect in line["suppressed"]]),
+        "pos_str": [_text(index, effect["token"]) for effect in line["promoted"]],
+        "pos_values": _rounded([effect["effect"] for effect in line["promoted"]]),
+        "frac_nonzero": line["density"],
+        "freq_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
+        "freq_hist_data_bar_heights": line["histogram"],
+        "n_prompts_total": int(index.metadata["n_rows"]) // context_size,
+        "n_tokens_in_prompt": context_size,
+        "dataset": dataset,
+        "activations": [
+            *(_activation(entry, index, (-1.0, line["max_activation"], -1.0)) for entry in line["top"]),
+            *(_activation(entry, index, _interval(entry["activation"], line)) for entry in line["sampled"]),
+        ],
+    }
+
+
+def _activation(entry: Mapping[str, Any], index: FeatureIndex, interval: tuple[float, float, float]) -> dict[str, Any]:
+    return {
+        "bin_min": interval[0],
+        "bin_max": interval[1],
+        "bin_contains": interval[2],
+        "tokens": [_text(index, token) for token in entry["tokens"]],
+        "values": _rounded(entry["activations"]),
+    }
+
+
+def _interval(activation: float, line: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the fifth of [0, max] that an activation lies in, and the share of firings there, from the histogram."""
+    width = line["max_activation"] / N_INTERVALS
+    low = min(int(activation / width), N_INTERVALS - 1) * width
+    counts = np.array(line["histogram"])
+    centre = (np.arange(len(counts)) + 0.5) * line["histogram_end"] / len(counts)
+    inside = counts[(centre >= low) & (centre < low + width)].sum()
+    return round(low, 3), round(low + width, 3), round(float(inside / max(counts.sum(), 1)), 4)
+
+
+def pearson(cosine: np.ndarray, density: float, others: np.ndarray) -> np.ndarray:
+    """Return the correlation of firing indicators from their cosine and the two densities."""
+    both = cosine * np.sqrt(density * others)
+    deviation = np.sqrt(density * (1 - density) * others * (1 - others))
+    return np.divide(both - density * others, deviation, out=np.zeros_like(both), where=deviation > 0)
+
+
+def _text(index: FeatureIndex, token: int) -> str:
+    return index.vocabulary.get(token, f"<{token}>")
+
+
+def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
+    return [round(float(value), 3) for value in values]
+
+
+def _write(path: Path, value: Any) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,312 @@
+"""The report in headless Chromium, driven through the DevTools protocol over a pipe; skipped without Chromium."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from thresher.evaluate.features import FeatureSettings, build_feature_index
+from thresher.evaluate.report import feature_blocks, write_report
+from thresher.shared.store import ActivationStore
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
+    pytest.mark.xdist_group("chromium"),
+]
+SWITCHES = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
+]
+NAMES = ("topk-k4", "topk-k2", "relu <b>&amp;")
+
+
+class Browser:
+    """One tab; Chromium reads commands from file descriptor 3 and answers on 4."""
+
+    def __init__(self, profile):
+        inward, self._send = os.pipe()
+        self._receive, outward = os.pipe()
+
+        def place_pipes():
+            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (inward, outward)]
+            for descriptor, wanted in zip(high, (3, 4), strict=True):
+                os.dup2(descriptor, wanted)
+
+        self._process = subprocess.Popen(
+            [CHROMIUM, *SWITCHES, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=place_pipes,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(inward)
+        os.close(outward)
+        self._buffer, self._next, self.faults = b"", 0, []
+        target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Runtime", "Page", "Log", "Network"):
+            self.call(f"{domain}.enable", self._session)
+
+    def call(self, method, session=None, **parameters):
+        self._next += 1
+        message = {"id": self._next, "method": method, "params": parameters}
+        os.write(self._send, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        while (answer := self._read()).get("id") != self._next:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _read(self):
+        while b"\0" not in self._buffer:
+            part = os.read(self._receive, 1 << 20)
+            assert part, "Chromium closed the pipe"
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        message = json.loads(line)
+        parameters = message.get("params", {})
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.faults.append(parameters["exceptionDetails"].get("exception", {}).get("description"))
+        if message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error":
+            self.faults.append(parameters["entry"]["text"])
+        if message.get("method") == "Network.requestWillBeSent":
+            url = parameters["request"]["url"]
+            if not url.startswith(("file:", "data:", "blob:", "about:")):
+                self.faults.append(f"asked the network for {url}")
+        return message
+
+    def open(self, path, fragment="", width=1200, height=900):
+        self.faults.clear()
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", self._session, **metrics)
+        self.call("Page.navigate", self._session, url="about:blank")
+        self.call("Page.navigate", self._session, url=path.as_uri() + fragment)
+        self.wait("document.readyState === 'complete' && document.querySelector('#metrics')")
+
+    def evaluate(self, expression):
+        arguments = {"expression": expression, "awaitPromise": True, "returnByValue": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", self._session, **arguments)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, condition):
+        """Wait, frame by frame, until a condition holds."""
+        script = (
+            "new Promise((done, fail) => { const until = performance.now() + 30000; const look = () => "
+            f"{{ if ({condition}) done(true); else if (performance.now() > until) "
+            f"fail(new Error({json.dumps(condition)})); else setTimeout(look, 20); }}; look(); }})"
+        )
+        assert self.evaluate(script)
+
+    def hover(self, selector):
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        box = self.evaluate(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({found}.getBoundingClientRect())"
+        )
+        for shift in (-3, 0):
+            where = {"type": "mouseMoved", "x": box[0] + shift, "y": box[1]}
+            self.call("Input.dispatchMouseEvent", self._session, **where)
+
+    def press(self, key, code=0):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", self._session, type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def type(self, selector, text):
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
+        self.call("Input.insertText", self._session, text=text)
+
+    def texts(self, selector):
+        return self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent.trim())")
+
+    def close(self):
+        self._process.terminate()
+        self._process.wait()
+        os.close(self._send)
+        os.close(self._receive)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def indexes(tiny, make_sae, tmp_path_factory):
+    class Letters:
+        def decode(self, ids):
+            return f" word{ids[0]}"
+
+    saes = [
+        SimpleNamespace(name=NAMES[0], sae=make_sae(k=4, d_sae=300), hook_point="blocks.1.resid_post"),
+        SimpleNamespace(name=NAMES[1], sae=make_sae(k=2, seed=1), hook_point="blocks.1.resid_post"),
+        SimpleNamespace(name=NAMES[2], sae=make_sae("standard", seed=2), hook_point="blocks.0.resid_post"),
+    ]
+    settings = FeatureSettings(n_top=4, n_sampled=4, window=8)
+    output = tmp_path_factory.mktemp("indexes")
+    store = ActivationStore.open(tiny.store)
+    return build_feature_index(store, saes, output, model=tiny.model, tokenizer=Letters(), settings=settings)
+
+
+def sweep_metrics():
+    edges = np.linspace(-4, 0, 9).tolist()
+    return [
+        {
+            "name": name,
+            "architecture": "standard" if "relu" in name else "topk",
+            "hook_point": f"blocks.{int('relu' not in name)}.resid_post",
+            "d_sae": 32,
+            "k": k,
+            "l0": l0,
+            "explained_variance": variance,
+            "ce_loss_score": score,
+            "dead_fraction": 0.1,
+            "density_histogram": {"edges": edges, "counts": [0, 1, 4, 9, 8, 3, 2, 0]},
+        }
+        for name, k, l0, variance, score in zip(
+            NAMES, (4, 2, None), (4.0, 2.0, 11.5), (0.8, 0.6, 0.7), (0.9, 0.7, None), strict=True
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def report(indexes, tmp_path_factory):
+    curves = {name: [{"tokens": 100 * i, "loss": 5 / (i + 1)} for i in range(30)] for name in NAMES}
+    return write_report(tmp_path_factory.mktemp("report") / "report.html", sweep_metrics(), curves, indexes)
+
+
+def test_overview_draws_every_plot_and_asks_no_network(browser, report):
+    browser.open(report)
+    browser.wait("document.querySelectorAll('#pareto-variance .mark').length === 3")
+    assert len(browser.texts("#pareto-loss .mark")) == 2
+    assert browser.texts("#pareto-variance .point-label") == ["k=4", "k=2", NAMES[2]]
+    assert len(browser.texts("#curves-chart .curve")) == 3
+    assert len(browser.texts("#density-charts svg")) == 3
+    assert browser.faults == []
+
+
+def test_sorting_the_table(browser, report):
+    browser.open(report)
+    head = "[...document.querySelectorAll('#metrics th button')].find((b) => b.textContent === 'Explained variance')"
+    browser.evaluate(f"{head}.click()")
+    assert browser.texts("#metrics tbody th") == [NAMES[0], NAMES[2], NAMES[1]]
+    assert browser.evaluate(f"{head}.parentElement.ariaSort") == "descending"
+    browser.evaluate(f"{head}.click()")
+    assert browser.texts("#metrics tbody th") == [NAMES[1], NAMES[2], NAMES[0]]
+    browser.evaluate(
+        "[...document.querySelectorAll('#metrics th button')].find((b) => b.textContent === 'CE loss score').click()"
+    )
+    assert browser.texts("#metrics tbody th")[-1] == NAMES[2], "what was not measured sorts last"
+    browser.type("#table-filter", "relu")
+    assert browser.evaluate("[...document.querySelectorAll('#metrics tbody tr')].filter((r) => !r.hidden).length") == 1
+
+
+def test_hovering_a_point_explains_it(browser, report):
+    browser.open(report)
+    browser.wait("document.querySelector('#pareto-variance .mark')")
+    browser.hover("#pareto-variance g[tabindex]")
+    assert browser.texts("#tooltip")[0].startswith(f"{NAMES[0]}\ntopk at blocks.1.resid_post\nL0 4")
+    browser.press("Escape", 27)
+    assert browser.evaluate("document.getElementById('tooltip').hidden")
+
+
+def test_the_keyboard_reads_the_loss_curves(browser, report):
+    browser.open(report)
+    browser.wait("document.querySelector('#curves-chart svg')")
+    browser.evaluate("document.querySelector('#curves-chart svg').focus()")
+    browser.press("Home", 36)
+    assert "0 tokens" in browser.texts("#curves [role=status]")[0]
+    browser.press("ArrowRight", 39)
+    assert "100 tokens" in browser.texts("#curves [role=status]")[0]
+
+
+def test_searching_and_sorting_latents(browser, report, indexes):
+    lines = [line for batch in indexes[NAMES[0]].batches() for line in batch]
+    alive = [line for line in lines if line["firings"]]
+    browser.open(report, "#sae=topk-k4")
+    browser.wait("document.querySelectorAll('#browser-list li').length")
+    assert browser.texts("#browser-status") == [f"{len(alive)} of 300 latents"]
+    browser.evaluate(
+        "(s => { s.value = 'density'; s.dispatchEvent(new Event('change')); })(document.getElementById('browser-sort'))"
+    )
+    first = [int(text) for text in browser.texts("#browser-list .number")][:10]
+    densest = sorted(alive, key=lambda line: (-float(f"{line['density']:.3g}"), line["latent"]))[:10]
+    assert first == [line["latent"] for line in densest]
+    token = densest[0]["top"][0]["tokens"][densest[0]["top"][0]["peak"]]
+    browser.type("#browser-search", f"WORD{token} ")
+    found = [int(text) for text in browser.texts("#browser-list .number")]
+    assert densest[0]["latent"] in found
+    assert len(found) < len(alive)
+    browser.type("#browser-search", "17")
+    assert browser.texts("#browser-list .number")[0] == "17"
+
+
+def test_a_latent_shows_its_contexts_and_activations_on_hover(browser, report, indexes):
+    lines = [line for batch in indexes[NAMES[0]].batches() for line in batch]
+    line = max(lines[130:], key=lambda line: line["firings"])
+    browser.open(report, f"#sae=topk-k4&latent={line['latent']}")
+    browser.wait("document.querySelector('.context')")
+    assert browser.texts("#latent-heading") == [f"Latent {line['latent']}"]
+    assert len(browser.texts(".context-group:first-of-type .context")) == len(line["top"])
+    best = line["top"][0]
+    assert browser.texts("mark")[0] == f"word{best['tokens'][best['peak']]}"
+    browser.hover("mark")
+    peak = float(f"{best['activations'][best['peak']]:.3g}")
+    assert browser.texts("#tooltip")[0].endswith(f"activation {peak:g}")
+    promoted = [f"·word{effect['token']}" for effect in line["promoted"]]
+    assert browser.texts(".effects")[0].startswith(promoted[0])
+    assert len(browser.texts(".neighbours li")) == len(line["neighbours"])
+    browser.evaluate("document.querySelector('[aria-label=\"Next latent\"]').click()")
+    browser.wait(f"document.getElementById('latent-heading').textContent === 'Latent {line['latent'] + 1}'")
+    browser.evaluate("document.querySelector('.back').click()")
+    browser.wait("document.getElementById('browser-page').hidden")
+    assert browser.faults == []
+
+
+@pytest.mark.parametrize(
+    "fragment", ["#sae=nobody&latent=3", "#sae=topk-k4&latent=99999", "#sae=topk-k4&latent=x", "#table"]
+)
+def test_a_wrong_address_does_no_harm(browser, report, fragment):
+    browser.open(report, fragment)
+    assert browser.faults == []
+    assert browser.evaluate("document.getElementById('browser-page').hidden") == ("topk" not in fragment)
+
+
+def test_large_data_lies_beside_the_page(browser, indexes, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_blocks, "INLINE_BYTES", 0)
+    report = write_report(tmp_path / "wide report.html", sweep_metrics(), {}, indexes)
+    folder = tmp_path / "wide report_features"
+    assert len(list(folder.iterdir())) == 5
+    browser.open(report, "#sae=topk-k4&latent=299")
+    browser.wait("document.querySelector('#latent-heading')")
+    assert browser.faults == []
+    (folder / "sae0-0.js").unlink()
+    browser.evaluate("location.hash = 'sae=topk-k4&latent=1'")
+    browser.wait("document.querySelector('[role=alert]')")
+    assert "keep that folder" in browser.texts("[role=alert]")[0]
+    assert write_report(report, sweep_metrics(), {}, None) == report
+
+
+@pytest.mark.parametrize("fragment", ["", "#sae=topk-k4&latent=3"])
+def test_a_phone_does_not_scroll_sideways(browser, report, fragment):
+    browser.open(report, fragment, width=360, height=700)
+    browser.wait("document.querySelector('#pareto-variance svg, #latent-heading')")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 360
