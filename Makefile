@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate demo test test-long test-gpu test-peers check format bench clean
+.PHONY: help setup harvest train evaluate demo test test-long test-gpu bench-gpu test-peers check format bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -47,6 +47,9 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt
 	touch $@
+
+bench-gpu: $(READY)  ## time the GPU kernels and steps: make bench-gpu ARGS='--peers .venv-peers/bin/python'
+	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
 
 test-peers: $(READY) $(PEERS)/.ready  ## the tests that ask the peer libraries, in an environment of their own
 	$(BIN)/python -m pytest -m peers $(ARGS)

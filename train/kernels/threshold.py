@@ -218,6 +218,6 @@ def select_batch_topk(
     columns = torch.nn.functional.pad(found.indices, (0, len(values) - size))
     chosen_indices = columns.new_zeros(wanted + 1).scatter_(0, target, columns.where(chosen, 0))[:wanted]
     offsets = n_before[found.offsets.clamp(max=size)]
-    certified = (n_found <= size) & ((n_found >= wanted) | torch.tensor(floor <= 0.0, device=x.device))
+    certified = (n_found <= size) & ((n_found >= wanted) | torch.full((), floor <= 0.0, device=x.device))
     least_kept = torch.where(offsets[-1] >= wanted, least, 0.0)
     return Selection(chosen_values, chosen_indices, offsets), least_kept, certified
