@@ -9,7 +9,6 @@ instructions are there. The tests hold these against what the GPUs have.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -118,8 +117,6 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Compile for the capabilities given, such as 80 and 90; with `--each-once`, one variant of a kernel."""
     capabilities = [int(argument) for argument in arguments if argument.isdigit()] or list(CAPABILITIES)
-    # Fused multiply-adds, as the launches have them; unset, Triton 3.9 warns that its default will change.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     for capability in capabilities:
         seen: set[str] = set()
         for variant in variants():
