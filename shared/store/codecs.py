@@ -14,17 +14,17 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..errors import StoreError
 from .format import ArrayLayout
-from .zarr_metadata import shuffle_of
+from .zarr_metadata import block_bytes_of, shuffle_of
 
 _BLOSC_HEADER = struct.Struct("<4B3I")
-_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+_SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 def encode_chunk(array: ArrayLayout, rows: np.ndarray, level: int) -> Any:
     """Return the stored bytes, checksum excluded, of one full chunk of little-endian rows."""
     if array.codec == "none":
         return rows.reshape(-1).view(np.uint8)
-    return blosc.compress(rows, array.codec.encode(), level, _SHUFFLES[shuffle_of(array)], 0)
+    return blosc.compress(rows, array.codec.encode(), level, _SHUFFLES[shuffle_of(array)], block_bytes_of(array))
 
 
 def decode_chunk(array: ArrayLayout, stored: np.ndarray, out: np.ndarray) -> None:

@@ -39,7 +39,7 @@ class StoreFolder:
         self._manifest = manifest
 
     @classmethod
-    def open(cls, path: Path, proposed: Header, resume: bool) -> StoreFolder:
+    def open(cls, path: Path, proposed: Header, resume: bool, any_level: bool) -> StoreFolder:
         """Lock the store at `path`, made if need be, and clear what a killed writer left half done."""
         if path.exists() and not path.is_dir():
             raise StoreError(f"expected a folder for the store, got a file at '{path}'; name another path")
@@ -52,7 +52,9 @@ class StoreFolder:
                 lock(file, path)
                 manifest = read_manifest(path)
                 if manifest is not None:
-                    _check_same(manifest, proposed, path, resume)
+                    _check_same(
+                        manifest, proposed, path, resume, {"has_tokens", "codec_level"} if any_level else {"has_tokens"}
+                    )
                 folder = cls(path, file, manifest)
                 folder._recover()
             except BaseException:
@@ -237,13 +239,13 @@ def read_checked(store: Path, key: str, files: Mapping[str, FileRecord]) -> byte
     return content
 
 
-def _check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool) -> None:
-    """Raise `StoreError` unless a store of the same settings may be gone on with."""
+def _check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool, free: set[str]) -> None:
+    """Raise `StoreError` unless a store of the same settings, but for those left `free`, may be gone on with."""
     if not resume:
         raise StoreError(f"'{path}' already holds a store; remove it, name another path, or resume it")
     old, new = msgspec.to_builtins(manifest.header), msgspec.json.decode(msgspec.json.encode(proposed))
     for key in old:
-        if key != "has_tokens" and old[key] != new[key]:
+        if key not in free and old[key] != new[key]:
             raise StoreError(
                 f"the store '{path}' was begun with {key} = {old[key]!r}, now asked for {new[key]!r}; "
                 "use the same settings, or name another path"

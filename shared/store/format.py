@@ -178,7 +178,7 @@ def make_header(
             raise ConfigError(f"expected {what} to be one of {', '.join(known.__args__)}; got '{value}'")
     widest = max(hook_points.values()) * ITEM_BYTES[dtype if codec != "int8" else "int8"]
     chunk_rows = choose_chunk_rows(widest, context_size, chunk_bytes)
-    level = codec_level if codec_level is not None else {"none": 0, "lz4": 5, "zstd": 1, "int8": 1}[codec]
+    level = codec_level if codec_level is not None else {"none": 0, "lz4": 9, "zstd": 1, "int8": 1}[codec]
     return Header(
         format_version=FORMAT_VERSION,
         hook_points=dict(hook_points),

@@ -70,7 +70,7 @@ class ActivationStoreWriter:
         )
         self.path = Path(path)
         self.raw_bytes = 0
-        self._folder = StoreFolder.open(self.path, header, resume)
+        self._folder = StoreFolder.open(self.path, header, resume, codec_level is None)
         self._header: Header | None = self._folder.header
         self._proposed = header
         self.n_committed_contexts = self._folder.n_contexts

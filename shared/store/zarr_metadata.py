@@ -19,7 +19,7 @@ def array_metadata(array: ArrayLayout, header: Header, n_rows: int) -> dict[str,
             "clevel": header.codec_level if array.codec == header.codec else 1,
             "shuffle": shuffle_of(array),
             "typesize": ITEM_BYTES[array.dtype],
-            "blocksize": 0,
+            "blocksize": block_bytes_of(array),
         },
     }
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -51,8 +51,17 @@ def array_metadata(array: ArrayLayout, header: Header, n_rows: int) -> dict[str,
 
 
 def shuffle_of(array: ArrayLayout) -> str:
-    """Return blosc's filter for an array: bits of floats and tokens, none for int8 (it gains nothing there)."""
-    return "noshuffle" if array.dtype == "int8" else "bitshuffle"
+    """Return blosc's filter: what compressed an array of its kind best (docs/FORMAT.md)."""
+    if array.dtype == "int8":
+        return "noshuffle"
+    return "shuffle" if array.codec == "zstd" and array.width is not None else "bitshuffle"
+
+
+def block_bytes_of(array: ArrayLayout) -> int:
+    """Return blosc's block size, 0 for its own choice: zstd compresses far better in one block than in several."""
+    if array.dtype == "int32":
+        return 0
+    return array.chunk_bytes if array.codec == "zstd" else 64 << 10
 
 
 def metadata_files(header: Header, n_rows: int) -> dict[str, bytes]:

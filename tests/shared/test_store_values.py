@@ -182,7 +182,7 @@ def test_zarr_python_would_write_the_same_metadata(tmp_path: Path) -> None:
         chunks=ours.chunks,
         serializer=zarr.codecs.BytesCodec(endian="little"),
         compressors=[
-            zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=2, blocksize=0),
+            zarr.codecs.BloscCodec(cname="lz4", clevel=9, shuffle="bitshuffle", typesize=2, blocksize=65536),
             zarr.codecs.Crc32cCodec(),
         ],
         chunk_key_encoding={"name": "default", "separator": "."},
