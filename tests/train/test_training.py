@@ -1,7 +1,11 @@
 """A sweep trains, resumes and refuses, on a real store."""
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
 
 import msgspec
 import numpy as np
@@ -14,6 +18,7 @@ from thresher.shared.cli import main
 from thresher.shared.config import to_toml
 from thresher.shared.errors import ConfigError, HookPointError, MissingFileError, StoreError
 from thresher.train import TrainConfig, train
+from thresher.train.sweep import expand_sweep
 
 TOPK = {"architecture": "topk", "hook_point": "blocks.0.resid_post", "d_sae": 96, "lr": 3e-3}
 STANDARD = {
@@ -151,6 +156,65 @@ def test_a_mixed_sweep_of_every_architecture_resumes_to_the_same_end(config, tmp
         assert (x - x_hat).square().sum() < 0.9 * (x - x.mean(0)).square().sum(), folder.name
         final = metrics(folder)[-1]
         assert final["l0"] == pytest.approx((sae.encode(x * scale) > 0).sum() / len(x), rel=0.25), folder.name
+
+
+def test_a_signal_to_stop_writes_a_checkpoint_to_go_on_from(config, tmp_path, monkeypatch):
+    whole = train(config)
+    stopped = change(config, output=str(tmp_path / "stopped"))
+    prepare, calls = run_module.prepare, []
+
+    def signalled(*arguments):
+        calls.append(None)
+        if len(calls) == 17:
+            signal.raise_signal(signal.SIGTERM)
+        return prepare(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prepare", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped)
+    assert json.loads((tmp_path / "stopped" / "checkpoint.json").read_text())["step"] == 17
+    assert [weights(folder) for folder in train(stopped)] == [weights(folder) for folder in whole]
+
+
+DRIVER = """
+import os, signal, sys
+from thresher.train import TrainConfig, train
+from thresher.train.sae_trainer import SaeTrainer
+from thresher.shared.config import load_config
+left = int(sys.argv[2])
+def counted(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+os.fsync, os.replace, SaeTrainer.step = counted(os.fsync), counted(os.replace), counted(SaeTrainer.step)
+train(load_config(TrainConfig, sys.argv[1], []))
+print(-left)
+"""
+
+
+@pytest.mark.long
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(config, tmp_path):
+    """SIGKILL before 30 random writes, renames and steps of one SAE or another."""
+    path = tmp_path / "train.toml"
+
+    def run(output, moment):
+        path.write_text(to_toml(change(config, output=str(output), sae=expand_sweep(config.sae))))
+        command = [sys.executable, "-c", DRIVER, str(path), str(moment)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    moments = int(run(tmp_path / "whole", 0).stdout.split()[-1])
+    names = [sae.name for sae in expand_sweep(config.sae)]
+    expected = [weights(tmp_path / "whole" / name) for name in names]
+    for moment in random.Random(0).sample(range(1, moments), 30):
+        assert run(tmp_path / "cut", moment).returncode == -signal.SIGKILL
+        assert run(tmp_path / "cut", 0).returncode == 0
+        assert [weights(tmp_path / "cut" / name) for name in names] == expected, moment
+        shutil.rmtree(tmp_path / "cut")
 
 
 def test_only_the_last_checkpoints_are_kept(config, monkeypatch):
