@@ -57,20 +57,23 @@ def write_store(path: Path, n_rows: int, d_in: int) -> None:
             )
 
 
-def write_saes(folder: Path, n: int, d_in: int, d_sae: int) -> None:
-    """Write half TopK and half ReLU SAEs of random directions; the ReLU ones fire for a few percent of latents."""
+def write_saes(root: Path, n: int, d_in: int, d_sae: int) -> None:
+    """Write half TopK and half ReLU SAEs of random directions; of the ReLU ones about 3% of latents fire on a row."""
+    rows = ActivationStore.open(root / "store").read(HOOK, 0, CONTEXT).float() - 3
     for number in range(n):
         generator = torch.Generator().manual_seed(number)
         W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         topk = number % 2 == 0
-        tensors = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.full((d_sae,), 0.0 if topk else -20.0)}
+        tensors = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(d_sae)}
+        if not topk:
+            tensors["b_enc"] -= (rows @ W_dec.T).quantile(0.97, dim=0)
         sae = Sae(
             "topk" if topk else "standard",
             tensors | {"W_dec": W_dec, "b_dec": torch.full((d_in,), 3.0)},
             hook_point=HOOK,
             config={"k": 16 * (number // 2 + 1)} if topk else {"l1_coefficient": 1.0},
         )
-        sae.save(folder / f"{number}-{sae.architecture}")
+        sae.save(root / "saes" / f"{number}-{sae.architecture}")
 
 
 def check_equal(root: Path, metrics: list[dict[str, Any]]) -> None:
@@ -109,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_store(root / "store", options.rows, options.d_in)
-        write_saes(root / "saes", options.saes, options.d_in, options.d_sae)
+        write_saes(root, options.saes, options.d_in, options.d_sae)
         settings = {"store": str(root / "store"), "output": str(root / "out"), "model": False, "feature_rows": 0}
         together = EvaluateConfig(saes=str(root / "saes"), **settings)
         metrics, wall, cpu = timed(lambda: evaluate(together))

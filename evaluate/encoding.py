@@ -25,8 +25,8 @@ class Encoded:
 
     @cached_property
     def active(self) -> Float[Tensor, "rows m"]:
-        """One where a latent is not zero. In float32, whose sums are several times faster than those of booleans."""
-        return (self.latents != 0).float()
+        """One where a latent fires, as none is negative. Sums of float32 are several times faster than of booleans."""
+        return self.latents.sign()
 
     @property
     def l0(self) -> Float[Tensor, " rows"]:
@@ -35,8 +35,8 @@ class Encoded:
 
     @property
     def l1(self) -> Float[Tensor, " rows"]:
-        """The sum of the latents' magnitudes."""
-        return self.latents.abs().sum(dim=1)
+        """The sum of the latents, none of which is negative."""
+        return self.latents.sum(dim=1)
 
     def add_to(self, sums: LatentSums) -> None:
         """Count these latents."""
