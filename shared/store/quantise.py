@@ -1,11 +1,16 @@
-"""Rows as int8 with one float32 scale each: x ~ scale * q, with |q| <= 127."""
+"""Rows as int8 with one float32 scale each: x ~ scale * q, with |q| <= 96.
+
+Fewer steps than int8 has, because zstd codes what is left by its entropy: each halving of the
+steps saves a bit a value. On the bundled model 96 gives 0.45 of bfloat16 at an NMSE of 1.4e-4,
+127 gives 0.47 at 0.8e-4; an SAE's own error is 0.1 to 0.3.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float32, Int8
 
-LIMIT = 127
+LIMIT = 96
 
 
 def quantise(rows: Float32[np.ndarray, "n d_in"]) -> tuple[Int8[np.ndarray, "n d_in"], Float32[np.ndarray, " n"]]:
