@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -128,19 +130,20 @@ def _walk(
     blocks = np.arange(wanted) * n_blocks // wanted
     visited = VisitedRows(size)
     passes = [_Pass(sae, settings, size, wanted * per_block * size) for sae in saes]
-    with tqdm(
-        total=wanted * per_block * size, unit="token", unit_scale=True, desc="features", disable=None
-    ) as progress:
+    total = wanted * per_block * size
+    with (
+        tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=None) as progress,
+        ThreadPoolExecutor(min(len(passes), os.cpu_count() or 1), "features") as threads,
+    ):
         for block in blocks.tolist():
             start, stop = block * per_block * size, min((block + 1) * per_block, store.n_contexts) * size
             usable = np.asarray(store.row_mask(start, stop))
             visited.add(store, start, stop)
-            activations: dict[str, torch.Tensor] = {}
-            for one in passes:
-                hook_point = one.sae.hook_point
-                if hook_point not in activations:
-                    activations[hook_point] = store.read(hook_point, start, stop)
-                one.add(activations[hook_point], usable, start, size)
+            hook_points = dict.fromkeys(one.sae.hook_point for one in passes)
+            activations = {hook_point: store.read(hook_point, start, stop) for hook_point in hook_points}
+            work = [threads.submit(one.add, activations[one.sae.hook_point], usable, start, size) for one in passes]
+            for one in work:
+                one.result()
             progress.update(stop - start)
     return passes, visited
 

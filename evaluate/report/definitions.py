@@ -90,16 +90,26 @@ METRICS = (
         "higher",
         "As the KL score, against the activation set to its mean rather than to zero.",
     ),
+    Metric(
+        "max_decoder_cosine_mean",
+        "Max decoder cosine",
+        "fraction",
+        "lower",
+        "Mean over latents of the largest cosine of their decoder row with another's: near 1, latents are copies.",
+    ),
+    Metric(
+        "encoder_decoder_cosine_mean",
+        "Encoder-decoder cosine",
+        "fraction",
+        "",
+        "Mean over latents of the cosine between encoder column and decoder row.",
+    ),
     Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
     Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
 )
 NOT_COLUMNS = (
-    "n_contexts",
-    "n_documents",
-    "d_in",
-    "top1_agreement_zero",
-    "top1_agreement_mean",
-    "top1_agreement_clean",
+    *("n_contexts", "n_documents", "d_in", "top1_agreement_zero", "top1_agreement_mean", "top1_agreement_clean"),
+    *(f"max_decoder_cosine_{part}" for part in ("p50", "p90", "p99", "max")),
 )
 MISSING = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}

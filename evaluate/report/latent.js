@@ -62,10 +62,10 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
   }
   const panels = html("div", { class: "panels" });
   const chart = html("div", { class: "chart" });
-  panels.append(html("div", {}, html("h4", {}, "Activations when active"), chart));
-  if (latent.promoted.length) panels.append(tokenTable("Promotes", latent.promoted, names), tokenTable("Suppresses", latent.suppressed, names));
   const neighbours = html("ol", { class: "neighbours" }, ...latent.neighbours.map(([other, score]) => html("li", {}, html("a", { href: linkTo(other) }, `${other}`), ...summary.peaks[other].slice(0, 2).map((id) => tokenChip(names, id)), html("span", {}, score.toFixed(2)))));
-  panels.append(html("div", {}, html("h4", {}, "Fires together with"), latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, in the tokens sampled.")));
+  const together = html("div", {}, html("h4", {}, "Fires together with"), latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, in the tokens sampled."));
+  panels.append(html("div", { class: "stack" }, html("div", {}, html("h4", {}, "Activations when active"), chart), together));
+  if (latent.promoted.length) panels.append(html("div", { class: "effect-pair" }, tokenTable("Promotes", latent.promoted, names), tokenTable("Suppresses", latent.suppressed, names)));
   article.append(panels, contextList("Strongest contexts", "The contexts of highest activation.", latent.top, names, maximum));
   if (latent.sampled.length) article.append(contextList("Across the range", "Drawn evenly from all other contexts in which it fires, from strong to weak.", latent.sampled, names, maximum));
   const edges = latent.histogram.map((_, i) => (latent.end * i) / latent.histogram.length).concat(latent.end);

@@ -40,8 +40,12 @@ function hooksOf(saes) {
 
 const overlap = (a, b) => Math.max(0, Math.min(a.x1, b.x1) - Math.max(a.x0, b.x0)) * Math.max(0, Math.min(a.y1, b.y1) - Math.max(a.y0, b.y0));
 
-// Choose for each label the nearest of 36 places that touches no mark, no other label and no edge.
-function placeLabels(points, frame, measure) {
+// Choose for each label the nearest of 36 places that touches no mark, no other label, no line and no edge.
+function placeLabels(points, lines, frame, measure) {
+  const dots = lines.flatMap((line) => line.slice(1).flatMap((end, i) => Array.from({ length: 40 }, (_, step) => {
+    const [x, y] = [line[i].px + ((end.px - line[i].px) * step) / 40, line[i].py + ((end.py - line[i].py) * step) / 40];
+    return { x0: x - 1, x1: x + 1, y0: y - 1, y1: y + 1 };
+  })));
   const taken = points.map(({ px, py }) => ({ x0: px - 8, x1: px + 8, y0: py - 8, y1: py + 8 }));
   const directions = [[1, 0], [-1, 0], [0, -1], [0, 1], [1, -1], [-1, -1], [1, 1], [-1, 1], [0.5, -1], [-0.5, -1], [0.5, 1], [-0.5, 1]];
   return points.map((point, own) => {
@@ -53,7 +57,7 @@ function placeLabels(points, frame, measure) {
         const y = point.py + dy * (distance + 4);
         const box = { x0: middle - width / 2, x1: middle + width / 2, y0: y - 8, y1: y + 8 };
         const outside = Math.max(0, frame.left - box.x0) + Math.max(0, box.x1 - frame.right) + Math.max(0, frame.top - 4 - box.y0) + Math.max(0, box.y1 - frame.bottom);
-        const cost = taken.reduce((sum, other, i) => sum + (i === own ? 0 : overlap(box, other)), 0) * 10 + outside * 40 + distance;
+        const cost = taken.reduce((sum, other, i) => sum + (i === own ? 0 : overlap(box, other)), 0) * 10 + dots.reduce((sum, dot) => sum + overlap(box, dot), 0) * 2 + outside * 40 + distance;
         if (!best || cost < best.cost) best = { cost, box, middle, y, distance };
       }
     }
@@ -70,18 +74,18 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
     return root;
   }
   const frame = { left: 0, right: width - 8, top: 30, bottom: height - 46 };
-  const y = makeScale(points.map((point) => point.value), frame.bottom, frame.top, { room: 0.12 });
+  const y = makeScale(points.flatMap((point) => [point.value, ...(point.intervals[key] ?? [])]), frame.bottom, frame.top, { room: 0.1 });
   frame.left = leftMargin(y);
   const x = makeScale(points.map((point) => point.l0), frame.left, frame.right, { log, room: 0.1, count: width < 420 ? 4 : 6 });
   root.append(drawAxes(frame, x, y, log ? "L0, latents active per token (log scale)" : "L0, latents active per token", title));
   for (const point of points) [point.px, point.py] = [x(point.l0), y(point.value)];
-  for (const hook of hooks) {
-    const line = paretoFrontier(points.filter((point) => point.hook_point === hook));
+  const lines = hooks.map((hook) => paretoFrontier(points.filter((point) => point.hook_point === hook)));
+  for (const line of lines) {
     if (line.length > 1) root.append(svg("path", { class: "frontier", d: `M${line.map(({ px, py }) => `${px} ${py}`).join("L")}` }));
   }
   const pen = document.createElement("canvas").getContext("2d");
   pen.font = "12px system-ui, sans-serif";
-  const places = placeLabels(points, frame, (text) => pen.measureText(text).width + 4);
+  const places = placeLabels(points, lines, frame, (text) => pen.measureText(text).width + 4);
   points.forEach((point, i) => {
     const place = places[i];
     const group = svg("g", { "data-sae": point.name });
