@@ -226,3 +226,17 @@ def test_the_default_geometry_is_as_documented() -> None:
     assert choose_chunk_rows(512, 256, 256 << 10) == 512
     assert choose_chunk_rows(8192, 1024, 256 << 10) == 32
     assert choose_shard_rows(512, 256, 512, 256 << 20) == 512 << 10
+
+
+@pytest.mark.filterwarnings("default")
+def test_dask_and_xarray_open_it_where_they_are_installed(tmp_path: Path) -> None:
+    dask_array = pytest.importorskip("dask.array")
+    xarray = pytest.importorskip("xarray")
+    data = activations()
+    write(tmp_path / "s", data, some_tokens())
+    lazy = dask_array.from_zarr(zarr.open_group(tmp_path / "s", mode="r")["blocks.11.mlp_out"])
+    dataset = xarray.open_zarr(tmp_path / "s", consolidated=True)
+    expected = data["blocks.11.mlp_out"].reshape(-1, 7).bfloat16().view(torch.int16).numpy()
+    assert dataset["blocks.11.mlp_out"].dims == ("row", "channel")
+    np.testing.assert_array_equal(lazy.compute().view(np.int16), expected)
+    np.testing.assert_array_equal(dataset["blocks.11.mlp_out"].values.view(np.int16), expected)
