@@ -46,7 +46,7 @@ def array_metadata(array: ArrayLayout, header: Header, n_rows: int) -> dict[str,
             }
         ],
         "attributes": {},
-        "dimension_names": ["row"] if array.width is None else ["row", "channel"],
+        "dimension_names": ["row"] if array.width is None else ["row", f"d_in_{array.width}"],
     }
 
 

@@ -186,7 +186,7 @@ def test_zarr_python_would_write_the_same_metadata(tmp_path: Path) -> None:
             zarr.codecs.Crc32cCodec(),
         ],
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=["row", "channel"],
+        dimension_names=["row", "d_in_7"],
     )
     theirs = again.metadata.to_dict()
     theirs = json.loads((tmp_path / "again" / "zarr.json").read_text())
@@ -237,6 +237,6 @@ def test_dask_and_xarray_open_it_where_they_are_installed(tmp_path: Path) -> Non
     lazy = dask_array.from_zarr(zarr.open_group(tmp_path / "s", mode="r")["blocks.11.mlp_out"])
     dataset = xarray.open_zarr(tmp_path / "s", consolidated=True)
     expected = data["blocks.11.mlp_out"].reshape(-1, 7).bfloat16().view(torch.int16).numpy()
-    assert dataset["blocks.11.mlp_out"].dims == ("row", "channel")
+    assert dataset["blocks.11.mlp_out"].dims == ("row", "d_in_7")
     np.testing.assert_array_equal(lazy.compute().view(np.int16), expected)
     np.testing.assert_array_equal(dataset["blocks.11.mlp_out"].values.view(np.int16), expected)
