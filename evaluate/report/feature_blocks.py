@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+from tqdm import tqdm
+
 from ..features_files import FeatureIndex
 
 BLOCK_LATENTS = 128
@@ -46,6 +49,8 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
     folder = report.with_name(f"{report.stem}_features")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    total = sum(index.n_latents for index in features.values())
+    progress = tqdm(total=total, unit="latent", unit_scale=True, desc="report", disable=None)
     for number, (name, index) in enumerate(features.items()):
         tokens |= index.vocabulary
         documents |= index.documents
@@ -57,6 +62,7 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
             "prefix": prefix,
         }
         for block in _blocks(prefix, index):
+            progress.update(min(BLOCK_LATENTS, index.n_latents) if not block.id.endswith("summary") else 0)
             room -= len(block.text)
             if room >= 0 or block.id.endswith("summary"):
                 inline.append(block)
@@ -64,6 +70,7 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
                 partial.mkdir(parents=True, exist_ok=True)
                 script = f"thresherBlock({json.dumps(block.id)},{json.dumps(block.text)})\n"
                 (partial / f"{block.id}.js").write_text(script, encoding="ascii")
+    progress.close()
     inline.append(encode_block("names", {"tokens": tokens, "documents": documents}))
     shutil.rmtree(folder, ignore_errors=True)
     if not partial.is_dir():
@@ -119,7 +126,7 @@ def _context(entry: Mapping[str, Any]) -> list[Any]:
 
 def encode_block(name: str, value: Any) -> Block:
     """Return a block; the same value always gives the same text."""
-    content = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    content = msgspec.json.encode(value)
     return Block(name, base64.b64encode(gzip.compress(content, 6, mtime=0)).decode("ascii"))
 
 
