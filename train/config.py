@@ -31,6 +31,12 @@ class SaeConfig(Config, frozen=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Peak learning rate; the architecture's own if not given."),
     ] = None
+    beta2: Annotated[
+        Annotated[float, Meta(ge=0, lt=1)] | None,
+        Meta(
+            description="Adam's decay of squared gradients; the architecture's own if not given, 0.99 for short runs."
+        ),
+    ] = None
     seed: Annotated[int, Meta(ge=0, description="Seed of the initial weights.")] = 0
     aux_coefficient: Annotated[float, Meta(ge=0, description="Weight of the auxiliary loss of dead latents.")] = 1 / 32
     k_aux: Annotated[

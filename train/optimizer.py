@@ -22,7 +22,7 @@ class Optimizer:
     def __init__(self, parameters: Parameters, architecture: Architecture, clip_grad_norm: float | None = None):
         self.parameters = parameters
         self.unit_norm_decoder = architecture.unit_norm_decoder
-        self.betas = architecture.betas
+        self.betas = architecture.adam_betas
         self.eps = architecture.eps
         self.clip_grad_norm = clip_grad_norm
         self.exp_avg = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
