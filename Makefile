@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate demo test test-long test-gpu bench-gpu test-peers check format bench clean
+.PHONY: help setup harvest train evaluate demo test test-long test-gpu bench-gpu test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -47,6 +47,15 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt
 	touch $@
+
+bench: $(READY)  ## the benchmarks on this machine, on the demo's store; results in runs/bench
+	$(BIN)/thresher harvest configs/harvest/demo.toml
+	for script in harvest_overhead store_read store_codecs train_shuffle train_step evaluate_offline; do \
+	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+bench-peers: $(READY) $(PEERS)/.ready  ## a training step beside the peer libraries', in turn
+	$(BIN)/python benchmarks/train_step.py --peers --d-in 384 --d-sae 3072
+	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288
 
 bench-gpu: $(READY)  ## time the GPU kernels and steps: make bench-gpu ARGS='--peers .venv-peers/bin/python'
 	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
