@@ -53,6 +53,10 @@ class SaeConfig(Config, frozen=True):
     clip_grad_norm: Annotated[
         Annotated[float, Meta(gt=0)] | None, Meta(description="Largest norm of the gradient, if any.")
     ] = None
+    resample_every_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Tokens between resamplings of dead latents, in the run's first half; never if not given."),
+    ] = None
 
 
 class TrainConfig(Config, frozen=True):

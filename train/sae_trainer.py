@@ -15,6 +15,7 @@ from .architectures.base import Batch, StepInput
 from .config import SaeConfig
 from .normalization import Normalization
 from .optimizer import Optimizer
+from .resampling import resample_dead_latents
 from .schedule import lr_factor, sparsity_factor
 
 _EXPLOSION = 1e4
@@ -92,6 +93,7 @@ class SaeTrainer:
         self.tokens_since_fired += len(batch.x)
         self.tokens_since_fired[output.fired] = 0
         self.steps_done += 1
+        self._resample(batch)
         metrics = {"loss": output.loss, **output.terms}
         if grad_norm is not None:
             metrics["grad_norm"] = grad_norm
@@ -101,6 +103,22 @@ class SaeTrainer:
             "dead_fraction": n_dead / self.config.d_sae,
             "lr": lr,
         }
+
+    def _resample(self, batch: Batch) -> None:
+        """Start dead latents anew where it is time to: at intervals in the first half of the run."""
+        every, done = self.config.resample_every_tokens, self.steps_done
+        dead = self.tokens_since_fired >= self.dead_after_tokens
+        if not every or 2 * done > self.schedule.n_steps or not bool(dead.any()):
+            return
+        if done * self.schedule.batch_size // every == (done - 1) * self.schedule.batch_size // every:
+            return
+        as_is = Normalization(torch.zeros_like(self.normalization.mean), 1.0, 1.0)
+        sae = self.architecture.to_sae(self.parameters, self.buffers, as_is, {})
+        initial = self.architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
+        generator = torch.Generator().manual_seed((self.config.seed << 32) + done)
+        resample_dead_latents(self.optimizer, initial, dead, batch.x, sae(batch.x) - batch.x, generator)
+        self.W_enc_compute.copy_(self.parameters["W_enc"])
+        self.tokens_since_fired[dead] = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a later step depends on."""
