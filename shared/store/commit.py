@@ -12,6 +12,7 @@ from ..errors import ConfigError, StoreError
 from .checksum import crc32c
 from .durable import (
     announce,
+    close,
     disk_errors,
     lock,
     make_folder,
@@ -58,7 +59,7 @@ class StoreFolder:
                 folder = cls(path, file, manifest)
                 folder._recover()
             except BaseException:
-                file.close()
+                close(file)
                 raise
         return folder
 
@@ -189,7 +190,7 @@ class StoreFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        self._file.close()
+        close(self._file)
 
 
 def _record(content: bytes) -> FileRecord:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -50,6 +50,12 @@ def write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         sync(file)
+
+
+def close(file: IO[bytes]) -> None:
+    """Close a file that is given up, even where a full disk refuses what is still in its buffer."""
+    with suppress(OSError):
+        file.close()
 
 
 def move_into_place(moves: Iterable[tuple[Path, Path]]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import StoreError
 from .checksum import crc32c
-from .durable import announce, sync
+from .durable import announce, close, sync
 
 MISSING = np.uint64(2**64 - 1)
 CHECKSUM_BYTES = 4
@@ -92,4 +92,4 @@ class ShardFile:
 
     def abandon(self) -> None:
         """Close the file as it is; whoever clears the temporary folder removes it."""
-        self._file.close()
+        close(self._file)
