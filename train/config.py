@@ -57,6 +57,20 @@ class SaeConfig(Config, frozen=True):
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Tokens between resamplings of dead latents, in the run's first half; never if not given."),
     ] = None
+    hook_point_out: Annotated[str | None, Meta(description="Hook point that a transcoder's output is for.")] = None
+    hook_points: Annotated[
+        tuple[str, ...] | None, Meta(description="A crosscoder's hook points; `hook_point` is then the first.")
+    ] = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Return the hook points whose activations are encoded, side by side."""
+        return self.hook_points or (self.hook_point,)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Return all hook points that training reads."""
+        return self.inputs + ((self.hook_point_out,) if self.hook_point_out else ())
 
 
 class TrainConfig(Config, frozen=True):

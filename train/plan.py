@@ -61,18 +61,22 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -
     saes = expand_sweep(config.sae)
     n_parameters = {}
     for sae in saes:
-        if sae.hook_point not in store.hook_points:
-            raise HookPointError(
-                f"SAE '{sae.name}': no hook point '{sae.hook_point}' in store '{store.path}'; "
-                f"it has: {', '.join(store.hook_points)}"
-            )
-        d_in = store.d_in(sae.hook_point)
-        make_architecture(sae, d_in)
-        n_parameters[str(sae.name)] = 2 * d_in * sae.d_sae + sae.d_sae + d_in
+        for place in sae.places:
+            if place not in store.hook_points:
+                raise HookPointError(
+                    f"SAE '{sae.name}': no hook point '{place}' in store '{store.path}'; "
+                    f"it has: {', '.join(store.hook_points)}"
+                )
+        d_in = sum(map(store.d_in, sae.inputs))
+        d_out = store.d_in(sae.hook_point_out) if sae.hook_point_out else d_in
+        make_architecture(sae, d_in, d_out)
+        if len({store.d_in(hook) for hook in sae.inputs}) > 1:
+            raise ConfigError(f"SAE '{sae.name}': the hook points of a crosscoder differ in width; expected one width")
+        n_parameters[str(sae.name)] = (d_in + d_out + 1) * sae.d_sae + d_out
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     schedule = Schedule(-(-tokens // config.batch_size), config.batch_size, config.warmup_steps, config.decay_fraction)
     largest = max(sae.d_sae for sae in saes)
-    hook_points = {sae.hook_point for sae in saes}
+    hook_points = {place for sae in saes for place in sae.places}
     window_bytes = sum(
         min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
     )

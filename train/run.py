@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .interrupt import Interruption
 from .kernels import kernels_for
 from .metrics import MetricsLog
-from .normalization import normalization_of
+from .normalization import normalization_across, normalization_of
 from .plan import Plan, plan_run
 from .run_state import RunState
 from .sae_trainer import SaeTrainer
@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> list[Path]:
     if run.finished:
         print(f"this run is finished; its SAEs are in '{config.output}'; choose another output to train again")
         return run.folders()
-    hook_points = sorted({sae.hook_point for sae in plan.saes})
+    hook_points = sorted({place for sae in plan.saes for place in sae.places})
     with ShuffledBatches(
         store, hook_points, config.batch_size, config.seed, config.device, window_bytes=config.window_bytes
     ) as batches:
@@ -64,12 +64,12 @@ def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore) -> li
     kernels = kernels_for(config.device)
     kinds = {
         hook: normalization_of(store, hook, config.normalize_activations)
-        for hook in {sae.hook_point for sae in plan.saes}
+        for hook in {place for sae in plan.saes for place in sae.places}
     }
     dtype = getattr(torch, config.compute_dtype)
     return [
-        SaeTrainer(sae, store.d_in(sae.hook_point), kinds[sae.hook_point], plan.schedule, kernels, dtype, config.device)
-        for sae in plan.saes
+        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device)
+        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in plan.saes)
     ]
 
 
@@ -93,7 +93,11 @@ def _train_to_end(
                 started = time.perf_counter()
                 prepared = prepare(next(batches), trainers)
                 waited = time.perf_counter() - started
-                metrics = {t.name: t.step(prepared[t.config.hook_point]) for t in trainers if not t.diverged}
+                metrics = {
+                    t.name: t.step(prepared[t.config.inputs, t.config.hook_point_out])
+                    for t in trainers
+                    if not t.diverged
+                }
                 run.step += 1
                 elapsed = time.perf_counter() - started
                 if run.step % config.log_every_steps == 0 or run.step == n_steps:
@@ -113,14 +117,19 @@ def _train_to_end(
             log.close()
 
 
-def prepare(batch: dict[str, torch.Tensor], trainers: list[SaeTrainer]) -> dict[str, Batch]:
-    """Normalise each hook point's activations once for all SAEs that train on it."""
-    prepared: dict[str, Batch] = {}
+def prepare(
+    batch: dict[str, torch.Tensor], trainers: list[SaeTrainer]
+) -> dict[tuple[tuple[str, ...], str | None], Batch]:
+    """Normalise activations once for all SAEs that have the same inputs and target."""
+    prepared: dict[tuple[tuple[str, ...], str | None], Batch] = {}
     for trainer in trainers:
-        hook_point = trainer.config.hook_point
-        if hook_point not in prepared:
-            x = trainer.normalization.apply(batch[hook_point])
-            prepared[hook_point] = Batch(x, x.to(trainer.W_enc_compute.dtype))
+        inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
+        if key not in prepared:
+            rows = batch[inputs[0]] if len(inputs) == 1 else torch.cat([batch[hook] for hook in inputs], 1)
+            x = trainer.normalization.apply(rows)
+            target = trainer.normalization.target
+            y = target.apply(batch[out]) if target is not None and out is not None else None
+            prepared[key] = Batch(x, x.to(trainer.W_enc_compute.dtype), y)
     return prepared
 
 

@@ -52,7 +52,8 @@ class SaeTrainer:
         self.normalization = normalization
         self.schedule = schedule
         self.kernels = kernels
-        self.architecture = make_architecture(config, d_in)
+        d_out = len(normalization.target.mean) if normalization.target else d_in
+        self.architecture = make_architecture(config, d_in, d_out)
         initial = self.architecture.initial_parameters(torch.Generator().manual_seed(config.seed))
         self.parameters = {name: tensor.to(device) for name, tensor in initial.items()}
         self.buffers = {name: tensor.to(device) for name, tensor in self.architecture.initial_buffers().items()}
@@ -112,11 +113,11 @@ class SaeTrainer:
             return
         if done * self.schedule.batch_size // every == (done - 1) * self.schedule.batch_size // every:
             return
-        as_is = Normalization(torch.zeros_like(self.normalization.mean), 1.0, 1.0)
-        sae = self.architecture.to_sae(self.parameters, self.buffers, as_is, {})
+        sae = self.architecture.to_sae(self.parameters, self.buffers, self.normalization.identity(), {})
+        target = batch.x if batch.target is None else batch.target
         initial = self.architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
         generator = torch.Generator().manual_seed((self.config.seed << 32) + done)
-        resample_dead_latents(self.optimizer, initial, dead, batch.x, sae(batch.x) - batch.x, generator)
+        resample_dead_latents(self.optimizer, initial, dead, batch.x, target, sae(batch.x) - target, generator)
         self.W_enc_compute.copy_(self.parameters["W_enc"])
         self.tokens_since_fired[dead] = 0
 

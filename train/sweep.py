@@ -15,7 +15,7 @@ from ..shared.errors import ConfigError
 from ..shared.hook_points import canonical_hook_point
 from .config import SaeConfig
 
-_LISTS = ("prefix_sizes",)
+_LISTS = ("prefix_sizes", "hook_points")
 _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
 
 
@@ -35,13 +35,16 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
             table = {key: value for key, value in msgspec.to_builtins(table).items() if value is not None}
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where}: expected a [[sae]] table, got {table!r}")
+        if table.get("hook_points") and "hook_point" not in table:
+            first = table["hook_points"][0]
+            table = {"hook_point": first if isinstance(first, str) else first[0], **table}
         varying = [key for key, value in table.items() if _is_grid(key, value)]
         for key in varying:
             if not table[key]:
                 raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
         for values in itertools.product(*(table[key] for key in varying)):
             config = to_config(SaeConfig, {**table, **dict(zip(varying, values, strict=True))}, where)
-            config = msgspec.structs.replace(config, hook_point=canonical_hook_point(config.hook_point))
+            config = _canonical(config)
             saes.append(msgspec.structs.replace(config, name=_name(config, varying, where)))
     twice = [name for name, count in Counter(sae.name for sae in saes).items() if count > 1]
     if twice:
@@ -49,8 +52,18 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
     return saes
 
 
+def _canonical(config: SaeConfig) -> SaeConfig:
+    out = config.hook_point_out
+    return msgspec.structs.replace(
+        config,
+        hook_point=canonical_hook_point(config.inputs[0]),
+        hook_point_out=canonical_hook_point(out) if out else None,
+        hook_points=tuple(map(canonical_hook_point, config.hook_points)) if config.hook_points else None,
+    )
+
+
 def _is_grid(key: str, value: Any) -> bool:
-    """Tell whether a value stands for several; `prefix_sizes` is a list itself, and a grid of lists."""
+    """Tell whether a value stands for several; `_LISTS` are lists themselves, and a grid of lists."""
     return isinstance(value, list) and (key not in _LISTS or bool(value and isinstance(value[0], list)))
 
 

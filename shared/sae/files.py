@@ -30,6 +30,7 @@ ARCHITECTURE_KEYS: dict[str, tuple[str, ...]] = {
     "skip_transcoder": ("d_out",),
     "jumprelu_transcoder": ("d_out",),
     "jumprelu_skip_transcoder": ("d_out",),
+    "crosscoder": ("hook_points",),
 }
 """The keys of `cfg.json` that only some architectures have."""
 

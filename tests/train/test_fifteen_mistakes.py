@@ -198,7 +198,7 @@ def test_6_resampling_changes_the_trained_tensors(name):
     error = torch.zeros_like(x)
     error[5:15] = 1.0
     initial = architecture.initial_parameters(torch.Generator().manual_seed(9))
-    count = resample_dead_latents(optimizer, initial, dead, x, error, torch.Generator().manual_seed(0))
+    count = resample_dead_latents(optimizer, initial, dead, x, x, error, torch.Generator().manual_seed(0))
     assert count == dead.sum()
     candidates = torch.nn.functional.normalize(x[5:15] - before["b_dec"], dim=1)
     directions = torch.nn.functional.normalize(parameters["W_dec"][dead], dim=1)
@@ -338,6 +338,8 @@ def test_12_ranks_share_the_rows_without_overlap_or_rest(array_store):
 def test_13_equal_steps_are_bitwise_equal(name):
     """Also with another number of threads, which must not change the order of any sum by latent."""
     keys = {"architecture": name, "l1_coefficient": 0.1, "l0_coefficient": 0.1, "d_sae": 64}
+    places = {"hook_point_out": "out", "hook_points": ("h", "i")}
+    keys |= {key: place for key, place in places.items() if key in ARCHITECTURES[name].required}
     architecture, parameters, _ = make(dtype=torch.float32, **keys)
     x = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(2))
     dead = torch.arange(64) >= 50

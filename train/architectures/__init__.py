@@ -8,19 +8,32 @@ from ...shared.errors import ConfigError
 from ..config import SaeConfig
 from .base import Architecture
 from .batch_topk import BatchTopK
+from .crosscoder import Crosscoder
 from .gated import Gated
 from .hierarchical_topk import HierarchicalTopK
 from .jumprelu import JumpReLU
 from .matryoshka import MatryoshkaBatchTopK
 from .standard import Standard
 from .topk import TopK
+from .transcoder import SkipTranscoder, Transcoder
 
-_KNOWN = (TopK, BatchTopK, MatryoshkaBatchTopK, HierarchicalTopK, Standard, Gated, JumpReLU)
+_KNOWN = (
+    TopK,
+    BatchTopK,
+    MatryoshkaBatchTopK,
+    HierarchicalTopK,
+    Standard,
+    Gated,
+    JumpReLU,
+    Transcoder,
+    SkipTranscoder,
+    Crosscoder,
+)
 ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in _KNOWN}
 
 
-def make_architecture(config: SaeConfig, d_in: int) -> Architecture:
-    """Return the architecture that a configuration names.
+def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) -> Architecture:
+    """Return the architecture that a configuration names; `d_out` is d_in where not given.
 
     Raises:
         ConfigError: there is none of that name, or its hyperparameters do not fit.
@@ -29,4 +42,9 @@ def make_architecture(config: SaeConfig, d_in: int) -> Architecture:
         near = difflib.get_close_matches(config.architecture, ARCHITECTURES, n=1)
         advice = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(ARCHITECTURES)}"
         raise ConfigError(f"no architecture '{config.architecture}'; {advice}")
-    return ARCHITECTURES[config.architecture](config, d_in)
+    for key in ("hook_point_out", "hook_points"):
+        if getattr(config, key) is not None and key not in ARCHITECTURES[config.architecture].required:
+            raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
+    architecture = ARCHITECTURES[config.architecture](config, d_in)
+    architecture.d_out = d_out or d_in
+    return architecture

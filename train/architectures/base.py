@@ -27,11 +27,13 @@ Buffers = dict[str, Tensor]
 class Batch:
     """A normalised batch, shared by the SAEs of one hook point.
 
-    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default.
+    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default; `target` is what a transcoder
+    estimates.
     """
 
     x: Float[Tensor, "batch d_in"]
     x_compute: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Architecture:
         if config.k is not None and config.k > config.d_sae:
             raise ConfigError(f"k is {config.k}, expected at most d_sae = {config.d_sae}; give a smaller k")
         self.config = config
-        self.d_in = d_in
+        self.d_in = self.d_out = d_in
         self.d_sae = config.d_sae
 
     @property
