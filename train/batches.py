@@ -14,6 +14,7 @@ from torch import Tensor
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from ..shared.hook_points import canonical_hook_point
 from .order import Epoch, locate, order_epoch, order_window
+from .staging import Staging
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
@@ -41,7 +42,7 @@ class ShuffledBatches:
         hook_points: hook points to read; all of the store's when not given.
         batch_size: rows per batch, over all ranks.
         seed: seed of the order.
-        device: device of the batches.
+        device: device of the batches; on a GPU windows are there too, and rows gathered there.
         window_bytes: bound on the memory of decoded activations of each hook point; a larger one shuffles
             better. It is part of what decides the order, but which hook points are read is not.
         rank: this process's rank.
@@ -86,6 +87,7 @@ class ShuffledBatches:
         self._rows_taken = 0
         self._epochs: dict[int, Epoch] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
+        self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-window")
 
     def __iter__(self) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
@@ -142,11 +144,13 @@ class ShuffledBatches:
             window = self._window(epoch, index)
             first = row - int(starts[index])
             taken = window.order[first : first + n_rows]
+            if taken.is_cuda:
+                for tensor in (*window.rows.values(), window.order):
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
             parts.append({name: rows.index_select(0, taken) for name, rows in window.rows.items()})
             position += len(taken)
             n_rows -= len(taken)
-        whole = parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        return {name: rows.to(self.device) for name, rows in whole.items()}
+        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _window(self, epoch: int, index: int) -> Window:
         """Return one window, and start decoding the one after it."""
@@ -164,10 +168,12 @@ class ShuffledBatches:
     def _decode(self, epoch: int, index: int) -> Window:
         chunks = self._epochs[epoch].window(index)
         usable = [self._training_rows(int(chunk)) for chunk in chunks]
-        rows = {name: self.store.read_chunks(name, chunks) for name in self.hook_points}
+        read_chunks = self._staging.read_chunks if self._staging is not None else self.store.read_chunks
+        rows = {name: read_chunks(name, chunks) for name in self.hook_points}
         places = np.concatenate([i * self.store.chunk_rows + np.flatnonzero(mask) for i, mask in enumerate(usable)])
         order = order_window(self._rows_per_chunk[chunks], self.seed, epoch, index)
-        return Window(rows, torch.from_numpy(places[order]))
+        taken = torch.from_numpy(places[order])
+        return Window(rows, self._staging.to_device(taken) if self._staging is not None else taken)
 
     def _training_rows(self, chunk: int) -> np.ndarray:
         start = chunk * self.store.chunk_rows

@@ -96,7 +96,11 @@ class TrainConfig(Config, frozen=True):
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")
     ] = "bfloat16"
-    device: Annotated[str, Meta(description="Device to train on: cpu, cuda or cuda:0.")] = "cpu"
+    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
+    kernels: Annotated[
+        Literal["auto", "reference"],
+        Meta(description="auto: Triton kernels on CUDA and the CPU's own operations there; reference: plain PyTorch."),
+    ] = "auto"
     window_bytes: Annotated[
         int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
     ] = 2 << 30

@@ -21,7 +21,8 @@ class Optimizer:
 
     def __init__(self, parameters: Parameters, architecture: Architecture, clip_grad_norm: float | None = None):
         self.parameters = parameters
-        self.unit_norm_decoder = architecture.unit_norm_decoder
+        asked = architecture.config.unit_norm_decoder
+        self.unit_norm_decoder = architecture.unit_norm_decoder if asked is None else asked
         self.betas = architecture.adam_betas
         self.eps = architecture.eps
         self.clip_grad_norm = clip_grad_norm
@@ -29,10 +30,10 @@ class Optimizer:
         self.exp_avg_sq = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
-    def step(self, gradients: Parameters, lr: float) -> float | None:
+    def step(self, gradients: Parameters, lr: float) -> Tensor | None:
         """Change the parameters in place; return the gradient's norm where it is clipped.
 
-        Large matrices go a block of rows at a time, so that a block stays in cache from projection
+        Large matrices go a block of rows at a time, so that on a CPU a block stays in cache from projection
         to normalisation.
         """
         norm = None
@@ -54,6 +55,8 @@ class Optimizer:
 
     def _row_blocks(self, name: str) -> list[slice]:
         tensor = self.parameters[name]
+        if tensor.is_cuda:
+            return [slice(None)]
         rows = max(1, _BLOCK_ELEMENTS * max(len(tensor), 1) // max(tensor.numel(), 1))
         return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
@@ -79,13 +82,13 @@ class Optimizer:
             maximize=False,
         )
 
-    def _clip(self, gradients: Parameters) -> float:
+    def _clip(self, gradients: Parameters) -> Tensor:
         assert self.clip_grad_norm is not None
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         factor = torch.clamp(self.clip_grad_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients.values():
             gradient *= factor
-        return float(norm)
+        return norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moments and step counts."""

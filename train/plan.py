@@ -6,9 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..shared.errors import ConfigError, HookPointError
 from .architectures import make_architecture
 from .config import SaeConfig, TrainConfig
+from .device import choose_device, describe_device
+from .kernels import backend_for
 from .sae_trainer import Schedule
 from .sweep import expand_sweep
 
@@ -28,6 +32,8 @@ class Plan:
     rows_per_epoch: int
     n_parameters: dict[str, int]
     memory_bytes: int
+    device: str = "cpu"
+    kernels: str = "auto"
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
@@ -46,7 +52,8 @@ class Plan:
             f"{len(self.saes)} SAEs, {sum(self.n_parameters.values()):,} parameters, "
             f"{self.schedule.n_steps:,} steps of {self.schedule.batch_size:,} = {n_tokens:,} tokens "
             f"({n_tokens / self.rows_per_epoch:.2f} epochs of {self.rows_per_epoch:,}), "
-            f"about {self.memory_bytes / 2**30:.2f} GiB of memory"
+            f"about {self.memory_bytes / 2**30:.2f} GiB of memory; "
+            f"on {describe_device(self.device)} with {self.kernels} kernels"
         )
         return "\n".join(lines)
 
@@ -90,8 +97,10 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -
     return Plan(tuple(saes), schedule, rows_per_epoch, n_parameters, memory)
 
 
-def available_memory() -> int:
-    """Return the bytes of memory that are free or can be freed."""
+def available_memory(device: str = "cpu") -> int:
+    """Return the bytes of a device's memory that are free or can be freed."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from ..shared.store import ActivationStore
 from .architectures.base import Batch
 from .batches import ShuffledBatches
 from .config import TrainConfig
+from .device import choose_device
 from .interrupt import Interruption
 from .kernels import kernels_for
 from .metrics import MetricsLog
@@ -32,6 +34,9 @@ def train(config: TrainConfig) -> list[Path]:
         ThresherError: the store, the configuration or an earlier run in `output` does not allow it.
         KeyboardInterrupt: a signal asked to stop; a checkpoint was written.
     """
+    config = msgspec.structs.replace(config, device=choose_device(config.device))
+    if torch.device(config.device).type == "cuda":
+        torch.cuda.set_device(config.device)
     store = ActivationStore.open(config.store)
     with ShuffledBatches(
         store,
@@ -61,9 +66,9 @@ def train(config: TrainConfig) -> list[Path]:
 
 def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore) -> list[SaeTrainer]:
     """Return the sweep's trainers at step zero."""
-    kernels = kernels_for(config.device)
+    kernels = kernels_for(config.device, config.kernels)
     kinds = {
-        hook: normalization_of(store, hook, config.normalize_activations)
+        hook: normalization_of(store, hook, config.normalize_activations).to(config.device)
         for hook in {place for sae in plan.saes for place in sae.places}
     }
     dtype = getattr(torch, config.compute_dtype)
@@ -87,30 +92,41 @@ def _train_to_end(
         desc="train",
         disable=not sys.stderr.isatty(),
     )
+    started, waited, last_step = time.perf_counter(), 0.0, run.step
     try:
         with Interruption() as interruption, bar:
             while run.step < n_steps:
                 started = time.perf_counter()
                 prepared = prepare(next(batches), trainers)
-                waited = time.perf_counter() - started
+                waited += time.perf_counter() - asked
                 metrics = {
                     t.name: t.step(prepared[t.config.inputs, t.config.hook_point_out])
                     for t in trainers
                     if not t.diverged
                 }
                 run.step += 1
-                elapsed = time.perf_counter() - started
-                if run.step % config.log_every_steps == 0 or run.step == n_steps:
-                    speed = {"tokens_per_second": batch_size / elapsed, "data_wait_fraction": waited / elapsed}
-                    for name, values in metrics.items():
-                        logs[name].write(run.step, run.step * batch_size, values | speed)
                 bar.update(batch_size)
-                bar.set_postfix_str(_losses(metrics), refresh=False)
+                log_now = run.step % config.log_every_steps == 0 or run.step == n_steps
+                save_now = interruption.requested or (run.step % checkpoint_steps == 0 and run.step < n_steps)
+                if log_now:
+                    read = {name: read_metrics(values) for name, values in metrics.items()}
+                    elapsed = time.perf_counter() - started
+                    n_tokens = (run.step - last_step) * batch_size
+                    speed = {"tokens_per_second": n_tokens / elapsed, "data_wait_fraction": waited / elapsed}
+                    for name, values in read.items():
+                        logs[name].write(run.step, run.step * batch_size, values | speed)
+                    bar.set_postfix_str(_losses(read), refresh=False)
+                    started, waited, last_step = time.perf_counter(), 0.0, run.step
+                if log_now or save_now:
+                    for trainer in trainers:
+                        trainer.check()
                 run.record_divergence(trainers)
                 if interruption.requested or (run.step % checkpoint_steps == 0 and run.step < n_steps):
                     for log in logs.values():
                         log.flush()
+                    saving = time.perf_counter()
                     run.checkpoint(trainers, batches)
+                    started += time.perf_counter() - saving
                 interruption.raise_if_requested()
     finally:
         for log in logs.values():

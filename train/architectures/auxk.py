@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .base import Batch, Parameters
+from .base import Batch, Number, Parameters
+from .latents import squared
 
 _ROW_BLOCK = 1024
 
@@ -24,30 +25,31 @@ def add_auxk(
     dead: Bool[Tensor, " d_sae"],
     k_aux: int,
     coefficient: float,
-) -> float:
+) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
     The products are dense over the dead latents, in the compute dtype, a block of rows at a time.
     """
     latents = dead.nonzero().squeeze(1)
-    scale = float(residual.square().sum())
-    if not len(latents) or not scale > 0:
+    if not len(latents):
         return 0.0
+    scale = squared(residual)
+    weight = torch.where(scale > 0, 2 * coefficient / scale, 0)
     precise, compute = batch.x.dtype, batch.x_compute.dtype
     W_enc, W_dec = W_enc_compute[latents], parameters["W_dec"][latents].to(compute)
     bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)
     by_W_dec, by_b_enc = torch.zeros_like(by_W_enc), torch.zeros_like(bias)
     k_aux = min(k_aux, len(latents))
-    loss = 0.0
+    loss = torch.zeros_like(scale)
     for start in range(0, len(residual), _ROW_BLOCK):
         rows = slice(start, start + _ROW_BLOCK)
         x, e = batch.x_compute[rows], residual[rows]
         values, indices = torch.addmm(bias.to(compute), x, W_enc.T).topk(k_aux, dim=1, sorted=False)
         acts = x.new_zeros(len(x), len(latents)).scatter_(1, indices, values.relu())
         difference = (acts @ W_dec).to(precise).sub_(e)
-        loss += float(difference.square().sum())
-        g = difference.mul_(2 * coefficient / scale).to(compute)
+        loss += squared(difference)
+        g = difference.mul_(weight).to(compute)
         by_acts = (g @ W_dec.T).mul_(acts > 0)
         by_W_dec += acts.T @ g
         by_W_enc += by_acts.T @ x
@@ -56,4 +58,4 @@ def add_auxk(
     gradients["W_enc"][latents] += by_W_enc - torch.outer(by_b_enc, parameters["b_dec"])
     gradients["b_enc"][latents] += by_b_enc
     gradients["b_dec"] -= parameters["W_enc"][latents].T @ by_b_enc
-    return coefficient * loss / scale
+    return torch.where(scale > 0, coefficient * loss / scale, 0)

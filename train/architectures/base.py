@@ -21,6 +21,7 @@ from ..normalization import Normalization
 
 Parameters = dict[str, Tensor]
 Buffers = dict[str, Tensor]
+Number = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,21 @@ class StepOutput:
 
     gradients: Parameters
     fired: Bool[Tensor, " d_sae"]
-    loss: float
-    mse: float
-    l0: float
-    terms: dict[str, float] = field(default_factory=dict)
+    loss: Number
+    mse: Number
+    l0: Number
+    terms: dict[str, Number] = field(default_factory=dict)
 
 
 class Architecture:
-    """Base of the architectures; a subclass is registered by its `name`."""
+    """Base of the architectures; a subclass is registered by its `name`.
+
+    One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told.
+    """
 
     name: ClassVar[str]
     required: ClassVar[tuple[str, ...]] = ()
     unit_norm_decoder: ClassVar[bool] = True
-    encoder_scale: ClassVar[float] = 1.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
@@ -95,7 +98,7 @@ class Architecture:
         return self.betas[0], self.betas[1] if self.config.beta2 is None else self.config.beta2
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return random decoder directions of unit norm, the encoder their scaled transpose, and zero biases."""
+        """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
         W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
         return {

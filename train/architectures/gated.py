@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
-from .latents import above_threshold, encoded_bias, gradients_of
+from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .latents import above_threshold, count, encoded_bias, gradients_of, squared
 
 
 class Gated(Architecture):
@@ -21,6 +21,7 @@ class Gated(Architecture):
     required = ("l1_coefficient",)
     betas = (0.0, 0.999)
     eps = 1e-8
+    revives_dead = False
     default_lr = 5e-5
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
@@ -51,13 +52,13 @@ class Gated(Architecture):
         gradients["b_gate"] = latents.sum(by_gate)
         gradients["b_mag"] = latents.sum(by_magnitude)
         gradients["r_mag"] = latents.sum(by_magnitude * linear * rescale)
-        mse = float(error.square().sum()) / len(x)
-        terms = {
+        mse = squared(error) / len(x)
+        terms: dict[str, Number] = {
             "mse_loss": mse,
-            "l1_loss": float(latents.sum(gate).sum()) * penalty,
-            "auxiliary_loss": float(auxiliary.square().sum()) / len(x),
+            "l1_loss": latents.sum(gate).sum().double() * penalty,
+            "auxiliary_loss": squared(auxiliary) / len(x),
         }
-        l0 = int(torch.count_nonzero(active)) / len(x)
+        l0 = count(active) / len(x)
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
     def exported(

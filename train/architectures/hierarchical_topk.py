@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from .base import Batch, Buffers, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, encoded_bias, sparse_at
+from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .latents import SparseLatents, add_rows, encoded_bias, sparse_at, squared
 from .topk import TopK
 
 
@@ -31,11 +31,11 @@ class HierarchicalTopK(TopK):
         indices = latents.indices.view_as(values)
         k = values.shape[1]
         residual_sum = torch.zeros_like(x)
-        error, squared = parameters["b_dec"] - x, 0.0
+        error, total = parameters["b_dec"] - x, torch.zeros((), dtype=torch.float64, device=x.device)
         for j in range(k):
             error = error.addcmul(values[:, j : j + 1], W_dec[indices[:, j]])
             residual_sum += error
-            squared += float(error.square().sum())
+            total += squared(error)
         final = error
         scale = 2 / (len(x) * step.total_variance * k)
         by_bias = residual_sum * scale
@@ -46,12 +46,11 @@ class HierarchicalTopK(TopK):
         for j in range(k):
             directions = W_dec[indices[:, j]]
             by_values[:, j] = torch.linalg.vecdot(g, directions)
-            by_W_dec.index_add_(0, indices[:, j], g * values[:, j : j + 1])
+            add_rows(by_W_dec, indices[:, j], g * values[:, j : j + 1])
             error = error.addcmul(values[:, j : j + 1], directions)
             g = g - error * scale
         by_pre_acts = torch.where(values > 0, by_values, 0).view(-1)
-        W_enc = latents.grad_weights(by_pre_acts, x)
-        b_enc = latents.sum(by_pre_acts)
+        W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
         W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
         gradients = {
             "W_enc": W_enc,
@@ -59,8 +58,8 @@ class HierarchicalTopK(TopK):
             "W_dec": by_W_dec,
             "b_dec": by_bias.sum(0) - parameters["W_enc"].T @ b_enc,
         }
-        terms = {"mse_loss": squared / (len(x) * k * step.total_variance)}
-        mse = float(final.square().sum()) / len(x)
+        terms: dict[str, Number] = {"mse_loss": total / (len(x) * k * step.total_variance)}
+        mse = squared(final) / len(x)
         return self.finish(parameters, batch, step, latents, gradients, final, terms, mse)
 
     def exported(

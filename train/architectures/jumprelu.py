@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
-from .latents import above_threshold, encoded_bias, gradients_of
+from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .latents import above_threshold, count, encoded_bias, gradients_of, squared
 
 _BANDWIDTH = 0.001
 
@@ -26,6 +26,7 @@ class JumpReLU(Architecture):
     required = ("l0_coefficient",)
     betas = (0.0, 0.999)
     eps = 1e-8
+    revives_dead = False
     default_lr = 7e-5
 
     @property
@@ -51,16 +52,16 @@ class JumpReLU(Architecture):
         by_values = latents.grad_values(g, parameters["W_dec"])
         gradients = gradients_of(parameters, latents, x, g, values, by_values * active)
 
-        l0 = int(torch.count_nonzero(active)) / len(x)
+        l0 = count(active) / len(x)
         penalty, by_l0 = self._penalty(l0, step.sparsity_scale)
         near = distance.abs() < epsilon / 2
         by_theta = -latents.sum((by_values * latents.spread(theta) + by_l0 / len(x)) * near) / epsilon
         gradients["log_threshold"] = by_theta * theta
-        mse = float(error.square().sum()) / len(x)
-        terms = {"mse_loss": mse / self.d_in, "l0_loss": penalty}
+        mse = squared(error) / len(x)
+        terms: dict[str, Number] = {"mse_loss": mse / self.d_in, "l0_loss": penalty}
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
-    def _penalty(self, l0: float, scale: float) -> tuple[float, float]:
+    def _penalty(self, l0: Number, scale: float) -> tuple[Number, Number]:
         """Return the sparsity loss and its derivative by L0."""
         weight, target = (self.config.l0_coefficient or 0.0) * scale, self.config.target_l0
         if target is None:

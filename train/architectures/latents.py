@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .base import Batch, Parameters, StepInput
@@ -43,7 +43,7 @@ class SparseLatents:
 
     def sum(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
         """Sum values by latent."""
-        return values.new_zeros(self.d_sae).index_add_(0, self.indices, values)
+        return self.kernels.sum_by_latent(values, self.indices, self.offsets, self.d_sae, *self._csc)
 
     def decode(self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
         """Return the reconstruction, without bias."""
@@ -56,6 +56,17 @@ class SparseLatents:
     def grad_weights(self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
         """Return `values^T g`."""
         return self.kernels.grad_weights(values, self.indices, self.offsets, g, self.d_sae, *self._csc)
+
+    def grad_weights_and_bias(
+        self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]
+    ) -> tuple[Tensor, Tensor]:
+        """Return `values^T g` and the values' sum by latent."""
+        return self.kernels.grad_weights_and_bias(values, self.indices, self.offsets, g, self.d_sae, *self._csc)
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        """Return which latents have a positive entry, without asking the device how many."""
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.indices.device)
+        return fired.index_fill_(0, self.indices.long().where(self.pre_acts > 0, self.d_sae), True)[: self.d_sae]
 
     def columns(self, start: int, stop: int) -> tuple[SparseLatents, Tensor]:
         """Return the entries of latents [start, stop), renumbered from 0, and which entries they are."""
@@ -91,6 +102,12 @@ class DenseLatents:
     def grad_weights(self, values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d"]) -> Tensor:
         """Return `values^T g`."""
         return (values.T @ g.to(values.dtype)).to(self.precise)
+
+    def grad_weights_and_bias(
+        self, values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d"]
+    ) -> tuple[Float[Tensor, "d_sae d"], Float[Tensor, " d_sae"]]:
+        """Return `values^T g` and the values' sum by latent."""
+        return self.grad_weights(values, g), self.sum(values)
 
 
 Latents = SparseLatents | DenseLatents
@@ -134,6 +151,24 @@ def csr_of(chosen: Tensor) -> tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch
     return indices, offsets
 
 
+def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
+    """Add rows in place, in the same order every time: on CUDA `index_add_` does not, `index_put_` sorts."""
+    if out.is_cuda:
+        out.index_put_((indices,), rows, accumulate=True)
+    else:
+        out.index_add_(0, indices, rows)
+
+
+def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+    """Return the sum of squares, on the device, in float64 as a Python number would be."""
+    return error.square().sum().double()
+
+
+def count(mask: Tensor) -> Float[Tensor, ""]:
+    """Return how many are true, on the device."""
+    return torch.count_nonzero(mask).double()
+
+
 def gradients_of(
     parameters: Parameters,
     latents: Latents,
@@ -146,8 +181,7 @@ def gradients_of(
 
     `g` is the loss's gradient by the reconstruction, `by_pre_acts` that by the pre-activations.
     """
-    W_enc = latents.grad_weights(by_pre_acts, x)
-    b_enc = latents.sum(by_pre_acts)
+    W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
     W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
     return {
         "W_enc": W_enc,

@@ -6,9 +6,9 @@ import torch
 
 from ...shared.errors import ConfigError
 from ..config import SaeConfig
-from .base import Batch, Parameters, StepInput, StepOutput
+from .base import Batch, Number, Parameters, StepInput, StepOutput
 from .batch_topk import BatchTopK
-from .latents import gradients_of
+from .latents import gradients_of, squared
 
 _DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -37,7 +37,7 @@ class MatryoshkaBatchTopK(BatchTopK):
         for group, part in zip(groups, rows, strict=True):
             error = error + group.decode(group.pre_acts.relu(), parameters["W_dec"][part])
             errors.append(error)
-        squares = [float(error.square().sum()) / len(x) for error in errors]
+        squares = [squared(error) / len(x) for error in errors]
         scale = 2 / (len(x) * step.total_variance)
         g = torch.zeros_like(x)
         parts: list[Parameters] = []
@@ -52,5 +52,5 @@ class MatryoshkaBatchTopK(BatchTopK):
             by_bias += parts[0]["b_dec"] - g.sum(0)
         gradients = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec")}
         gradients["b_dec"] = by_bias + g.sum(0)
-        terms = {"mse_loss": sum(squares) / step.total_variance}
+        terms: dict[str, Number] = {"mse_loss": sum(squares) / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, errors[-1], terms, squares[-1])

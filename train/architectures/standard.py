@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
-from .latents import above_threshold, encoded_bias, gradients_of
+from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .latents import above_threshold, count, encoded_bias, gradients_of, squared
 
 
 class Standard(Architecture):
@@ -20,6 +20,7 @@ class Standard(Architecture):
     required = ("l1_coefficient",)
     unit_norm_decoder = False
     eps = 1e-8
+    revives_dead = False
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return decoder rows of norm 0.1 and the encoder their transpose."""
@@ -42,9 +43,9 @@ class Standard(Architecture):
         gradients = gradients_of(parameters, latents, x, g, values, by_values.mul_(active))
         sums = latents.sum(values)
         gradients["W_dec"].addcmul_((sums * penalty / norms.clamp_min(1e-12))[:, None], W_dec)
-        mse = float(error.square().sum()) / len(x)
-        terms = {"mse_loss": mse, "l1_loss": float(sums @ norms) * penalty}
-        l0 = int(torch.count_nonzero(active)) / len(x)
+        mse = squared(error) / len(x)
+        terms: dict[str, Number] = {"mse_loss": mse, "l1_loss": (sums @ norms).double() * penalty}
+        l0 = count(active) / len(x)
         return StepOutput(gradients, sums > 0, sum(terms.values()), mse, l0, terms)
 
     def exported(

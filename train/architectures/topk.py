@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .auxk import add_auxk
-from .base import Architecture, Batch, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at
+from .base import Architecture, Batch, Number, Parameters, StepInput, StepOutput
+from .latents import SparseLatents, count, encoded_bias, gradients_of, sparse_at, squared
 
 
 class TopK(Architecture):
@@ -33,11 +33,11 @@ class TopK(Architecture):
         x, latents = batch.x, self.select(parameters, batch, step)
         values = latents.pre_acts.relu()
         error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
-        mse = float(error.square().sum()) / len(x)
+        mse = squared(error) / len(x)
         g = error * (2 / (len(x) * step.total_variance))
         by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
         gradients = gradients_of(parameters, latents, x, g, values, by_pre_acts)
-        terms = {"mse_loss": mse / step.total_variance}
+        terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
 
     def finish(
@@ -48,8 +48,8 @@ class TopK(Architecture):
         latents: SparseLatents,
         gradients: Parameters,
         error: torch.Tensor,
-        terms: dict[str, float],
-        mse: float,
+        terms: dict[str, Number],
+        mse: Number,
     ) -> StepOutput:
         """Add AuxK where latents are dead, and note which latents fired."""
         if step.dead is not None and self.config.aux_coefficient > 0:
@@ -63,7 +63,5 @@ class TopK(Architecture):
                 self.config.k_aux or max(1, self.d_in // 2),
                 self.config.aux_coefficient,
             )
-        positive = latents.indices[latents.pre_acts > 0]
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=positive.device)
-        fired[positive] = True
-        return StepOutput(gradients, fired, sum(terms.values()), mse, len(positive) / len(batch.x), terms)
+        l0 = count(latents.pre_acts > 0) / len(batch.x)
+        return StepOutput(gradients, latents.fired(), sum(terms.values()), mse, l0, terms)

@@ -20,9 +20,17 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 def kernels_for(device: torch.device | str, backend: str = "auto") -> ModuleType:
-    """Return the module with `select_topk`, `decode`, `grad_values` and `grad_weights` for a device.
+    """Return a device's module of `select_topk`, `decode`, `grad_values`, `grad_weights` and `sum_by_latent`.
 
     Raises `ConfigError` for a backend that does not exist or does not run there.
+    """
+    return import_module({"triton": ".fused"}.get(name := backend_for(device, backend), f".{name}"), __name__)
+
+
+def backend_for(device: torch.device | str, backend: str = "auto") -> str:
+    """Return which backend a device runs: the one asked for, or for "auto" its own.
+
+    Raises `ConfigError` as `kernels_for` does.
     """
     kind = torch.device(device).type
     if backend not in BACKENDS:
@@ -31,4 +39,4 @@ def kernels_for(device: torch.device | str, backend: str = "auto") -> ModuleType
         backend = {"cpu": "cpu", "cuda": "triton"}.get(kind, "reference")
     if backend in ("cpu", "triton") and kind != {"cpu": "cpu", "triton": "cuda"}[backend]:
         raise ConfigError(f"kernels: backend '{backend}' does not run on device '{kind}'; use 'auto' or 'reference'")
-    return import_module({"triton": ".fused"}.get(backend, f".{backend}"), __name__)
+    return backend

@@ -1,4 +1,4 @@
-"""The four sparse operations on a CPU: one GEMM in row blocks, and `embedding_bag` for the rest.
+"""The sparse operations on a CPU: one GEMM in row blocks, and `embedding_bag` for the rest.
 
 Latents are CSR by row: `values [nnz]`, `indices [nnz]` (int64) and `offsets [batch + 1]`; TopK is the
 case of k entries in every row. The operations follow the dtype of their inputs, so the encoder's
@@ -104,3 +104,26 @@ def grad_weights(
     csc = csc or to_csc(indices, offsets, d_sae)
     weights = values[csc.order]
     return F.embedding_bag(csc.rows, g, csc.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def sum_by_latent(
+    values: Float[Tensor, " nnz"],
+    indices: Int64[Tensor, " nnz"],
+    offsets: Int64[Tensor, " batch_plus_1"],
+    d_sae: int,
+    csc: Csc | None = None,
+) -> Float[Tensor, " d_sae"]:
+    """Return the sum of each latent's values, added in order of row; nothing needs sorting for that here."""
+    return values.new_zeros(d_sae).index_add_(0, indices, values)
+
+
+def grad_weights_and_bias(
+    values: Float[Tensor, " nnz"],
+    indices: Int64[Tensor, " nnz"],
+    offsets: Int64[Tensor, " batch_plus_1"],
+    g: Float[Tensor, "batch d_out"],
+    d_sae: int,
+    csc: Csc | None = None,
+) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, " d_sae"]]:
+    """Return `grad_weights` and `sum_by_latent` of the same values."""
+    return grad_weights(values, indices, offsets, g, d_sae, csc), sum_by_latent(values, indices, offsets, d_sae)

@@ -200,10 +200,15 @@ def sum_segments(
 
 
 def grad_weights_and_bias(
-    values: Float[Tensor, " nnz"], csc: Csc, g: Float[Tensor, "batch d_in"]
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    g: Float[Tensor, "batch d_in"],
+    d_sae: int,
+    csc: Csc | None = None,
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Return each latent's sum of `values_j g[row_j]`, and of `values_j`; zero for an unused latent."""
-    d_sae, d_in = len(csc.starts) - 1, g.shape[1]
+    csc, d_in = csc or to_csc(indices, offsets, d_sae), g.shape[1]
     partial, partial_values = sum_segments(values, csc, g)
     out = torch.empty(d_sae, d_in, dtype=torch.float32, device=g.device)
     out_values = torch.empty(d_sae, dtype=torch.float32, device=g.device)
@@ -239,9 +244,15 @@ def grad_weights(
     csc: Csc | None = None,
 ) -> Float[Tensor, "d_sae d_in"]:
     """Return for each latent the sum of `values_j g[row_j]` over its entries; `csc` if already sorted."""
-    return grad_weights_and_bias(values, csc or to_csc(indices, offsets, d_sae), g)[0]
+    return grad_weights_and_bias(values, indices, offsets, g, d_sae, csc)[0]
 
 
-def sum_by_latent(values: Float[Tensor, " nnz"], csc: Csc) -> Float[Tensor, " d_sae"]:
+def sum_by_latent(
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    d_sae: int,
+    csc: Csc | None = None,
+) -> Float[Tensor, " d_sae"]:
     """Return the sum of each latent's values, as the gradients of biases and thresholds need it."""
-    return grad_weights_and_bias(values, csc, values.new_zeros(1, 1))[1]
+    return grad_weights_and_bias(values, indices, offsets, values.new_zeros(1, 1), d_sae, csc)[1]

@@ -1,4 +1,4 @@
-"""The CUDA backend: the four sparse ops, and the fused ones that a whole step is made of."""
+"""The CUDA backend: the sparse ops, and the fused ones that a whole step is made of."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .token_major import row_tiling
 
 @dataclass(frozen=True)
 class AdamState:
-    """A parameter of the encoder or decoder, its moments, and the bfloat16 copy that the products read."""
+    """A parameter of the encoder or decoder, its moments, and the copy that products read, bfloat16 by default."""
 
     weight: Float[Tensor, " d_sae *d_in"]
     mean: Float[Tensor, " d_sae *d_in"]
@@ -33,10 +33,10 @@ class AdamState:
     shadow: Float[Tensor, " d_sae *d_in"]
 
     @classmethod
-    def of(cls, weight: Float[Tensor, " d_sae *d_in"]) -> AdamState:
+    def of(cls, weight: Float[Tensor, " d_sae *d_in"], compute_dtype: torch.dtype = torch.bfloat16) -> AdamState:
         """Return the state before the first step; it owns its contiguous float32 weight."""
         weight = weight.detach().float().contiguous().clone()
-        return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight), weight.to(torch.bfloat16))
+        return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight), weight.to(compute_dtype, copy=True))
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ def update(
     centre: Float[Tensor, " d_in"],
     max_norm: float | None = None,
     other_squared_norm: Float[Tensor, ""] | None = None,
-) -> None:
-    """Update the encoder and the decoder, in place, from a step's sparse entries.
+) -> Tensor | None:
+    """Update the encoder and the decoder, in place, from a step's sparse entries; return the norm if it is clipped.
 
     The pre-activations were `W_enc (x - centre) + b_enc`; `centre` is `b_dec`, or zeros. Entries' rows
     count modulo the rows of `x` and of `g`: with an auxiliary loss, `g` stacks its residual's gradient under
@@ -297,10 +297,13 @@ def update(
             num_warps=tiling.num_warps,
         )
 
+    norm = None
     if max_norm is not None:
         run(norm_only=True)
         total = squared_norm.double().sum()
         if other_squared_norm is not None:
             total = total + other_squared_norm
-        h.schedule[3].copy_((max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0))
+        norm = total.sqrt()
+        h.schedule[3].copy_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     run(norm_only=False)
+    return norm

@@ -1,4 +1,4 @@
-"""The four sparse ops in plain PyTorch: what every other backend must compute.
+"""The sparse ops in plain PyTorch: what every other backend must compute.
 
 Ragged sparse latents are CSR by token: `values [nnz]`, `indices [nnz]`, `offsets [batch + 1]`; TopK is
 the case of `k` entries a row. These run on any device, are differentiable where PyTorch is, and
@@ -91,3 +91,21 @@ def grad_weights(
     rows = rows_of(offsets, len(values))
     terms = wide(values)[:, None] * wide(g)[rows]
     return terms.new_zeros(d_sae, g.shape[1]).index_add(0, indices.long(), terms)
+
+
+def sum_by_latent(
+    values: Float[Tensor, " nnz"], indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int
+) -> Float[Tensor, " d_sae"]:
+    """Return the sum of each latent's values, as the gradients of biases and thresholds need it."""
+    return wide(values).new_zeros(d_sae).index_add(0, indices.long(), wide(values))
+
+
+def grad_weights_and_bias(
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    g: Float[Tensor, "batch d_in"],
+    d_sae: int,
+) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
+    """Return `grad_weights` and `sum_by_latent` of the same values."""
+    return grad_weights(values, indices, offsets, g, d_sae), sum_by_latent(values, indices, offsets, d_sae)

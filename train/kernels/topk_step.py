@@ -21,6 +21,8 @@ from .optimizer import AdamState, Hyperparameters, update
 from .select import select_topk, select_topk_dense
 from .token_major import grad_values, reconstruct
 
+_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
 
 @dataclass(frozen=True)
 class TopKOptions:
@@ -43,36 +45,76 @@ class TopKOptions:
 
 
 class TopKStep:
-    """The state of one TopK SAE in training; `W_enc` and `W_dec` are `[d_sae, d_in]`."""
+    """The state of one TopK SAE in training; `W_enc` and `W_dec` are `[d_sae, d_in]`.
 
-    def __init__(self, parameters: Mapping[str, Tensor], options: TopKOptions):
+    Products read copies of the weights in `compute_dtype`, which is that of the batches. Where gradients are
+    clipped, `grad_norm` is the last step's.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], options: TopKOptions, compute_dtype: torch.dtype = torch.bfloat16
+    ):
         self.options = options
-        self.W_enc = AdamState.of(parameters["W_enc"])
-        self.b_enc = AdamState.of(parameters["b_enc"])
-        self.W_dec = AdamState.of(parameters["W_dec"])
-        self.b_dec = AdamState.of(parameters["b_dec"])
+        self.W_enc = AdamState.of(parameters["W_enc"], compute_dtype)
+        self.b_enc = AdamState.of(parameters["b_enc"], compute_dtype)
+        self.W_dec = AdamState.of(parameters["W_dec"], compute_dtype)
+        self.b_dec = AdamState.of(parameters["b_dec"], compute_dtype)
+        self.grad_norm: Tensor | None = None
         device = self.W_enc.weight.device
         self.d_sae = len(self.W_enc.weight)
         self.tokens_since_fired = torch.zeros(self.d_sae, dtype=torch.int64, device=device)
         schedule = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device)
         self.hyperparameters = Hyperparameters(schedule, options.beta1, options.beta2, options.eps)
         self._betas = torch.tensor([options.beta1, options.beta2], dtype=torch.float64, device=device)
-        self._beta_powers = torch.ones(2, dtype=torch.float64, device=device)
+        self.steps = {name: torch.zeros((), device=device) for name in _NAMES}
         self._no_bias = torch.zeros_like(self.b_dec.weight)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the float32 parameters, which steps update in place."""
-        return {name: getattr(self, name).weight for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        return {name: state.weight for name, state in self._states().items()}
+
+    def _states(self) -> dict[str, AdamState]:
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return Adam's two moments by parameter, which steps update in place."""
+        states = self._states().items()
+        return {name: state.mean for name, state in states}, {name: state.square for name, state in states}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that a later step depends on, by the names that `SaeTrainer` gives it on any path."""
+        state = {"tokens_since_fired": self.tokens_since_fired}
+        for name, adam in self._states().items():
+            state[f"parameters.{name}"] = adam.weight
+            state[f"optimizer.exp_avg.{name}"] = adam.mean
+            state[f"optimizer.exp_avg_sq.{name}"] = adam.square
+            state[f"optimizer.step.{name}"] = self.steps[name]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a saved state."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the weights to where products read them, after something other than a step has changed them."""
+        for adam in self._states().values():
+            adam.shadow.copy_(adam.weight)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the steps that follow, captured ones included."""
         self.hyperparameters.schedule[0].fill_(lr)
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " 3"]:
-        """Take one step on `x`, bfloat16 and normalised; return [mse, l0, auxiliary loss] on the device."""
+    def __call__(self, x: Float[Tensor, "batch d_in"], auxiliary: bool = True) -> Float[Tensor, " 3"]:
+        """Take one step on `x`, normalised; return [mse, l0, auxiliary loss] on the device.
+
+        Without `auxiliary` there is no AuxK, for when no latent can be dead: its selection costs as much as the main.
+        """
         options, batch = self.options, len(x)
-        self._beta_powers.mul_(self._betas)
-        self.hyperparameters.schedule[1:3].copy_(1 - self._beta_powers)
+        for count in self.steps.values():
+            count.add_(1)
+        self.hyperparameters.schedule[1:3].copy_(1 - self._betas ** self.steps["W_enc"].double())
         bias = self.b_enc.weight - self.W_enc.weight @ self.b_dec.weight
         acts, indices = select_topk(x, self.W_enc.shadow, bias, options.k)
         offsets = torch.arange(0, batch * options.k + 1, options.k, device=x.device)
@@ -90,7 +132,7 @@ class TopKStep:
         g, grad_pre_acts = main.g, main.grad_pre_acts
         b_dec_grad = g.sum(0)
         aux_loss = scale.new_zeros(())
-        if options.aux_coefficient > 0 and options.k_aux > 0:
+        if auxiliary and options.aux_coefficient > 0 and options.k_aux > 0:
             total = main.squared_error.sum()
             aux_acts, aux_indices = select_topk_dense(
                 x, self.W_enc.shadow, bias.where(dead, float("-inf")), min(options.k_aux, self.d_sae)
@@ -109,8 +151,8 @@ class TopKStep:
             g, grad_pre_acts = torch.cat([g, aux.g]), torch.cat([grad_pre_acts, aux.grad_pre_acts])
 
         csc = to_csc(latents, offsets, self.d_sae)
-        b_dec_grad -= self.W_enc.weight.T @ sum_by_latent(grad_pre_acts, csc)
-        update(
+        b_dec_grad -= self.W_enc.weight.T @ sum_by_latent(grad_pre_acts, latents, offsets, self.d_sae, csc)
+        self.grad_norm = update(
             values,
             grad_pre_acts,
             csc,

@@ -61,7 +61,7 @@ def test_references_are_autograds(counts, d_sae, d_in, dtype):
 def test_a_hot_latent_is_split_and_summed(device, max_segment):
     values, indices, offsets, _, g, _ = sparse(device, [2] * 7, 9, 16, hot=5)
     csc = to_csc(indices, offsets, 9, max_segment)
-    by_weights, by_bias = fused.grad_weights_and_bias(values, csc, g)
+    by_weights, by_bias = fused.grad_weights_and_bias(values, indices, offsets, g, 9, csc)
     expected = reference.grad_weights(values, indices, offsets, g, 9)
     torch.testing.assert_close(by_weights, expected, rtol=1e-5, atol=1e-5)
     assert by_bias[5].item() == pytest.approx(values[indices == 5].sum().item(), abs=1e-5)

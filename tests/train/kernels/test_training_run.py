@@ -1,34 +1,126 @@
-"""A short training run through the trainer is the same on the kernels and on the references."""
+"""A short training run is the same by the whole fused step, by separate kernels and by the references."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from thresher.train.architectures.base import Batch
+from thresher.train.architectures.topk import TopK
+from thresher.train.checkpoint import load_state, save_state
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import fused, reference
 from thresher.train.normalization import Normalization
-from thresher.train.sae_trainer import SaeTrainer, Schedule
+from thresher.train.sae_trainer import SaeTrainer, Schedule, read_metrics
 
-D_IN, BATCH, N_STEPS = 24, 4, 3
-
-
-def train(kernels, device):
-    config = SaeConfig(hook_point="x", d_sae=17, architecture="topk", k=2, lr=1e-2, clip_grad_norm=1.0)
-    normalization = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
-    trainer = SaeTrainer(config, D_IN, normalization, Schedule(N_STEPS, BATCH, 1, 0.2), kernels, torch.float32, device)
-    # Far from Adam's own, with which the last bit of a gradient near zero decides which way a weight goes.
-    trainer.optimizer.eps = 1e-4
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(N_STEPS):
-        x = torch.randn(BATCH, D_IN, generator=generator).to(device)
-        metrics = trainer.step(Batch(x, x))
-    return trainer.parameters, metrics
+D_IN, BATCH, N_STEPS = 24, 4, 4
+NORMALIZATION = Normalization(torch.linspace(-1, 1, D_IN), 1.5, float(D_IN))
 
 
-def test_a_training_run_is_that_of_the_references(device):
-    expected, expected_metrics = train(reference, device)
-    found, metrics = train(fused, device)
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
-    torch.testing.assert_close(torch.tensor(metrics["loss"]), torch.tensor(expected_metrics["loss"]))
+@pytest.fixture(autouse=True)
+def _large_eps(monkeypatch):
+    """Far from Adam's own, with which the last bit of a gradient near zero decides which way a weight goes."""
+    monkeypatch.setattr(TopK, "eps", 1e-4)
+
+
+def make_trainer(kernels, device, fuse=True, dtype=torch.float32):
+    # Latents are dead after one step without firing, so that AuxK has work.
+    config = SaeConfig(
+        hook_point="x", d_sae=17, k=2, lr=1e-2, clip_grad_norm=1.0, k_aux=3, dead_after_tokens=BATCH, aux_coefficient=1
+    )
+    return SaeTrainer(config, D_IN, NORMALIZATION, Schedule(N_STEPS, BATCH, 1, 0.5), kernels, dtype, device, fuse)
+
+
+def train(trainer, n_steps=N_STEPS):
+    metrics = {}
+    while trainer.steps_done < n_steps:
+        generator = torch.Generator().manual_seed(trainer.steps_done)
+        x = torch.randn(BATCH, D_IN, generator=generator).to(trainer.device)
+        metrics = read_metrics(trainer.step(Batch(x, x.to(trainer.W_enc_compute.dtype))))
+    trainer.check()
+    assert trainer.diverged is None
+    return metrics
+
+
+def states(trainer):
+    return {name: tensor.detach().cpu().clone() for name, tensor in trainer.state_dict().items()}
+
+
+def test_every_path_trains_the_same_and_the_whole_step_resumes_in_every_bit(device, tmp_path):
+    expected = make_trainer(reference, device)
+    assert expected.whole_step is None
+    expected_metrics = train(expected)
+    assert expected_metrics["auxk_loss"] > 0
+    ops = make_trainer(fused, device, fuse=False)
+    assert ops.whole_step is None
+    whole = make_trainer(fused, device)
+    assert whole.whole_step is not None
+    train(whole, 2)
+    save_state(tmp_path, "sae", 2, whole.state_dict())
+    for trainer in (ops, whole):
+        assert train(trainer) == pytest.approx(expected_metrics, rel=1e-4)
+        found = states(trainer)
+        for name, tensor in states(expected).items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    sae, expected_sae = (trainer.to_sae({}) for trainer in (whole, expected))
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(sae, name), getattr(expected_sae, name), rtol=1e-3, atol=1e-5, msg=name)
+
+    resumed = make_trainer(fused, device)
+    resumed.load_state_dict(load_state(tmp_path, "sae", 2))
+    train(resumed)
+    ended = states(whole)
+    for name, tensor in states(resumed).items():
+        assert torch.equal(tensor, ended[name]), name
+
+
+def test_a_run_goes_on_by_another_path(device):
+    begun = make_trainer(reference, device)
+    train(begun, 1)
+    trainers = [make_trainer(reference, device), make_trainer(fused, device)]
+    for trainer in trainers:
+        trainer.load_state_dict(begun.state_dict())
+        train(trainer, 2)
+    for name, tensor in trainers[0].parameters.items():
+        torch.testing.assert_close(trainers[1].parameters[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_step_looks_for_dead_latents_only_when_there_can_be_some(monkeypatch):
+    trainer = make_trainer(fused, "cpu")
+    whole = trainer.whole_step
+    monkeypatch.setattr(type(whole.step), "__call__", lambda self, x, auxiliary: used.append(auxiliary) or self.tick())
+    ticks, used = [], []
+
+    def tick(self):
+        ticks.append(None)
+        self.tokens_since_fired += BATCH
+        return torch.zeros(3)
+
+    monkeypatch.setattr(type(whole.step), "tick", tick, raising=False)
+    object.__setattr__(whole.step.options, "dead_after_tokens", 5 * BATCH - 1)
+    x = torch.zeros(BATCH, D_IN)
+    for step in range(7):
+        whole(Batch(x, x), 0.1, step)
+    assert used == [False] * 5 + [True] * 2
+
+
+@pytest.mark.gpu
+def test_in_bfloat16_two_runs_are_equal_and_near_the_references():
+    runs = [make_trainer(fused, "cuda", dtype=torch.bfloat16) for _ in range(2)]
+    metrics = [train(run) for run in runs]
+    assert metrics[0] == metrics[1]
+    first, second = (states(run) for run in runs)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    expected = make_trainer(reference, "cuda", dtype=torch.bfloat16)
+    assert metrics[0]["loss"] == pytest.approx(train(expected)["loss"], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_divergence_is_noticed_when_the_host_asks():
+    trainer = make_trainer(fused, "cuda")
+    x = torch.full((BATCH, D_IN), float("nan"), device="cuda")
+    trainer.step(Batch(x, x))
+    trainer.step(Batch(x, x))
+    assert trainer.diverged is None
+    trainer.check()
+    assert "at step 1" in str(trainer.diverged)
