@@ -43,6 +43,10 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     feature_rows: Annotated[
         int, Meta(ge=0, description="Rows of the whole store that the feature index is built from; 0 for no index.")
     ] = 1_000_000
+    export: Annotated[
+        list[Literal["neuronpedia"]],
+        Meta(description="Formats to export the feature index to: `neuronpedia` writes SAEDashboard's JSON batches."),
+    ] = []
     bootstrap_samples: Annotated[
         int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
     ] = 1000

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,6 +22,7 @@ from .encoding import rows_at_a_time
 from .features_contexts import BestContexts, sampling_priority
 from .features_files import FeatureIndex, write_index
 from .features_logits import LogitEffects, logit_effects
+from .features_progress import Pace, progress_path, restore_progress, save_progress
 from .features_rows import LatentRows, VisitedRows
 from .features_sparse import active_latents
 from .features_statistics import ActivationStatistics, CoFiring
@@ -55,15 +58,29 @@ class FeatureSettings(NamedTuple):
 
 
 class _Pass:
-    """What the pass accumulates for one SAE."""
+    """What the pass accumulates for one SAE, and how many blocks of the store are in it."""
 
-    def __init__(self, sae: NamedSae, settings: FeatureSettings, context_size: int, total_rows: int):
+    def __init__(
+        self, sae: NamedSae, settings: FeatureSettings, context_size: int, total_rows: int, path: Path, fingerprint: str
+    ):
         d_sae, window = sae.sae.d_sae, min(settings.window, context_size)
         self.sae, self.settings = sae, settings
         self.statistics = ActivationStatistics(d_sae)
         self.top = BestContexts(d_sae, settings.n_top, window)
         self.sampled = BestContexts(d_sae, settings.n_sampled, window)
         self.co_firing = CoFiring(d_sae, total_rows, settings.max_pairs)
+        self.path, self.fingerprint = path, fingerprint
+        self.n_blocks = restore_progress(progress_path(path), fingerprint, self._parts)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        names = ("statistics", "top", "sampled", "co_firing")
+        return {name: getattr(self, name) for name in names}
+
+    def keep(self) -> None:
+        """Write the progress to disk."""
+        self.co_firing.merge()
+        save_progress(progress_path(self.path), self.fingerprint, self.n_blocks, self._parts)
 
     def add(self, x: torch.Tensor, usable: np.ndarray, first_row: int, context_size: int) -> None:
         sae = self.sae.sae
@@ -75,6 +92,7 @@ class _Pass:
         self.top.add(block, latent, row, value, value.astype(np.float64))
         priority = sampling_priority(latent, row // context_size, self.settings.seed)
         self.sampled.add(block, latent, row, value, priority)
+        self.n_blocks += 1
 
 
 def build_feature_index(
@@ -89,7 +107,8 @@ def build_feature_index(
     """Write `<output>/<name>.parquet` for every SAE, reading the store once; return the opened indexes by name.
 
     With `model`, the index holds logit effects; with `tokenizer`, the text of the tokens. An index
-    that is there already, of the same SAE, store and settings, is kept.
+    that is there already, of the same SAE, store and settings, is kept; a pass that was killed goes
+    on from what it had kept, at most a minute old.
 
     Raises:
         StoreError: the store holds no tokens.
@@ -102,7 +121,7 @@ def build_feature_index(
     indexes = {name: index for name, path in paths.items() if (index := _existing(path, prints[name]))}
     missing = [sae for sae in saes if sae.name not in indexes]
     if missing:
-        passes, visited = _walk(store, missing, settings)
+        passes, visited = _walk(store, missing, settings, paths, prints)
         for one in tqdm(passes, unit="SAE", desc="write features", disable=None):
             sae = one.sae
             effects = logit_effects(model, sae.sae.W_dec, settings.n_tokens) if model is not None else None
@@ -116,11 +135,16 @@ def build_feature_index(
                 **settings._asdict(),
             }
             indexes[sae.name] = _write(paths[sae.name], one, visited, effects, tokenizer, metadata)
+            progress_path(paths[sae.name]).unlink(missing_ok=True)
     return {sae.name: indexes[sae.name] for sae in saes}
 
 
 def _walk(
-    store: ActivationStore, saes: Sequence[NamedSae], settings: FeatureSettings
+    store: ActivationStore,
+    saes: Sequence[NamedSae],
+    settings: FeatureSettings,
+    paths: dict[str, Path],
+    prints: dict[str, str],
 ) -> tuple[list[_Pass], VisitedRows]:
     """Read blocks of whole contexts, spread over the store where it has more than `max_rows`."""
     size = store.context_size
@@ -129,23 +153,42 @@ def _walk(
     wanted = min(n_blocks, max(1, settings.max_rows // (per_block * size)))
     blocks = np.arange(wanted) * n_blocks // wanted
     visited = VisitedRows(size)
-    passes = [_Pass(sae, settings, size, wanted * per_block * size) for sae in saes]
     total = wanted * per_block * size
+    passes = [_Pass(sae, settings, size, total, paths[sae.name], prints[sae.name]) for sae in saes]
+    pace, n_threads = Pace(), min(len(passes), os.cpu_count() or 1)
     with (
         tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=None) as progress,
-        ThreadPoolExecutor(min(len(passes), os.cpu_count() or 1), "features") as threads,
+        _threads_of_torch(max(1, torch.get_num_threads() // n_threads)),
+        ThreadPoolExecutor(n_threads, "features") as threads,
     ):
-        for block in blocks.tolist():
+        for number, block in enumerate(blocks.tolist()):
             start, stop = block * per_block * size, min((block + 1) * per_block, store.n_contexts) * size
             usable = np.asarray(store.row_mask(start, stop))
             visited.add(store, start, stop)
-            hook_points = dict.fromkeys(one.sae.hook_point for one in passes)
+            waiting = [one for one in passes if one.n_blocks <= number]
+            hook_points = dict.fromkeys(one.sae.hook_point for one in waiting)
             activations = {hook_point: store.read(hook_point, start, stop) for hook_point in hook_points}
-            work = [threads.submit(one.add, activations[one.sae.hook_point], usable, start, size) for one in passes]
+            work = [threads.submit(one.add, activations[one.sae.hook_point], usable, start, size) for one in waiting]
             for one in work:
                 one.result()
             progress.update(stop - start)
+            if pace.due():
+                started = time.monotonic()
+                for one in waiting:
+                    one.keep()
+                pace.kept(started)
     return passes, visited
+
+
+@contextmanager
+def _threads_of_torch(n: int) -> Iterator[None]:
+    """Share the cores out among the pool's threads: each with a team of all cores would only get in the others' way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write(
@@ -174,7 +217,7 @@ def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:
 def _fingerprint(store: ActivationStore, sae: NamedSae, settings: FeatureSettings, *with_parts: bool) -> str:
     """Return a digest of what the index depends on; of a wide SAE's decoder it samples 64 rows."""
     digest = hashlib.blake2b(digest_size=16)
-    described = [sae.name, sae.hook_point, sae.sae.architecture, sae.sae.config, settings, with_parts]
+    described = [sae.name, sae.hook_point, sae.sae.architecture, sae.sae.config, settings, with_parts, BLOCK_ROWS]
     described += [store.path.name, store.n_rows, store.context_size, store.metadata]
     digest.update(json.dumps(described, default=str, sort_keys=True).encode())
     weights = sae.sae.W_dec[:: max(1, sae.sae.d_sae // 64)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..shared.hook_points import canonical_hook_point
 from .features_files import FeatureIndex
 
 BATCH_LATENTS = 128
@@ -23,6 +24,23 @@ LEFT_EMPTY = (
     "correlated_neurons_l1 correlated_neurons_pearson logits_hist_data_bar_heights logits_hist_data_bar_values "
     "decoder_weights_dist"
 )
+
+
+def export_indexes(indexes: Mapping[str, FeatureIndex], output: Path, model: str | None, dataset: str) -> list[Path]:
+    """Export every index to `<output>/<name>/`, as the model's name, the hook point's layer and the SAE's name say."""
+    folders = []
+    for name, index in indexes.items():
+        folders.append(output / name.replace("/", "_"))
+        model_id = Path(model or "model").name
+        layer = layer_number(str(index.metadata["hook_point"]))
+        export_neuronpedia(index, folders[-1], model_id=model_id, layer=layer, sae_set=name, dataset=dataset)
+    return folders
+
+
+def layer_number(hook_point: str) -> int:
+    """Return the first number in a hook point's name, its layer; 0 where there is none."""
+    numbers = [part for part in canonical_hook_point(hook_point).split(".") if part.isdigit()]
+    return int(numbers[0]) if numbers else 0
 
 
 def export_neuronpedia(

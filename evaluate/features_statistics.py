@@ -86,9 +86,9 @@ class CoFiring:
         left, right = np.repeat(entries, following), _ranges(entries + 1, following)
         self._waiting.append(block.latent[left] * self.d_sae + block.latent[right])
         if sum(map(len, self._waiting)) > MERGE_PAIRS:
-            self._merge()
+            self.merge()
 
-    def _merge(self) -> None:
+    def merge(self) -> None:
         """Count the waiting pairs, whose lower latent comes first."""
         new = np.sort(np.concatenate([self._keys[:0], *self._waiting]))
         self._waiting = []
@@ -108,7 +108,7 @@ class CoFiring:
         The score is the cosine of the two latents' firing indicators: firings together over the
         geometric mean of firings.
         """
-        self._merge()
+        self.merge()
         useful = self._counts >= min_count
         low, high = np.divmod(self._keys[useful], self.d_sae)
         score = self._counts[useful] / np.sqrt(self.firings[low] * self.firings[high].astype(np.float64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ..shared.store import ActivationStore
@@ -19,7 +21,18 @@ def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
         "mask": mask_description(rows.store),
         "model": model,
         "ablation": ABLATION if model else None,
+        "store": str(rows.store.path),
+        "dataset": rows.store.metadata.get("dataset"),
+        "thresher_version": version("thresher"),
     }
+
+
+def report_title(rows: HeldOut, model: str | None) -> str:
+    """Return the report's title: what the sweep was trained on, as far as the store says."""
+    name = model or rows.store.metadata.get("model")
+    dataset = rows.store.metadata.get("dataset")
+    of = f" of {Path(str(name)).name}" if name else ""
+    return f"Sparse autoencoders{of}" + (f" on {Path(str(dataset)).name}" if dataset else "")
 
 
 def mask_description(store: ActivationStore) -> str:

@@ -18,12 +18,13 @@ from .config import EvaluateConfig
 from .device import choose_device
 from .dictionary import geometry
 from .features import FeatureSettings, build_feature_index
+from .features_export import export_indexes
 from .features_files import FeatureIndex
 from .held_out import HeldOut, held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
 from .probing import sparse_probing
-from .provenance import footer, provenance
+from .provenance import footer, provenance, report_title
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
 from .spliced import accumulate_losses, splice_metrics
@@ -75,9 +76,14 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     write_atomically(output / "config.toml", to_toml(config).encode())
     curves = {sae.name: loss_curve(sae.path) for sae in saes}
     features = _features(config, store, saes, language_model, output / "features")
-    report = write_report(output / "report.html", metrics, curves, features, provenance=provenance(rows, model))
+    title, facts = report_title(rows, model), provenance(rows, model)
+    report = write_report(output / "report.html", metrics, curves, features, title=title, provenance=facts)
     tqdm.write(metrics_table(metrics))
     tqdm.write(f"\n{footer(rows, model, losses)}\nreport  {report}")
+    if "neuronpedia" in config.export and features:
+        dataset = str(store.metadata.get("dataset") or "")
+        export_indexes(features, output / "neuronpedia", model, dataset)
+        tqdm.write(f"export  {output / 'neuronpedia'}")
     return metrics
 
 

@@ -24,8 +24,8 @@ from .held_out import HeldOut
 from .sae_folders import EvaluatedSae
 
 Activation = Float[Tensor, "batch context d"]
-VOCABULARY_ENTRIES = 1 << 25
-"""Log-probabilities held at a time: 128 MiB in float32."""
+VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Log-probabilities held at a time. On a CPU 8 MiB in float32, which its caches serve."""
 
 
 class LossSums:
@@ -45,9 +45,24 @@ class LossSums:
         return {f"{name}_{run}": value.cpu().numpy() for name, value in self._sums.items()}
 
 
+class CleanRun:
+    """The clean model's logits of a batch, with what every other run is compared to computed once."""
+
+    def __init__(self, logits: Float[Tensor, "batch context vocabulary"]):
+        self.logits = logits.flatten(0, 1)
+        rows = _row_slices(self.logits)
+        self.normaliser = torch.cat([self.logits[part].float().logsumexp(dim=-1, keepdim=True) for part in rows])
+        self.choice = torch.cat([self.logits[part].argmax(dim=-1) for part in rows])
+
+
+def _row_slices(logits: Float[Tensor, "rows vocabulary"]) -> list[slice]:
+    step = max(1, VOCABULARY_ENTRIES[logits.device.type] // logits.shape[1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
 def token_losses(
     logits: Float[Tensor, "batch context vocabulary"],
-    clean: Float[Tensor, "batch context vocabulary"],
+    clean: CleanRun,
     tokens: Int64[Tensor, "batch context"],
 ) -> dict[str, Float[Tensor, "batch context"]]:
     """Return, at each position: `ce` of the next token, `kl` KL(clean || logits), and `agree` on the likeliest token.
@@ -56,16 +71,15 @@ def token_losses(
     """
     batch, context, vocabulary = logits.shape
     targets = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).reshape(-1, 1)
-    step = max(1, VOCABULARY_ENTRIES // vocabulary)
     parts: dict[str, list[Tensor]] = {"ce": [], "kl": [], "agree": []}
-    flat, flat_clean = logits.reshape(-1, vocabulary), clean.reshape(-1, vocabulary)
-    for start in range(0, len(flat), step):
-        rows = slice(start, start + step)
-        log_probs = flat[rows].float().log_softmax(dim=-1)
-        log_clean = log_probs if logits is clean else flat_clean[rows].float().log_softmax(dim=-1)
+    flat = logits.reshape(-1, vocabulary)
+    for rows in _row_slices(flat):
+        scores = flat[rows].float()
+        log_probs = scores - scores.logsumexp(dim=-1, keepdim=True)
+        log_clean = clean.logits[rows].float() - clean.normaliser[rows]
         parts["ce"].append(-log_probs.gather(1, targets[rows])[:, 0])
-        parts["kl"].append((log_clean.exp() * (log_clean - log_probs)).sum(dim=-1))
-        parts["agree"].append((flat[rows].argmax(dim=-1) == flat_clean[rows].argmax(dim=-1)).float())
+        parts["agree"].append((scores.argmax(dim=-1) == clean.choice[rows]).float())
+        parts["kl"].append(log_probs.neg_().add_(log_clean).mul_(log_clean.exp_()).sum(dim=-1))
     losses = {name: torch.cat(values).reshape(batch, context) for name, values in parts.items()}
     losses["ce"][:, -1] = 0
     return losses
@@ -134,8 +148,9 @@ def accumulate_losses(
             count = {"ce": has_next, "kl": usable, "agree": usable}
             for name, where in (("n_ce", has_next), ("n_kl", usable)):
                 counts[name].index_add_(0, group[where], torch.ones_like(group[where], dtype=torch.float64))
-            clean = _logits(model, tokens)
-            sums["clean", ""].add(token_losses(clean, clean, tokens), count, group)
+            logits = _logits(model, tokens)
+            clean = CleanRun(logits)
+            sums["clean", ""].add(token_losses(logits, clean, tokens), count, group)
             for (kind, place), replace in ablations.items():
                 with splice(model, hook_points[place], replace):
                     sums[kind, place].add(token_losses(_logits(model, tokens), clean, tokens), count, group)

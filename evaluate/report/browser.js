@@ -14,13 +14,20 @@ function searchTexts(summary, names) {
   return summary.peaks.map((ids, i) => `${text(ids)} ${text(summary.promoted[i])}`.toLowerCase());
 }
 
-// Latents that fit the query: a number names one latent, anything else is looked for in its tokens.
-function selectLatents(summary, texts, query, sort, alive) {
-  const wanted = query.trim().toLowerCase();
+// The text of every context that the page shows of a latent, in lower case.
+const contextTexts = (latent, names) => [...latent.top, ...latent.sampled].map(([, , tokens]) => tokens.map((id) => tokenText(names, id)).join("").toLowerCase());
+
+// Spaces around a query are not meant, unless it stands in quotation marks.
+const queryText = (query) => query.match(/^\s*"(.+)"\s*$/)?.[1].toLowerCase() ?? query.trim().toLowerCase();
+
+// Latents that fit the query: a number names one latent, anything else is looked for in its tokens; `reading` holds
+// the latents in whose contexts it was found.
+function selectLatents(summary, texts, query, sort, alive, reading) {
+  const wanted = queryText(query);
   const number = /^#?\d+$/.test(wanted) ? Number(wanted.replace("#", "")) : null;
   const chosen = [];
   for (let i = 0; i < texts.length; i++) {
-    if (i === number || ((!alive || summary.density[i] > 0) && (!wanted || texts[i].includes(wanted)))) chosen.push(i);
+    if (i === number || ((!alive || summary.density[i] > 0) && (!wanted || texts[i].includes(wanted) || reading.has(i)))) chosen.push(i);
   }
   const column = { interestingness: summary.score, density: summary.density, max: summary.max }[sort];
   chosen.sort((a, b) => (b === number) - (a === number) || (column ? column[b] - column[a] : 0) || a - b);
@@ -33,6 +40,8 @@ function setUpBrowser(saes, catalogue) {
   let current = null;
   let shown = [];
   let active = null;
+  let reading = new Set();
+  let searches = 0;
 
   picker.append(...Object.keys(catalogue.saes).map((name) => html("option", { value: name }, name)));
   picker.addEventListener("change", () => { location.hash = routeTo(picker.value); });
@@ -56,15 +65,43 @@ function setUpBrowser(saes, catalogue) {
     next.firstElementChild.focus();
   });
 
+  const tell = (progress = "") => { status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents${progress}`; };
+
   function fill() {
     if (!current) return;
-    shown = selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked);
+    shown = selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading);
     list.replaceChildren();
     list.scrollTop = 0;
     more();
-    status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents`;
+    tell();
   }
-  search.addEventListener("input", fill);
+
+  // Look for the query in the text of the contexts too, block by block, until it is changed.
+  async function readContexts() {
+    const { entry, names, sae } = current;
+    const mine = ++searches;
+    const wanted = queryText(search.value);
+    reading = new Set();
+    fill();
+    if (wanted.length < 2 || /^#?\d+$/.test(wanted)) return;
+    const found = new Set();
+    const n = Math.ceil(entry.n / entry.size);
+    for (let number = 0; number < n; number++) {
+      const block = await loadBlock(`${entry.prefix}-${number}`, catalogue.folder);
+      if (mine !== searches || current.sae !== sae) return;
+      block.forEach((latent, i) => contextTexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i));
+      if (number % 8 === 7) {
+        tell(`, reading contexts: ${Math.round((100 * number) / n)}%`);
+        await new Promise((done) => setTimeout(done));
+      }
+    }
+    reading = found;
+    if (list.scrollTop === 0) return fill();
+    const before = new Set(shown);
+    shown = shown.concat(selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading).filter((i) => !before.has(i)));
+    tell();
+  }
+  search.addEventListener("input", () => current && readContexts().catch((error) => { status.textContent = error.message; }));
   sort.addEventListener("change", fill);
   alive.addEventListener("change", fill);
   search.addEventListener("keydown", (event) => event.key === "Enter" && shown.length && (location.hash = routeTo(current.sae, shown[0])));
@@ -77,6 +114,8 @@ function setUpBrowser(saes, catalogue) {
     find("heading").textContent = name;
     find("about").textContent = `${entry.n.toLocaleString("en")} latents, indexed on ${entry.rows.toLocaleString("en")} tokens.`;
     search.value = "";
+    reading = new Set();
+    searches += 1;
     fill();
   }
 

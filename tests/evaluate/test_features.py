@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from thresher.evaluate import features as features_module
 from thresher.evaluate.features import FeatureSettings, build_feature_index
 from thresher.evaluate.features_contexts import sampling_priority
 from thresher.evaluate.features_files import FeatureIndex
 from thresher.evaluate.features_logits import logit_effects
+from thresher.evaluate.features_progress import restore_progress, save_progress
 from thresher.evaluate.features_rows import interestingness
 from thresher.evaluate.features_sparse import active_latents
 from thresher.evaluate.features_statistics import N_BINS, ActivationStatistics, CoFiring
@@ -182,6 +185,70 @@ def test_an_index_of_the_same_sae_is_kept_and_another_is_not(store, tmp_path):
     assert len(lines(FeatureIndex.open(tmp_path / "a.parquet"))[0]["top"]) == 2
     changed = build(1, n_top=2).st_mtime_ns
     assert build(0, n_top=2).st_mtime_ns != changed
+
+
+def test_a_killed_pass_goes_on_where_it_was(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", CONTEXT)
+    monkeypatch.setattr("thresher.evaluate.features_progress.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("thresher.evaluate.features_progress.SHARE_OF_TIME", 1e9)
+    saes = [Named("a", make_sae()), Named("b", make_sae("standard"))]
+    whole = build_feature_index(store, saes, tmp_path / "whole", settings=SETTINGS)
+    encoded = []
+    original = features_module.active_latents
+    kill_at: list[int] = []
+
+    def encode(sae, x, usable, first_row, *more):
+        if sae is saes[1].sae and first_row // CONTEXT in kill_at:
+            raise KeyboardInterrupt
+        encoded.append(first_row // CONTEXT)
+        return original(sae, x, usable, first_row, *more)
+
+    monkeypatch.setattr(features_module, "active_latents", encode)
+    for block in (9, 30):
+        kill_at[:] = [block]
+        with pytest.raises(KeyboardInterrupt):
+            build_feature_index(store, saes, tmp_path / "cut", settings=SETTINGS)
+    kill_at.clear()
+    resumed = build_feature_index(store, saes, tmp_path / "cut", settings=SETTINGS)
+    assert len(encoded) <= 2 * N_CONTEXTS + 2, "only the block in which each kill fell is encoded twice"
+    for name, index in resumed.items():
+        assert lines(index) == lines(whole[name])
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["a.parquet", "b.parquet"]
+
+
+def test_progress_of_other_work_or_damaged_is_not_used(tmp_path):
+    path = tmp_path / ".a.progress"
+    kept, other = ActivationStatistics(3), ActivationStatistics(3)
+    kept.firings[1] = 7
+    kept.n_rows = 9
+    save_progress(path, "print", 5, {"s": kept})
+    assert restore_progress(path, "another", {"s": other}) == 0
+    assert other.n_rows == 0
+    assert restore_progress(path, "print", {"s": other}) == 5
+    assert (other.n_rows, other.firings.tolist()) == (9, [0, 7, 0])
+    path.write_bytes(path.read_bytes()[:100])
+    assert restore_progress(path, "print", {"s": other}) == 0
+
+
+@pytest.mark.long
+def test_a_million_latents_stay_within_the_memory_stated(tmp_path):
+    d_sae, n_contexts = 1 << 20, 16
+    generator = torch.Generator().manual_seed(0)
+    with ActivationStoreWriter(tmp_path / "store", {"h": 4}, 32, dtype="float32") as writer:
+        x = torch.randn(n_contexts, 32, 4, generator=generator)
+        writer.append({"h": x.numpy()}, np.arange(n_contexts * 32, dtype=np.int32).reshape(n_contexts, 32))
+    W_enc = torch.randn(4, d_sae, generator=generator)
+    tensors = {"W_enc": W_enc, "b_enc": torch.zeros(d_sae), "W_dec": W_enc.T.contiguous(), "b_dec": torch.zeros(4)}
+    sae = Named("wide", Sae("topk", tensors, config={"k": 16}), "h")
+    settings = FeatureSettings(n_top=4, n_sampled=4, window=16)
+    stated = d_sae * (8 * (2 * settings.window + 20) + 300)
+    tracemalloc.start()
+    index = build_feature_index(ActivationStore.open(tmp_path / "store"), [sae], tmp_path, settings=settings)["wide"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index.n_latents == d_sae
+    assert sum(index.columns(["firings"])["firings"].to_pylist()) == n_contexts * 32 * 16
+    assert peak < stated, f"{peak / d_sae:.0f} bytes a latent, {stated / d_sae:.0f} stated"
 
 
 def test_max_rows_spreads_over_the_store(store, tmp_path, monkeypatch):

@@ -259,6 +259,33 @@ def test_searching_and_sorting_latents(browser, report, indexes):
     assert browser.texts("#browser-list .number")[0] == "17"
 
 
+def test_a_search_reads_the_text_of_the_contexts(browser, report, indexes):
+    lines = [line for batch in indexes[NAMES[0]].batches() for line in batch if line["firings"]]
+    wanted = "".join(f" word{token}" for token in lines[-1]["top"][0]["tokens"][:3])
+    expected = {
+        line["latent"]
+        for line in lines
+        for context in line["top"] + line["sampled"]
+        if wanted in "".join(f" word{token}" for token in context["tokens"])
+    }
+    assert lines[-1]["latent"] in expected
+    browser.open(report, "#sae=topk-k4")
+    browser.wait("document.querySelectorAll('#browser-list li').length")
+    browser.type("#browser-search", f'"{wanted.upper()}"')
+    browser.wait(f"document.querySelectorAll('#browser-list li').length === {len(expected)}")
+    assert {int(text) for text in browser.texts("#browser-list .number")} == expected
+    browser.type("#browser-search", "word no latent reads")
+    browser.wait("document.querySelectorAll('#browser-list li').length === 0")
+    assert browser.faults == []
+
+
+@pytest.mark.parametrize("fragment", ["", "#sae=topk-k4&latent=3"])
+def test_no_page_scrolls_sideways_on_a_laptop(browser, report, fragment):
+    browser.open(report, fragment, width=1300, height=900)
+    browser.wait("document.querySelector('#pareto-variance svg, #latent-heading')")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 1300
+
+
 def test_a_latent_shows_its_contexts_and_activations_on_hover(browser, report, indexes):
     lines = [line for batch in indexes[NAMES[0]].batches() for line in batch]
     line = max(lines[130:], key=lambda line: line["firings"])

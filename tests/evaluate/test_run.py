@@ -22,7 +22,13 @@ HOOKS = ("blocks.0.resid_post", "blocks.1.resid_post")
 
 @pytest.fixture(scope="module")
 def result(tiny, sweep):
-    config = EvaluateConfig(store=str(tiny.store), saes=str(sweep), output=str(tiny.root / "evaluation"), block_rows=50)
+    config = EvaluateConfig(
+        store=str(tiny.store),
+        saes=str(sweep),
+        output=str(tiny.root / "evaluation"),
+        block_rows=50,
+        export=["neuronpedia"],
+    )
     return evaluate(config), tiny.root / "evaluation"
 
 
@@ -107,6 +113,11 @@ def test_files(result, sweep):
     assert (pair["a"], pair["b"], pair["kind"]) == ("topk_k2", "topk_k10", "other")
     assert pair["mean_max_cosine_ab"] > 0.999
     assert not list(output.rglob("*.partial"))
+    exported = json.loads((output / "neuronpedia" / "topk_k2" / "batch-0.json").read_text())
+    assert (exported["model_id"], exported["layer"], exported["sae_set"]) == ("model", 1, "topk_k2")
+    assert "<h1>Sparse autoencoders of model</h1>" in page
+    assert "<dt>Store</dt>" in page
+    assert f"<dd>{metrics[0]['thresher_version']}</dd>" in page
 
 
 def test_block_size_and_subsets(tiny, sweep, result, capsys):

@@ -14,7 +14,7 @@ from thresher.evaluate import spliced as module
 from thresher.evaluate.bootstrap import estimate
 from thresher.evaluate.held_out import HeldOut
 from thresher.evaluate.sae_folders import EvaluatedSae
-from thresher.evaluate.spliced import accumulate_losses, splice_metrics, token_losses
+from thresher.evaluate.spliced import CleanRun, accumulate_losses, splice_metrics, token_losses
 from thresher.shared.language_model import resolve_hook_points
 from thresher.shared.sae import Sae
 
@@ -61,17 +61,17 @@ def identity_sae(hook_point=HOOK, shift=0.0):
 
 @pytest.mark.parametrize("entries", [1 << 25, 130])
 def test_token_losses_in_float64(monkeypatch, entries):
-    monkeypatch.setattr(module, "VOCABULARY_ENTRIES", entries)
+    monkeypatch.setitem(module.VOCABULARY_ENTRIES, "cpu", entries)
     generator = torch.Generator().manual_seed(0)
     clean, logits = 3 * torch.randn(2, 3, 7, 41, generator=generator)
     tokens = torch.randint(0, 41, (3, 7), generator=generator)
-    losses = token_losses(logits, clean, tokens)
+    losses = token_losses(logits, CleanRun(clean), tokens)
     expected = F.cross_entropy(logits[:, :-1].double().transpose(1, 2), tokens[:, 1:], reduction="none")
     torch.testing.assert_close(losses["ce"][:, :-1].double(), expected, rtol=1e-6, atol=1e-6)
     p, q = clean.double().softmax(-1), logits.double().softmax(-1)
     torch.testing.assert_close(losses["kl"].double(), (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
     assert losses["agree"].tolist() == (p.argmax(-1) == q.argmax(-1)).float().tolist()
-    assert token_losses(clean, clean, tokens)["kl"].abs().max() == 0
+    assert token_losses(clean, CleanRun(clean), tokens)["kl"].abs().max() == 0
 
 
 def by_hand(model, rows, replace):

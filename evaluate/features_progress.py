@@ -1,0 +1,70 @@
+"""How far the pass over the store has come for one SAE, kept on disk so that a killed pass goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SECONDS_BETWEEN = 60.0
+SHARE_OF_TIME = 0.05
+
+
+class Pace:
+    """Says when to keep the progress again: once a minute, and in at most a twentieth of the time."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Tell whether enough time has passed since the last time."""
+        return time.monotonic() - self._last >= max(SECONDS_BETWEEN, self._cost / SHARE_OF_TIME)
+
+    def kept(self, started: float) -> None:
+        """Note that keeping began at `started` and has ended."""
+        self._last = time.monotonic()
+        self._cost = self._last - started
+
+
+def progress_path(index: Path) -> Path:
+    """Return the file beside an index that holds the progress of building it."""
+    return index.with_name(f".{index.stem}.progress")
+
+
+def save_progress(path: Path, fingerprint: str, n_blocks: int, parts: Mapping[str, Any]) -> None:
+    """Write the plain attributes of `parts`, arrays and numbers, with the number of blocks that they cover."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{name}.{key}": np.asarray(value) for name, part in parts.items() for key, value in _plain(part)}
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, header=json.dumps({"fingerprint": fingerprint, "n_blocks": n_blocks}), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> int:
+    """Put what was kept of the same work back into `parts`; return how many blocks it covers, 0 for none."""
+    if not path.is_file():
+        return 0
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            header = json.loads(str(kept["header"]))
+            if header["fingerprint"] != fingerprint:
+                return 0
+            loaded = {(name, key): kept[f"{name}.{key}"] for name, part in parts.items() for key, _ in _plain(part)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return 0
+    for (name, key), value in loaded.items():
+        setattr(parts[name], key, value if value.ndim else value.item())
+    return int(header["n_blocks"])
+
+
+def _plain(part: Any) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in vars(part).items() if isinstance(value, np.ndarray | int | float)]
