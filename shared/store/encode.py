@@ -9,7 +9,7 @@ from .format import ArrayLayout, Header, scales_name
 from .moments import Moments
 from .pipeline import Encoded
 from .quantise import dequantise, quantise
-from .rows import to_bits, to_float64
+from .rows import float64_blocks, to_bits, to_float32
 
 
 def encode_hook_chunk(
@@ -18,15 +18,20 @@ def encode_hook_chunk(
     """Return what is stored of one chunk of a hook point, and the moments of its training rows as they will be read."""
     if header.codec != "int8":
         encoded = [(name, encode_chunk(arrays[name], bits, header.codec_level))]
-        return encoded, Moments.of(to_float64(bits[training], header.dtype))
-    values, scales = quantise(to_float64(bits, header.dtype).astype(np.float32))
+        return encoded, Moments.of(float64_blocks(_rows_of(bits, training), header.dtype), bits.shape[1])
+    values, scales = quantise(to_float32(bits, header.dtype))
     scales_array = arrays[scales_name(name)]
     encoded = [
         (name, encode_chunk(arrays[name], values, header.codec_level)),
         (scales_array.name, encode_chunk(scales_array, scales, header.codec_level)),
     ]
-    rows_as_read = dequantise(values[training], scales[training])
-    return encoded, Moments.of(to_float64(to_bits(rows_as_read, header.dtype, name), header.dtype))
+    as_read = to_bits(dequantise(_rows_of(values, training), scales[training]), header.dtype, name)
+    return encoded, Moments.of(float64_blocks(as_read, header.dtype), bits.shape[1])
+
+
+def _rows_of(rows: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Return the training rows, which as a rule are all or most."""
+    return rows if training.all() else rows.compress(training, axis=0)
 
 
 def encode_tokens(array: ArrayLayout, tokens: np.ndarray) -> Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -24,16 +25,29 @@ class Moments:
         return cls(0, np.zeros(d_in), np.zeros(d_in), 0.0)
 
     @classmethod
-    def of(cls, rows: Float64[np.ndarray, "n d_in"]) -> Moments:
-        """Return the moments of rows. `rows` is overwritten."""
-        if not len(rows):
-            return cls.none(rows.shape[1])
-        squares = rows * rows
-        sum_norm = float(np.sqrt(squares.sum(axis=1)).sum())
-        mean = rows.mean(axis=0)
-        rows -= mean
-        np.multiply(rows, rows, out=squares)
-        return cls(len(rows), mean, squares.sum(axis=0), sum_norm)
+    def of(cls, blocks: Iterable[Float64[np.ndarray, "n d_in"]], d_in: int) -> Moments:
+        """Return the moments of all rows of some blocks of rows. The blocks are overwritten.
+
+        One pass over deviations from a pivot, the first block's mean. As the rows that made it are among those
+        counted, its distance from the mean of `count` rows is at most sqrt(count) standard deviations, and what the
+        last subtraction cancels at most a factor `count`. No BLAS: its bits change with the number of threads.
+        """
+        count, sum_norm = 0, 0.0
+        pivot, total, squares = np.zeros(d_in), np.zeros(d_in), np.zeros(d_in)
+        for rows in blocks:
+            if not len(rows):
+                continue
+            sum_norm += float(np.sqrt(np.einsum("ij,ij->i", rows, rows)).sum())
+            if not count:
+                pivot = rows.mean(axis=0)
+            count += len(rows)
+            rows -= pivot
+            total += rows.sum(axis=0)
+            squares += np.einsum("ij,ij->j", rows, rows)
+        if not count:
+            return cls.none(d_in)
+        offset = total / count
+        return cls(count, pivot + offset, np.maximum(squares - offset * total, 0.0), sum_norm)
 
     def __add__(self, other: Moments) -> Moments:
         """Merge with the moments of other rows (Chan, Golub and LeVeque 1983, equations 2.1)."""

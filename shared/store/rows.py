@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,7 @@ BITS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2"), "float32": np.d
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 _MAGNITUDE = {"bfloat16": 0x7FFF, "float16": 0x7FFF, "float32": 0x7FFFFFFF}
 _SCAN_BYTES = 256 << 10
+_BLOCK_VALUES = 32 << 10
 
 
 def to_bits(rows: Any, dtype: str, hook_point: str) -> np.ndarray:
@@ -31,11 +33,22 @@ def to_bits(rows: Any, dtype: str, hook_point: str) -> np.ndarray:
     return converted.view(signed).numpy().view(BITS[dtype])
 
 
-def to_float64(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the numbers that bits stand for, as a new float64 array."""
+def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the numbers that bits stand for as float32, which holds them all; a view where it can be."""
     if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.view(np.float16 if dtype == "float16" else np.float32).astype(np.float64)
+        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+    return bits.view(np.float32) if dtype == "float32" else bits.view(np.float16).astype(np.float32)
+
+
+def float64_blocks(bits: np.ndarray, dtype: str) -> Iterator[np.ndarray]:
+    """Yield the numbers that bits stand for, some rows at a time, in one cache-sized float64 buffer."""
+    step = max(1, _BLOCK_VALUES // bits.shape[1])
+    buffer = np.empty((min(step, len(bits)), bits.shape[1]))
+    for start in range(0, len(bits), step):
+        part = bits[start : start + step]
+        block = buffer[: len(part)]
+        np.copyto(block, to_float32(part, dtype))
+        yield block
 
 
 def check_finite(bits: np.ndarray, dtype: str, hook_point: str, first_context: int) -> None:

@@ -16,6 +16,7 @@ from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.store import durable
 from thresher.shared.store.moments import Moments, merge
 from thresher.shared.store.provenance import decode_segments, encode_segments, expand_segments, find_segments
+from thresher.shared.store.rows import TORCH_DTYPES, float64_blocks, to_bits
 
 CONTEXT = 16
 
@@ -72,11 +73,43 @@ def test_moments_are_exact_over_the_training_rows(tmp_path: Path, codec: str, dt
 def test_moments_merge_whatever_the_parts(sizes: list[int], seed: int) -> None:
     parts = [np.random.default_rng(seed + i).normal(100, 0.01, (size, 3)) for i, size in enumerate(sizes)]
     rows = np.concatenate([np.zeros((0, 3)), *parts])
-    moments = merge([Moments.of(part.copy()) for part in parts], 3)
+    moments = merge([Moments.of([part.copy()], 3) for part in parts], 3)
     assert moments.count == len(rows)
     if len(rows):
         np.testing.assert_allclose(moments.mean, rows.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(moments.variance, rows.var(axis=0), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 3), (700, 129), (5, 40_000)])
+def test_moments_of_any_shape_equal_numpys(shape: tuple[int, int], dtype: str) -> None:
+    # Means of up to 2000 deviations, one channel constant, and a first block far from the rest.
+    rng = np.random.default_rng(7)
+    rows = rng.normal(size=shape) + np.geomspace(0.01, 2000, shape[1])
+    rows[: shape[0] // 3] -= 500
+    rows[:, 1] = 3.0
+    bits = to_bits(torch.from_numpy(rows), dtype, "a")
+    moments = Moments.of(float64_blocks(bits, dtype), shape[1])
+    exact = torch.from_numpy(rows).to(TORCH_DTYPES[dtype]).double().numpy().astype(np.longdouble)
+    assert moments.count == len(rows)
+    np.testing.assert_allclose(moments.mean, exact.mean(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(moments.variance, exact.var(axis=0), rtol=1e-10, atol=1e-20)
+    np.testing.assert_allclose(moments.mean_norm, np.linalg.norm(exact, axis=1).mean(), rtol=1e-12)
+
+
+def test_moments_are_the_same_bits_in_any_thread_and_at_any_address(tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).normal(3, 2, (300, CONTEXT, 200)).astype(np.float32)
+    contents = set()
+    for threads, offset in [(1, 0), (2, 1), (5, 3)]:
+        shifted = np.empty(rows.size + offset, np.float32)[offset:].reshape(rows.shape)
+        shifted[:] = rows
+        path = tmp_path / str(threads)
+        with ActivationStoreWriter(path, {"a": 200}, CONTEXT, dtype="float32", threads=threads) as writer:
+            writer.append({"a": shifted})
+        contents.add((path / "statistics.safetensors").read_bytes())
+        bits = shifted.reshape(-1, 200).view(np.uint32)
+        contents.add(Moments.of(float64_blocks(bits, "float32"), 200).M2.tobytes())
+    assert len(contents) == 2
 
 
 def test_documents_and_positions_come_back(tmp_path: Path) -> None:
