@@ -61,6 +61,21 @@ class SaeConfig(Config, frozen=True):
     hook_points: Annotated[
         tuple[str, ...] | None, Meta(description="A crosscoder's hook points; `hook_point` is then the first.")
     ] = None
+    k_anneal_steps: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="Steps over which a TopK SAE's k falls from d_in to k.")
+    ] = None
+    multi_topk_coefficient: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Weight of a TopK SAE's loss with 4 k latents, published as 0.125; none if not given."),
+    ] = None
+    unit_norm_decoder: Annotated[
+        bool | None,
+        Meta(description="Hold decoder rows at unit norm, the gradient along them removed; the architecture's own."),
+    ] = None
+    ema_decay: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)] | None,
+        Meta(description="Decay of a running mean of the weights, which is then what is saved; none if not given."),
+    ] = None
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,10 +37,6 @@ class Normalization:
         """Return a normalisation of the same widths that changes nothing."""
         target = self.target.identity() if self.target else None
         return Normalization(torch.zeros_like(self.mean), 1.0, 1.0, target)
-
-    def to(self, device: torch.device | str) -> Normalization:
-        """Return the same with its mean on a device, so that applying it copies nothing there."""
-        return replace(self, mean=self.mean.to(device))
 
     def apply(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Return the batch in float32, centred and scaled."""

@@ -88,13 +88,16 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -
         min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
     )
     memory = window_bytes + sum(n_parameters.values()) * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
-    available = available_memory()
-    if config.device == "cpu" and memory > available:
+    device = choose_device(config.device)
+    available = available_memory(device)
+    if memory > available:
         raise ConfigError(
             f"the run needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
             "train fewer SAEs at once, narrower ones, or with a smaller window_bytes"
         )
-    return Plan(tuple(saes), schedule, rows_per_epoch, n_parameters, memory)
+    return Plan(
+        tuple(saes), schedule, rows_per_epoch, n_parameters, memory, device, backend_for(device, config.kernels)
+    )
 
 
 def available_memory(device: str = "cpu") -> int:

@@ -22,7 +22,7 @@ from .metrics import MetricsLog
 from .normalization import normalization_across, normalization_of
 from .plan import Plan, plan_run
 from .run_state import RunState
-from .sae_trainer import SaeTrainer
+from .sae_trainer import SaeTrainer, read_metrics
 
 
 def train(config: TrainConfig) -> list[Path]:
@@ -96,7 +96,7 @@ def _train_to_end(
     try:
         with Interruption() as interruption, bar:
             while run.step < n_steps:
-                started = time.perf_counter()
+                asked = time.perf_counter()
                 prepared = prepare(next(batches), trainers)
                 waited += time.perf_counter() - asked
                 metrics = {
@@ -121,7 +121,7 @@ def _train_to_end(
                     for trainer in trainers:
                         trainer.check()
                 run.record_divergence(trainers)
-                if interruption.requested or (run.step % checkpoint_steps == 0 and run.step < n_steps):
+                if save_now:
                     for log in logs.values():
                         log.flush()
                     saving = time.perf_counter()

@@ -77,6 +77,7 @@ class SaeTrainer:
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))
         warmup = config.sparsity_warmup_steps
         self.sparsity_warmup_steps = schedule.n_steps // 20 if warmup is None else warmup
+        self.averages = {name: tensor.clone() for name, tensor in self.parameters.items()} if config.ema_decay else {}
         self.steps_done = 0
         self.diverged: str | None = None
         self._failure = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -160,13 +161,28 @@ class SaeTrainer:
         self.tokens_since_fired += len(batch.x)
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         if grad_norm is not None:
-            metrics["grad_norm"] = grad_norm
-        return metrics | {
-            "explained_variance": 1 - output.mse / self.normalization.total_variance,
-            "l0": output.l0,
-            "dead_fraction": n_dead / self.config.d_sae,
-            "lr": lr,
-        }
+            taken["grad_norm"] = grad_norm
+        return taken
+
+    def _note_failure(self, loss: Number, mse: Number) -> None:
+        """Keep the first step that diverged on the device; on a CPU, look at once."""
+        limit = _EXPLOSION * self.normalization.total_variance
+        if self.device.type != "cuda":
+            if not math.isfinite(loss) or mse > limit:
+                self.diverged = _failure(self.steps_done + 1, float(loss), float(mse))
+            return
+        loss, mse, step = (
+            number.double() if isinstance(number, Tensor) else self._failure.new_full((), number)
+            for number in (loss, mse, self.steps_done + 1)
+        )
+        bad = ~(torch.isfinite(loss) & (mse <= limit)) & (self._failure[0] == 0)
+        self._failure = torch.where(bad, torch.stack([step, loss, mse]), self._failure)
+
+    def check(self) -> None:
+        """Set `diverged` if a step has diverged; this waits for the device."""
+        step, loss, mse = self._failure.tolist()
+        if step and self.diverged is None:
+            self.diverged = _failure(int(step), loss, mse)
 
     def _resample(self, batch: Batch) -> None:
         """Start dead latents anew where it is time to: at intervals in the first half of the run."""

@@ -42,7 +42,8 @@ class WholeStep:
         compute_dtype: torch.dtype,
     ) -> WholeStep | None:
         """Return the fused step, where kernels and architecture have one."""
-        if not hasattr(kernels, "TopKStep") or type(architecture) is not TopK:
+        free_norms = architecture.config.unit_norm_decoder is False
+        if not hasattr(kernels, "TopKStep") or type(architecture) is not TopK or free_norms:
             return None
         config, (beta1, beta2) = architecture.config, architecture.adam_betas
         options = kernels.TopKOptions(

@@ -6,6 +6,7 @@ import difflib
 
 from ...shared.errors import ConfigError
 from ..config import SaeConfig
+from .annealed_topk import AnnealedTopK
 from .base import Architecture
 from .batch_topk import BatchTopK
 from .crosscoder import Crosscoder
@@ -45,6 +46,12 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
     for key in ("hook_point_out", "hook_points"):
         if getattr(config, key) is not None and key not in ARCHITECTURES[config.architecture].required:
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
-    architecture = ARCHITECTURES[config.architecture](config, d_in)
+    for key in ("k_anneal_steps", "multi_topk_coefficient"):
+        if getattr(config, key) is not None and config.architecture != TopK.name:
+            raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
+    if config.unit_norm_decoder is not None and issubclass(ARCHITECTURES[config.architecture], (Standard, Transcoder)):
+        raise ConfigError(f"architecture '{config.architecture}' penalises decoder norms; leave unit_norm_decoder out")
+    cls = AnnealedTopK if AnnealedTopK.is_asked_for(config) else ARCHITECTURES[config.architecture]
+    architecture = cls(config, d_in)
     architecture.d_out = d_out or d_in
     return architecture

@@ -47,13 +47,15 @@ class StepInput:
     dead: Bool[Tensor, " d_sae"] | None = None
     sparsity_scale: float = 1.0
     buffers: Buffers = field(default_factory=dict)
+    steps_done: int = 0
 
 
 @dataclass
 class StepOutput:
     """A step's gradients, the latents that fired, and its loss terms.
 
-    `mse` is the mean over rows of the squared error; `loss` is what the gradients are of.
+    `mse` is the mean over rows of the squared error; `loss` is what the gradients are of. Numbers may be
+    float64 tensors of no dimensions, which the host then reads only when it needs to.
     """
 
     gradients: Parameters
@@ -73,9 +75,11 @@ class Architecture:
     name: ClassVar[str]
     required: ClassVar[tuple[str, ...]] = ()
     unit_norm_decoder: ClassVar[bool] = True
+    encoder_scale: ClassVar[float] = 1.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
+    revives_dead: ClassVar[bool] = True
 
     def __init__(self, config: SaeConfig, d_in: int):
         for key in self.required:
@@ -98,7 +102,7 @@ class Architecture:
         return self.betas[0], self.betas[1] if self.config.beta2 is None else self.config.beta2
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
+        """Return random decoder directions of unit norm, the encoder their scaled transpose, and zero biases."""
         W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
         return {

@@ -1,0 +1,101 @@
+"""Options of recipes: Multi-TopK, k-annealing, free decoder norms and averaged weights."""
+
+import pytest
+import torch
+
+from thresher.shared.errors import ConfigError
+from thresher.train.architectures import make_architecture
+from thresher.train.architectures.base import Batch, StepInput
+from thresher.train.config import SaeConfig
+from thresher.train.kernels import kernels_for
+from thresher.train.normalization import Normalization
+from thresher.train.optimizer import Optimizer
+from thresher.train.sae_trainer import SaeTrainer, Schedule
+
+D_IN, D_SAE = 7, 19
+
+
+def keep_topk(pre_acts, k):
+    return torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(k, dim=1).indices, 1.0) * pre_acts.relu()
+
+
+@pytest.mark.parametrize(("steps_done", "k"), [(0, 7), (3, 6), (5, 4), (10, 2), (99, 2)])
+@pytest.mark.parametrize("coefficient", [None, 0.125])
+def test_annealed_topk_gradients(steps_done, k, coefficient):
+    """4 k is more than there are latents while k is large; AuxK is of the narrow reconstruction."""
+    keys = {"k": 2, "k_anneal_steps": 10, "multi_topk_coefficient": coefficient, "aux_coefficient": 0.4}
+    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+    torch.manual_seed(0)
+    p = {
+        name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64)
+        for name, tensor in architecture.initial_parameters(torch.Generator().manual_seed(0)).items()
+    }
+    x, dead = torch.randn(13, D_IN, dtype=torch.float64), torch.arange(D_SAE) >= 15
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+    pre_acts = (x - leaves["b_dec"]) @ leaves["W_enc"].T + leaves["b_enc"]
+    error = x - keep_topk(pre_acts, k) @ leaves["W_dec"] - leaves["b_dec"]
+    loss = error.square().sum(1).mean() / 3.7
+    if coefficient:
+        wide = x - keep_topk(pre_acts, min(4 * k, D_SAE)) @ leaves["W_dec"] - leaves["b_dec"]
+        loss = loss + coefficient * wide.square().sum(1).mean() / 3.7
+    residual = error.detach()
+    e_hat = keep_topk(pre_acts[:, 15:], 3) @ leaves["W_dec"][15:]
+    loss = loss + 0.4 * (residual - e_hat).square().sum() / residual.square().sum()
+    expected = torch.autograd.grad(loss, list(leaves.values()))
+    inputs = StepInput(kernels_for("cpu"), p["W_enc"], 3.7, dead=dead, steps_done=steps_done)
+    output = architecture.step(p, Batch(x, x), inputs)
+    assert float(output.loss) == pytest.approx(loss.item(), rel=1e-10)
+    assert float(output.l0) <= k
+    for name, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(output.gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def train_steps(config, n=12):
+    kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
+    trainer = SaeTrainer(config, D_IN, kind, Schedule(n, 32, 2, 0.2), kernels_for("cpu"), torch.float32)
+    history = []
+    for i in range(n):
+        x = torch.randn(32, D_IN, generator=torch.Generator().manual_seed(i))
+        trainer.step(Batch(x, x))
+        history.append({name: tensor.clone() for name, tensor in trainer.parameters.items()})
+    return trainer, history
+
+
+def test_saved_weights_are_the_running_mean():
+    config = SaeConfig(hook_point="h", d_sae=D_SAE, k=2, lr=0.01, ema_decay=0.6)
+    initial = make_architecture(config, D_IN).initial_parameters(torch.Generator().manual_seed(0))
+    trainer, history = train_steps(config)
+    mean = initial["W_dec"]
+    for done, weights in enumerate(history, 1):
+        decay = min(0.6, (1 + done) / (10 + done))
+        mean = decay * mean + (1 - decay) * weights["W_dec"]
+    torch.testing.assert_close(trainer.to_sae({}).W_dec, mean)
+    resumed, _ = train_steps(config, 1)
+    resumed.load_state_dict(trainer.state_dict())
+    assert torch.equal(resumed.to_sae({}).W_dec, trainer.to_sae({}).W_dec)
+
+
+def test_decoder_norms_may_be_free():
+    """Then neither is the gradient projected nor are the rows normalised: plain Adam."""
+    config = SaeConfig(hook_point="h", d_sae=D_SAE, k=2, unit_norm_decoder=False)
+    architecture = make_architecture(config, D_IN)
+    parameters = architecture.initial_parameters(torch.Generator().manual_seed(0))
+    expected = torch.nn.Parameter(parameters["W_dec"].clone())
+    expected.grad = torch.randn(D_SAE, D_IN)
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    Optimizer(parameters, architecture).step(gradients | {"W_dec": expected.grad.clone()}, 0.1)
+    torch.optim.Adam([expected], lr=0.1, betas=architecture.betas, eps=architecture.eps).step()
+    torch.testing.assert_close(parameters["W_dec"], expected.data)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"architecture": "batch_topk", "k": 2, "k_anneal_steps": 3},
+        {"architecture": "standard", "l1_coefficient": 1.0, "multi_topk_coefficient": 0.1},
+        {"architecture": "standard", "l1_coefficient": 1.0, "unit_norm_decoder": True},
+    ],
+)
+def test_an_option_without_effect_is_refused(keys):
+    with pytest.raises(ConfigError, match=next(reversed(keys))):
+        make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)

@@ -1,0 +1,58 @@
+"""TopK whose k falls while training, and that also reconstructs from more latents (arXiv 2406.04093, A.6 and 2.5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import SaeConfig
+from .base import Batch, Number, Parameters, StepInput, StepOutput
+from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at
+from .topk import TopK
+
+_WIDER = 4
+
+
+class AnnealedTopK(TopK):
+    """TopK with k-annealing, linear from d_in to k, and Multi-TopK, which adds `c L(4 k)` to the loss `L(k)`."""
+
+    @staticmethod
+    def is_asked_for(config: SaeConfig) -> bool:
+        """Return whether a TopK SAE's configuration uses either."""
+        return bool(config.k_anneal_steps or config.multi_topk_coefficient)
+
+    def k_at(self, steps_done: int) -> int:
+        """Return the number of active latents at a step, counted from 0."""
+        k, steps = int(self.config.k or 0), self.config.k_anneal_steps or 0
+        start = min(self.d_in, self.d_sae)
+        if steps_done >= steps or start <= k:
+            return k
+        return round(start + (k - start) * steps_done / steps)
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients."""
+        k, coefficient = self.k_at(step.steps_done), self.config.multi_topk_coefficient or 0.0
+        latents, gradients, error = self._reconstruct(parameters, batch, step, k)
+        mse = float(error.square().sum()) / len(batch.x)
+        terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
+        if coefficient:
+            _, wider, rest = self._reconstruct(parameters, batch, step, min(_WIDER * k, self.d_sae))
+            for name, gradient in gradients.items():
+                gradient.add_(wider[name], alpha=coefficient)
+            squares = float(rest.square().sum())
+            terms["multi_topk_loss"] = coefficient * squares / (len(batch.x) * step.total_variance)
+        return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
+
+    def _reconstruct(
+        self, parameters: Parameters, batch: Batch, step: StepInput, k: int
+    ) -> tuple[SparseLatents, Parameters, Tensor]:
+        """Return the k largest entries of each row, the gradients of their error's mean square, and that error."""
+        x, bias = batch.x, encoded_bias(parameters)
+        _, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, k)
+        offsets = torch.arange(0, top.numel() + 1, k, device=top.device)
+        latents = sparse_at(step, parameters, x, bias, top.reshape(-1), offsets)
+        values = latents.pre_acts.relu()
+        error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
+        g = error * (2 / (len(x) * step.total_variance))
+        by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
+        return latents, gradients_of(parameters, latents, x, g, values, by_pre_acts), error
