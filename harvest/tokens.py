@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_BATCH_DOCUMENTS = 64
-MAX_BATCH_CHARACTERS = 1_000_000
+MAX_BATCH_CHARACTERS = 250_000
 
 
 def bos_token_id(tokenizer: PreTrainedTokenizerBase, bos_token: str | None) -> int:
