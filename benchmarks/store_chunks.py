@@ -42,11 +42,14 @@ def correlation(rows: torch.Tensor, group: int) -> float:
 
 
 def design_effect(chunk_rows: int, context: int, n_chunks: int, batch: int, rho: float) -> float:
-    """Return the design effect of batches from one window of chunks of equally many rows."""
+    """Return the design effect of batches from one window of chunks of equally many rows.
+
+    Batches begin anywhere in a window, since windows of a real store are no whole number of them.
+    """
     order = order_window(np.full(n_chunks, chunk_rows), seed=0, epoch=0, window=0)
     groups = order // min(chunk_rows, context)
     pairs = []
-    for start in range(0, len(groups) - batch + 1, batch):
+    for start in range(0, len(groups) - batch + 1, batch // 8):
         counts = np.unique(groups[start : start + batch], return_counts=True)[1]
         pairs.append(float((counts * (counts - 1) / 2).sum()))
     return 1 + 2 * rho * float(np.mean(pairs)) / batch
