@@ -87,6 +87,8 @@ class SaeTrainer:
 
     def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
         """Let parameters, moments and counters be those of the fused step, where there is one."""
+        if not self.optimizer.unit_norm_decoder:
+            return
         self.whole_step = WholeStep.of(
             kernels,
             self.architecture,
