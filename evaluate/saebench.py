@@ -8,7 +8,7 @@ SAEBench itself is not imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,6 +50,15 @@ class SaeBenchConfig:
     sae_lens_training_version: str | None = None
     neuronpedia_id: str | None = None
 
+    @property
+    def architecture_str(self) -> str:
+        """The architecture, by the name that the core evaluation of SAEBench 0.6 asks for."""
+        return self.architecture
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, which SAEBench writes beside its results."""
+        return asdict(self)
+
 
 class SaeBenchSae(nn.Module):
     """An SAE with unit-norm decoder rows and the attributes that SAEBench reads: `cfg`, `device`, `dtype`, weights."""
@@ -74,6 +83,7 @@ class SaeBenchSae(nn.Module):
     W_enc = property(lambda self: self.sae.W_enc)
     W_dec = property(lambda self: self.sae.W_dec)
     b_dec = property(lambda self: self.sae.b_dec)
+    b_mag = property(lambda self: self.sae.b_mag if self.sae.architecture == "gated" else self.sae.b_enc)
     dtype = property(lambda self: self.sae.W_enc.dtype)
     device = property(lambda self: self.sae.W_enc.device)
 

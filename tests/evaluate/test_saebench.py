@@ -23,6 +23,8 @@ def test_interface(make_sae, tmp_path, architecture):
     assert sae.b_dec.shape == (16,)
     assert (sae.cfg.hook_name, sae.cfg.hook_layer) == ("blocks.1.hook_resid_post", 1)
     assert sae.cfg.model_name == "gpt2"
+    assert sae.cfg.architecture_str == sae.cfg.to_dict()["architecture"] == architecture
+    assert sae.b_mag.shape == (32,)
     latents = sae.encode(x)
     torch.testing.assert_close(sae(x.reshape(-1, 16)).reshape(x.shape), sae.decode(latents))
     torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-5)
