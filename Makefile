@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate demo test test-long test-gpu bench-gpu test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate demo test test-long test-gpu bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -57,8 +57,11 @@ bench-peers: $(READY) $(PEERS)/.ready  ## a training step beside the peer librar
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 384 --d-sae 3072
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288
 
-bench-gpu: $(READY)  ## time the GPU kernels and steps: make bench-gpu ARGS='--peers .venv-peers/bin/python'
+bench-gpu: $(READY)  ## time the GPU kernels and steps against their floors
 	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
+
+bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, beside the peer libraries
+	$(BIN)/python benchmarks/gpu_step.py --peers $(PEERS)/bin/python $(ARGS)
 
 test-peers: $(READY) $(PEERS)/.ready  ## the tests that ask the peer libraries, in an environment of their own
 	$(BIN)/python -m pytest -m peers $(ARGS)

@@ -242,7 +242,7 @@ def main() -> None:
     import torch
 
     if not options.rehearse and not torch.cuda.is_available():
-        sys.exit("no CUDA device; --rehearse runs the same lines without one")
+        sys.exit("no CUDA device was found; --rehearse runs the same lines without one")
     device = torch.device("cpu" if options.rehearse else "cuda")
     report: dict[str, Any] = {"device": "rehearsal" if options.rehearse else torch.cuda.get_device_name(), "sizes": []}
     for size in REHEARSAL if options.rehearse else SIZES:
