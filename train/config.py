@@ -68,6 +68,13 @@ class SaeConfig(Config, frozen=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Weight of a TopK SAE's loss with 4 k latents, published as 0.125; none if not given."),
     ] = None
+    p_final: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)] | None,
+        Meta(description="Power of a standard SAE's penalty at the end of p-annealing; it stays L1 if not given."),
+    ] = None
+    p_anneal_steps: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="Steps over which the power falls from 1 to p_final.")
+    ] = None
     unit_norm_decoder: Annotated[
         bool | None,
         Meta(description="Hold decoder rows at unit norm, the gradient along them removed; the architecture's own."),

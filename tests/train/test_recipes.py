@@ -50,6 +50,42 @@ def test_annealed_topk_gradients(steps_done, k, coefficient):
         torch.testing.assert_close(output.gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+def test_p_annealing_gradients(bias):
+    """Dense and sparse; when p falls to 0.6, the penalty at once is what it was with p = 1, and another later."""
+    keys = {"architecture": "standard", "l1_coefficient": 0.7, "p_final": 0.2, "p_anneal_steps": 10}
+    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+    torch.manual_seed(0)
+    p = {
+        name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64) + bias * (name == "b_enc")
+        for name, tensor in architecture.initial_parameters(torch.Generator().manual_seed(0)).items()
+    }
+    buffers = {name: tensor.double() for name, tensor in architecture.initial_buffers().items()}
+    first, second = torch.randn(2, 40, D_IN, dtype=torch.float64)
+
+    def loss_of(leaves, x, power):
+        acts = ((x - leaves["b_dec"]) @ leaves["W_enc"].T + leaves["b_enc"]).relu()
+        mse = (x - acts @ leaves["W_dec"] - leaves["b_dec"]).square().sum(1).mean()
+        sparsity = ((acts * leaves["W_dec"].norm(dim=1) + 1e-3) ** power - 1e-3**power).sum(1).mean()
+        return mse, 0.7 * sparsity
+
+    def take(x):
+        return architecture.step(
+            p, Batch(x, x), StepInput(kernels_for("cpu"), p["W_enc"], 3.7, buffers=buffers, steps_done=5)
+        )
+
+    scale = float(loss_of(p, first, 1.0)[1] / loss_of(p, first, 0.6)[1])
+    assert float(take(first).terms["sparsity_loss"]) == pytest.approx(float(loss_of(p, first, 1.0)[1]))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+    mse, sparsity = loss_of(leaves, second, 0.6)
+    loss = mse + scale * sparsity
+    expected = torch.autograd.grad(loss, list(leaves.values()))
+    output = take(second)
+    assert float(output.loss) == pytest.approx(loss.item(), rel=1e-9)
+    for name, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(output.gradients[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
 def train_steps(config, n=12):
     kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
     trainer = SaeTrainer(config, D_IN, kind, Schedule(n, 32, 2, 0.2), kernels_for("cpu"), torch.float32)
@@ -93,6 +129,8 @@ def test_decoder_norms_may_be_free():
     [
         {"architecture": "batch_topk", "k": 2, "k_anneal_steps": 3},
         {"architecture": "standard", "l1_coefficient": 1.0, "multi_topk_coefficient": 0.1},
+        {"architecture": "gated", "l1_coefficient": 1.0, "p_final": 0.2},
+        {"architecture": "standard", "l1_coefficient": 1.0, "p_final": 0.2},
         {"architecture": "standard", "l1_coefficient": 1.0, "unit_norm_decoder": True},
     ],
 )

@@ -14,6 +14,7 @@ from .gated import Gated
 from .hierarchical_topk import HierarchicalTopK
 from .jumprelu import JumpReLU
 from .matryoshka import MatryoshkaBatchTopK
+from .p_annealed import PAnnealed
 from .standard import Standard
 from .topk import TopK
 from .transcoder import SkipTranscoder, Transcoder
@@ -32,6 +33,14 @@ _KNOWN = (
 )
 ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in _KNOWN}
 
+_OWN_OPTIONS = {
+    "k_anneal_steps": TopK.name,
+    "multi_topk_coefficient": TopK.name,
+    "p_final": Standard.name,
+    "p_anneal_steps": Standard.name,
+}
+"""Options that one architecture alone has."""
+
 
 def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) -> Architecture:
     """Return the architecture that a configuration names; `d_out` is d_in where not given.
@@ -46,12 +55,18 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
     for key in ("hook_point_out", "hook_points"):
         if getattr(config, key) is not None and key not in ARCHITECTURES[config.architecture].required:
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
-    for key in ("k_anneal_steps", "multi_topk_coefficient"):
-        if getattr(config, key) is not None and config.architecture != TopK.name:
+    for key, only in _OWN_OPTIONS.items():
+        if getattr(config, key) is not None and config.architecture != only:
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
+    if (config.p_final is None) != (config.p_anneal_steps is None):
+        raise ConfigError("p-annealing needs both 'p_final' and 'p_anneal_steps'; give both or neither")
     if config.unit_norm_decoder is not None and issubclass(ARCHITECTURES[config.architecture], (Standard, Transcoder)):
         raise ConfigError(f"architecture '{config.architecture}' penalises decoder norms; leave unit_norm_decoder out")
-    cls = AnnealedTopK if AnnealedTopK.is_asked_for(config) else ARCHITECTURES[config.architecture]
+    cls = ARCHITECTURES[config.architecture]
+    if AnnealedTopK.is_asked_for(config):
+        cls = AnnealedTopK
+    elif config.p_final is not None:
+        cls = PAnnealed
     architecture = cls(config, d_in)
     architecture.d_out = d_out or d_in
     return architecture
