@@ -1,0 +1,71 @@
+"""Where and by which operations a run trains is chosen by the configuration, and the plan says so."""
+
+import pytest
+import torch
+
+import thresher.train.device as device_module
+from thresher.shared import ActivationStoreWriter, Sae
+from thresher.shared.errors import ConfigError
+from thresher.train import TrainConfig, train
+from thresher.train.kernels import cpu, fused, reference
+
+
+@pytest.fixture
+def configured(tmp_path, sparse_activations):
+    with ActivationStoreWriter(tmp_path / "store", {"blocks.0.resid_post": 32}, 16) as writer:
+        writer.append({"blocks.0.resid_post": sparse_activations[:1600].view(100, 16, 32)})
+    table = {"hook_point": "blocks.0.resid_post", "d_sae": 48, "lr": 1e-3}
+
+    def config(name, **changes):
+        changes = {"sae": [table | {"k": 4}, table | {"architecture": "gated", "l1_coefficient": 0.3}]} | changes
+        return TrainConfig(
+            store=str(tmp_path / "store"),
+            output=str(tmp_path / name),
+            **{"batch_size": 64, "tokens": 640, "warmup_steps": 2} | changes,
+        )
+
+    return config
+
+
+def test_auto_is_what_there_is(monkeypatch):
+    for found, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert device_module.choose_device("auto") == expected
+    assert device_module.describe_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="no CUDA device; use device = 'cpu'"):
+        device_module.choose_device("cuda:1")
+    with pytest.raises(ConfigError, match="expected device auto, cpu, cuda or cuda:N; got 'gpu'"):
+        device_module.choose_device("gpu")
+
+
+@pytest.mark.parametrize(("kernels", "said"), [("auto", "cpu"), ("reference", "reference")])
+def test_the_plan_says_where_and_how(configured, capsys, kernels, said):
+    train(configured("planned", kernels=kernels, device="cpu", dry_run=True))
+    assert f"on cpu with {said} kernels" in capsys.readouterr().out
+
+
+def test_references_train_what_the_cpu_operations_train(configured):
+    runs = [
+        train(configured(kernels, kernels=kernels, device="cpu", compute_dtype="float32"))
+        for kernels in ("auto", "reference")
+    ]
+    for one, other in zip(*runs, strict=True):
+        first, second = Sae.load(one), Sae.load(other)
+        torch.testing.assert_close(first.W_dec, second.W_dec, rtol=1e-3, atol=1e-3)
+        assert not torch.equal(first.W_dec, torch.zeros_like(first.W_dec))
+    assert 'kernels = "reference"' in (runs[1][0] / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("kernels", [cpu, fused])
+def test_sums_by_latent_are_the_references(kernels):
+    generator = torch.Generator().manual_seed(0)
+    values, g = torch.randn(9, generator=generator), torch.randn(4, 5, generator=generator)
+    indices = torch.randint(0, 6, (9,), generator=generator)
+    offsets = torch.tensor([0, 2, 2, 8, 9])
+    expected = reference.grad_weights_and_bias(values, indices, offsets, g, 7)
+    found = kernels.grad_weights_and_bias(values, indices, offsets, g, 7)
+    torch.testing.assert_close(found, expected)
+    assert (found[1][6], expected[1][6]) == (0, 0)
+    csc = kernels.to_csc(indices, offsets, 7)
+    torch.testing.assert_close(kernels.sum_by_latent(values, indices, offsets, 7, csc), expected[1])
+    torch.testing.assert_close(reference.sum_by_latent(values, indices, offsets, 7), expected[1])
