@@ -154,7 +154,7 @@ def csr_of(chosen: Tensor) -> tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch
 def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
     """Add rows in place, in the same order every time: on CUDA `index_add_` does not, `index_put_` sorts."""
     if out.is_cuda:
-        out.index_put_((indices,), rows, accumulate=True)
+        out.index_put_((indices.long(),), rows, accumulate=True)
     else:
         out.index_add_(0, indices, rows)
 
