@@ -9,13 +9,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..shared.config import to_toml
+from ..shared.device import choose_device
 from ..shared.errors import ModelError
 from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ..shared.store import ActivationStore
 from .bootstrap import confidence_intervals, estimate
 from .comparison import compare_dictionaries
 from .config import EvaluateConfig
-from .device import choose_device
 from .dictionary import geometry
 from .features import FeatureSettings, build_feature_index
 from .features_export import export_indexes

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..shared.device import choose_device, describe_device
 from ..shared.errors import ConfigError, HookPointError
 from .architectures import make_architecture
 from .config import SaeConfig, TrainConfig
-from .device import choose_device, describe_device
 from .kernels import backend_for
 from .sae_trainer import Schedule
 from .sweep import expand_sweep

@@ -11,11 +11,11 @@ import msgspec
 import torch
 from tqdm import tqdm
 
+from ..shared.device import choose_device
 from ..shared.store import ActivationStore
 from .architectures.base import Batch
 from .batches import ShuffledBatches
 from .config import TrainConfig
-from .device import choose_device
 from .interrupt import Interruption
 from .kernels import kernels_for
 from .metrics import MetricsLog

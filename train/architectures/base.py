@@ -75,7 +75,6 @@ class Architecture:
     name: ClassVar[str]
     required: ClassVar[tuple[str, ...]] = ()
     unit_norm_decoder: ClassVar[bool] = True
-    encoder_scale: ClassVar[float] = 1.0
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
@@ -102,11 +101,11 @@ class Architecture:
         return self.betas[0], self.betas[1] if self.config.beta2 is None else self.config.beta2
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return random decoder directions of unit norm, the encoder their scaled transpose, and zero biases."""
+        """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
         W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
         return {
-            "W_enc": W_dec * self.encoder_scale,
+            "W_enc": W_dec.clone(),
             "b_enc": torch.zeros(self.d_sae),
             "W_dec": W_dec,
             "b_dec": torch.zeros(self.d_in),

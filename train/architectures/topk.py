@@ -13,13 +13,11 @@ class TopK(Architecture):
     """`f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, loss `||x - x_hat||^2 / Var(x)` and AuxK.
 
     The k latents of a row are chosen from a product in the compute dtype; their values are then
-    computed in the parameters' own precision. The encoder starts at half the decoder's transpose:
-    the k best of many random directions overlap, and at full scale reconstruct too much.
+    computed in the parameters' own precision.
     """
 
     name = "topk"
     required = ("k",)
-    encoder_scale = 0.5
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, positive or not."""

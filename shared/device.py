@@ -1,10 +1,10 @@
-"""Choose where SAEs and model run."""
+"""Choose the device that a stage runs on."""
 
 from __future__ import annotations
 
 import torch
 
-from ..shared.errors import ConfigError
+from .errors import ConfigError
 
 
 def choose_device(device: str) -> str:
@@ -17,4 +17,11 @@ def choose_device(device: str) -> str:
         raise ConfigError(f"expected device auto, cpu, cuda or cuda:N; got '{device}'") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' asked for, but this machine has no CUDA device; use device = 'cpu'")
+    return device
+
+
+def describe_device(device: str) -> str:
+    """Return the device and, for a GPU, what it is."""
+    if torch.device(device).type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
     return device
