@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ..shared.device import choose_device
 from ..shared.errors import ModelError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
@@ -44,13 +43,6 @@ def make_plan(config: HarvestConfig) -> Plan:
     row_bytes = widest * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
     chunk_rows = choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes)
     return Plan(model, tokenizer, hook_points, max(1, chunk_rows // config.context_size))
-
-
-def choose_device(device: str) -> str:
-    """Return the device that "auto" means here: CUDA where there is any."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HarvestConfig) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import thresher.train.device as device_module
+import thresher.shared.device as device_module
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.shared.errors import ConfigError
 from thresher.train import TrainConfig, train
