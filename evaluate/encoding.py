@@ -12,8 +12,8 @@ from ..shared.sae import Sae
 from .latents import LatentSums
 
 LATENT_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Pre-activations held at a time. On a CPU 16 MiB in float32: larger temporaries go back to the system each time, and
-the faults of getting them anew took a third of an evaluation."""
+"""Pre-activations held at a time. On a CPU 16 MiB in float32: larger temporaries go back to the system each time,
+and getting them anew costs page faults."""
 
 FEWEST_ROWS = 128
 """Rows encoded at a time however wide the SAE is: fewer would read the encoder more often than they use it."""

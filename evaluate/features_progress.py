@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 SECONDS_BETWEEN = 60.0
 SHARE_OF_TIME = 0.05
@@ -40,11 +40,12 @@ def progress_path(index: Path) -> Path:
 def save_progress(path: Path, fingerprint: str, n_blocks: int, parts: Mapping[str, Any]) -> None:
     """Write the plain attributes of `parts`, arrays and numbers, with the number of blocks that they cover."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{name}.{key}": np.asarray(value) for name, part in parts.items() for key, value in _plain(part)}
+    arrays = {
+        f"{name}.{key}": np.ascontiguousarray(value) for name, part in parts.items() for key, value in _plain(part)
+    }
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, header=json.dumps({"fingerprint": fingerprint, "n_blocks": n_blocks}), **arrays)
-        file.flush()
+    save_file(arrays, partial, {"fingerprint": fingerprint, "n_blocks": str(n_blocks)})
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
 
@@ -54,15 +55,19 @@ def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> 
     if not path.is_file():
         return 0
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            header = json.loads(str(kept["header"]))
+        with safe_open(path, "numpy") as kept:
+            header = kept.metadata()
             if header["fingerprint"] != fingerprint:
                 return 0
-            loaded = {(name, key): kept[f"{name}.{key}"] for name, part in parts.items() for key, _ in _plain(part)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            loaded = {
+                (name, key): (kept.get_tensor(f"{name}.{key}"), isinstance(value, np.ndarray))
+                for name, part in parts.items()
+                for key, value in _plain(part)
+            }
+    except (OSError, SafetensorError, KeyError):
         return 0
-    for (name, key), value in loaded.items():
-        setattr(parts[name], key, value if value.ndim else value.item())
+    for (name, key), (value, is_array) in loaded.items():
+        setattr(parts[name], key, value if is_array else value.item())
     return int(header["n_blocks"])
 
 

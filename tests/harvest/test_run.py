@@ -235,7 +235,7 @@ def test_errors_name_what_to_do(config, tmp_path):
         harvest(replaced(config, context_size=64, store=str(tmp_path / "c")))
     with pytest.raises(ConfigError, match="bos_token '<s>' is not in the tokenizer's vocabulary"):
         harvest(replaced(config, bos_token="<s>", store=str(tmp_path / "d")))
-    with pytest.raises(ModelError, match="no CUDA device"):
+    with pytest.raises(ConfigError, match="no CUDA device"):
         harvest(replaced(config, device="cuda:0", store=str(tmp_path / "e")))
 
 
