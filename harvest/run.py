@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..shared.config import to_toml
+from ..shared.interrupt import Interrupt
 from .config import HarvestConfig
 from .estimate import check_disk, estimate, human_bytes, tell
 from .identity import identity, is_complete
-from .interrupt import Interrupt
 from .prefetch import Prefetch
 from .progress import Progress
 

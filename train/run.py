@@ -12,17 +12,15 @@ import torch
 from tqdm import tqdm
 
 from ..shared.device import choose_device
+from ..shared.interrupt import Interrupt
 from ..shared.store import ActivationStore
-from .architectures.base import Batch
 from .batches import ShuffledBatches
 from .config import TrainConfig
-from .interrupt import Interruption
-from .kernels import kernels_for
 from .metrics import MetricsLog
-from .normalization import normalization_across, normalization_of
 from .plan import Plan, plan_run
 from .run_state import RunState
 from .sae_trainer import SaeTrainer, read_metrics
+from .trainers import make_trainers, prepare
 
 
 def train(config: TrainConfig) -> list[Path]:
@@ -61,21 +59,10 @@ def train(config: TrainConfig) -> list[Path]:
         trainers = make_trainers(config, plan, store)
         run.resume(trainers, batches)
         _train_to_end(config, plan, run, trainers, batches)
-    return run.finish(trainers)
-
-
-def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore) -> list[SaeTrainer]:
-    """Return the sweep's trainers at step zero."""
-    kernels = kernels_for(config.device, config.kernels)
-    kinds = {
-        hook: normalization_of(store, hook, config.normalize_activations).to(config.device)
-        for hook in {place for sae in plan.saes for place in sae.places}
-    }
-    dtype = getattr(torch, config.compute_dtype)
-    return [
-        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device)
-        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in plan.saes)
-    ]
+    folders = run.finish(trainers)
+    n_tokens = plan.schedule.n_steps * plan.schedule.batch_size
+    print(f"trained {len(folders)} SAEs on {n_tokens:,} tokens; they are in '{config.output}'", file=sys.stderr)
+    return folders
 
 
 def _train_to_end(
@@ -94,7 +81,7 @@ def _train_to_end(
     )
     started, waited, last_step = time.perf_counter(), 0.0, run.step
     try:
-        with Interruption() as interruption, bar:
+        with Interrupt() as interrupt, bar:
             while run.step < n_steps:
                 asked = time.perf_counter()
                 prepared = prepare(next(batches), trainers)
@@ -107,7 +94,7 @@ def _train_to_end(
                 run.step += 1
                 bar.update(batch_size)
                 log_now = run.step % config.log_every_steps == 0 or run.step == n_steps
-                save_now = interruption.requested or (run.step % checkpoint_steps == 0 and run.step < n_steps)
+                save_now = interrupt.requested or (run.step % checkpoint_steps == 0 and run.step < n_steps)
                 if log_now:
                     read = {name: read_metrics(values) for name, values in metrics.items()}
                     elapsed = time.perf_counter() - started
@@ -127,26 +114,10 @@ def _train_to_end(
                     saving = time.perf_counter()
                     run.checkpoint(trainers, batches)
                     started += time.perf_counter() - saving
-                interruption.raise_if_requested()
+                interrupt.check()
     finally:
         for log in logs.values():
             log.close()
-
-
-def prepare(
-    batch: dict[str, torch.Tensor], trainers: list[SaeTrainer]
-) -> dict[tuple[tuple[str, ...], str | None], Batch]:
-    """Normalise activations once for all SAEs that have the same inputs and target."""
-    prepared: dict[tuple[tuple[str, ...], str | None], Batch] = {}
-    for trainer in trainers:
-        inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
-        if key not in prepared:
-            rows = batch[inputs[0]] if len(inputs) == 1 else torch.cat([batch[hook] for hook in inputs], 1)
-            x = trainer.normalization.apply(rows)
-            target = trainer.normalization.target
-            y = target.apply(batch[out]) if target is not None and out is not None else None
-            prepared[key] = Batch(x, x.to(trainer.W_enc_compute.dtype), y)
-    return prepared
 
 
 def _losses(metrics: dict[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Let SIGINT and SIGTERM end a harvest between two batches."""
+"""Let SIGINT and SIGTERM end a run between two batches."""
 
 from __future__ import annotations
 

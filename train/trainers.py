@@ -1,0 +1,43 @@
+"""A sweep's trainers, and what they share of each batch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..shared.store import ActivationStore
+from .architectures.base import Batch
+from .config import TrainConfig
+from .kernels import kernels_for
+from .normalization import normalization_across, normalization_of
+from .plan import Plan
+from .sae_trainer import SaeTrainer
+
+
+def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore) -> list[SaeTrainer]:
+    """Return the sweep's trainers at step zero."""
+    kernels = kernels_for(config.device, config.kernels)
+    kinds = {
+        hook: normalization_of(store, hook, config.normalize_activations).to(config.device)
+        for hook in {place for sae in plan.saes for place in sae.places}
+    }
+    dtype = getattr(torch, config.compute_dtype)
+    return [
+        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device)
+        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in plan.saes)
+    ]
+
+
+def prepare(
+    batch: dict[str, torch.Tensor], trainers: list[SaeTrainer]
+) -> dict[tuple[tuple[str, ...], str | None], Batch]:
+    """Normalise activations once for all SAEs that have the same inputs and target."""
+    prepared: dict[tuple[tuple[str, ...], str | None], Batch] = {}
+    for trainer in trainers:
+        inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
+        if key not in prepared:
+            rows = batch[inputs[0]] if len(inputs) == 1 else torch.cat([batch[hook] for hook in inputs], 1)
+            x = trainer.normalization.apply(rows)
+            target = trainer.normalization.target
+            y = target.apply(batch[out]) if target is not None and out is not None else None
+            prepared[key] = Batch(x, x.to(trainer.W_enc_compute.dtype), y)
+    return prepared
