@@ -46,6 +46,7 @@ PEERS := .venv-peers
 $(PEERS)/.ready: benchmarks/peers/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision  # its operators need a build of torch that this is not
 	touch $@
 
 bench: $(READY)  ## the benchmarks on this machine, on the demo's store; results in runs/bench

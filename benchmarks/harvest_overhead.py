@@ -27,12 +27,12 @@ from torch import nn
 
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.identity import identity
-from thresher.harvest.interrupt import Interrupt
 from thresher.harvest.plan import Plan, make_plan
 from thresher.harvest.run import open_writer, run_model
 from thresher.harvest.tokens import batch_contexts, read_contexts
 from thresher.shared.config import load_config
 from thresher.shared.hook_points import find_blocks
+from thresher.shared.interrupt import Interrupt
 from thresher.shared.store import ActivationStore
 
 

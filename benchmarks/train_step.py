@@ -29,7 +29,16 @@ from thresher.train.normalization import Normalization
 from thresher.train.sae_trainer import SaeTrainer, Schedule
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = ("select_topk", "decode", "grad_values", "to_csc", "grad_weights")
+OPERATIONS = (
+    "pre_activations",
+    "select_topk",
+    "decode",
+    "grad_values",
+    "to_csc",
+    "grad_weights",
+    "grad_weights_and_bias",
+    "sum_by_latent",
+)
 PEERS = ("sae_lens", "sparsify")
 
 
@@ -130,8 +139,10 @@ def main() -> None:
             path = Path(folder) / "rows.safetensors"
             save_file({"train": rows, "test": rows[:256].clone()}, path)
             for library in PEERS:
-                print(json.dumps(peer(library, options, path)))
-                print(json.dumps(ours(options, rows)))
+                theirs, own = peer(library, options, path), ours(options, rows)
+                print(json.dumps(theirs))
+                print(json.dumps(own))
+                print(f"thresher over {library}: {own['tokens_per_second'] / theirs['tokens_per_second']:.1f}x")
 
 
 if __name__ == "__main__":
