@@ -14,6 +14,7 @@ import pytest
 
 from thresher.evaluate.features import FeatureSettings, build_feature_index
 from thresher.evaluate.report import feature_blocks, write_report
+from thresher.evaluate.report.definitions import METRICS
 from thresher.shared.store import ActivationStore
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -283,6 +284,16 @@ def test_a_search_reads_the_text_of_the_contexts(browser, report, indexes):
 def test_no_page_scrolls_sideways_on_a_laptop(browser, report, fragment):
     browser.open(report, fragment, width=1300, height=900)
     browser.wait("document.querySelector('#pareto-variance svg, #latent-heading')")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 1300
+
+
+def test_a_table_wider_than_the_page_scrolls_in_its_own_box(browser, tmp_path):
+    wide = [{metric.key: 0.5 for metric in METRICS} | row for row in sweep_metrics()]
+    wide = [row | {"confidence_95": {metric.key: [0.4, 0.6] for metric in METRICS}} for row in wide]
+    browser.open(write_report(tmp_path / "report.html", wide, {}), width=1300, height=900)
+    assert browser.evaluate(
+        "(({scrollWidth, clientWidth}) => scrollWidth > clientWidth)(document.querySelector('.scroll'))"
+    )
     assert browser.evaluate("document.documentElement.scrollWidth") <= 1300
 
 
