@@ -17,9 +17,9 @@ from .bootstrap import confidence_intervals, estimate
 from .comparison import compare_dictionaries
 from .config import EvaluateConfig
 from .dictionary import geometry
-from .features import FeatureSettings, build_feature_index
-from .features_export import export_indexes
-from .features_files import FeatureIndex
+from .features.build import FeatureSettings, build_feature_index
+from .features.export import export_indexes
+from .features.files import FeatureIndex
 from .held_out import HeldOut, held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 from tqdm import tqdm
 
-from ..features_files import FeatureIndex
+from ..features.files import FeatureIndex
 
 BLOCK_LATENTS = 128
 N_TOP, N_SAMPLED, N_PEAKS = 8, 6, 4

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..features_files import FeatureIndex
+from ..features.files import FeatureIndex
 from .definitions import Metric, columns, format_value
 from .feature_blocks import pack_features
 from .labels import point_labels

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from thresher.evaluate import features as features_module
-from thresher.evaluate.features import FeatureSettings, build_feature_index
-from thresher.evaluate.features_contexts import sampling_priority
-from thresher.evaluate.features_files import FeatureIndex
-from thresher.evaluate.features_logits import logit_effects
-from thresher.evaluate.features_progress import restore_progress, save_progress
-from thresher.evaluate.features_rows import interestingness
-from thresher.evaluate.features_sparse import active_latents
-from thresher.evaluate.features_statistics import N_BINS, ActivationStatistics, CoFiring
+from thresher.evaluate.features import build as build_module
+from thresher.evaluate.features.build import FeatureSettings, build_feature_index
+from thresher.evaluate.features.contexts import sampling_priority
+from thresher.evaluate.features.files import FeatureIndex
+from thresher.evaluate.features.logits import logit_effects
+from thresher.evaluate.features.progress import restore_progress, save_progress
+from thresher.evaluate.features.rows import interestingness
+from thresher.evaluate.features.sparse import active_latents
+from thresher.evaluate.features.statistics import N_BINS, ActivationStatistics, CoFiring
 from thresher.shared.errors import DataError, MissingFileError, StoreError
 from thresher.shared.sae import Sae
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
@@ -76,7 +76,7 @@ def lines(index):
 @pytest.mark.parametrize("architecture", ["topk", "standard"])
 @pytest.mark.parametrize("block_rows", [1, 60, 8192])
 def test_index_matches_a_plain_loop(store, tmp_path, monkeypatch, architecture, block_rows):
-    monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", block_rows)
+    monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", block_rows)
     sae = make_sae(architecture)
     index = build_feature_index(store, [Named("a/b", sae)], tmp_path, settings=SETTINGS)["a/b"]
     latents = dense_latents(store, sae)
@@ -117,7 +117,7 @@ def test_blocks_do_not_change_the_sample(store, tmp_path, monkeypatch):
     sae = Named("a", make_sae())
     columns = []
     for rows in (1, 8192):
-        monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", rows)
+        monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", rows)
         index = build_feature_index(store, [sae], tmp_path / str(rows), settings=SETTINGS)["a"]
         columns.append([[entry["context"] for entry in line["sampled"]] for line in lines(index)])
     assert columns[0] == columns[1]
@@ -188,13 +188,13 @@ def test_an_index_of_the_same_sae_is_kept_and_another_is_not(store, tmp_path):
 
 
 def test_a_killed_pass_goes_on_where_it_was(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", CONTEXT)
-    monkeypatch.setattr("thresher.evaluate.features_progress.SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("thresher.evaluate.features_progress.SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", CONTEXT)
+    monkeypatch.setattr("thresher.evaluate.features.progress.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("thresher.evaluate.features.progress.SHARE_OF_TIME", 1e9)
     saes = [Named("a", make_sae()), Named("b", make_sae("standard"))]
     whole = build_feature_index(store, saes, tmp_path / "whole", settings=SETTINGS)
     encoded = []
-    original = features_module.active_latents
+    original = build_module.active_latents
     kill_at: list[int] = []
 
     def encode(sae, x, usable, first_row, *more):
@@ -203,7 +203,7 @@ def test_a_killed_pass_goes_on_where_it_was(store, tmp_path, monkeypatch):
         encoded.append(first_row // CONTEXT)
         return original(sae, x, usable, first_row, *more)
 
-    monkeypatch.setattr(features_module, "active_latents", encode)
+    monkeypatch.setattr(build_module, "active_latents", encode)
     for block in (9, 30):
         kill_at[:] = [block]
         with pytest.raises(KeyboardInterrupt):
@@ -252,7 +252,7 @@ def test_a_million_latents_stay_within_the_memory_stated(tmp_path):
 
 
 def test_max_rows_spreads_over_the_store(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("thresher.evaluate.features.BLOCK_ROWS", CONTEXT)
+    monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", CONTEXT)
     settings = SETTINGS._replace(max_rows=10 * CONTEXT)
     index = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=settings)["a"]
     assert index.metadata["n_rows"] == 10 * (CONTEXT - 1)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from thresher.evaluate.features import FeatureSettings, build_feature_index
-from thresher.evaluate.features_export import export_neuronpedia, pearson
+from thresher.evaluate.features.build import FeatureSettings, build_feature_index
+from thresher.evaluate.features.export import export_neuronpedia, pearson
 from thresher.shared.store import ActivationStore
 
 FIELDS = {

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from thresher.evaluate.features import FeatureSettings, build_feature_index
+from thresher.evaluate.features.build import FeatureSettings, build_feature_index
 from thresher.evaluate.report import feature_blocks, write_report
 from thresher.evaluate.report.definitions import METRICS
 from thresher.shared.store import ActivationStore

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.hook_points import canonical_hook_point
-from .features_files import FeatureIndex
+from ...shared.hook_points import canonical_hook_point
+from .files import FeatureIndex
 
 BATCH_LATENTS = 128
 N_INTERVALS = 5

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..shared.errors import DataError, MissingFileError
+from ...shared.errors import DataError, MissingFileError
 
 ROW_GROUP = 512
 METADATA_KEY = b"thresher.features"

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..shared.errors import StoreError
-from ..shared.store import ActivationStore
-from .encoding import rows_at_a_time
-from .features_contexts import BestContexts, sampling_priority
-from .features_files import FeatureIndex, write_index
-from .features_logits import LogitEffects, logit_effects
-from .features_progress import Pace, progress_path, restore_progress, save_progress
-from .features_rows import LatentRows, VisitedRows
-from .features_sparse import active_latents
-from .features_statistics import ActivationStatistics, CoFiring
+from ...shared.errors import StoreError
+from ...shared.store import ActivationStore
+from ..encoding import rows_at_a_time
+from .contexts import BestContexts, sampling_priority
+from .files import FeatureIndex, write_index
+from .logits import LogitEffects, logit_effects
+from .progress import Pace, progress_path, restore_progress, save_progress
+from .rows import LatentRows, VisitedRows
+from .sparse import active_latents
+from .statistics import ActivationStatistics, CoFiring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

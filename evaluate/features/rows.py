@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int64
 
-from ..shared.store import ActivationStore
-from .features_contexts import BestContexts, window_start
-from .features_files import CONTEXT, NEIGHBOUR, TOKEN_EFFECT, nested, struct
-from .features_logits import LogitEffects
-from .features_statistics import N_BINS, ActivationStatistics
+from ...shared.store import ActivationStore
+from .contexts import BestContexts, window_start
+from .files import CONTEXT, NEIGHBOUR, TOKEN_EFFECT, nested, struct
+from .logits import LogitEffects
+from .statistics import N_BINS, ActivationStatistics
 
 MAX_NAME_LOOKUPS = 20_000
 HIGH_DENSITY = 0.2

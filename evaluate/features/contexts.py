@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int64
 
-from .features_sparse import ActiveLatents, runs
+from .sparse import ActiveLatents, runs
 
 
 class BestContexts:

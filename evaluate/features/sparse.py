@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 
-from ..shared.sae import Sae
+from ...shared.sae import Sae
 
 
 @dataclass(frozen=True)
