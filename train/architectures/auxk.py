@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..parallel.across import ALONE, Across
 from .base import Batch, Number, Parameters
 from .latents import squared
 
@@ -25,6 +26,7 @@ def add_auxk(
     dead: Bool[Tensor, " d_sae"],
     k_aux: int,
     coefficient: float,
+    across: Across = ALONE,
 ) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
@@ -33,7 +35,7 @@ def add_auxk(
     latents = dead.nonzero().squeeze(1)
     if not len(latents):
         return 0.0
-    scale = squared(residual)
+    scale = across.mean(squared(residual))
     weight = torch.where(scale > 0, 2 * coefficient / scale, 0)
     precise, compute = batch.x.dtype, batch.x_compute.dtype
     W_enc, W_dec = W_enc_compute[latents], parameters["W_dec"][latents].to(compute)

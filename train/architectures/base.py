@@ -18,6 +18,7 @@ from ...shared.errors import ConfigError
 from ...shared.sae import Sae
 from ..config import SaeConfig
 from ..normalization import Normalization
+from ..parallel.across import ALONE, Across
 
 Parameters = dict[str, Tensor]
 Buffers = dict[str, Tensor]
@@ -39,7 +40,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a step depends on besides the parameters and the batch; `buffers` it may change in place."""
+    """What a step depends on besides the parameters and the batch; `buffers` it may change in place.
+
+    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks.
+    """
 
     kernels: Any
     W_enc_compute: Float[Tensor, "d_sae d_in"]
@@ -48,6 +52,7 @@ class StepInput:
     sparsity_scale: float = 1.0
     buffers: Buffers = field(default_factory=dict)
     steps_done: int = 0
+    across: Across = ALONE
 
 
 @dataclass

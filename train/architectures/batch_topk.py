@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..normalization import Normalization
+from ..parallel.across import ALONE, Across
 from .base import Batch, Buffers, Parameters, StepInput
 from .latents import SparseLatents, csr_of, encoded_bias, sparse_at
 from .topk import TopK
@@ -33,11 +34,13 @@ class BatchTopK(TopK):
         """Return the chosen entries and update the running threshold."""
         bias = encoded_bias(parameters)
         pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
-        lowest = batch_threshold(pre_acts, int(self.config.k or 0) * len(pre_acts))
+        n_kept = int(self.config.k or 0) * step.across.rows(len(pre_acts))
+        lowest = batch_threshold(pre_acts, n_kept, step.across)
         latents = sparse_at(step, parameters, batch.x, bias, *csr_of(pre_acts >= lowest))
         positive = latents.pre_acts[latents.pre_acts > 0]
-        if len(positive):
-            smallest, threshold = positive.amin().float(), step.buffers["threshold"]
+        smallest = positive.amin().float() if len(positive) else positive.new_full((), torch.inf, dtype=torch.float32)
+        smallest, threshold = step.across.least(smallest), step.buffers["threshold"]
+        if torch.isfinite(smallest):
             threshold.copy_(smallest if threshold < 0 else torch.lerp(smallest, threshold, _MOMENTUM))
         return latents
 
@@ -50,19 +53,19 @@ class BatchTopK(TopK):
         return "jumprelu", tensors | {"threshold": threshold.repeat(self.d_sae)}
 
 
-def batch_threshold(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Tensor:
-    """Return the `n_kept`-th largest pre-activation, or the smallest positive one if fewer are positive.
+def batch_threshold(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int, across: Across = ALONE) -> Tensor:
+    """Return the `n_kept`-th largest pre-activation of all ranks, or the smallest positive one if fewer are positive.
 
     A sample gives a bound that rarely fails to lie below it, so that only entries above that are ranked.
     """
     flat = pre_acts.reshape(-1)
     stride = max(1, len(flat) // _SAMPLE)
     sample = flat[::stride]
-    rank = 2 * n_kept // stride + 64
+    rank = 2 * n_kept * len(pre_acts) // across.rows(len(pre_acts)) // stride + 64
     bound = sample.kthvalue(len(sample) - rank + 1).values if rank < len(sample) else flat.new_zeros(())
-    candidates = flat[flat >= bound.clamp_min(0)]
+    candidates = across.all_values(flat[flat >= across.least(bound).clamp_min(0)])
     if len(candidates) < n_kept:
-        candidates = flat[flat > 0]
+        candidates = across.all_values(flat[flat > 0])
     candidates = candidates[candidates > 0]
     if len(candidates) <= n_kept:
         return candidates.min() if len(candidates) else flat.new_full((), torch.inf)

@@ -52,7 +52,7 @@ class JumpReLU(Architecture):
         by_values = latents.grad_values(g, parameters["W_dec"])
         gradients = gradients_of(parameters, latents, x, g, values, by_values * active)
 
-        l0 = count(active) / len(x)
+        l0 = step.across.mean(count(active) / len(x))
         penalty, by_l0 = self._penalty(l0, step.sparsity_scale)
         near = distance.abs() < epsilon / 2
         by_theta = -latents.sum((by_values * latents.spread(theta) + by_l0 / len(x)) * near) / epsilon

@@ -49,7 +49,7 @@ class PAnnealed(Standard):
         p, scale = step.buffers["p"], step.buffers["penalty_scale"]
         done = min(1.0, step.steps_done / (self.config.p_anneal_steps or 1))
         new = 1 + ((self.config.p_final or 1.0) - 1) * done
-        before, after = float(_power_sum(weighted, float(p))), float(_power_sum(weighted, new))
+        before, after = (float(step.across.mean(_power_sum(weighted, power))) for power in (float(p), new))
         if before > 0 and after > 0:
             scale.mul_(before / after)
         p.fill_(new)

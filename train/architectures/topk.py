@@ -60,6 +60,7 @@ class TopK(Architecture):
                 step.dead,
                 self.config.k_aux or max(1, self.d_in // 2),
                 self.config.aux_coefficient,
+                step.across,
             )
         l0 = count(latents.pre_acts > 0) / len(batch.x)
         return StepOutput(gradients, latents.fired(), sum(terms.values()), mse, l0, terms)
