@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .architectures.base import Architecture, Parameters
+from .parallel.across import ALONE, Across
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -19,13 +20,20 @@ class Optimizer:
     removed before the step and the rows are normalised after it (arXiv 2406.04093, A.1).
     """
 
-    def __init__(self, parameters: Parameters, architecture: Architecture, clip_grad_norm: float | None = None):
+    def __init__(
+        self,
+        parameters: Parameters,
+        architecture: Architecture,
+        clip_grad_norm: float | None = None,
+        across: Across = ALONE,
+    ):
         self.parameters = parameters
         asked = architecture.config.unit_norm_decoder
         self.unit_norm_decoder = architecture.unit_norm_decoder if asked is None else asked
         self.betas = architecture.adam_betas
         self.eps = architecture.eps
         self.clip_grad_norm = clip_grad_norm
+        self.across = across
         self.exp_avg = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
@@ -84,7 +92,7 @@ class Optimizer:
 
     def _clip(self, gradients: Parameters) -> Tensor:
         assert self.clip_grad_norm is not None
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        norm = self.across.gradient_norm(gradients)
         factor = torch.clamp(self.clip_grad_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients.values():
             gradient *= factor

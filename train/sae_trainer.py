@@ -15,6 +15,7 @@ from .architectures.base import Batch, Number, StepInput
 from .config import SaeConfig
 from .normalization import Normalization
 from .optimizer import Optimizer
+from .parallel.across import ALONE, Across
 from .resampling import resample_dead_latents
 from .schedule import lr_factor, sparsity_factor
 from .whole_step import WholeStep
@@ -58,6 +59,7 @@ class SaeTrainer:
         compute_dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         fuse: bool = True,
+        across: Across = ALONE,
     ):
         self.config = config
         self.name = config.name or config.architecture
@@ -66,13 +68,14 @@ class SaeTrainer:
         self.schedule = schedule
         self.kernels = kernels
         d_out = len(normalization.target.mean) if normalization.target else d_in
-        self.architecture = make_architecture(config, d_in, d_out)
+        self.across = across
+        self.architecture = across.shard(make_architecture(config, d_in, d_out))
         initial = self.architecture.initial_parameters(torch.Generator().manual_seed(config.seed))
         self.parameters = {name: tensor.to(device) for name, tensor in initial.items()}
         self.buffers = {name: tensor.to(device) for name, tensor in self.architecture.initial_buffers().items()}
-        self.optimizer = Optimizer(self.parameters, self.architecture, config.clip_grad_norm)
+        self.optimizer = Optimizer(self.parameters, self.architecture, config.clip_grad_norm, across)
         self.W_enc_compute = self.parameters["W_enc"].to(compute_dtype)
-        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.tokens_since_fired = torch.zeros(len(self.W_enc_compute), dtype=torch.int64, device=device)
         n_tokens = schedule.n_steps * schedule.batch_size
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))
         warmup = config.sparsity_warmup_steps
@@ -82,7 +85,7 @@ class SaeTrainer:
         self.diverged: str | None = None
         self._failure = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.whole_step: WholeStep | None = None
-        if fuse:
+        if fuse and across is ALONE:
             self._fuse(kernels, compute_dtype)
 
     def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
@@ -115,8 +118,8 @@ class SaeTrainer:
         schedule, step = self.schedule, self.steps_done
         lr = self.architecture.lr * lr_factor(step, schedule.n_steps, schedule.warmup_steps, schedule.decay_fraction)
         dead = self.tokens_since_fired >= self.dead_after_tokens
-        dead_fraction = torch.count_nonzero(dead).double() / self.config.d_sae
-        taken = self._step_whole(batch, lr) if self.whole_step else self._step_by_ops(batch, lr, dead)
+        n_dead = self.across.over_latents(torch.count_nonzero(dead).double())
+        taken = self._step_whole(batch, lr) if self.whole_step else self._step_by_ops(batch, lr, dead, n_dead)
         mse, l0 = taken.pop("mse"), taken.pop("l0")
         if self.diverged is not None:
             return {"loss": taken["loss"], "lr": lr}
@@ -126,7 +129,7 @@ class SaeTrainer:
         metrics = taken | {
             "explained_variance": 1 - mse / self.normalization.total_variance,
             "l0": l0,
-            "dead_fraction": dead_fraction,
+            "dead_fraction": n_dead / self.config.d_sae,
             "lr": lr,
         }
         return metrics if self.device.type == "cuda" else {**read_metrics(metrics)}
@@ -137,10 +140,10 @@ class SaeTrainer:
         self._note_failure(taken["loss"], taken["mse"])
         return taken
 
-    def _step_by_ops(self, batch: Batch, lr: float, dead: Tensor) -> dict[str, Number]:
+    def _step_by_ops(self, batch: Batch, lr: float, dead: Tensor, n_dead: Tensor) -> dict[str, Number]:
         # The host asks for no count while too few tokens have been seen for any latent to be dead.
         can_be_dead = self.steps_done * max(self.schedule.batch_size, len(batch.x)) >= self.dead_after_tokens
-        any_dead = self.architecture.revives_dead and can_be_dead and bool(dead.any())
+        any_dead = self.architecture.revives_dead and can_be_dead and bool(n_dead > 0)
         output = self.architecture.step(
             self.parameters,
             batch,
@@ -152,15 +155,17 @@ class SaeTrainer:
                 sparsity_scale=sparsity_factor(self.steps_done, self.sparsity_warmup_steps),
                 buffers=self.buffers,
                 steps_done=self.steps_done,
+                across=self.across,
             ),
         )
+        output = self.across.combine(output)
         taken: dict[str, Number] = {"loss": output.loss, "mse": output.mse, "l0": output.l0, **output.terms}
         self._note_failure(output.loss, output.mse)
         if self.diverged is not None:
             return taken
         grad_norm = self.optimizer.step(output.gradients, lr)
         self.W_enc_compute.copy_(self.parameters["W_enc"])
-        self.tokens_since_fired += len(batch.x)
+        self.tokens_since_fired += self.across.rows(len(batch.x))
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         if grad_norm is not None:
             taken["grad_norm"] = grad_norm
@@ -195,10 +200,11 @@ class SaeTrainer:
         if done * self.schedule.batch_size // every == (done - 1) * self.schedule.batch_size // every:
             return
         sae = self.architecture.to_sae(self.parameters, self.buffers, self.normalization.identity(), {})
-        target = batch.x if batch.target is None else batch.target
+        x = self.across.all_values(batch.x)
+        target = x if batch.target is None else self.across.all_values(batch.target)
         initial = self.architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
         generator = torch.Generator().manual_seed((self.config.seed << 32) + done)
-        resample_dead_latents(self.optimizer, initial, dead, batch.x, target, sae(batch.x) - target, generator)
+        resample_dead_latents(self.optimizer, initial, dead, x, target, sae(x) - target, generator)
         self._refresh()
         self.tokens_since_fired[dead] = 0
 
