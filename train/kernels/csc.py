@@ -38,9 +38,10 @@ def to_csc(
     """
     nnz, device = len(indices), indices.device
     entries = torch.arange(nnz, device=device)
-    latents = torch.where(entries < offsets[-1], indices.long(), d_sae)
+    # A radix sort's time goes with the width of its keys.
+    latents = torch.where(entries < offsets[-1], indices.int(), d_sae)
     by_latent, order = torch.sort(latents, stable=True)
-    starts = torch.searchsorted(by_latent, torch.arange(d_sae + 1, device=device))
+    starts = torch.searchsorted(by_latent, torch.arange(d_sae + 1, dtype=torch.int32, device=device))
     rows = (torch.searchsorted(offsets.long(), order, right=True) - 1).clamp_(max=len(offsets) - 2).int()
     counts = starts.diff()
     n_segments = torch.where(counts > max_segment, (counts + max_segment - 1) // max_segment, 0)

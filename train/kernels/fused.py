@@ -11,7 +11,7 @@ from .dequantise import dequantise
 from .feature_major import grad_weights, grad_weights_and_bias, sum_by_latent
 from .optimizer import AdamState, Hyperparameters, update
 from .select import select_topk, select_topk_certified
-from .threshold import Selection, select_batch_topk, select_threshold
+from .threshold import Selection, batch_floor, select_batch_topk, select_threshold
 from .token_major import decode, grad_values, reconstruct
 from .topk_step import TopKOptions, TopKStep
 
@@ -22,6 +22,7 @@ __all__ = [
     "Selection",
     "TopKOptions",
     "TopKStep",
+    "batch_floor",
     "decode",
     "dequantise",
     "grad_values",

@@ -7,12 +7,14 @@
    by the same instructions. Entries are ordered by row, then latent. Exact; [batch, d_sae] never exists.
 
 With a `capacity` nothing waits for the host; entries past it are dropped and `offsets` still counts them,
-so that the caller can see it (`offsets[-1] > capacity`) whenever it next looks.
+so that the caller can see it (`offsets[-1] > capacity`) whenever it next looks. Places that no entry takes then
+hold latent 0.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,9 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from .tile import grouped_tile, pre_activation_tile
+
+SAMPLE_ROWS = 128
+SAMPLE_RANKS = 64
 
 
 class ThresholdTiling(NamedTuple):
@@ -116,14 +121,16 @@ def threshold_kernel(
         value = tl.sum(tl.where(this, z, 0.0), axis=1)
         chosen = chosen & (within[None, :] > place[:, None])
         tl.store(values_ptr + starts_out + number, value, mask=number < n_kept)
-        tl.store(indices_ptr + starts_out + number, tile * BLOCK_LATENTS + place, mask=number < n_kept)
+        # Were the two launches ever to count differently, an index would still be one of a latent.
+        latent = tl.minimum(tile * BLOCK_LATENTS + place, d_sae - 1)
+        tl.store(indices_ptr + starts_out + number, latent, mask=number < n_kept)
 
 
 def select_threshold(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    threshold: Float[Tensor, " d_sae"] | float,
+    threshold: Float[Tensor, " d_sae"] | Float[Tensor, ""] | float,
     capacity: int | None = None,
     tiling: ThresholdTiling | None = None,
 ) -> Selection:
@@ -139,7 +146,8 @@ def select_threshold(
     tiling = tiling or ThresholdTiling()
     device = x.device
     if not isinstance(threshold, Tensor):
-        threshold = torch.full((d_sae,), threshold, dtype=torch.float32, device=device)
+        threshold = torch.full((), threshold, dtype=torch.float32, device=device)
+    threshold = threshold.float().expand(d_sae).contiguous()
     n_tiles = triton.cdiv(d_sae, tiling.latents)
     n_cells = n_rows * n_tiles
     slot_values = torch.empty(n_cells, tiling.n_slots, dtype=torch.float32, device=device)
@@ -179,10 +187,30 @@ def select_threshold(
     torch.cumsum(counts, 0, out=starts[1:])
     size = int(starts[-1]) if capacity is None else capacity
     values = torch.empty(size, dtype=torch.float32, device=device)
-    indices = torch.empty(size, dtype=torch.int32, device=device)
+    empty = torch.empty if capacity is None else torch.zeros
+    indices = empty(size, dtype=torch.int32, device=device)
     if n_rows:
         run(values, indices, fill=True)
     return Selection(values, indices, starts[::n_tiles].contiguous())
+
+
+def batch_floor(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    margin: float = 1.25,
+) -> Float[Tensor, ""]:
+    """Return a value that the `batch * k` largest latents of the batch hardly ever fail to lie above.
+
+    It is that of rank `margin * k` a row among the latents of a sample of rows, or 0 where too few are positive.
+    """
+    sample = x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+    pre_acts = ((sample @ W_enc.T).float() + b_enc.float()).flatten()
+    rank = math.ceil(margin * k * len(sample)) + SAMPLE_RANKS
+    if rank >= len(pre_acts):
+        return pre_acts.new_zeros(())
+    return pre_acts.topk(rank, sorted=False).values.amin().clamp_min(0)
 
 
 def select_batch_topk(
@@ -190,34 +218,35 @@ def select_batch_topk(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     k: int,
-    floor: float = 0.0,
+    floor: Float[Tensor, ""] | float = 0.0,
     capacity: int | None = None,
     tiling: ThresholdTiling | None = None,
 ) -> tuple[Selection, Float[Tensor, ""], Bool[Tensor, ""]]:
     """Return the `batch * k` largest positive latents of the whole batch (2412.06410), their least, and a certificate.
 
-    Only latents above `floor` are candidates: a running estimate of the batch's threshold, less a margin,
-    keeps them few. The certificate is true where that changed nothing: there were `batch * k` of them, or
-    the floor was 0; and they fitted the capacity. Ties at the threshold go to the earlier row, then latent.
+    Only latents above `floor` are candidates, which keeps them few: `batch_floor` is one. The certificate is true
+    where that changed nothing: there were `batch * k` of them, or the floor was 0; and they fitted the capacity.
+    Ties at the threshold go to the earlier row, then latent.
     """
     wanted = len(x) * k
-    found = select_threshold(x, W_enc, b_enc, max(floor, 0.0), capacity, tiling)
+    floor = torch.as_tensor(floor, dtype=torch.float32, device=x.device).clamp_min(0)
+    found = select_threshold(x, W_enc, b_enc, floor, capacity, tiling)
     n_found, size = found.offsets[-1], len(found.values)
     entries = torch.arange(size, device=x.device)
     values = torch.where(entries < n_found, found.values, float("-inf"))
     if size < wanted:
         values = torch.nn.functional.pad(values, (0, wanted - size), value=float("-inf"))
-    least = values.topk(wanted, sorted=True).values[-1] if wanted else values.new_zeros(())
+    least = values.topk(wanted, sorted=False).values.amin() if wanted else values.new_zeros(())
     above = values > least
     level = (values == least) & (values > float("-inf"))
     chosen = above | (level & (level.cumsum(0) <= wanted - above.sum()))
     # Chosen entries keep their order; the others all land in one place past the end.
-    target = torch.where(chosen, chosen.cumsum(0) - 1, wanted)
     n_before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))
+    target = torch.where(chosen, n_before[:-1], wanted)
     chosen_values = values.new_zeros(wanted + 1).scatter_(0, target, values.where(chosen, 0.0))[:wanted]
     columns = torch.nn.functional.pad(found.indices, (0, len(values) - size))
     chosen_indices = columns.new_zeros(wanted + 1).scatter_(0, target, columns.where(chosen, 0))[:wanted]
     offsets = n_before[found.offsets.clamp(max=size)]
-    certified = (n_found <= size) & ((n_found >= wanted) | torch.full((), floor <= 0.0, device=x.device))
+    certified = (n_found <= size) & ((n_found >= wanted) | (floor <= 0))
     least_kept = torch.where(offsets[-1] >= wanted, least, 0.0)
     return Selection(chosen_values, chosen_indices, offsets), least_kept, certified
