@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,12 +20,24 @@ from .durable import (
     remove_tree,
     sync,
     sync_folder,
+    temporary_name,
     write_synced,
 )
-from .format import MANIFEST, PARTIAL_FOLDER, STATISTICS, Header, arrays_of, provenance_key, statistics_key
+from .format import (
+    MANIFEST,
+    PARTIAL_FOLDER,
+    STAGED_FOLDER,
+    STATISTICS,
+    Header,
+    arrays_of,
+    provenance_key,
+    shard_keys,
+    statistics_key,
+)
 from .manifest import Completion, FileRecord, Manifest, ShardRecord, encode_line, read_manifest
 from .pipeline import ShardInProgress
 from .provenance import Segments, encode_segments, join_segments
+from .staging import StagedShard, drop_unusable, list_staged, read_staged
 from .statistics import Statistics, decode_statistics, encode_statistics, merge_statistics
 from .zarr_metadata import metadata_files
 
@@ -36,28 +48,35 @@ class StoreFolder:
     def __init__(self, path: Path, file: IO[bytes], manifest: Manifest | None) -> None:
         self.path = path
         self.partial = path / PARTIAL_FOLDER
+        self.faults: list[str] = []
         self._file = file
         self._manifest = manifest
 
     @classmethod
-    def open(cls, path: Path, proposed: Header, resume: bool, any_level: bool) -> StoreFolder:
-        """Lock the store at `path`, made if need be, and clear what a killed writer left half done."""
+    def open(
+        cls, path: Path, proposed: Header, resume: bool, any_level: bool, keep_staged: bool = False
+    ) -> StoreFolder:
+        """Lock the store at `path`, made if need be, and clear what a killed writer left half done.
+
+        Shards that ranks staged directly behind the committed ones become part of the store; those behind a gap are
+        kept if asked for, or else removed.
+        """
         if path.exists() and not path.is_dir():
             raise StoreError(f"expected a folder for the store, got a file at '{path}'; name another path")
         if path.is_dir() and not (path / MANIFEST).exists() and any(path.iterdir()):
             raise StoreError(f"'{path}' holds other files and no store; name an empty or new folder")
         with disk_errors(path):
             make_folder(path)
-            file = (path / MANIFEST).open("ab")
+            file = (path / MANIFEST).open("a+b")
             try:
                 lock(file, path)
                 manifest = read_manifest(path)
                 if manifest is not None:
-                    _check_same(
+                    check_same(
                         manifest, proposed, path, resume, {"has_tokens", "codec_level"} if any_level else {"has_tokens"}
                     )
                 folder = cls(path, file, manifest)
-                folder._recover()
+                folder._recover(keep_staged)
             except BaseException:
                 close(file)
                 raise
@@ -81,8 +100,8 @@ class StoreFolder:
             return manifest is None or manifest.completion is None
         return manifest.completion is None and manifest.shards[-1].contexts == manifest.header.contexts_per_shard
 
-    def _recover(self) -> None:
-        """Cut a torn last line off the manifest, and remove files that it does not name."""
+    def _recover(self, keep_staged: bool) -> None:
+        """Cut a torn last line off the manifest, adopt what was staged, and remove files that it does not name."""
         manifest = self._manifest
         whole = manifest.n_bytes if manifest else 0
         if (self.path / MANIFEST).stat().st_size > whole:
@@ -91,9 +110,13 @@ class StoreFolder:
             sync(self._file)
         self.clear_partial()
         if manifest is not None and manifest.completion is None:
+            self._write_metadata(0)
+            self.faults = drop_unusable(self.path, manifest)
+            self.adopt()
             for key in shard_keys(manifest.header, len(manifest.shards)):
                 (self.path / key).unlink(missing_ok=True)
-            self._write_metadata(0)
+        if not keep_staged:
+            self._clear_staged()
 
     def start(self, header: Header) -> Header:
         """Begin the store: its header line, then the metadata of its arrays."""
@@ -123,7 +146,7 @@ class StoreFolder:
 
     def _stage(self, key: str, content: bytes) -> Path:
         make_folder(self.partial)
-        path = self.partial / key.replace("/", "~")
+        path = self.partial / temporary_name(key)
         write_synced(path, content)
         return path
 
@@ -136,25 +159,44 @@ class StoreFolder:
         info: Mapping[int, tuple[int, str]],
     ) -> None:
         """Make a written shard part of the store: flush, rename, flush, and only then name it in the manifest."""
+        assert self._manifest is not None
+        written, entry = finish_shard(self._manifest.header, shard, n_contexts, statistics, segments, info, self._stage)
+        self._place({self.path / key: path for key, path in written.items()})
+        self._add(entry)
+
+    def _place(self, moves: Mapping[Path, Path]) -> None:
+        for target in moves:
+            make_folder(target.parent)
+        move_into_place([(source, target) for target, source in moves.items()])
+
+    def _add(self, entry: ShardRecord) -> None:
+        assert self._manifest is not None
+        self._append_entry(entry)
+        self._manifest.shards.append(entry)
+
+    def adopt(self) -> None:
+        """Make staged shards part of the store, as long as the next one is among them.
+
+        A kill may leave some files of one shard already in their places: they count as staged.
+        """
         manifest = self._manifest
         assert manifest is not None
-        keys = {array.name: array.shard_key(shard.number) for array in arrays_of(manifest.header)}
-        moves, files = [], {}
-        for name, (path, n_bytes, checksum) in shard.finish().items():
-            moves.append((path, self.path / keys[name]))
-            files[keys[name]] = FileRecord(n_bytes, checksum)
-        sides = {
-            statistics_key(shard.number): encode_statistics(statistics),
-            provenance_key(shard.number): encode_segments(join_segments(segments), info),
-        }
-        for key, content in sides.items():
-            make_folder((self.path / key).parent)
-            moves.append((self._stage(key, content), self.path / key))
-            files[key] = _record(content)
-        move_into_place(moves)
-        entry = ShardRecord(shard=shard.number, contexts=n_contexts, files=files)
-        self._append_entry(entry)
-        manifest.shards.append(entry)
+        while (staged := read_staged(self.path, manifest.header, len(manifest.shards))) is not None:
+            self._place({self.path / key: path for key, path in staged.files.items() if path.exists()})
+            for folder in {(self.path / key).parent: None for key in staged.files}:
+                sync_folder(folder)  # of files that were moved before a kill too
+            self._add(staged.record)
+            remove_tree(staged.folder)
+
+    @property
+    def staged(self) -> dict[int, StagedShard]:
+        """The staged shards, by number."""
+        return list_staged(self.path, self._manifest.header) if self._manifest else {}
+
+    def admit_ranks(self) -> None:
+        """Share the lock with the processes of one group; every other writer is refused while one of them lives."""
+        with disk_errors(self.path):
+            lock(self._file, self.path, shared=True)
 
     def complete(self) -> None:
         """Write the merged statistics and the arrays' final shapes, then the manifest's last line."""
@@ -169,6 +211,7 @@ class StoreFolder:
             files = {STATISTICS: _record(content)}
             files |= self._write_metadata(manifest.n_contexts * header.context_size)
             self.clear_partial()
+            self._clear_staged()
             entry = Completion(shards=len(manifest.shards), contexts=manifest.n_contexts, files=files)
             self._append_entry(entry)
             manifest.completion = entry
@@ -188,19 +231,42 @@ class StoreFolder:
         if self.partial.exists():
             remove_tree(self.partial)
 
+    def _clear_staged(self) -> None:
+        if (self.path / STAGED_FOLDER).exists():
+            remove_tree(self.path / STAGED_FOLDER)
+
     def close(self) -> None:
         """Release the lock."""
         close(self._file)
 
 
+def finish_shard(
+    header: Header,
+    shard: ShardInProgress,
+    n_contexts: int,
+    statistics: Statistics,
+    segments: list[Segments],
+    info: Mapping[int, tuple[int, str]],
+    stage: Callable[[str, bytes], Path],
+) -> tuple[dict[str, Path], ShardRecord]:
+    """Flush a written shard and its side files; return where each file lies for now, and the shard's record."""
+    keys = {array.name: array.shard_key(shard.number) for array in arrays_of(header)}
+    written, files = {}, {}
+    for name, (path, n_bytes, checksum) in shard.finish().items():
+        written[keys[name]] = path
+        files[keys[name]] = FileRecord(n_bytes, checksum)
+    sides = {
+        statistics_key(shard.number): encode_statistics(statistics),
+        provenance_key(shard.number): encode_segments(join_segments(segments), info),
+    }
+    for key, content in sides.items():
+        written[key] = stage(key, content)
+        files[key] = _record(content)
+    return written, ShardRecord(shard=shard.number, contexts=n_contexts, files=files)
+
+
 def _record(content: bytes) -> FileRecord:
     return FileRecord(len(content), crc32c(content))
-
-
-def shard_keys(header: Header, shard: int) -> list[str]:
-    """Return the files that a committed shard consists of, by path in the store."""
-    keys = [array.shard_key(shard) for array in arrays_of(header)]
-    return [*keys, statistics_key(shard), provenance_key(shard)]
 
 
 def shard_statistics(path: Path, manifest: Manifest) -> list[Statistics]:
@@ -240,7 +306,7 @@ def read_checked(store: Path, key: str, files: Mapping[str, FileRecord]) -> byte
     return content
 
 
-def _check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool, free: set[str]) -> None:
+def check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool, free: set[str]) -> None:
     """Raise `StoreError` unless a store of the same settings, but for those left `free`, may be gone on with."""
     if not resume:
         raise StoreError(f"'{path}' already holds a store; remove it, name another path, or resume it")

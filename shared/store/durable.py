@@ -85,10 +85,18 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def lock(file: IO[bytes], store: Path) -> None:
-    """Lock the manifest for this process until it is closed; raise `StoreBusyError` if another has it."""
+def temporary_name(key: str) -> str:
+    """Return the name, in a folder of temporary files, of what will be `key` in the store."""
+    return key.replace("/", "~")
+
+
+def lock(file: IO[bytes], store: Path, shared: bool = False) -> None:
+    """Lock the manifest for this process, or share it with its group, until the file is closed.
+
+    Raises `StoreBusyError` if another process has it.
+    """
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise StoreBusyError(
             f"another process is writing to the store '{store}'; wait until it ends, or name another path"

@@ -20,6 +20,7 @@ MANIFEST = "manifest.jsonl"
 STATISTICS = "statistics.safetensors"
 TOKENS = "tokens"
 PARTIAL_FOLDER = ".partial"
+STAGED_FOLDER = ".staged"
 RESERVED_NAMES = {TOKENS, "scales", "provenance", "statistics", "zarr.json", MANIFEST, STATISTICS}
 CHUNK_BYTES = 256 << 10
 SHARD_BYTES = 256 << 20
@@ -128,6 +129,12 @@ def statistics_key(shard: int) -> str:
 def provenance_key(shard: int) -> str:
     """Return the file of a shard's documents and positions."""
     return f"provenance/{shard:05d}.parquet"
+
+
+def shard_keys(header: Header, shard: int) -> list[str]:
+    """Return the files that a shard consists of, by path in the store."""
+    keys = [array.shard_key(shard) for array in arrays_of(header)]
+    return [*keys, statistics_key(shard), provenance_key(shard)]
 
 
 def choose_chunk_rows(widest_row_bytes: int, context_size: int, chunk_bytes: int) -> int:

@@ -101,7 +101,7 @@ def parse_manifest(content: bytes) -> Manifest | None:
     manifest: Manifest | None = None
     checksum = 0
     for number, line in enumerate(lines, 1):
-        entry, following = _parse_line(line, checksum, number)
+        entry, following = parse_line(line, checksum, number)
         checksum = following
         if manifest is None:
             if not isinstance(entry, Header):
@@ -118,7 +118,8 @@ def parse_manifest(content: bytes) -> Manifest | None:
     return manifest
 
 
-def _parse_line(line: bytes, previous: int, number: int) -> tuple[Header | ShardRecord | Completion, int]:
+def parse_line(line: bytes, previous: int, number: int) -> tuple[Header | ShardRecord | Completion, int]:
+    """Return a line's entry and its checksum, which goes on from the previous line's; raise `StoreError` if it errs."""
     try:
         raw = bytes(msgspec.json.decode(line, type=_Line).entry)
         checksum = crc32c(raw, previous)

@@ -7,8 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError
-from .commit import load_statistics, read_checked, shard_keys
-from .format import PARTIAL_FOLDER, STATISTICS, ArrayLayout, arrays_of, provenance_key, statistics_key
+from .commit import load_statistics, read_checked
+from .format import (
+    PARTIAL_FOLDER,
+    STAGED_FOLDER,
+    STATISTICS,
+    ArrayLayout,
+    arrays_of,
+    provenance_key,
+    shard_keys,
+    statistics_key,
+)
 from .manifest import ShardRecord
 from .mapped import MappedShard
 from .provenance import decode_segments
@@ -91,8 +100,11 @@ def _whole_store_faults(store: ActivationStore) -> list[str]:
                 read_checked(store.path, key, manifest.completion.files)
         except StoreError as error:
             faults.append(str(error))
-    if (store.path / PARTIAL_FOLDER).exists():
-        faults.append(f"the store '{store.path}' is complete, yet a temporary folder '{PARTIAL_FOLDER}' is left")
+    faults += [
+        f"the store '{store.path}' is complete, yet a temporary folder '{folder}' is left"
+        for folder in (PARTIAL_FOLDER, STAGED_FOLDER)
+        if (store.path / folder).exists()
+    ]
     return faults
 
 
