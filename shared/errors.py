@@ -41,6 +41,14 @@ class StoreBusyError(StoreError):
     """Another process is writing to the store."""
 
 
+class UnreachableError(StoreError):
+    """An object store does not answer, or refuses what is asked of it."""
+
+
+class RankError(ThresherError, RuntimeError):
+    """Another of the processes that work together has failed, is gone, or was started differently."""
+
+
 class DiskSpaceError(ThresherError, OSError):
     """The disk has, or has left, too little room."""
 

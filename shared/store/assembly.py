@@ -7,20 +7,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from .batch import Batch
-from .commit import StoreFolder
 from .encode import encode_hook_chunk, encode_tokens
 from .format import TOKENS, Header, arrays_of
 from .moments import Moments
 from .pipeline import Encoded, Pipeline, ShardInProgress
 from .provenance import Segments, find_segments
 from .rows import BITS
+from .sink import ShardSink
 from .statistics import Statistics
 
 
 class ShardAssembly:
     """The shard being filled: buffers of one chunk per hook point, and what is known of its contexts."""
 
-    def __init__(self, header: Header, number: int, folder: StoreFolder) -> None:
+    def __init__(self, header: Header, number: int, folder: ShardSink) -> None:
         self.n_contexts = 0
         self._header = header
         self._folder = folder

@@ -16,6 +16,7 @@ from .batch import Batch
 from .commit import StoreFolder
 from .format import CHUNK_BYTES, SHARD_BYTES, Header, make_header
 from .pipeline import Pipeline, ShardInProgress
+from .sink import ShardSink
 
 PENDING_BYTES = 256 << 20
 
@@ -70,7 +71,7 @@ class ActivationStoreWriter:
         )
         self.path = Path(path)
         self.raw_bytes = 0
-        self._folder = StoreFolder.open(self.path, header, resume, codec_level is None)
+        self._folder = self._open_folder(header, resume, codec_level is None)
         self._header: Header | None = self._folder.header
         self._proposed = header
         self.n_committed_contexts = self._folder.n_contexts
@@ -167,6 +168,9 @@ class ActivationStoreWriter:
             self.close()
         else:
             self.abandon()
+
+    def _open_folder(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
+        return StoreFolder.open(self.path, proposed, resume, any_level)
 
     def _start(self, has_tokens: bool) -> Header:
         if self._header is None:
