@@ -49,6 +49,10 @@ class RankError(ThresherError, RuntimeError):
     """Another of the processes that work together has failed, is gone, or was started differently."""
 
 
+class RankError(ThresherError, ConnectionError):
+    """Another process of a distributed run died or cannot be reached."""
+
+
 class DiskSpaceError(ThresherError, OSError):
     """The disk has, or has left, too little room."""
 

@@ -42,14 +42,15 @@ def add_auxk(
     bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)
     by_W_dec, by_b_enc = torch.zeros_like(by_W_enc), torch.zeros_like(bias)
-    k_aux = min(k_aux, len(latents))
+    k_here = min(k_aux, len(latents))
     loss = torch.zeros_like(scale)
     for start in range(0, len(residual), _ROW_BLOCK):
         rows = slice(start, start + _ROW_BLOCK)
         x, e = batch.x_compute[rows], residual[rows]
-        values, indices = torch.addmm(bias.to(compute), x, W_enc.T).topk(k_aux, dim=1, sorted=False)
+        values, indices = torch.addmm(bias.to(compute), x, W_enc.T).topk(k_here, dim=1, sorted=False)
+        values = across.only_largest(values, k_aux)
         acts = x.new_zeros(len(x), len(latents)).scatter_(1, indices, values.relu())
-        difference = (acts @ W_dec).to(precise).sub_(e)
+        difference = across.over_latents((acts @ W_dec).to(precise)).sub_(e)
         loss += squared(difference)
         g = difference.mul_(weight).to(compute)
         by_acts = (g @ W_dec.T).mul_(acts > 0)
@@ -59,5 +60,5 @@ def add_auxk(
     gradients["W_dec"][latents] += by_W_dec
     gradients["W_enc"][latents] += by_W_enc - torch.outer(by_b_enc, parameters["b_dec"])
     gradients["b_enc"][latents] += by_b_enc
-    gradients["b_dec"] -= parameters["W_enc"][latents].T @ by_b_enc
+    gradients["b_dec"] -= across.over_latents(parameters["W_enc"][latents].T @ by_b_enc)
     return torch.where(scale > 0, coefficient * loss / scale, 0)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ..parallel.across import ALONE, Across
 from .base import Batch, Parameters, StepInput
 
 _SPARSE_BELOW = 1 / 16
@@ -176,6 +177,7 @@ def gradients_of(
     g: Float[Tensor, "batch d_in"],
     values: Tensor,
     by_pre_acts: Tensor,
+    across: Across = ALONE,
 ) -> Parameters:
     """Return the gradients of all parameters, that through the centring `x - b_dec` included.
 
@@ -187,5 +189,5 @@ def gradients_of(
         "W_enc": W_enc,
         "b_enc": b_enc,
         "W_dec": latents.grad_weights(values, g),
-        "b_dec": g.sum(0) - parameters["W_enc"].T @ b_enc,
+        "b_dec": g.sum(0) - across.over_latents(parameters["W_enc"].T @ b_enc),
     }

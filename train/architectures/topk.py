@@ -30,11 +30,12 @@ class TopK(Architecture):
         """Return the loss and its gradients."""
         x, latents = batch.x, self.select(parameters, batch, step)
         values = latents.pre_acts.relu()
-        error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
+        decoded = step.across.over_latents(latents.decode(values, parameters["W_dec"]))
+        error = (decoded + parameters["b_dec"]).sub_(x)
         mse = squared(error) / len(x)
         g = error * (2 / (len(x) * step.total_variance))
         by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
-        gradients = gradients_of(parameters, latents, x, g, values, by_pre_acts)
+        gradients = gradients_of(parameters, latents, x, g, values, by_pre_acts, step.across)
         terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
 
@@ -62,5 +63,5 @@ class TopK(Architecture):
                 self.config.aux_coefficient,
                 step.across,
             )
-        l0 = count(latents.pre_acts > 0) / len(batch.x)
+        l0 = step.across.over_latents(count(latents.pre_acts > 0)) / len(batch.x)
         return StepOutput(gradients, latents.fired(), sum(terms.values()), mse, l0, terms)

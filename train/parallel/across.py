@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class Across:
     def over_latents(self, total: Tensor) -> Tensor:
         """Return the sum, over all latents, of a total over the latents here."""
         return total
+
+    def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
+        """Return the candidates with -inf for those that are not among their row's k largest over all latents."""
+        return values
 
     def gradient_norm(self, gradients: Parameters) -> Tensor:
         """Return the norm of all gradients together."""
