@@ -2,22 +2,31 @@
 
     python benchmarks/harvest_overhead.py
 
-Both sides run alternately in this process. The bare side runs the model, cut off after the last
-block that is read, over contexts that were tokenized before. The harvest side does all of a
-harvest's work: reads and packs the text, runs the model, compresses, writes and flushes the store.
-The CPU ratio counts the seconds that all threads of this process used, and so tells the cost also
-on a machine that others use.
+Three sides take turns in this process:
+
+- bare: the model, cut off after the last block that is read, over contexts that were tokenized before, one batch after
+  another with torch's threads inside each operator. This is the plain forward pass that one would write.
+- bare side by side: the same, with as many batches at once as the harvest runs, each on one core.
+- harvest: all of a harvest's work: reads and packs the text, runs the model, compresses, writes and flushes the store.
+
+`wall_ratio` and `cpu_ratio` are the harvest over the bare pass, `..._side_by_side` over the bare pass that is
+parallel as the harvest is: that one leaves out what the harvest gains by running batches side by side. `text_share`
+is the CPU time of reading, tokenizing and packing, measured apart, over the harvest's: what text that is tokenized
+already would save. The CPU ratio counts the seconds that all threads of this process used, and so tells the cost
+also on a machine that others use.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +35,7 @@ import torch
 from torch import nn
 
 from thresher.harvest.config import HarvestConfig
+from thresher.harvest.forward import choose_workers, one_thread_an_operator
 from thresher.harvest.identity import identity
 from thresher.harvest.plan import Plan, make_plan
 from thresher.harvest.run import open_writer, run_model
@@ -86,6 +96,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = load_config(HarvestConfig, arguments.config, ["--tokens", str(arguments.tokens)])
     plan = make_plan(config)
+    workers = choose_workers(config.workers, plan.model.device)
     packed = batch_contexts(read_contexts(config, plan.tokenizer, plan.group), config.batch_size)
     batches = [torch.from_numpy(batch.tokens).to(plan.model.device, torch.long) for batch in packed]
     last = max(hook_point.layer or 0 for hook_point in plan.hook_points.values())
@@ -96,30 +107,51 @@ def main() -> None:
             for input_ids in batches:
                 base(input_ids=input_ids, use_cache=False)
 
+    def bare_side_by_side() -> None:
+        with cut_after(plan.model, last), one_thread_an_operator(), ThreadPoolExecutor(workers) as pool:
+            list(pool.map(bare_batch, batches))
+
+    def bare_batch(input_ids: torch.Tensor) -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode():  # which holds for one thread
+            base(input_ids=input_ids, use_cache=False)
+
+    def text() -> None:
+        for _ in batch_contexts(read_contexts(config, plan.tokenizer, plan.group), config.batch_size):
+            pass
+
     def whole(config: HarvestConfig) -> None:
         with open_writer(config, plan, identity(config)) as writer:
             run_model(config, plan, writer, Interrupt())
 
-    seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "harvest": []}
+    sides = ("bare", "bare_side_by_side", "harvest", "text")
+    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory(
         dir=arguments.output.parent.resolve() if arguments.output.parent.exists() else None
     ) as folder:
         for number in range(arguments.rounds + 1):
             here = msgspec.structs.replace(config, store=f"{folder}/{number}")
-            bare_seconds, harvest_seconds = timed(bare), timed(lambda here=here: whole(here))
+            actions = (bare, bare_side_by_side, lambda here=here: whole(here), text)
+            found = [timed(action) for action in actions]
             if number == 0:
                 check_equal(here, plan, batches)  # and the first round only warms up
                 continue
-            seconds["bare"].append(bare_seconds)
-            seconds["harvest"].append(harvest_seconds)
+            for side, times in zip(sides, found, strict=True):
+                seconds[side].append(times)
+            shutil.rmtree(here.store)
     n_tokens = sum(batch.numel() for batch in batches)
-    result = {"tokens": n_tokens, "threads": arguments.threads, "rounds": arguments.rounds}
+    result = {"tokens": n_tokens, "threads": arguments.threads, "workers": workers, "rounds": arguments.rounds}
     for kind, column in (("wall", 0), ("cpu", 1)):
-        ratios = [h[column] / b[column] for h, b in zip(seconds["harvest"], seconds["bare"], strict=True)]
-        result[f"{kind}_ratio"] = round(statistics.median(ratios), 4)
-        result[f"{kind}_ratios"] = [round(ratio, 4) for ratio in ratios]
-        for side, times in seconds.items():
-            result[f"{side}_tokens_per_{kind}_second"] = round(n_tokens / statistics.median(t[column] for t in times))
+        for base_side, suffix in (("bare", ""), ("bare_side_by_side", "_side_by_side")):
+            ratios = [h[column] / b[column] for h, b in zip(seconds["harvest"], seconds[base_side], strict=True)]
+            result[f"{kind}_ratio{suffix}"] = round(statistics.median(ratios), 4)
+            result[f"{kind}_ratios{suffix}"] = [round(ratio, 4) for ratio in ratios]
+        for side in sides:
+            result[f"{side}_tokens_per_{kind}_second"] = round(
+                n_tokens / statistics.median(t[column] for t in seconds[side])
+            )
+    shares = [t[1] / h[1] for t, h in zip(seconds["text"], seconds["harvest"], strict=True)]
+    result["text_share"] = round(statistics.median(shares), 4)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -46,6 +46,9 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     chunk_bytes: Annotated[int, Meta(ge=1, description="Target bytes of a chunk, the unit of shuffling.")] = CHUNK_BYTES
     shard_bytes: Annotated[int, Meta(ge=1, description="Target bytes of a shard, a file of chunks.")] = SHARD_BYTES
     threads: Annotated[Positive | None, Meta(description="Threads that compress; one per core when absent.")] = None
+    workers: Annotated[
+        Positive | None, Meta(description="Batches that run at once on a CPU, one core each; one per core when absent.")
+    ] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="Data type the model runs in; auto is bfloat16 where the device has it."),

@@ -15,7 +15,7 @@ from ..shared.store.format import MANIFEST
 from ..shared.store.manifest import read_manifest
 from .config import HarvestConfig
 
-INCIDENTAL = ("store", "device", "streaming", "threads")
+INCIDENTAL = ("store", "device", "streaming", "threads", "workers")
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 

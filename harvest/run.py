@@ -7,8 +7,8 @@ without them.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,37 +83,25 @@ def run_model(config: HarvestConfig, plan: Plan, writer: ActivationStoreWriter, 
     Batches are always cut at the same contexts, so that a resumed harvest computes the same bits;
     of the first one, contexts that are stored already are dropped.
     """
+    from .forward import choose_workers, forward_passes
     from .tokens import batch_contexts, read_contexts
 
     n_done, n_wanted = writer.n_committed_contexts, config.n_contexts
     first_batch, n_drop = divmod(n_done, config.batch_size)
     contexts = read_contexts(config, plan.tokenizer, plan.group)
+    workers = choose_workers(config.workers, plan.model.device)
     with (
         Prefetch(batch_contexts(contexts, config.batch_size, first_batch), BATCHES_AHEAD) as batches,
+        closing(forward_passes(plan, batches, workers)) as passes,
         Progress(writer, config.context_size, n_wanted, n_done) as progress,
     ):
-        started = None
-        for batch in batches:
-            if started is None:
-                started = time.monotonic()
-                activations = read_activations(plan, batch)
-                announce(config, plan, n_wanted - n_done, batch.tokens.size / (time.monotonic() - started))
-            else:
-                activations = read_activations(plan, batch)
+        for number, (batch, activations, seconds) in enumerate(passes):
+            if number == 0:
+                announce(config, plan, n_wanted - n_done, workers * batch.tokens.size / seconds)
             append(writer, batch, activations, n_drop)
             progress.update(len(batch.tokens) - n_drop)
             n_drop = 0
             interrupt.check()
-
-
-def read_activations(plan: Plan, batch: ContextBatch) -> dict[str, Tensor]:
-    """Run the model over a batch, up to its last hook point."""
-    import torch
-
-    from ..shared.capture import capture
-
-    input_ids = torch.from_numpy(batch.tokens).to(plan.model.device, torch.long)
-    return capture(plan.model, input_ids, plan.hook_points)
 
 
 def announce(config: HarvestConfig, plan: Plan, n_contexts: int, rows_per_second: float) -> None:

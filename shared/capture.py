@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,27 +30,50 @@ def capture(
     With `truncate`, nothing after the last hook point runs: later layers, final norm and
     unembedding cost nothing.
     """
-    activations: dict[str, Tensor] = {}
+    with capturing(model, hook_points, truncate) as read:
+        return read(input_ids)
+
+
+@contextmanager
+def capturing(
+    model: nn.Module, hook_points: Mapping[str, ResolvedHookPoint], truncate: bool = True
+) -> Iterator[Callable[[Int[Tensor, "batch context"]], dict[str, Float[Tensor, "batch context d_in"]]]]:
+    """Within this context, give a function that captures; several threads may call it at once.
+
+    The hooks are the model's, the activations they keep the calling thread's.
+    """
+    kept = threading.local()
 
     def keep(name: str) -> Callable[[Tensor], None]:
         def reader(activation: Tensor) -> None:
+            activations: dict[str, Tensor] | None = getattr(kept, "activations", None)
+            if activations is None:
+                return
             activations[name] = activation.detach()
             if truncate and len(activations) == len(hook_points):
                 raise _Enough
 
         return reader
 
-    with ExitStack() as stack, torch.inference_mode():
-        for name, hook_point in hook_points.items():
-            stack.enter_context(_reading(model, hook_point, keep(name)))
+    def read(input_ids: Tensor) -> dict[str, Tensor]:
+        activations: dict[str, Tensor] = {}
+        kept.activations = activations
         try:
-            _forward(model, input_ids)
+            with torch.inference_mode():
+                _forward(model, input_ids)
         except _Enough:
             pass
-    missing = [name for name in hook_points if name not in activations]
-    if missing:
-        raise HookPointError(f"the forward pass of {type(model).__name__} never reached {', '.join(missing)}")
-    return {name: activations[name] for name in hook_points}
+        finally:
+            kept.activations = None
+        missing = [name for name in hook_points if name not in activations]
+        if missing:
+            raise HookPointError(f"the forward pass of {type(model).__name__} never reached {', '.join(missing)}")
+        return {name: activations[name] for name in hook_points}
+
+    with ExitStack() as stack:
+        for name, hook_point in hook_points.items():
+            stack.enter_context(_reading(model, hook_point, keep(name)))
+        yield read
 
 
 @contextmanager

@@ -167,6 +167,16 @@ def test_an_interrupted_harvest_resumes_to_the_same_bytes(config, tmp_path, monk
     assert files_of(config.store) == whole
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_bytes_do_not_depend_on_the_workers(config, tmp_path, workers):
+    one = files_of(harvest(replaced(config, store=str(tmp_path / "one"), workers=1)))
+    torch.set_num_threads(2)
+    try:
+        assert files_of(harvest(replaced(config, workers=workers))) == one
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_complete_store_is_reused_without_the_model(config, tmp_path, monkeypatch, capsys):
     model = tmp_path / "model"
     shutil.copytree(config.model, model)

@@ -1,0 +1,89 @@
+"""Run the model over batches: on a CPU several at once, each on one core.
+
+Threads inside an operator wait for the slowest of them at every operator, and while the writer's
+threads take a core for a moment, all do; batches side by side wait for nothing. And as every
+operator runs on one thread, its rounding depends neither on the cores of the machine nor on how
+many batches run at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..shared.capture import capturing
+from .packing import ContextBatch
+from .plan import Plan
+
+MAX_WORKERS = 16
+
+
+class Harvested(NamedTuple):
+    """A batch, the activations at each hook point, and the seconds its forward pass took."""
+
+    batch: ContextBatch
+    activations: dict[str, Tensor]
+    seconds: float
+
+
+def choose_workers(wanted: int | None, device: torch.device) -> int:
+    """Return how many batches run at once: as asked or one per core, but one where a GPU computes."""
+    if device.type != "cpu":
+        return 1
+    return wanted or min(torch.get_num_threads(), MAX_WORKERS)
+
+
+def forward_passes(plan: Plan, batches: Iterable[ContextBatch], workers: int) -> Generator[Harvested]:
+    """Yield the activations of every batch, in the order of the batches.
+
+    At most `workers + 1` batches have begun and were not yet yielded.
+    """
+    device = plan.model.device
+    with capturing(plan.model, plan.hook_points) as read:
+
+        def run(batch: ContextBatch) -> Harvested:
+            started = time.monotonic()
+            activations = read(torch.from_numpy(batch.tokens).to(device, torch.long))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return Harvested(batch, activations, time.monotonic() - started)
+
+        if device.type != "cpu":
+            yield from map(run, batches)
+            return
+        with one_thread_an_operator(), _pool(workers) as pool:
+            running: deque[Future[Harvested]] = deque()
+            for batch in batches:
+                running.append(pool.submit(run, batch))
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads that, left early, only end the batches they have begun."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="forward", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_thread_an_operator() -> Iterator[None]:
+    """Within this context, operators of this thread and of new ones run on one thread each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
