@@ -14,87 +14,140 @@ from ..errors import StoreError
 from .checksum import crc32c
 from .codecs import decode_chunk
 from .format import ArrayLayout
-from .manifest import ShardRecord
+from .location import StoreUrl
+from .manifest import FileRecord, ShardRecord
 from .shards import CHECKSUM_BYTES, footer_bytes, parse_footer
 
 MAX_MAPPED_SHARDS = 256
 
 
-class MappedShard:
-    """One shard file, tied to the manifest by the checksum of its footer."""
+class Shard:
+    """One shard, tied to the manifest by the checksum of its footer; where its bytes are, subclasses know.
 
-    def __init__(self, store: Path, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> None:
-        key = array.shard_key(record.shard)
-        file_record = record.files.get(key)
-        self.where = f"the store '{store}' is damaged: '{key}'"
-        if file_record is None:
+    `where` begins each error, `bounds` are its chunks' offsets, `checksums` those of the footer.
+    """
+
+    def __init__(self, store: Path | StoreUrl, array: ArrayLayout, record: ShardRecord) -> None:
+        self.key = array.shard_key(record.shard)
+        self.where = f"the store '{store}' is damaged: '{self.key}'"
+        file = record.files.get(self.key)
+        if file is None:
             raise StoreError(f"{self.where} is not in its manifest")
-        footer_size = footer_bytes(array.chunks_per_shard)
-        try:
-            handle = os.open(store / key, os.O_RDONLY)
-        except OSError as error:
-            raise StoreError(f"{self.where} cannot be opened ({error.strerror})") from None
-        try:
-            size = os.fstat(handle).st_size
-            if size != file_record.bytes or size < footer_size:
-                raise StoreError(f"{self.where} has {size} bytes; expected {file_record.bytes}")
-            self.data = np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), dtype=np.uint8)
-        finally:
-            os.close(handle)
-        footer = self.data[-footer_size:].tobytes()
-        if crc32c(footer) != file_record.crc32c:
+        self.file: FileRecord = file
+        self.footer_size = footer_bytes(array.chunks_per_shard)
+        self.bounds = self.checksums = np.zeros(0, dtype=np.int64)
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Return bytes [start, stop) of the file."""
+        raise NotImplementedError
+
+    def stored(self, chunk: int) -> np.ndarray:
+        """Return a chunk's stored bytes without the checksum that follows them."""
+        return self.span(int(self.bounds[chunk]), int(self.bounds[chunk + 1]) - CHECKSUM_BYTES)
+
+    def check(self, chunk: int, stored: np.ndarray) -> None:
+        """Raise `StoreError` if a chunk's stored bytes do not have its checksum."""
+        if crc32c(stored) != self.checksums[chunk]:
+            raise StoreError(f"{self.where}, chunk {chunk}: the data does not have its checksum")
+
+    def _read_footer(self, array: ArrayLayout, n_chunks: int) -> None:
+        size = self.file.bytes
+        footer = self.span(size - self.footer_size, size).tobytes()
+        if crc32c(footer) != self.file.crc32c:
             raise StoreError(f"{self.where} has a footer that is not the one its manifest names")
         try:
             self.bounds, self.checksums = parse_footer(footer, array.chunks_per_shard, n_chunks, size)
         except StoreError as error:
             raise StoreError(f"{self.where}: {error}") from None
 
-    def stored(self, chunk: int) -> np.ndarray:
-        """Return a chunk's stored bytes without the checksum that follows them."""
-        return self.data[self.bounds[chunk] : self.bounds[chunk + 1] - CHECKSUM_BYTES]
 
-    def check(self, chunk: int) -> None:
-        """Raise `StoreError` if a chunk does not have its checksum."""
-        if crc32c(self.stored(chunk)) != self.checksums[chunk]:
-            raise StoreError(f"{self.where}, chunk {chunk}: the data does not have its checksum")
+class MappedShard(Shard):
+    """A shard in a file that is mapped into memory: the store's own, or a copy at `path`."""
+
+    def __init__(
+        self,
+        store: Path | StoreUrl,
+        array: ArrayLayout,
+        record: ShardRecord,
+        n_chunks: int,
+        path: Path | None = None,
+    ) -> None:
+        super().__init__(store, array, record)
+        if path is None:
+            assert isinstance(store, Path)
+            path = store / self.key
+        self.path = path
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(f"{self.where} cannot be opened ({error.strerror})") from None
+        try:
+            size = os.fstat(handle).st_size
+            if size != self.file.bytes or size < self.footer_size:
+                raise StoreError(f"{self.where} has {size} bytes; expected {self.file.bytes}")
+            self.data = np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), dtype=np.uint8)
+        finally:
+            os.close(handle)
+        self._read_footer(array, n_chunks)
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Return bytes [start, stop) of the file, as they are mapped."""
+        return self.data[start:stop]
 
 
 class ShardCache:
     """The shards of one array that are mapped now: the latest used, so that open files stay few."""
 
-    def __init__(self, store: Path, array: ArrayLayout, records: list[ShardRecord], context_size: int) -> None:
+    def __init__(
+        self, store: Path | StoreUrl, array: ArrayLayout, records: list[ShardRecord], context_size: int
+    ) -> None:
         self.array = array
+        self.records = records
         self._store = store
-        self._records = records
         self._context_size = context_size
-        self._mapped: OrderedDict[int, MappedShard] = OrderedDict()
+        self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._checked: dict[int, np.ndarray] = {}
 
-    def shard(self, number: int) -> MappedShard:
-        """Return a mapped shard."""
+    def n_chunks(self, number: int) -> int:
+        """Return how many chunks a shard holds."""
+        return self.array.n_chunks(self.records[number].contexts * self._context_size)
+
+    def prepare(self, chunks: np.ndarray) -> None:
+        """Map the shards of chunks that are about to be decoded, which checks that they are as large as is said."""
+        for number in np.unique(chunks // self.array.chunks_per_shard).tolist():
+            self.shard(number)
+
+    def shard(self, number: int) -> Shard:
+        """Return a shard, mapped now if it was not."""
         with self._lock:
             mapped = self._mapped.get(number)
             if mapped is not None:
                 self._mapped.move_to_end(number)
                 return mapped
-        record = self._records[number]
-        mapped = MappedShard(self._store, self.array, record, self.array.n_chunks(record.contexts * self._context_size))
+        return self._keep(number, self._open(number))
+
+    def _open(self, number: int) -> Shard:
+        assert isinstance(self._store, Path)
+        return MappedShard(self._store, self.array, self.records[number], self.n_chunks(number))
+
+    def _keep(self, number: int, shard: Shard) -> Shard:
         with self._lock:
             self._checked.setdefault(number, np.zeros(self.array.chunks_per_shard, dtype=bool))
-            self._mapped[number] = mapped
+            self._mapped[number] = shard
             while len(self._mapped) > MAX_MAPPED_SHARDS:
                 self._mapped.popitem(last=False)
-        return mapped
+        return shard
 
     def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
         """Decode a chunk, by its number in the array, into contiguous uint8 `out`."""
         number, within = divmod(chunk, self.array.chunks_per_shard)
         shard = self.shard(number)
+        stored = shard.stored(within)
         if verify == "always" or (verify == "first" and not self._checked[number][within]):
-            shard.check(within)
+            shard.check(within, stored)
             self._checked[number][within] = True
         try:
-            decode_chunk(self.array, shard.stored(within), out)
+            decode_chunk(self.array, stored, out)
         except StoreError as error:
             raise StoreError(f"{shard.where}, chunk {within}: {error}") from None

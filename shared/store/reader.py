@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 
 from ..errors import ConfigError, HookPointError, StoreError
-from .commit import load_statistics, read_checked, shard_statistics
+from .files import StoreFiles, load_statistics, open_files, shard_statistics
 from .format import STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
-from .manifest import Manifest, read_manifest
-from .mapped import ShardCache
+from .location import StoreUrl, locate
+from .manifest import Manifest
 from .moments import Moments
 from .provenance import decode_segments, expand_segments
 from .quantise import dequantise
@@ -32,13 +32,16 @@ Verify = Literal["first", "always", "never"]
 class ActivationStore:
     """A store of activations, opened for reading; safe to use from several threads.
 
-    Open it with `ActivationStore.open(path)`. Rows are in sequence order: row `r` is position `r % context_size` of
-    context `r // context_size`. A store whose harvest was cut off is readable as far as it was committed.
+    Open it with `ActivationStore.open(path)`, the path a folder or a URL such as `s3://bucket/prefix`. Rows are in
+    sequence order: row `r` is position `r % context_size` of context `r // context_size`. A store whose harvest was
+    cut off is readable as far as it was committed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, verify: Verify, threads: int | None) -> None:
+    def __init__(self, files: StoreFiles, manifest: Manifest, verify: Verify, threads: int | None) -> None:
         header = manifest.header
-        self.path = path
+        self.files = files
+        self._reopen: tuple[Any, ...] = (str(files.place), verify, threads, None, None)
+        self.path: Path | StoreUrl = files.place
         self.hook_points = tuple(header.hook_points)
         self.context_size = header.context_size
         self.n_contexts = manifest.n_contexts
@@ -54,36 +57,50 @@ class ActivationStore:
         self.complete = manifest.completion is not None
         self.manifest = manifest
         self._verify: Verify = verify
-        self._threads = threads or min(os.cpu_count() or 1, 16)
+        self._threads = threads or max(min(os.cpu_count() or 1, 16), files.threads)
         self._pools: dict[int, ThreadPoolExecutor] = {}
-        self._caches = {
-            array.name: ShardCache(path, array, manifest.shards, header.context_size) for array in arrays_of(header)
-        }
+        self._caches = {array.name: files.shard_cache(array, manifest) for array in arrays_of(header)}
         self._segments = lru_cache(maxsize=8)(self._read_segments)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: Verify = "first", threads: int | None = None) -> Self:
+    def open(
+        cls,
+        path: str | Path | StoreUrl,
+        *,
+        verify: Verify = "first",
+        threads: int | None = None,
+        cache: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> Self:
         """Open a store. `verify` says when a chunk's checksum is checked: at its first read, always, or never.
+
+        `cache` and `cache_bytes` are the folder for copies of a remote store's shards and its bound; by default those
+        of the environment (docs/object-stores.md).
 
         Raises:
             MissingFileError: nothing is there.
             StoreError: what is there is no store, or its manifest or metadata is damaged.
+            UnreachableError: an object store does not answer.
         """
         if verify not in Verify.__args__:
             raise ConfigError(f"expected verify to be one of {', '.join(Verify.__args__)}; got '{verify}'")
-        path = Path(path)
-        manifest = read_manifest(path)
+        files = open_files(locate(path), cache, cache_bytes)
+        manifest = files.manifest()
         if manifest is None:
-            raise StoreError(f"the store '{path}' is empty: its writing was cut off at the start; write it again")
+            raise StoreError(
+                f"the store '{files.place}' is empty: its writing was cut off at the start; write it again"
+            )
         if manifest.completion is not None:
             for key in manifest.completion.files:
                 if key.endswith("zarr.json"):
-                    read_checked(path, key, manifest.completion.files)
-        return cls(path, manifest, verify, threads)
+                    files.read_checked(key, manifest.completion.files)
+        store = cls(files, manifest, verify, threads)
+        store._reopen = (str(path), verify, threads, cache, cache_bytes)
+        return store
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: another process maps the files itself."""
-        return _reopen, (str(self.path), self._verify, self._threads)
+        return _reopen, self._reopen
 
     def __repr__(self) -> str:
         """Tell the path, the size and the hook points."""
@@ -118,11 +135,11 @@ class ActivationStore:
         indices = np.asarray(chunk_indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.n_chunks:
             raise ConfigError(f"expected chunks of 0 to {self.n_chunks - 1}, got {indices.min()} to {indices.max()}")
+        # Mapping checks that the files are as large as the manifest says, before memory is taken for them.
+        for name in (hook_point, scales_name(hook_point)) if self.codec == "int8" else (hook_point,):
+            self._caches[name].prepare(indices)
         shape = (len(indices) * self.chunk_rows, d_in)
         if out is None:
-            # Mapping checks that the files are as large as the manifest says, before memory is taken for them.
-            for shard in np.unique(indices // self.manifest.header.chunks_per_shard).tolist():
-                self._caches[hook_point].shard(shard)
             out = torch.empty(shape, dtype=self.dtype)
         elif not _fits(out, shape, self.dtype):
             raise ConfigError(
@@ -168,6 +185,7 @@ class ActivationStore:
         cache = self._caches[TOKENS]
         rows = cache.array.chunk_rows
         first, last = start // rows, -(-stop // rows)
+        cache.prepare(np.arange(first, last))
         out = np.empty((last - first, rows), dtype="<i4")
         self._parallel(lambda i: cache.decode(first + i, out[i].view(np.uint8), self._verify), last - first)
         return torch.from_numpy(out.reshape(-1)[start - first * rows : stop - first * rows])
@@ -202,8 +220,8 @@ class ActivationStore:
     def _statistics(self) -> Statistics:
         manifest = self.manifest
         if manifest.completion is None:
-            return merge_statistics(shard_statistics(self.path, manifest), manifest.header)
-        return load_statistics(self.path, STATISTICS, manifest.completion.files, manifest.header, self.n_contexts)
+            return merge_statistics(shard_statistics(self.files, manifest), manifest.header)
+        return load_statistics(self.files, STATISTICS, manifest.completion.files, manifest.header, self.n_contexts)
 
     def documents(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """Return each row's (document, position in it); -1 where it was not given."""
@@ -234,7 +252,7 @@ class ActivationStore:
         key = provenance_key(shard)
         record = self.manifest.shards[shard]
         try:
-            table = decode_segments(read_checked(self.path, key, record.files))
+            table = decode_segments(self.files.read_checked(key, record.files))
             if table["length"].to_numpy().sum() != record.contexts * self.context_size:
                 raise StoreError("its runs do not cover the shard")
         except StoreError as error:
@@ -262,5 +280,7 @@ def _run(work: Callable[[int], None], start: int, stop: int) -> None:
         work(i)
 
 
-def _reopen(path: str, verify: Verify, threads: int) -> ActivationStore:
-    return ActivationStore.open(path, verify=verify, threads=threads)
+def _reopen(
+    path: str, verify: Verify, threads: int | None, cache: str | Path | None, cache_bytes: int | None
+) -> ActivationStore:
+    return ActivationStore.open(path, verify=verify, threads=threads, cache=cache, cache_bytes=cache_bytes)

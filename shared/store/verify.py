@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StoreError
-from .commit import load_statistics, read_checked
+from ..errors import StoreError, UnreachableError
+from .files import load_statistics
 from .format import (
     PARTIAL_FOLDER,
     STAGED_FOLDER,
@@ -19,9 +20,8 @@ from .format import (
     statistics_key,
 )
 from .manifest import ShardRecord
-from .mapped import MappedShard
 from .provenance import decode_segments
-from .shards import CHECKSUM_BYTES
+from .verify_shard import shard_faults
 from .zarr_metadata import metadata_files
 
 if TYPE_CHECKING:
@@ -43,25 +43,12 @@ def find_faults(store: ActivationStore, progress: Callable[[int], object]) -> li
 def _shard_faults(
     store: ActivationStore, array: ArrayLayout, record: ShardRecord, progress: Callable[[int], object]
 ) -> list[str]:
-    n_rows = record.contexts * store.context_size
+    n_chunks = array.n_chunks(record.contexts * store.context_size)
     try:
-        shard = MappedShard(store.path, array, record, array.n_chunks(n_rows))
+        shard = store.files.shard(array, record, n_chunks)
     except StoreError as error:
-        return [str(error)]
-    faults = []
-    first_row = record.shard * array.shard_rows
-    for chunk, checksum in enumerate(shard.checksums):
-        stop = int(shard.bounds[chunk + 1])
-        stored_checksum = int.from_bytes(shard.data[stop - CHECKSUM_BYTES : stop].tobytes(), "little")
-        try:
-            shard.check(chunk)
-            if stored_checksum != checksum:
-                raise StoreError(f"{shard.where}, chunk {chunk}: the checksum behind it is not the footer's")
-        except StoreError as error:
-            rows = first_row + chunk * array.chunk_rows
-            faults.append(f"{error} (rows {rows} to {min(rows + array.chunk_rows, first_row + n_rows) - 1})")
-        progress(stop - int(shard.bounds[chunk]))
-    return faults
+        return [_fault(error)]
+    return list(shard_faults(shard, array, record, n_chunks, store.context_size, progress))
 
 
 def _side_file_faults(store: ActivationStore, record: ShardRecord) -> list[str]:
@@ -71,11 +58,11 @@ def _side_file_faults(store: ActivationStore, record: ShardRecord) -> list[str]:
     if set(record.files) != set(expected):
         faults.append(f"the store '{store.path}' is damaged: its manifest names other files for shard {record.shard}")
     try:
-        load_statistics(store.path, statistics_key(record.shard), record.files, header, record.contexts)
+        load_statistics(store.files, statistics_key(record.shard), record.files, header, record.contexts)
     except StoreError as error:
-        faults.append(str(error))
+        faults.append(_fault(error))
     try:
-        decode_segments(read_checked(store.path, provenance_key(record.shard), record.files))
+        decode_segments(store.files.read_checked(provenance_key(record.shard), record.files))
     except StoreError as error:
         faults.append(_named(store, provenance_key(record.shard), error))
     return faults
@@ -88,26 +75,33 @@ def _whole_store_faults(store: ActivationStore) -> list[str]:
         faults = [
             f"the store '{store.path}' is not finished, yet '{key}' is not as in an unfinished store"
             for key, content in expected.items()
-            if not (store.path / key).is_file() or (store.path / key).read_bytes() != content
+            if store.files.content(key) != content
         ]
         return faults
     faults = []
     for key in [STATISTICS, *expected]:
         try:
             if key == STATISTICS:
-                load_statistics(store.path, key, manifest.completion.files, manifest.header, store.n_contexts)
+                load_statistics(store.files, key, manifest.completion.files, manifest.header, store.n_contexts)
             else:
-                read_checked(store.path, key, manifest.completion.files)
+                store.files.read_checked(key, manifest.completion.files)
         except StoreError as error:
-            faults.append(str(error))
+            faults.append(_fault(error))
     faults += [
         f"the store '{store.path}' is complete, yet a temporary folder '{folder}' is left"
         for folder in (PARTIAL_FOLDER, STAGED_FOLDER)
-        if (store.path / folder).exists()
+        if isinstance(store.path, Path) and (store.path / folder).exists()
     ]
     return faults
 
 
 def _named(store: ActivationStore, key: str, error: StoreError) -> str:
     """Return an error's line, with the file named once."""
-    return str(error) if key in str(error) else f"the store '{store.path}' is damaged: '{key}': {error}"
+    return _fault(error) if key in str(error) else f"the store '{store.path}' is damaged: '{key}': {error}"
+
+
+def _fault(error: StoreError) -> str:
+    """Return an error's line; raise it if it tells of the way to the store, not of the store."""
+    if isinstance(error, UnreachableError):
+        raise error
+    return str(error)

@@ -1,0 +1,107 @@
+"""What reading a store needs of the place it is in: its manifest, small files by name, and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import StoreError
+from .commit import read_checked
+from .format import ArrayLayout, Header, statistics_key
+from .location import StoreUrl, cache_folder, cache_limit
+from .manifest import FileRecord, Manifest, ShardRecord, read_manifest
+from .mapped import MappedShard, Shard, ShardCache
+from .statistics import Statistics, decode_statistics
+
+
+class StoreFiles(Protocol):
+    """A store's files, in a folder or in an object store."""
+
+    threads: int
+    """Threads that reading keeps busy at least, however few the cores."""
+
+    @property
+    def place(self) -> Path | StoreUrl:
+        """Where the store is."""
+        ...
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest, or None while it has no header."""
+        ...
+
+    def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
+        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        ...
+
+    def content(self, key: str) -> bytes | None:
+        """Return a file as it is, or None if it is not there."""
+        ...
+
+    def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
+        """Return a shard where it is, whatever copies there are."""
+        ...
+
+    def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
+        """Return what hands out an array's shards."""
+        ...
+
+
+class LocalFiles:
+    """A store in a folder."""
+
+    threads = 1
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest, or None while it has no header."""
+        return read_manifest(self.place)
+
+    def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
+        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        return read_checked(self.place, key, files)
+
+    def content(self, key: str) -> bytes | None:
+        """Return a file as it is, or None if it is not there."""
+        path = self.place / key
+        return path.read_bytes() if path.is_file() else None
+
+    def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
+        """Return a shard, mapped into memory."""
+        return MappedShard(self.place, array, record, n_chunks)
+
+    def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
+        """Return what maps an array's shards."""
+        return ShardCache(self.place, array, manifest.shards, manifest.header.context_size)
+
+
+def open_files(place: Path | StoreUrl, cache: str | Path | None, cache_bytes: int | None) -> StoreFiles:
+    """Return the files of a store in a folder or an object store, whose shards are copied to `cache`."""
+    if isinstance(place, Path):
+        return LocalFiles(place)
+    from .remote import RemoteStore
+    from .remote_cache import CacheFolder
+    from .remote_files import RemoteFiles
+
+    return RemoteFiles(RemoteStore(place), CacheFolder(cache_folder(cache), cache_limit(cache_bytes)))
+
+
+def load_statistics(
+    files: StoreFiles, key: str, records: Mapping[str, FileRecord], header: Header, n_contexts: int
+) -> Statistics:
+    """Return the statistics in a file that the manifest names, of `n_contexts` contexts."""
+    content = files.read_checked(key, records)
+    try:
+        return decode_statistics(content, header, n_contexts)
+    except StoreError as error:
+        raise StoreError(f"the store '{files.place}' is damaged: '{key}': {error}") from None
+
+
+def shard_statistics(files: StoreFiles, manifest: Manifest) -> list[Statistics]:
+    """Return each committed shard's statistics, checked against the manifest."""
+    return [
+        load_statistics(files, statistics_key(record.shard), record.files, manifest.header, record.contexts)
+        for record in manifest.shards
+    ]

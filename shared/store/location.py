@@ -1,0 +1,73 @@
+"""Where a store is: a folder, or a bucket and prefix of an object store."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+
+SCHEMES = ("s3", "gs", "az")
+CACHE_BYTES = 64 << 30
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
+_SIZE = re.compile(r"(\d+)\s*(|[KMGT]i?B?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StoreUrl:
+    """A store in an object store: `s3://bucket/prefix`, `gs://` or `az://container/prefix`."""
+
+    scheme: str
+    bucket: str
+    prefix: str
+
+    def __str__(self) -> str:
+        """Return the URL."""
+        return f"{self.scheme}://{self.bucket}/{self.prefix}"
+
+    @property
+    def name(self) -> str:
+        """Return the last part, as of a folder's path."""
+        return self.prefix.rpartition("/")[2]
+
+
+def locate(place: str | Path | StoreUrl) -> Path | StoreUrl:
+    """Return where a store named in a configuration is; raise `ConfigError` for a URL that cannot hold one."""
+    if not isinstance(place, str):
+        return place
+    found = _URL.fullmatch(place)
+    if found is None:
+        return Path(place)
+    scheme, rest = found[1].lower(), found[2]
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{known}://" for known in SCHEMES)
+        raise ConfigError(f"cannot keep a store at '{place}'; expected a folder, or a URL that begins with {known}")
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.strip("/")
+    if not bucket or not prefix or any(part in ("", ".", "..") for part in prefix.split("/")):
+        raise ConfigError(f"cannot keep a store at '{place}'; expected {scheme}://bucket/prefix")
+    return StoreUrl(scheme, bucket, prefix)
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """Return the folder for copies of remote stores: as given, `THRESHER_CACHE`, or the user's cache directory."""
+    chosen = folder or os.environ.get("THRESHER_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thresher"
+
+
+def cache_limit(n_bytes: int | None = None) -> int:
+    """Return the bound on shards kept there: as given, `THRESHER_CACHE_BYTES` (as in 200GB or 64GiB), or 64 GiB."""
+    if n_bytes is not None:
+        return n_bytes
+    text = os.environ.get("THRESHER_CACHE_BYTES", "").strip()
+    if not text:
+        return CACHE_BYTES
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"THRESHER_CACHE_BYTES is '{text}'; expected a number of bytes, such as 200GB or 64GiB")
+    unit = found[2].upper()
+    return int(found[1]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " ")
