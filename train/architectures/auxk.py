@@ -27,12 +27,14 @@ def add_auxk(
     k_aux: int,
     coefficient: float,
     across: Across = ALONE,
+    n_dead: int | None = None,
 ) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
-    The products are dense over the dead latents, in the compute dtype, a block of rows at a time.
+    The products are dense over the dead latents, in the compute dtype, a block of rows at a time. With `n_dead`, which
+    must not be fewer than there are, shapes follow from that and nothing waits for the device.
     """
-    latents = dead.nonzero().squeeze(1)
+    latents = dead.nonzero().squeeze(1) if n_dead is None else torch.argsort((~dead).byte(), stable=True)[:n_dead]
     if not len(latents):
         return 0.0
     scale = across.mean(squared(residual))
@@ -40,6 +42,8 @@ def add_auxk(
     precise, compute = batch.x.dtype, batch.x_compute.dtype
     W_enc, W_dec = W_enc_compute[latents], parameters["W_dec"][latents].to(compute)
     bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
+    if n_dead is not None:
+        bias = bias.where(dead[latents], -torch.inf)
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)
     by_W_dec, by_b_enc = torch.zeros_like(by_W_enc), torch.zeros_like(bias)
     k_here = min(k_aux, len(latents))
@@ -61,4 +65,5 @@ def add_auxk(
     gradients["W_enc"][latents] += by_W_enc - torch.outer(by_b_enc, parameters["b_dec"])
     gradients["b_enc"][latents] += by_b_enc
     gradients["b_dec"] -= across.over_latents(parameters["W_enc"][latents].T @ by_b_enc)
-    return torch.where(scale > 0, coefficient * loss / scale, 0)
+    some = scale > 0 if n_dead is None else (scale > 0) & dead.any()
+    return torch.where(some, coefficient * loss / scale, 0)

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-ROW_BLOCK = 1024
+from .cpu_topk import topk_of_rows
+
+_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 256, 1024, 1 << 22
 _SUM = 0
 _RADIX_LIMIT = 1 << 16
 
@@ -61,10 +63,15 @@ def select_topk(
     bias = b_enc.to(x.dtype)
     acts = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64)
-    for start in range(0, len(x), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        torch.topk(F.linear(x[rows], W_enc, bias), k, dim=1, sorted=False, out=(acts[rows], indices[rows]))
+    for rows in row_blocks(len(x), len(W_enc)):
+        acts[rows], indices[rows] = topk_of_rows(F.linear(x[rows], W_enc, bias), k)
     return acts.relu_(), indices
+
+
+def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
+    """Return blocks of rows whose pre-activations stay in cache until they are chosen from."""
+    rows = max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae))
+    return [slice(start, start + rows) for start in range(0, n_rows, rows)]
 
 
 def decode(

@@ -1,0 +1,60 @@
+"""The CPU's selection against a full sort, over shapes that group evenly, unevenly and not at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from thresher.train.kernels import cpu, cpu_topk, reference
+from thresher.train.kernels.cpu_topk import topk_of_rows
+
+
+def rows(batch, n, dtype, positive):
+    """Return random rows of which about the given fraction is positive."""
+    noise = np.random.default_rng(n).normal(size=(batch, n)) - np.quantile(
+        np.random.default_rng(0).normal(size=9999), 1 - positive
+    )
+    return torch.from_numpy(noise).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(1, 1), (7, 7), (97, 3), (512, 32), (3072, 32), (3071, 32), (6007, 5), (1024, 384), (70_001, 2), (9001, 500)],
+)
+@pytest.mark.parametrize("positive", [0.5, 0.01])
+def test_values_are_a_sorts_and_columns_are_theirs(n, k, dtype, positive):
+    pre_acts = rows(3, n, dtype, positive)
+    values, columns = topk_of_rows(pre_acts, k)
+    expected = np.sort(pre_acts.double().numpy(), axis=1)[:, n - k :]
+    assert np.array_equal(np.sort(values.double().relu().numpy(), axis=1), np.maximum(expected, 0))
+    assert torch.equal(pre_acts.gather(1, columns), values)
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+
+def test_rows_are_grouped_where_that_pays():
+    assert [cpu_topk._group_size(n, 32) for n in (300, 384, 385, 2048, 2049, 12288)] == [1, 1, 4, 4, 8, 8]
+    assert cpu_topk._group_size(65536, 256) == 4
+
+
+def test_ties_infinities_and_zeros_are_chosen_as_values():
+    pre_acts = torch.zeros(2, 4000).bfloat16()
+    pre_acts[0, 1717] = torch.inf
+    pre_acts[0, 5::7] = 1.0
+    pre_acts[1] = -torch.inf
+    pre_acts[1, [3, 3999]] = torch.tensor([2.0, 0.5]).bfloat16()
+    values, columns = topk_of_rows(pre_acts, 5)
+    assert sorted(values[0].tolist()) == [1, 1, 1, 1, torch.inf]
+    assert sorted(values[1].relu().tolist()) == [0, 0, 0, 0.5, 2.0]
+    assert torch.equal(pre_acts.gather(1, columns), values)
+
+
+@pytest.mark.parametrize("batch", [1, 1025])
+def test_selection_in_blocks_of_rows_is_the_references(batch):
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc, b_enc = (torch.randn(*shape, generator=generator) for shape in ((batch, 16), (900, 16), (900,)))
+    acts, indices = cpu.select_topk(x, W_enc, b_enc, 9)
+    expected, _ = reference.select_topk(x, W_enc, b_enc, 9)
+    torch.testing.assert_close(acts.sort(1, descending=True).values, expected)
+    torch.testing.assert_close(acts, reference.pre_activations(x, W_enc, b_enc).relu().gather(1, indices))
