@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..shared.errors import ConfigError
@@ -55,9 +56,20 @@ def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) 
     _sync_folder(path.parent)
 
 
-def load_state(output: Path, name: str, step: int) -> dict[str, Tensor]:
-    """Read one SAE's state of a step."""
-    return load_file(_file(output, name, step))
+def load_state(
+    output: Path,
+    name: str,
+    step: int,
+    rows: slice | None = None,
+    has_rows: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """Read one SAE's state of a step; of the tensors that a part of the latents have rows in, only theirs."""
+    state = {}
+    with safe_open(_file(output, name, step), "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            whole = rows is None or not has_rows(key) or not file.get_slice(key).get_shape()
+            state[key] = file.get_tensor(key) if whole else file.get_slice(key)[rows]
+    return state
 
 
 def save_record(output: Path, record: Mapping[str, Any], keep: int) -> None:

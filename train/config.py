@@ -130,4 +130,11 @@ class TrainConfig(Config, frozen=True):
     keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
     tensorboard: Annotated[bool, Meta(description="Also write TensorBoard event files, if it is installed.")] = False
+    parallel: Annotated[
+        Literal["spread", "data", "latents"],
+        Meta(
+            description="Under torchrun: spread the SAEs over processes, train each on slices of every batch, or shard "
+            "each over its latents."
+        ),
+    ] = "spread"
     dry_run: Annotated[bool, Meta(description="Print the plan and stop.")] = False

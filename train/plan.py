@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..shared.device import choose_device, describe_device
-from ..shared.errors import ConfigError, HookPointError
+from ..shared.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
 from .config import SaeConfig, TrainConfig
 from .kernels import backend_for
+from .parallel.latents import check_can_be_sharded
+from .parallel.layout import most_parameters
+from .parallel.ranks import Ranks
 from .sae_trainer import Schedule
 from .sweep import expand_sweep
 
@@ -34,6 +37,8 @@ class Plan:
     memory_bytes: int
     device: str = "cpu"
     kernels: str = "auto"
+    parallel: str = "spread"
+    n_ranks: int = 1
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
@@ -54,17 +59,22 @@ class Plan:
             f"({n_tokens / self.rows_per_epoch:.2f} epochs of {self.rows_per_epoch:,}), "
             f"about {self.memory_bytes / 2**30:.2f} GiB of memory; "
             f"on {describe_device(self.device)} with {self.kernels} kernels"
+            + (f", parallel = '{self.parallel}' over {self.n_ranks} processes" if self.n_ranks > 1 else "")
         )
         return "\n".join(lines)
 
 
-def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -> Plan:
-    """Expand the sweep and check it against the store and the machine.
+def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, ranks: Ranks | None = None) -> Plan:
+    """Expand the sweep and check it against the store and the machine; memory is that of the rank that needs most.
 
     Raises:
         ConfigError: a hyperparameter does not fit, or the machine has too little memory.
         HookPointError: the store lacks a hook point.
+        StoreError: the store has no training rows.
     """
+    if not rows_per_epoch:
+        raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
+    ranks = ranks or Ranks(config.device)
     saes = expand_sweep(config.sae)
     n_parameters = {}
     for sae in saes:
@@ -76,7 +86,9 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -
                 )
         d_in = sum(map(store.d_in, sae.inputs))
         d_out = store.d_in(sae.hook_point_out) if sae.hook_point_out else d_in
-        make_architecture(sae, d_in, d_out)
+        architecture = make_architecture(sae, d_in, d_out)
+        if config.parallel == "latents" and ranks.n > 1:
+            check_can_be_sharded(sae, architecture)
         if len({store.d_in(hook) for hook in sae.inputs}) > 1:
             raise ConfigError(f"SAE '{sae.name}': the hook points of a crosscoder differ in width; expected one width")
         n_parameters[str(sae.name)] = (d_in + d_out + 1) * sae.d_sae + d_out
@@ -87,16 +99,25 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int) -
     window_bytes = sum(
         min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
     )
-    memory = window_bytes + sum(n_parameters.values()) * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
+    trained = most_parameters(config.parallel, list(n_parameters.values()), ranks.n)
+    memory = window_bytes + trained * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
     device = choose_device(config.device)
-    available = available_memory(device)
+    available = available_memory(device) // (1 if torch.device(device).type == "cuda" else ranks.local_n)
     if memory > available:
         raise ConfigError(
             f"the run needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
             "train fewer SAEs at once, narrower ones, or with a smaller window_bytes"
         )
     return Plan(
-        tuple(saes), schedule, rows_per_epoch, n_parameters, memory, device, backend_for(device, config.kernels)
+        tuple(saes),
+        schedule,
+        rows_per_epoch,
+        n_parameters,
+        memory,
+        device,
+        backend_for(device, config.kernels),
+        config.parallel,
+        ranks.n,
     )
 
 

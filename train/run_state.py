@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
 from ..shared.config import read_toml, to_toml
 from ..shared.errors import ConfigError
 from .batches import ShuffledBatches
 from .checkpoint import load_record, load_state, save_record, save_state, write_atomically
 from .config import TrainConfig
+from .parallel.latents import is_sharded
+from .parallel.layout import Layout
 from .plan import Plan
 from .sae_trainer import SaeTrainer
 
@@ -29,6 +32,8 @@ _MAY_CHANGE = {
     "log_every_steps",
     "tensorboard",
     "dry_run",
+    "cuda_graphs",
+    "parallel",
     "tokens",
     "epochs",
     "store",
@@ -40,22 +45,27 @@ _MAY_CHANGE = {
 class RunState:
     """An output folder's run. `step` counts the steps that are done.
 
+    All ranks call the same methods at the same steps. Each SAE's files are written by one rank, and all that is shared
+    by the first, from tensors in full: another number of ranks can go on from them.
+
     Raises:
         ConfigError: the folder holds a run of another configuration or of another store.
     """
 
-    def __init__(self, config: TrainConfig, plan: Plan, store: ActivationStore):
+    def __init__(self, config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout):
         self.output = Path(config.output)
         self.step = 0
         self._keep = config.keep_checkpoints
         self._plan = plan
-        self._config = msgspec.structs.replace(config, sae=list(plan.saes))
+        self._layout = layout
+        kind = torch.device(config.device).type
+        self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=kind)
         self._metadata = _sae_metadata(store)
         self._identity = {"n_steps": plan.schedule.n_steps, "rows_per_epoch": plan.rows_per_epoch}
-        self._record = load_record(self.output)
+        self._record = layout.ranks.from_first(load_record(self.output) if layout.ranks.first else None)
         if self._record is not None:
             self._check_same(self._record)
-        else:
+        elif layout.ranks.first:
             self.output.mkdir(parents=True, exist_ok=True)
             write_atomically(self.output / CONFIG_NAME, to_toml(self._config))
 
@@ -78,49 +88,68 @@ class RunState:
         for trainer in trainers:
             trainer.diverged = self._record["diverged"].get(trainer.name)
             if trainer.diverged is None:
-                trainer.load_state_dict(load_state(self.output, trainer.name, self.step))
+                rows = self._layout.latents_here(trainer.config.d_sae)
+                trainer.load_state_dict(load_state(self.output, trainer.name, self.step, rows, is_sharded))
 
     def checkpoint(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
         """Save everything that the rest of the run depends on."""
         for trainer in trainers:
+            trainer.check()
+        for trainer in trainers:
             if trainer.diverged is None:
-                save_state(self.output, trainer.name, self.step, trainer.state_dict())
+                state = self._layout.whole(trainer.name, trainer.state_dict(), trainer.config.d_sae)
+                if self._layout.saves(trainer.name):
+                    save_state(self.output, trainer.name, self.step, state)
         self._save_record(trainers, batches.state_dict(), finished=False)
 
     def record_divergence(self, trainers: list[SaeTrainer]) -> None:
-        """Say beside each SAE that diverged why it has no weights.
-
-        Raises:
-            ConfigError: none is left.
-        """
-        for trainer in trainers:
+        """Say beside each SAE that diverged why it has no weights."""
+        for trainer in filter(lambda trainer: self._layout.saves(trainer.name), trainers):
             path = self.output / trainer.name / DIVERGED_NAME
             if trainer.diverged is not None and not path.exists():
                 path.write_text(json.dumps({"reason": trainer.diverged, "lr": trainer.architecture.lr}) + "\n")
-        if all(trainer.diverged for trainer in trainers):
-            raise ConfigError(
-                f"all SAEs diverged, '{trainers[-1].name}' with {trainers[-1].diverged}; lower the learning rates"
-            )
+
+    def all_diverged(self, trainers: list[SaeTrainer]) -> ConfigError:
+        """Return the error that no SAE is left."""
+        last = trainers[-1]
+        return ConfigError(f"all SAEs diverged, '{last.name}' with {last.diverged}; lower the learning rates")
 
     def finish(self, trainers: list[SaeTrainer]) -> list[Path]:
-        """Write the trained SAEs, mark the run as finished and return their folders."""
+        """Write the trained SAEs, mark the run as finished and return their folders.
+
+        Raises:
+            ConfigError: no SAE is left.
+        """
+        if len(self._diverged(trainers)) == len(self._plan.saes):
+            raise self.all_diverged(trainers)
         for trainer in trainers:
             if trainer.diverged is None:
-                folder = trainer.to_sae(self._metadata).save(self.output / trainer.name)
+                parameters = self._layout.whole(trainer.name, trainer.trained_parameters, trainer.config.d_sae)
+                if not self._layout.saves(trainer.name):
+                    continue
+                folder = trainer.to_sae(self._metadata, parameters).save(self.output / trainer.name)
                 own = msgspec.structs.replace(self._config, sae=[trainer.config])
                 write_atomically(folder / CONFIG_NAME, to_toml(own))
         self._save_record(trainers, None, finished=True)
         return self.folders()
 
+    def _diverged(self, trainers: list[SaeTrainer]) -> dict[str, str]:
+        """Return which SAEs of all ranks diverged, and why; all have come here when it returns."""
+        own = {t.name: t.diverged for t in trainers if t.diverged is not None}
+        return {name: reason for every in self._layout.ranks.gather(own) for name, reason in every.items()}
+
     def _save_record(self, trainers: list[SaeTrainer], stream: Any, finished: bool) -> None:
+        diverged = self._diverged(trainers)
         self._record = {
             "step": self.step,
             "finished": finished,
             "stream": stream,
-            "diverged": {t.name: t.diverged for t in trainers if t.diverged is not None},
+            "diverged": diverged,
             **self._identity,
         }
-        save_record(self.output, self._record, self._keep)
+        if self._layout.ranks.first:
+            save_record(self.output, self._record, self._keep)
+        self._layout.ranks.gather(None)
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
         saved = read_toml(self.output / CONFIG_NAME)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..shared.sae import Sae
 from .architectures import make_architecture
-from .architectures.base import Batch, Number, StepInput
+from .architectures.base import Batch, Number, Parameters, StepInput
 from .config import SaeConfig
 from .normalization import Normalization
 from .optimizer import Optimizer
@@ -252,9 +252,17 @@ class SaeTrainer:
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self._refresh()
 
-    def to_sae(self, metadata: dict[str, Any]) -> Sae:
-        """Return the SAE as it is now, for inference on raw activations."""
-        return self.architecture.to_sae(self.averages or self.parameters, self.buffers, self.normalization, metadata)
+    @property
+    def trained_parameters(self) -> Parameters:
+        """Return the parameters that are saved: their running means where there are any."""
+        return self.averages or self.parameters
+
+    def to_sae(self, metadata: dict[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Sae:
+        """Return the SAE as it is now, for inference on raw activations; `parameters` are all ranks' joined."""
+        parameters = dict(parameters or self.trained_parameters)
+        buffers = {name: tensor.to(parameters["W_enc"].device) for name, tensor in self.buffers.items()}
+        normalization = self.normalization.to(parameters["W_enc"].device)
+        return self.architecture.to_sae(parameters, buffers, normalization, metadata)
 
 
 def _failure(step: int, loss: float, mse: float) -> str:

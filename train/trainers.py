@@ -9,21 +9,26 @@ from .architectures.base import Batch
 from .config import TrainConfig
 from .kernels import kernels_for
 from .normalization import normalization_across, normalization_of
+from .parallel.layout import Layout
 from .plan import Plan
 from .sae_trainer import SaeTrainer
+from .step_graphs import capture_on_cuda
 
 
-def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore) -> list[SaeTrainer]:
-    """Return the sweep's trainers at step zero."""
+def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout) -> list[SaeTrainer]:
+    """Return the trainers of the sweep's SAEs that are trained here, at step zero."""
+    saes = layout.saes_here(plan.saes)
     kernels = kernels_for(config.device, config.kernels)
     kinds = {
         hook: normalization_of(store, hook, config.normalize_activations).to(config.device)
-        for hook in {place for sae in plan.saes for place in sae.places}
+        for hook in {place for sae in saes for place in sae.places}
     }
     dtype = getattr(torch, config.compute_dtype)
+    across = layout.across
+    capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None
     return [
-        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device)
-        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in plan.saes)
+        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device, True, across, capture)
+        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in saes)
     ]
 
 

@@ -1,0 +1,63 @@
+"""Data-parallel training of one SAE: each rank takes its slice of every batch, and what they find is combined."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from ..architectures.base import StepOutput
+from .across import Across
+from .ranks import Ranks
+
+
+class DataParallel(Across):
+    """The ranks' slices are of one size, so that the mean of their gradients is the whole batch's."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def rows(self, n_rows: int) -> int:
+        """Return the rows of the whole batch."""
+        return n_rows * self.ranks.n
+
+    def mean(self, number: Tensor) -> Tensor:
+        """Return the mean over ranks."""
+        number = number.clone()
+        self.ranks.add(number)
+        return number / self.ranks.n
+
+    def least(self, number: Tensor) -> Tensor:
+        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
+        found = number.float().clone()
+        self.ranks.least(found)
+        return found.to(number.dtype)
+
+    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
+        """Return all ranks' values, in order of rank."""
+        return self.ranks.concatenate(values)
+
+    def combine(self, output: StepOutput) -> StepOutput:
+        """Return the mean of the ranks' gradients and numbers, and what fired on any of them."""
+        numbers = {"loss": output.loss, "mse": output.mse, "l0": output.l0, **output.terms}
+        device = output.fired.device
+        packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers.values()])
+        fired = output.fired.to(torch.uint8)
+        gradients = {name: gradient.contiguous() for name, gradient in output.gradients.items()}
+        self.ranks.add(packed, *gradients.values())
+        self.ranks.greatest(fired)
+        packed /= self.ranks.n
+        for gradient in gradients.values():
+            gradient /= self.ranks.n
+        loss, mse, l0, *terms = packed.unbind() if device.type == "cuda" else packed.tolist()
+        return replace(
+            output,
+            gradients=gradients,
+            fired=fired.bool(),
+            loss=loss,
+            mse=mse,
+            l0=l0,
+            terms=dict(zip(output.terms, terms, strict=True)),
+        )

@@ -1,0 +1,133 @@
+"""One SAE sharded over its latents: each rank holds some rows of `W_enc` and `W_dec` and sees every batch whole.
+
+Plain collectives on ordinary tensors, not DTensor: the selection gives every rank another number of latents in each
+row, and no DTensor placement describes such a matrix. Of a step the ranks exchange the candidates of the selection,
+`[n, batch, k]`, and the partial reconstructions, `[batch, d_in]`; gradients and Adam's moments stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from ...shared.errors import ConfigError
+from ..architectures.base import Architecture, Batch, Parameters, StepInput
+from ..architectures.batch_topk import BatchTopK
+from ..architectures.latents import SparseLatents, csr_of, encoded_bias, sparse_at
+from ..architectures.topk import TopK
+from ..config import SaeConfig
+from .across import Across
+from .ranks import Ranks
+
+_SHARDED = {"W_enc", "b_enc", "W_dec", "tokens_since_fired"}
+
+
+class LatentShards(Across):
+    """The latents are cut into one part per rank, in order."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def least(self, number: Tensor) -> Tensor:
+        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
+        found = number.float().clone()
+        self.ranks.least(found)
+        return found.to(number.dtype)
+
+    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
+        """Return all ranks' values, in order of rank."""
+        return self.ranks.concatenate(values)
+
+    def shard(self, architecture: Architecture) -> Architecture:
+        """Return the architecture that trains the latents here."""
+        kind = {TopK: ShardedTopK, BatchTopK: ShardedBatchTopK}[type(architecture)]
+        sharded = kind(architecture.config, architecture.d_in)
+        sharded.latents_here = self.ranks.part(architecture.d_sae)
+        return sharded
+
+    def over_latents(self, total: Tensor) -> Tensor:
+        """Return the sum over all ranks."""
+        total = total.clone()
+        self.ranks.add(total)
+        return total
+
+    def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
+        """Keep what is among the k largest of all ranks' candidates in each row, and put -inf for the rest.
+
+        Of equal ones those on lower ranks are kept, so that every rank decides alike.
+        """
+        infinity = torch.full_like(values[:, :1], -torch.inf)
+        candidates = torch.cat([values, infinity.expand(-1, k - values.shape[1])], 1)
+        every = self.ranks.stack(candidates).transpose(0, 1).reshape(len(values), -1)
+        smallest = every.topk(k, dim=1).values.amin(1, keepdim=True)
+        above, ties = every > smallest, every == smallest
+        kept = above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        here = kept[:, self.ranks.rank * k :][:, : values.shape[1]]
+        return values.where(here, infinity)
+
+    def gradient_norm(self, gradients: Parameters) -> Tensor:
+        """Return the norm of all gradients together, those on other ranks included."""
+        squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
+        there = self.over_latents(torch.stack([square for name, square in squares.items() if is_sharded(name)]).sum())
+        return torch.stack([there, *(square for name, square in squares.items() if not is_sharded(name))]).sum().sqrt()
+
+    def whole(self, tensors: Mapping[str, Tensor], d_sae: int, to: int) -> dict[str, Tensor]:
+        """Return, on rank `to`, a state's tensors of all latents, in the host's memory; on others, nothing."""
+        sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(name) and tensor.dim()}
+        joined = self.ranks.join(sharded, d_sae, to)
+        return {name: joined.get(name, tensor) for name, tensor in tensors.items()} if self.ranks.rank == to else {}
+
+
+def is_sharded(name: str) -> bool:
+    """Return whether a tensor of an SAE's state, unless it is a number, has one row for each latent."""
+    return name.split(".")[-1] in _SHARDED
+
+
+def check_can_be_sharded(sae: SaeConfig, architecture: Architecture) -> None:
+    """Raise `ConfigError` for an SAE that can only be trained with all its latents in one place."""
+    if type(architecture) not in (TopK, BatchTopK):
+        what = f"architecture '{sae.architecture}'" if type(architecture).name != "topk" else "its k or loss"
+        raise ConfigError(
+            f"SAE '{sae.name}': parallel = 'latents' trains plain topk and batch_topk, but not {what}; "
+            "use 'spread' or 'data'"
+        )
+    if sae.resample_every_tokens is not None:
+        raise ConfigError(
+            f"SAE '{sae.name}': parallel = 'latents' cannot resample dead latents; "
+            "leave resample_every_tokens out, or use 'spread' or 'data'"
+        )
+
+
+class ShardedTopK(TopK):
+    """TopK over the latents of all ranks; parameters are those of `latents_here`."""
+
+    latents_here: slice
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return this rank's part of the whole SAE's initial parameters."""
+        return _part_of(super().initial_parameters(generator), self.latents_here)
+
+    def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
+        """Return the chosen entries that are here: the positive ones of the k largest of all ranks."""
+        bias, k = encoded_bias(parameters), int(self.config.k or 0)
+        acts, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, min(k, len(bias)))
+        places, offsets = csr_of(step.across.only_largest(acts, k) > 0)
+        rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())
+        return sparse_at(step, parameters, batch.x, bias, top[rows, places], offsets)
+
+
+class ShardedBatchTopK(BatchTopK):
+    """BatchTopK over the latents of all ranks; parameters are those of `latents_here`."""
+
+    latents_here: slice
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return this rank's part of the whole SAE's initial parameters."""
+        return _part_of(super().initial_parameters(generator), self.latents_here)
+
+
+def _part_of(parameters: Parameters, rows: slice) -> Parameters:
+    return {name: tensor[rows].clone() if is_sharded(name) else tensor for name, tensor in parameters.items()}

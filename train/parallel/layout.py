@@ -1,0 +1,101 @@
+"""Who trains what: the SAEs of a sweep on a rank, the rows it takes of each batch, and the SAEs it saves.
+
+| `parallel` | a rank trains | on | and exchanges |
+|---|---|---|---|
+| `spread` | whole SAEs, those it was given | every batch | nothing |
+| `data` | every SAE | its slice of every batch | gradients |
+| `latents` | some latents of every SAE | every batch | candidates and partial reconstructions |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...shared.errors import ConfigError
+from .across import ALONE, Across
+from .data import DataParallel
+from .latents import LatentShards
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from ..config import SaeConfig
+
+
+def spread(costs: Sequence[int], n_ranks: int) -> list[int]:
+    """Return the rank of each SAE: the costliest first, each to the rank that has least to do."""
+    loads, owners = [0] * n_ranks, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
+    return owners
+
+
+def most_parameters(parallel: str, n_parameters: Sequence[int], n_ranks: int) -> int:
+    """Return the parameters of the rank that has most."""
+    if parallel == "data":
+        return sum(n_parameters)
+    if parallel == "latents":
+        return -(-sum(n_parameters) // n_ranks)
+    owners = spread(n_parameters, n_ranks)
+    return max(
+        sum(n for n, owner in zip(n_parameters, owners, strict=True) if owner == rank) for rank in range(n_ranks)
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rank's share of a sweep; `savers` says by which rank each SAE is saved.
+
+    Raises:
+        ConfigError: some rank would have nothing to do.
+    """
+
+    ranks: Ranks = field(default_factory=Ranks)
+    parallel: str = "spread"
+    savers: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parallel: str, n_parameters: Mapping[str, int], ranks: Ranks) -> Layout:
+        """Lay a sweep out over ranks, by the parameters of its SAEs."""
+        if parallel == "spread" and len(n_parameters) < ranks.n:
+            raise ConfigError(
+                f"{ranks.n} processes have {len(n_parameters)} SAEs to train; start as many at most, "
+                "or train each SAE on all of them with parallel = 'data' or 'latents'"
+            )
+        owners = spread(list(n_parameters.values()), ranks.n)
+        return cls(ranks, parallel, dict(zip(n_parameters, owners, strict=True)))
+
+    @cached_property
+    def across(self) -> Across:
+        """Return what joins this rank's steps to the others'."""
+        if self.ranks.n == 1 or self.parallel == "spread":
+            return ALONE
+        return DataParallel(self.ranks) if self.parallel == "data" else LatentShards(self.ranks)
+
+    def saves(self, name: str) -> bool:
+        """Return whether this rank writes an SAE's files."""
+        return self.savers.get(name, 0) == self.ranks.rank
+
+    def saes_here(self, saes: Sequence[SaeConfig]) -> list[SaeConfig]:
+        """Return the SAEs that this rank trains, or trains a part of."""
+        return [sae for sae in saes if self.parallel != "spread" or self.saves(str(sae.name))]
+
+    @property
+    def batch_slice(self) -> tuple[int, int]:
+        """Return which of how many slices of every batch this rank reads."""
+        return (self.ranks.rank, self.ranks.n) if self.parallel == "data" else (0, 1)
+
+    def whole(self, name: str, tensors: Mapping[str, Tensor], d_sae: int) -> Mapping[str, Tensor]:
+        """Return, on the rank that saves an SAE, its tensors in full; to be called by all ranks that train it."""
+        if isinstance(self.across, LatentShards):
+            return self.across.whole(tensors, d_sae, self.savers[name])
+        return tensors
+
+    def latents_here(self, d_sae: int) -> slice | None:
+        """Return the latents that this rank trains of an SAE, if not all."""
+        return self.ranks.part(d_sae) if isinstance(self.across, LatentShards) else None
