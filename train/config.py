@@ -24,6 +24,25 @@ class SaeConfig(Config, frozen=True):
     target_l0: Annotated[
         Annotated[float, Meta(gt=0)] | None, Meta(description="L0 to aim at, which the L0 penalty is then about.")
     ] = None
+    sparsity_loss: Annotated[
+        Literal["l0", "tanh"] | None,
+        Meta(description="A JumpReLU SAE's penalty: l0, or tanh with the pre-activation loss; l0 if not given."),
+    ] = None
+    tanh_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None, Meta(description="Factor of latents inside the tanh penalty; 4.")
+    ] = None
+    pre_act_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Weight of the pre-activation loss beside the tanh penalty; 3e-6."),
+    ] = None
+    bandwidth: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Width of a JumpReLU's straight-through rectangle, on normalised inputs; the recipe's own."),
+    ] = None
+    initial_threshold: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="A JumpReLU's thresholds before training, on normalised inputs; the recipe's own."),
+    ] = None
     prefix_sizes: Annotated[
         tuple[int, ...] | None, Meta(description="Sizes of a Matryoshka SAE's prefixes, growing to d_sae.")
     ] = None
@@ -123,6 +142,9 @@ class TrainConfig(Config, frozen=True):
         Literal["auto", "reference"],
         Meta(description="auto: Triton kernels on CUDA and the CPU's own operations there; reference: plain PyTorch."),
     ] = "auto"
+    cuda_graphs: Annotated[
+        bool, Meta(description="On CUDA, replay steps whose shapes have settled as graphs; false launches each kernel.")
+    ] = True
     window_bytes: Annotated[
         int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
     ] = 2 << 30

@@ -38,8 +38,10 @@ class Optimizer:
         self.exp_avg_sq = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
-    def step(self, gradients: Parameters, lr: float) -> Tensor | None:
+    def step(self, gradients: Parameters, lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
         """Change the parameters in place; return the gradient's norm where it is clipped.
+
+        Where `skip`, on the device, is 1, nothing is changed.
 
         Large matrices go a block of rows at a time, so that on a CPU a block stays in cache from projection
         to normalisation.
@@ -50,12 +52,12 @@ class Optimizer:
                 self._project(gradients, rows)
             norm = self._clip(gradients)
         for name in self.parameters:
-            self.steps[name] += 1
+            self.steps[name] += 1 if skip is None else 1 - skip
             for rows in self._row_blocks(name):
                 unit_norm = name == "W_dec" and self.unit_norm_decoder
                 if unit_norm and not self.clip_grad_norm:
                     self._project(gradients, rows)
-                self._adam(name, rows, gradients[name], lr)
+                self._adam(name, rows, gradients[name], lr, skip)
                 if unit_norm:
                     directions = self.parameters[name][rows]
                     directions /= directions.norm(dim=1, keepdim=True).clamp_min_(1e-8)
@@ -73,7 +75,7 @@ class Optimizer:
             gradient, directions = gradients["W_dec"][rows], self.parameters["W_dec"][rows]
             gradient.addcmul_(torch.linalg.vecdot(gradient, directions)[:, None], directions, value=-1)
 
-    def _adam(self, name: str, rows: slice, gradient: Tensor, lr: float) -> None:
+    def _adam(self, name: str, rows: slice, gradient: Tensor, lr: float | Tensor, skip: Tensor | None) -> None:
         torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
             [self.parameters[name][rows]],
             [gradient[rows]],
@@ -88,6 +90,7 @@ class Optimizer:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
+            found_inf=skip,
         )
 
     def _clip(self, gradients: Parameters) -> Tensor:

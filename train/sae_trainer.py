@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 from ..shared.sae import Sae
 from .architectures import make_architecture
 from .architectures.base import Batch, Number, Parameters, StepInput
+from .architectures.latents import SPARSE_BELOW
 from .config import SaeConfig
+from .looks import DeadLook, EntryRoom
 from .normalization import Normalization
 from .optimizer import Optimizer
 from .parallel.across import ALONE, Across
 from .resampling import resample_dead_latents
 from .schedule import lr_factor, sparsity_factor
+from .step_graphs import Capture, StepGraphs
 from .whole_step import WholeStep
 
 _EXPLOSION = 1e4
@@ -46,7 +49,8 @@ class SaeTrainer:
 
     `diverged` says why training stopped early, if it did. On a GPU a step does not wait for the device: the metrics
     are read, and divergence is noticed, when the run asks for them by `read_metrics` and `check`. A TopK SAE takes
-    whole steps of fused kernels where the kernels have them, unless `fuse` is false.
+    whole steps of fused kernels where the kernels have them, unless `fuse` is false. With those kernels shapes are
+    fixed from look to look, and with `capture` steps whose shapes have settled are replayed as graphs.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class SaeTrainer:
         device: str | torch.device = "cpu",
         fuse: bool = True,
         across: Across = ALONE,
+        capture: Capture | None = None,
     ):
         self.config = config
         self.name = config.name or config.architecture
@@ -79,14 +84,31 @@ class SaeTrainer:
         n_tokens = schedule.n_steps * schedule.batch_size
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))
         warmup = config.sparsity_warmup_steps
-        self.sparsity_warmup_steps = schedule.n_steps // 20 if warmup is None else warmup
+        share = self.architecture.sparsity_warmup_fraction
+        self.sparsity_warmup_steps = int(schedule.n_steps * share) if warmup is None else warmup
         self.averages = {name: tensor.clone() for name, tensor in self.parameters.items()} if config.ema_decay else {}
         self.steps_done = 0
+        self._lr = 0.0
         self.diverged: str | None = None
         self._failure = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.waits = self.device.type != "cuda"
+        # What changes from step to step, as [steps done, learning rate, sparsity's factor], for captured steps to read.
+        self._now = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.whole_step: WholeStep | None = None
         if fuse and across is ALONE:
             self._fuse(kernels, compute_dtype)
+        fixed = hasattr(kernels, "TopKStep") and across is ALONE
+        self.dead_look = DeadLook(self.dead_after_tokens) if fixed and self._revives_dead() else None
+        self.room = EntryRoom(self.device) if fixed and not self.whole_step else None
+        # A subclass may do on the host what the class that says it is capturable does not.
+        capturable = fixed and vars(type(self.architecture)).get("capturable", False)
+        self._graphs = StepGraphs(self._take, capture if capturable else None)
+
+    def _revives_dead(self) -> bool:
+        """Return whether the loss depends on which latents are dead."""
+        if self.whole_step is not None:
+            return self.whole_step.has_auxk
+        return self.architecture.revives_dead and self.config.aux_coefficient > 0
 
     def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
         """Let parameters, moments and counters be those of the fused step, where there is one."""
@@ -116,34 +138,70 @@ class SaeTrainer:
         On divergence a CPU's step changes nothing and sets `diverged`; a GPU's leaves it to `check`.
         """
         schedule, step = self.schedule, self.steps_done
-        lr = self.architecture.lr * lr_factor(step, schedule.n_steps, schedule.warmup_steps, schedule.decay_fraction)
-        dead = self.tokens_since_fired >= self.dead_after_tokens
-        n_dead = self.across.over_latents(torch.count_nonzero(dead).double())
-        taken = self._step_whole(batch, lr) if self.whole_step else self._step_by_ops(batch, lr, dead, n_dead)
-        mse, l0 = taken.pop("mse"), taken.pop("l0")
+        if step == 0:
+            self.architecture.start(self.parameters, batch)
+        self._lr = self.architecture.lr * lr_factor(
+            step, schedule.n_steps, schedule.warmup_steps, schedule.decay_fraction
+        )
+        # A whole step reads nothing else of a batch, and a captured one copies what it reads.
+        needed = batch if self.whole_step is None else Batch(batch.x_compute, batch.x_compute)
+        taken = self._graphs(needed, self._look(batch))
         if self.diverged is not None:
-            return {"loss": taken["loss"], "lr": lr}
+            return {"loss": taken["loss"], "lr": self._lr}
         self.steps_done += 1
         self._resample(batch)
         self._average()
-        metrics = taken | {
+        metrics = taken | {"lr": self._lr}
+        return {**read_metrics(metrics)} if self.waits else metrics
+
+    def _look(self, batch: Batch) -> Hashable | None:
+        """Bring what changes from step to step to the device, and return all else that a step's launches follow from.
+
+        That is None where the step must wait for the device, or has waited last time.
+        """
+        done = self.steps_done
+        if self.whole_step is not None:
+            self.whole_step.step.set_lr(self._lr)
+        if not self.waits:
+            self._now[1].fill_(self._lr)
+            self._now[2].fill_(sparsity_factor(done, self.sparsity_warmup_steps))
+        n_dead = self.dead_look.before(done, len(batch.x), self.tokens_since_fired) if self.dead_look else 0
+        if self.room is None:
+            return len(batch.x), n_dead
+        waited = self.room.waited
+        self.room.before(done, SPARSE_BELOW * len(batch.x) * self.config.d_sae)
+        key = (len(batch.x), n_dead, self.room.capacity, self.room.margin)
+        return None if waited or self.room.exact else key
+
+    def _take(self, batch: Batch) -> dict[str, Number]:
+        """Take a step; all of it may be captured."""
+        dead = self.tokens_since_fired >= self.dead_after_tokens
+        n_dead = self.across.over_latents(torch.count_nonzero(dead).double())
+        self._now[0].add_(1)
+        if self.whole_step is not None:
+            taken = self.whole_step(batch.x_compute, self.dead_look.n_dead if self.dead_look else 0)
+            self._note_failure(taken["loss"], taken["mse"])
+        else:
+            taken = self._step_by_ops(batch, dead, n_dead)
+        mse, l0 = taken.pop("mse"), taken.pop("l0")
+        return taken | {
             "explained_variance": 1 - mse / self.normalization.total_variance,
             "l0": l0,
             "dead_fraction": n_dead / self.config.d_sae,
-            "lr": lr,
         }
-        return metrics if self.device.type == "cuda" else {**read_metrics(metrics)}
 
-    def _step_whole(self, batch: Batch, lr: float) -> dict[str, Number]:
-        assert self.whole_step is not None
-        taken = self.whole_step(batch, lr, self.steps_done)
-        self._note_failure(taken["loss"], taken["mse"])
-        return taken
+    def _any_dead(self, batch: Batch, n_dead: Tensor) -> bool:
+        """Return whether the loss has to do with dead latents; where no look has said it, the device is asked.
 
-    def _step_by_ops(self, batch: Batch, lr: float, dead: Tensor, n_dead: Tensor) -> dict[str, Number]:
-        # The host asks for no count while too few tokens have been seen for any latent to be dead.
+        It is asked nothing while too few tokens have been seen for any latent to be dead.
+        """
+        if self.room is not None:
+            return self.dead_look is not None and self.dead_look.n_dead > 0
         can_be_dead = self.steps_done * max(self.schedule.batch_size, len(batch.x)) >= self.dead_after_tokens
-        any_dead = self.architecture.revives_dead and can_be_dead and bool(n_dead > 0)
+        return self.architecture.revives_dead and can_be_dead and bool(n_dead > 0)
+
+    def _step_by_ops(self, batch: Batch, dead: Tensor, n_dead: Tensor) -> dict[str, Number]:
+        done = self.steps_done
         output = self.architecture.step(
             self.parameters,
             batch,
@@ -151,11 +209,13 @@ class SaeTrainer:
                 kernels=self.kernels,
                 W_enc_compute=self.W_enc_compute,
                 total_variance=self.normalization.total_variance,
-                dead=dead if any_dead else None,
-                sparsity_scale=sparsity_factor(self.steps_done, self.sparsity_warmup_steps),
+                dead=dead if self._any_dead(batch, n_dead) else None,
+                sparsity_scale=sparsity_factor(done, self.sparsity_warmup_steps) if self.waits else self._now[2],
                 buffers=self.buffers,
-                steps_done=self.steps_done,
+                steps_done=done,
                 across=self.across,
+                room=self.room,
+                n_dead=self.dead_look.n_dead if self.dead_look else None,
             ),
         )
         output = self.across.combine(output)
@@ -163,27 +223,30 @@ class SaeTrainer:
         self._note_failure(output.loss, output.mse)
         if self.diverged is not None:
             return taken
-        grad_norm = self.optimizer.step(output.gradients, lr)
+        lr = self._lr if self.waits else self._now[1].float()
+        grad_norm = self.optimizer.step(output.gradients, lr, self.room.failed if self.room else None)
         self.W_enc_compute.copy_(self.parameters["W_enc"])
         self.tokens_since_fired += self.across.rows(len(batch.x))
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         if grad_norm is not None:
             taken["grad_norm"] = grad_norm
+        if self.room is not None and self.room.asked:
+            taken["skipped_steps"] = self.room.skipped.double()
         return taken
 
     def _note_failure(self, loss: Number, mse: Number) -> None:
         """Keep the first step that diverged on the device; on a CPU, look at once."""
         limit = _EXPLOSION * self.normalization.total_variance
-        if self.device.type != "cuda":
+        if self.waits:
             if not math.isfinite(loss) or mse > limit:
                 self.diverged = _failure(self.steps_done + 1, float(loss), float(mse))
             return
-        loss, mse, step = (
+        loss, mse = (
             number.double() if isinstance(number, Tensor) else self._failure.new_full((), number)
-            for number in (loss, mse, self.steps_done + 1)
+            for number in (loss, mse)
         )
         bad = ~(torch.isfinite(loss) & (mse <= limit)) & (self._failure[0] == 0)
-        self._failure = torch.where(bad, torch.stack([step, loss, mse]), self._failure)
+        self._failure.copy_(torch.where(bad, torch.stack([self._now[0], loss, mse]), self._failure))
 
     def check(self) -> None:
         """Set `diverged` if a step has diverged; this waits for the device."""
@@ -194,10 +257,12 @@ class SaeTrainer:
     def _resample(self, batch: Batch) -> None:
         """Start dead latents anew where it is time to: at intervals in the first half of the run."""
         every, done = self.config.resample_every_tokens, self.steps_done
-        dead = self.tokens_since_fired >= self.dead_after_tokens
-        if not every or 2 * done > self.schedule.n_steps or not bool(dead.any()):
+        if not every or 2 * done > self.schedule.n_steps:
             return
         if done * self.schedule.batch_size // every == (done - 1) * self.schedule.batch_size // every:
+            return
+        dead = self.tokens_since_fired >= self.dead_after_tokens
+        if not bool(dead.any()):
             return
         sae = self.architecture.to_sae(self.parameters, self.buffers, self.normalization.identity(), {})
         x = self.across.all_values(batch.x)
@@ -224,6 +289,8 @@ class SaeTrainer:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a later step depends on; names are the same on every path, so one can go on from another."""
         averages = {f"averages.{name}": tensor for name, tensor in self.averages.items()}
+        looks = {"looks.dead": self.dead_look, "looks.room": self.room}
+        averages |= {name: look.state() for name, look in looks.items() if look is not None}
         if self.whole_step is not None:
             return {**self.whole_step.state_dict(), **averages, "steps_done": torch.tensor(self.steps_done)}
         return {
@@ -238,6 +305,11 @@ class SaeTrainer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a saved state."""
         self.steps_done = int(state["steps_done"])
+        self._now[0].fill_(self.steps_done)
+        if self.dead_look is not None:
+            self.dead_look.load(state.get("looks.dead"))
+        if self.room is not None:
+            self.room.load(state.get("looks.room"))
         for name, tensor in self.averages.items():
             tensor.copy_(state[f"averages.{name}"])
         if self.whole_step is not None:

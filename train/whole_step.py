@@ -1,4 +1,4 @@
-"""TopK's whole step of fused kernels inside the trainer: when it is to be had, and when AuxK joins it."""
+"""TopK's whole step of fused kernels inside the trainer: when it is to be had, and what it returns."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .architectures.base import Architecture, Batch, Number, Parameters
+from .architectures.base import Architecture, Number, Parameters
 from .architectures.topk import TopK
 
 if TYPE_CHECKING:
     from .kernels.topk_step import TopKStep
 
-_STEPS_WITH_DEAD = 16
-
 
 class WholeStep:
-    """A `TopKStep` and the steps at which it must look whether latents are dead.
-
-    AuxK costs a second selection, so steps go without it until a latent can be dead: from the longest silence of
-    any latent follows how many steps no latent can be. Looking is the only wait for the device, and where it
-    falls is saved, so that a resumed run looks where the whole one did.
-    """
+    """A `TopKStep` that tells what a trainer's step does."""
 
     def __init__(self, step: TopKStep):
         self.step = step
         self.has_auxk = step.options.aux_coefficient > 0 and step.options.k_aux > 0
-        self._auxiliary = False
-        self._look_at = 0
 
     @classmethod
     def of(
@@ -59,31 +50,20 @@ class WholeStep:
         )
         return cls(kernels.TopKStep(parameters, options, compute_dtype))
 
-    def __call__(self, batch: Batch, lr: float, steps_done: int) -> dict[str, Number]:
-        """Take a step; return its numbers, on the device."""
-        self._look(len(batch.x), steps_done)
-        self.step.set_lr(lr)
-        mse, l0, auxiliary = self.step(batch.x_compute, self._auxiliary).double().unbind()
+    def __call__(self, x_compute: Tensor, n_dead: int) -> dict[str, Number]:
+        """Take a step, with AuxK for at most `n_dead` dead latents; return its numbers, on the device."""
+        mse, l0, auxiliary = self.step(x_compute, n_dead).double().unbind()
         terms: dict[str, Number] = {"mse_loss": mse / self.step.options.total_variance}
-        if self._auxiliary:
+        if n_dead and self.has_auxk:
             terms["auxk_loss"] = auxiliary
         if self.step.grad_norm is not None:
             terms["grad_norm"] = self.step.grad_norm
         return {"loss": terms["mse_loss"] + auxiliary, "mse": mse, "l0": l0, **terms}
 
-    def _look(self, batch_size: int, steps_done: int) -> None:
-        if not self.has_auxk or steps_done < self._look_at:
-            return
-        left = self.step.options.dead_after_tokens - int(self.step.tokens_since_fired.max())
-        self._auxiliary = left <= 0
-        self._look_at = steps_done + (_STEPS_WITH_DEAD if self._auxiliary else -(-left // batch_size))
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the step's state, by the trainer's names, and where the next look falls."""
-        return {**self.step.state_dict(), "auxk": torch.tensor([int(self._auxiliary), self._look_at])}
+        """Return the step's state, by the trainer's names."""
+        return self.step.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a saved state; one that another path saved is looked at first."""
+        """Go back to a saved state."""
         self.step.load_state_dict(state)
-        auxiliary, self._look_at = state["auxk"].tolist() if "auxk" in state else (0, 0)
-        self._auxiliary = bool(auxiliary)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...shared.errors import ConfigError
 from ...shared.sae import Sae
 from ..config import SaeConfig
+from ..looks import EntryRoom
 from ..normalization import Normalization
 from ..parallel.across import ALONE, Across
 
@@ -42,17 +43,20 @@ class Batch:
 class StepInput:
     """What a step depends on besides the parameters and the batch; `buffers` it may change in place.
 
-    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks.
+    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks. With `room`, selections find their entries without waiting for the device, in as much memory as that says; with
+    `n_dead`, at most so many latents are dead.
     """
 
     kernels: Any
     W_enc_compute: Float[Tensor, "d_sae d_in"]
     total_variance: float
     dead: Bool[Tensor, " d_sae"] | None = None
-    sparsity_scale: float = 1.0
+    sparsity_scale: Number = 1.0
     buffers: Buffers = field(default_factory=dict)
     steps_done: int = 0
     across: Across = ALONE
+    room: EntryRoom | None = None
+    n_dead: int | None = None
 
 
 @dataclass
@@ -74,7 +78,9 @@ class StepOutput:
 class Architecture:
     """Base of the architectures; a subclass is registered by its `name`.
 
-    One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told.
+    One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told. One that says
+    `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room, nor
+    does anything else there that the next step may do otherwise.
     """
 
     name: ClassVar[str]
@@ -84,6 +90,8 @@ class Architecture:
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
     revives_dead: ClassVar[bool] = True
+    capturable: ClassVar[bool] = False
+    sparsity_warmup_fraction: ClassVar[float] = 1 / 20
 
     def __init__(self, config: SaeConfig, d_in: int):
         for key in self.required:
@@ -119,6 +127,9 @@ class Architecture:
     def initial_buffers(self) -> Buffers:
         """Return what training keeps besides the parameters, such as running means."""
         return {}
+
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """Change random initial parameters in place by what the first batch shows, where an architecture does."""
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients at these parameters."""

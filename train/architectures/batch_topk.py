@@ -9,11 +9,12 @@ from torch import Tensor
 from ..normalization import Normalization
 from ..parallel.across import ALONE, Across
 from .base import Batch, Buffers, Parameters, StepInput
-from .latents import SparseLatents, csr_of, encoded_bias, sparse_at
+from .latents import SparseLatents, csr_of, encoded_bias, sparse_at, sparse_within
 from .topk import TopK
 
 _MOMENTUM = 0.95
 _SAMPLE = 1 << 16
+_LEAST_CAPACITY = 1024
 
 
 class BatchTopK(TopK):
@@ -23,6 +24,7 @@ class BatchTopK(TopK):
     """
 
     name = "batch_topk"
+    capturable = True
     betas = (0.9, 0.99)
     default_lr = 3e-4
 
@@ -32,16 +34,17 @@ class BatchTopK(TopK):
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries and update the running threshold."""
-        bias = encoded_bias(parameters)
-        pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
-        n_kept = int(self.config.k or 0) * step.across.rows(len(pre_acts))
-        lowest = batch_threshold(pre_acts, n_kept, step.across)
-        latents = sparse_at(step, parameters, batch.x, bias, *csr_of(pre_acts >= lowest))
-        positive = latents.pre_acts[latents.pre_acts > 0]
+        bias, k = encoded_bias(parameters), int(self.config.k or 0)
+        latents = within_room(step, parameters, batch, bias, k)
+        if latents is None:
+            pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
+            lowest = batch_threshold(pre_acts, k * step.across.rows(len(pre_acts)), step.across)
+            latents = sparse_at(step, parameters, batch.x, bias, *csr_of(pre_acts >= lowest))
+        positive = latents.pre_acts.where(latents.pre_acts > 0, torch.inf)
         smallest = positive.amin().float() if len(positive) else positive.new_full((), torch.inf, dtype=torch.float32)
         smallest, threshold = step.across.least(smallest), step.buffers["threshold"]
-        if torch.isfinite(smallest):
-            threshold.copy_(smallest if threshold < 0 else torch.lerp(smallest, threshold, _MOMENTUM))
+        moved = torch.where(threshold < 0, smallest, torch.lerp(smallest, threshold, _MOMENTUM))
+        threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
         return latents
 
     def exported(
@@ -51,6 +54,27 @@ class BatchTopK(TopK):
         _, tensors = super().exported(parameters, buffers, normalization)
         threshold = buffers["threshold"].clamp_min(0) / normalization.scale
         return "jumprelu", tensors | {"threshold": threshold.repeat(self.d_sae)}
+
+
+def within_room(
+    step: StepInput, parameters: Parameters, batch: Batch, bias: Float[Tensor, " d_sae"], k: int
+) -> SparseLatents | None:
+    """Return the batch's largest latents found without waiting for the device, or None where they are not to be.
+
+    Candidates are those above a value that a sample of rows gives. Where they do not suffice, or do not fit, the step is
+    not certified, and its room keeps it from changing anything.
+    """
+    room, rows = step.room, len(batch.x)
+    if room is None or room.exact:
+        if room is not None:
+            room.waited = True
+        return None
+    x, W_enc = batch.x_compute, step.W_enc_compute
+    floor = step.kernels.batch_floor(x, W_enc, bias, k, 1 + room.margin / 4)
+    capacity = min((1 + room.margin) * k * rows + _LEAST_CAPACITY, rows * len(bias))
+    chosen, _, certified = step.kernels.select_batch_topk(x, W_enc, bias, k, floor, capacity)
+    room.certify(certified)
+    return sparse_within(step, parameters, batch.x, bias, chosen)
 
 
 def batch_threshold(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int, across: Across = ALONE) -> Tensor:

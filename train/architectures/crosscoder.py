@@ -22,6 +22,7 @@ class Crosscoder(Transcoder):
     """
 
     name = "crosscoder"
+    capturable = True
     required = ("l1_coefficient", "hook_points")
 
     def __init__(self, config: SaeConfig, d_in: int):

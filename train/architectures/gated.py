@@ -18,6 +18,7 @@ class Gated(Architecture):
     """
 
     name = "gated"
+    capturable = True
     required = ("l1_coefficient",)
     betas = (0.0, 0.999)
     eps = 1e-8

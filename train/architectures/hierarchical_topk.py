@@ -15,6 +15,7 @@ class HierarchicalTopK(TopK):
     """TopK with the loss `(1 / K) sum_j ||x - x_hat_j||^2 / Var(x)` over every prefix of the sorted top K."""
 
     name = "hierarchical_topk"
+    capturable = True
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, largest first in every row."""

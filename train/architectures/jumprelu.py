@@ -23,6 +23,7 @@ class JumpReLU(Architecture):
     """
 
     name = "jumprelu"
+    capturable = True
     required = ("l0_coefficient",)
     betas = (0.0, 0.999)
     eps = 1e-8
@@ -32,11 +33,16 @@ class JumpReLU(Architecture):
     @property
     def bandwidth(self) -> float:
         """Return epsilon, in units of the normalised input."""
-        return _BANDWIDTH * math.sqrt(self.d_in)
+        return self.config.bandwidth or _BANDWIDTH * math.sqrt(self.d_in)
+
+    @property
+    def first_threshold(self) -> float:
+        """Return the thresholds before training, in units of the normalised input."""
+        return self.config.initial_threshold or _BANDWIDTH * math.sqrt(self.d_in)
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return the base's parameters and the thresholds' logarithms."""
-        log_threshold = torch.full((self.d_sae,), math.log(self.bandwidth))
+        log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
         return super().initial_parameters(generator) | {"log_threshold": log_threshold}
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:

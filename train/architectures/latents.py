@@ -18,18 +18,24 @@ from torch import Tensor
 from ..parallel.across import ALONE, Across
 from .base import Batch, Parameters, StepInput
 
-_SPARSE_BELOW = 1 / 16
+SPARSE_BELOW = 1 / 16
+# Where there is room for more entries than there are, this is below every threshold and yet a number.
+_NO_ENTRY = -1e20
 
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """Entries in CSR by row; `pre_acts` are theirs, in the parameters' precision."""
+    """Entries in CSR by row; `pre_acts` are theirs, in the parameters' precision.
+
+    From `offsets[-1]` on there may be room that no entry takes: `fixed` then says that shapes are to stay as they are.
+    """
 
     kernels: Any
     pre_acts: Float[Tensor, " nnz"]
     indices: Int64[Tensor, " nnz"]
     offsets: Int64[Tensor, " batch_plus_1"]
     d_sae: int
+    fixed: bool = False
 
     @cached_property
     def _csc(self) -> tuple[Any, ...]:
@@ -71,10 +77,26 @@ class SparseLatents:
 
     def columns(self, start: int, stop: int) -> tuple[SparseLatents, Tensor]:
         """Return the entries of latents [start, stop), renumbered from 0, and which entries they are."""
+        if self.fixed:
+            return self._columns_within(start, stop)
         chosen = ((self.indices >= start) & (self.indices < stop)).nonzero().squeeze(1)
         offsets = torch.searchsorted(chosen, self.offsets)
         part = SparseLatents(self.kernels, self.pre_acts[chosen], self.indices[chosen] - start, offsets, stop - start)
         return part, chosen
+
+    def _columns_within(self, start: int, stop: int) -> tuple[SparseLatents, Tensor]:
+        """Do as `columns`, in as much room as all entries have; the rest of it is said to be of an entry past it."""
+        n = len(self.indices)
+        entries = torch.arange(n, device=self.indices.device)
+        inside = (self.indices >= start) & (self.indices < stop) & (entries < self.offsets[-1])
+        before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))
+        # Entries inside keep their order; the others all land in one place past the end.
+        target = torch.where(inside, before[:-1], n)
+        chosen = entries.new_full((n + 1,), n).scatter_(0, target, entries)[:n]
+        pre_acts = self.pre_acts.new_full((n + 1,), _NO_ENTRY).scatter_(0, target, self.pre_acts)[:n]
+        indices = self.indices.new_zeros(n + 1).scatter_(0, target, self.indices - start)[:n]
+        offsets = before[self.offsets.clamp(max=n)]
+        return SparseLatents(self.kernels, pre_acts, indices, offsets, stop - start, fixed=True), chosen
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,14 @@ def sparse_at(
     return SparseLatents(step.kernels, pre_acts, indices, offsets, len(bias))
 
 
+def sparse_within(step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, chosen: Any) -> SparseLatents:
+    """Return entries that have room of a fixed size, with their pre-activations in the parameters' precision."""
+    indices, offsets = chosen.indices, chosen.offsets
+    pre_acts = step.kernels.grad_values(x, parameters["W_enc"], indices, offsets).add_(bias[indices])
+    there = torch.arange(len(indices), device=indices.device) < offsets[-1]
+    return SparseLatents(step.kernels, pre_acts.where(there, _NO_ENTRY), indices, offsets, len(bias), fixed=True)
+
+
 def above_threshold(
     step: StepInput,
     parameters: Parameters,
@@ -134,12 +164,24 @@ def above_threshold(
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"] | float = 0.0,
 ) -> Latents:
-    """Return the pre-activations above a threshold, sparse if few are, or else all of them, dense."""
+    """Return the pre-activations above a threshold, sparse if few are, or else all of them, dense.
+
+    How many there are is asked of the device, unless the step has room for them.
+    """
+    room = step.room
+    if room is not None and room.capacity is not None:
+        x, W_enc = batch.x_compute, step.W_enc_compute
+        found = step.kernels.select_threshold(x, W_enc, bias, threshold, room.capacity)
+        room.found(found.offsets[-1])
+        return sparse_within(step, parameters, batch.x, bias, found)
     pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
     if isinstance(threshold, Tensor):
         threshold = threshold.to(pre_acts.dtype)
     chosen = pre_acts > threshold
-    if int(torch.count_nonzero(chosen)) >= _SPARSE_BELOW * chosen.numel():
+    n_chosen = int(torch.count_nonzero(chosen))
+    if room is not None:
+        room.counted(n_chosen)
+    if n_chosen >= SPARSE_BELOW * chosen.numel():
         return DenseLatents(pre_acts, batch.x.dtype)
     return sparse_at(step, parameters, batch.x, bias, *csr_of(chosen))
 

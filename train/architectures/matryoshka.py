@@ -20,6 +20,7 @@ class MatryoshkaBatchTopK(BatchTopK):
     """
 
     name = "matryoshka_batch_topk"
+    capturable = True
 
     def __init__(self, config: SaeConfig, d_in: int):
         super().__init__(config, d_in)

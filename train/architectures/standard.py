@@ -17,6 +17,7 @@ class Standard(Architecture):
     """
 
     name = "standard"
+    capturable = True
     required = ("l1_coefficient",)
     unit_norm_decoder = False
     eps = 1e-8
@@ -53,9 +54,11 @@ class Standard(Architecture):
     ) -> tuple[str, dict[str, Tensor]]:
         """Fold the decoder's norms into the encoder, so that saved decoder rows have unit norm."""
         architecture, tensors = super().exported(parameters, buffers, normalization)
-        norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
-        return architecture, tensors | {
-            "W_enc": tensors["W_enc"] * norms,
-            "b_enc": tensors["b_enc"] * norms,
-            "W_dec": tensors["W_dec"] / norms[:, None],
-        }
+        return architecture, fold_decoder_norms(tensors)
+
+
+def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return saved tensors whose decoder rows have unit norm and whose latents took the norms."""
+    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
+    scaled = {name: tensors[name] * norms for name in ("W_enc", "b_enc", "threshold") if name in tensors}
+    return tensors | scaled | {"W_dec": tensors["W_dec"] / norms[:, None]}

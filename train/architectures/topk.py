@@ -17,6 +17,7 @@ class TopK(Architecture):
     """
 
     name = "topk"
+    capturable = True
     required = ("k",)
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
@@ -62,6 +63,7 @@ class TopK(Architecture):
                 self.config.k_aux or max(1, self.d_in // 2),
                 self.config.aux_coefficient,
                 step.across,
+                step.n_dead,
             )
         l0 = step.across.over_latents(count(latents.pre_acts > 0)) / len(batch.x)
         return StepOutput(gradients, latents.fired(), sum(terms.values()), mse, l0, terms)

@@ -23,6 +23,7 @@ class Transcoder(Architecture):
     """
 
     name = "transcoder"
+    capturable = True
     required = ("l1_coefficient", "hook_point_out")
     unit_norm_decoder = False
     eps = 1e-8
@@ -108,6 +109,7 @@ class SkipTranscoder(Transcoder):
     """A transcoder with a linear path from x to y, `y_hat = f W_dec + b_dec + W_skip x`, that starts at zero."""
 
     name = "skip_transcoder"
+    capturable = True
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Add the skip path."""

@@ -66,7 +66,8 @@ class TopKStep:
         schedule = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device)
         self.hyperparameters = Hyperparameters(schedule, options.beta1, options.beta2, options.eps)
         self._betas = torch.tensor([options.beta1, options.beta2], dtype=torch.float64, device=device)
-        self.steps = {name: torch.zeros((), device=device) for name in _NAMES}
+        self._steps = torch.zeros(len(_NAMES), device=device)
+        self.steps = dict(zip(_NAMES, self._steps.unbind(), strict=True))
         self._no_bias = torch.zeros_like(self.b_dec.weight)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -106,14 +107,14 @@ class TopKStep:
         """Set the learning rate of the steps that follow, captured ones included."""
         self.hyperparameters.schedule[0].fill_(lr)
 
-    def __call__(self, x: Float[Tensor, "batch d_in"], auxiliary: bool = True) -> Float[Tensor, " 3"]:
+    def __call__(self, x: Float[Tensor, "batch d_in"], n_dead: int | None = None) -> Float[Tensor, " 3"]:
         """Take one step on `x`, normalised; return [mse, l0, auxiliary loss] on the device.
 
-        Without `auxiliary` there is no AuxK, for when no latent can be dead: its selection costs as much as the main.
+        AuxK's selection is among as many latents as `n_dead`, which must not be fewer than are dead: it costs as many
+        columns of a product. With 0 there is no AuxK; None is all latents.
         """
         options, batch = self.options, len(x)
-        for count in self.steps.values():
-            count.add_(1)
+        self._steps.add_(1)
         self.hyperparameters.schedule[1:3].copy_(1 - self._betas ** self.steps["W_enc"].double())
         bias = self.b_enc.weight - self.W_enc.weight @ self.b_dec.weight
         acts, indices = select_topk(x, self.W_enc.shadow, bias, options.k)
@@ -132,12 +133,15 @@ class TopKStep:
         g, grad_pre_acts = main.g, main.grad_pre_acts
         b_dec_grad = g.sum(0)
         aux_loss = scale.new_zeros(())
-        if auxiliary and options.aux_coefficient > 0 and options.k_aux > 0:
+        n_dead = self.d_sae if n_dead is None else n_dead
+        if n_dead and options.aux_coefficient > 0 and options.k_aux > 0:
             total = main.squared_error.sum()
-            aux_acts, aux_indices = select_topk_dense(
-                x, self.W_enc.shadow, bias.where(dead, float("-inf")), min(options.k_aux, self.d_sae)
-            )
-            k_aux = aux_acts.shape[1]
+            # The dead come first, by number, so that what comes after them changes no sum.
+            some = torch.argsort((~dead).byte(), stable=True)[:n_dead]
+            aux_bias = bias[some].where(dead[some], float("-inf"))
+            k_aux = min(options.k_aux, n_dead)
+            aux_acts, aux_places = select_topk_dense(x, self.W_enc.shadow[some], aux_bias, k_aux)
+            aux_indices = some.int()[aux_places]
             aux_offsets = torch.arange(0, batch * k_aux + 1, k_aux, device=x.device)
             aux_scale = (2 * options.aux_coefficient / total).nan_to_num(0.0, 0.0, 0.0)
             aux_values, aux_latents = aux_acts.flatten(), aux_indices.flatten()

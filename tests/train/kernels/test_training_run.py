@@ -85,25 +85,6 @@ def test_a_run_goes_on_by_another_path(device):
         torch.testing.assert_close(trainers[1].parameters[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_step_looks_for_dead_latents_only_when_there_can_be_some(monkeypatch):
-    trainer = make_trainer(fused, "cpu")
-    whole = trainer.whole_step
-    monkeypatch.setattr(type(whole.step), "__call__", lambda self, x, auxiliary: used.append(auxiliary) or self.tick())
-    ticks, used = [], []
-
-    def tick(self):
-        ticks.append(None)
-        self.tokens_since_fired += BATCH
-        return torch.zeros(3)
-
-    monkeypatch.setattr(type(whole.step), "tick", tick, raising=False)
-    object.__setattr__(whole.step.options, "dead_after_tokens", 5 * BATCH - 1)
-    x = torch.zeros(BATCH, D_IN)
-    for step in range(7):
-        whole(Batch(x, x), 0.1, step)
-    assert used == [False] * 5 + [True] * 2
-
-
 @pytest.mark.gpu
 def test_in_bfloat16_two_runs_are_equal_and_near_the_references():
     runs = [make_trainer(fused, "cuda", dtype=torch.bfloat16) for _ in range(2)]
