@@ -220,3 +220,56 @@ def test_jumprelu(bias, noise, target, monkeypatch):
     below = pre_activations(parameters, x) - parameters["log_threshold"].exp()
     assert ((below < 0) & (below > -epsilon / 2)).any()
     check(output, parameters, loss_of)
+
+
+class TanhStraightThrough(torch.autograd.Function):
+    """z H(z - exp(t)) with the estimate by t of Anthropic's January 2025 update."""
+
+    @staticmethod
+    def forward(ctx, z, t, epsilon):
+        ctx.save_for_backward(z, t.exp())
+        ctx.epsilon = epsilon
+        return z * (z > t.exp())
+
+    @staticmethod
+    def backward(ctx, g):
+        z, theta = ctx.saved_tensors
+        near = ((z - theta).abs() < ctx.epsilon / 2).to(z.dtype)
+        return g * (z > theta), (-theta / ctx.epsilon * near * g).sum(0), None
+
+
+@pytest.mark.parametrize(("bias", "epsilon"), [(0.0, 2.0), (-2.5, 0.3)])
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+@pytest.mark.parametrize("pre_act", [None, 0.2, 0.0])
+def test_tanh_jumprelu(bias, epsilon, scale, pre_act):
+    """Dense, and sparse with few latents active; the pre-activation loss pulls all latents, at no dense product."""
+    options = {"sparsity_loss": "tanh", "bandwidth": epsilon, "tanh_scale": 3.0, "pre_act_coefficient": pre_act}
+    architecture, parameters, x = problem(
+        architecture="jumprelu", l0_coefficient=0.6, bias=bias, batch=60, noise=0.1, **options
+    )
+
+    def loss_of(p):
+        z, norms = pre_activations(p, x), p["W_dec"].norm(dim=1)
+        acts = TanhStraightThrough.apply(z, p["log_threshold"], epsilon)
+        error = (x - acts @ p["W_dec"] - p["b_dec"]).square().sum(1)
+        sparsity = torch.tanh(3.0 * acts * norms).sum(1)
+        below = ((p["log_threshold"].exp() - z).relu() * norms).sum(1)
+        return (error + 0.6 * scale * sparsity + (3e-6 if pre_act is None else pre_act) * below).mean()
+
+    output = run(architecture, parameters, x, sparsity_scale=scale)
+    assert (output.l0 < 19 / 16) == (bias < 0)
+    check(output, parameters, loss_of)
+
+
+def test_tanh_jumprelu_starts_with_the_published_share_of_latents_active():
+    """Ten thousand latents a row, where that is fewer than half; each latent fires equally often."""
+    architecture = make_architecture(
+        SaeConfig(hook_point="h", d_sae=40_000, architecture="jumprelu", sparsity_loss="tanh", l0_coefficient=1.0), 6
+    )
+    initial = architecture.initial_parameters(torch.Generator().manual_seed(0))
+    parameters = {name: tensor.double() for name, tensor in initial.items()}
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)).double() + 1
+    architecture.start(parameters, Batch(x, x))
+    pre_acts = (x - parameters["b_dec"]) @ parameters["W_enc"].T + parameters["b_enc"]
+    fires = pre_acts > parameters["log_threshold"].exp() + 1e-12
+    assert fires.sum(0).tolist() == [16] * 40_000

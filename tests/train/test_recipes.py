@@ -132,6 +132,11 @@ def test_decoder_norms_may_be_free():
         {"architecture": "gated", "l1_coefficient": 1.0, "p_final": 0.2},
         {"architecture": "standard", "l1_coefficient": 1.0, "p_final": 0.2},
         {"architecture": "standard", "l1_coefficient": 1.0, "unit_norm_decoder": True},
+        {"architecture": "standard", "l1_coefficient": 1.0, "target_l0": 3.0},
+        {"architecture": "standard", "l1_coefficient": 1.0, "sparsity_loss": "tanh"},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "tanh_scale": 4.0},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "pre_act_coefficient": 3e-6},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "sparsity_loss": "tanh", "target_l0": 3.0},
     ],
 )
 def test_an_option_without_effect_is_refused(keys):

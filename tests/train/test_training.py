@@ -136,6 +136,7 @@ EVERY_ARCHITECTURE = [
     TOPK | {"k": 4, "architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 96]},
     TOPK | {"k": 4, "architecture": "hierarchical_topk"},
     TOPK | {"architecture": "jumprelu", "l0_coefficient": 0.02},
+    TOPK | {"architecture": "jumprelu", "sparsity_loss": "tanh", "l0_coefficient": 0.3, "name": "tanh"},
     TOPK | {"architecture": "gated", "l1_coefficient": 0.3},
     STANDARD,
 ]

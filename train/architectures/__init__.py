@@ -16,6 +16,7 @@ from .jumprelu import JumpReLU
 from .matryoshka import MatryoshkaBatchTopK
 from .p_annealed import PAnnealed
 from .standard import Standard
+from .tanh_jumprelu import TanhJumpReLU
 from .topk import TopK
 from .transcoder import SkipTranscoder, Transcoder
 
@@ -38,6 +39,10 @@ _OWN_OPTIONS = {
     "multi_topk_coefficient": TopK.name,
     "p_final": Standard.name,
     "p_anneal_steps": Standard.name,
+    "target_l0": JumpReLU.name,
+    "sparsity_loss": JumpReLU.name,
+    "bandwidth": JumpReLU.name,
+    "initial_threshold": JumpReLU.name,
 }
 """Options that one architecture alone has."""
 
@@ -52,6 +57,21 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
         near = difflib.get_close_matches(config.architecture, ARCHITECTURES, n=1)
         advice = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(ARCHITECTURES)}"
         raise ConfigError(f"no architecture '{config.architecture}'; {advice}")
+    _check_options(config)
+    cls = ARCHITECTURES[config.architecture]
+    if AnnealedTopK.is_asked_for(config):
+        cls = AnnealedTopK
+    elif config.p_final is not None:
+        cls = PAnnealed
+    elif TanhJumpReLU.is_asked_for(config):
+        cls = TanhJumpReLU
+    architecture = cls(config, d_in)
+    architecture.d_out = d_out or d_in
+    return architecture
+
+
+def _check_options(config: SaeConfig) -> None:
+    """Raise `ConfigError` for an option that has no effect, or none without another."""
     for key in ("hook_point_out", "hook_points"):
         if getattr(config, key) is not None and key not in ARCHITECTURES[config.architecture].required:
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
@@ -60,13 +80,11 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
     if (config.p_final is None) != (config.p_anneal_steps is None):
         raise ConfigError("p-annealing needs both 'p_final' and 'p_anneal_steps'; give both or neither")
-    if config.unit_norm_decoder is not None and issubclass(ARCHITECTURES[config.architecture], (Standard, Transcoder)):
+    cls, tanh = ARCHITECTURES[config.architecture], TanhJumpReLU.is_asked_for(config)
+    for key in ("tanh_scale", "pre_act_coefficient"):
+        if getattr(config, key) is not None and not tanh:
+            raise ConfigError(f"'{key}' is given, but only a jumprelu SAE with sparsity_loss = 'tanh' uses it")
+    if tanh and config.target_l0 is not None:
+        raise ConfigError("'target_l0' is for sparsity_loss = 'l0', and this SAE's is 'tanh'; leave one out")
+    if config.unit_norm_decoder is not None and (tanh or issubclass(cls, (Standard, Transcoder))):
         raise ConfigError(f"architecture '{config.architecture}' penalises decoder norms; leave unit_norm_decoder out")
-    cls = ARCHITECTURES[config.architecture]
-    if AnnealedTopK.is_asked_for(config):
-        cls = AnnealedTopK
-    elif config.p_final is not None:
-        cls = PAnnealed
-    architecture = cls(config, d_in)
-    architecture.d_out = d_out or d_in
-    return architecture
