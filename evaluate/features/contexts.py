@@ -27,7 +27,8 @@ class BestContexts:
         priority: Float[np.ndarray, " peaks"],
     ) -> None:
         """Offer one peak per latent and context, sorted by latent; keep those of higher priority."""
-        better = priority > self.priority.min(axis=1)[latent]
+        first, count = runs(latent)
+        better = priority > np.repeat(self.priority[latent[first]].min(axis=1), count)
         latent, row, value, priority = latent[better], row[better], value[better], priority[better]
         if not len(latent):
             return

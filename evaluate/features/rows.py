@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int64
@@ -12,6 +14,7 @@ from .files import CONTEXT, NEIGHBOUR, TOKEN_EFFECT, nested, struct
 from .logits import LogitEffects
 from .statistics import N_BINS, ActivationStatistics
 
+LATENTS_AT_A_TIME = 4096
 MAX_NAME_LOOKUPS = 20_000
 HIGH_DENSITY = 0.2
 HIGH_PEAK = 10.0
@@ -69,11 +72,17 @@ class LatentRows:
     ):
         self.statistics, self.visited, self.effects, self.neighbours = statistics, visited, effects, neighbours
         self.top, self.sampled = top, sampled
-        self.interestingness = interestingness(
-            visited.at("token", top.row),
-            visited.at("document", top.row),
-            statistics.density,
-            None if effects is None else effects.peak,
+        self.interestingness = np.concatenate([self._interestingness(part) for part in self._parts()])
+
+    def _parts(self) -> Iterator[slice]:
+        return (slice(start, start + LATENTS_AT_A_TIME) for start in range(0, len(self.top.row), LATENTS_AT_A_TIME))
+
+    def _interestingness(self, part: slice) -> Float[np.ndarray, " latents"]:
+        return interestingness(
+            self.visited.at("token", self.top.row[part]),
+            self.visited.at("document", self.top.row[part]),
+            self.statistics.density_of(part),
+            None if self.effects is None else self.effects.peak[part],
         )
 
     def token_ids(self) -> list[int]:
@@ -81,14 +90,20 @@ class LatentRows:
         effects = [] if self.effects is None else [self.effects.promoted, self.effects.suppressed]
         found = [np.unique(table) for table in effects]
         for best in (self.top, self.sampled):
-            for start in range(0, len(best.row), 4096):
-                found.append(np.unique(self.visited.at("token", self._window_rows(best, start, start + 4096)[0])))
+            found += [
+                np.unique(self.visited.at("token", self._window_rows(best, part.start, part.stop)[0]))
+                for part in self._parts()
+            ]
         return [int(token) for token in np.unique(np.concatenate(found)) if token >= 0]
 
     def document_ids(self) -> np.ndarray:
         """Return every document that the index mentions."""
-        rows = np.concatenate([self.top.row.reshape(-1), self.sampled.row.reshape(-1)])
-        documents = np.unique(self.visited.at("document", rows))
+        found = [
+            np.unique(self.visited.at("document", best.row[part]))
+            for best in (self.top, self.sampled)
+            for part in self._parts()
+        ]
+        documents = np.unique(np.concatenate(found))
         return documents[documents >= 0]
 
     def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
@@ -99,8 +114,8 @@ class LatentRows:
         return {
             "latent": pa.array(np.arange(start, stop)),
             "firings": pa.array(statistics.firings[part]),
-            "density": pa.array(statistics.density[part]),
-            "mean_activation": pa.array(statistics.mean[part]),
+            "density": pa.array(statistics.density_of(part)),
+            "mean_activation": pa.array(statistics.mean_of(part)),
             "max_activation": pa.array(maximum),
             "interestingness": pa.array(self.interestingness[part]),
             "histogram_end": pa.array(np.where(maximum > 0, end, np.float32(0))),

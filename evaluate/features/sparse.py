@@ -78,15 +78,17 @@ def _encode(sae: Sae, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarr
     x = x.to(sae.W_enc.device, torch.float32)
     if sae.architecture != "topk":
         latents = sae.encode(x)
-        row, latent = (latents > 0).nonzero(as_tuple=True)
-        return row.cpu().numpy(), latent.cpu().numpy(), latents[row, latent].float().cpu().numpy()
+        flat = np.flatnonzero((latents > 0).cpu().numpy())
+        row, latent = np.divmod(flat, sae.d_sae)
+        return row, latent, latents.reshape(-1)[torch.from_numpy(flat).to(latents.device)].float().cpu().numpy()
     top_acts, top_indices = sae.encode_sparse(x)
+    top_indices, order = top_indices.sort(dim=1)
+    top_acts = top_acts.gather(1, order)
     value, latent = top_acts.float().cpu().numpy().reshape(-1), top_indices.cpu().numpy().reshape(-1)
     row = np.repeat(np.arange(len(x)), top_acts.shape[1])
     if not (value > 0).all():
         row, latent, value = row[value > 0], latent[value > 0], value[value > 0]
-    order = np.argsort(row * sae.d_sae + latent)
-    return row, latent[order], value[order]
+    return row, latent, value
 
 
 def runs(keys: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " runs"], Int64[np.ndarray, " runs"]]:

@@ -9,6 +9,7 @@ from .sparse import ActiveLatents, runs
 
 N_BINS = 64
 MERGE_PAIRS = 1 << 23
+TABLE_ROWS = 256
 
 
 class ActivationStatistics:
@@ -47,19 +48,21 @@ class ActivationStatistics:
             self.counts[narrow, N_BINS // 2 :] = 0
             self.exponent[narrow] += 1
 
-    @property
-    def density(self) -> Float[np.ndarray, " d_sae"]:
-        """The share of rows on which each latent fires."""
-        return self.firings / max(self.n_rows, 1)
+    def density_of(self, latents: slice) -> Float[np.ndarray, " latents"]:
+        """Return the share of rows on which each of these latents fires."""
+        return self.firings[latents] / max(self.n_rows, 1)
 
-    @property
-    def mean(self) -> Float[np.ndarray, " d_sae"]:
-        """The mean activation where the latent fires, zero where it never does."""
-        return self.total / np.maximum(self.firings, 1)
+    def mean_of(self, latents: slice) -> Float[np.ndarray, " latents"]:
+        """Return the mean activation where each of these latents fires, zero where it never does."""
+        return self.total[latents] / np.maximum(self.firings[latents], 1)
 
 
 class CoFiring:
-    """How often pairs of latents fire on the same token, over a sample of rows that `max_pairs` bounds."""
+    """How often pairs of latents fire on the same token, over a sample of rows that `max_pairs` bounds.
+
+    Up to as many latents as make a table of at most `max_pairs` cells, pairs are counted in that table; beyond, as
+    a sorted list of those that occur.
+    """
 
     def __init__(self, d_sae: int, total_rows: int, max_pairs: int = 1 << 24):
         self.d_sae = d_sae
@@ -67,8 +70,9 @@ class CoFiring:
         self._pairs_per_row = max_pairs / max(total_rows, 1)
         self._allowance = 0.0
         self._waiting: list[np.ndarray] = []
+        self._tabled = d_sae * d_sae <= max_pairs
         self._keys = np.zeros(0, dtype=np.int64)
-        self._counts = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(d_sae * d_sae, dtype=np.int32) if self._tabled else np.zeros(0, dtype=np.int64)
 
     def add(self, block: ActiveLatents, n_rows: int) -> None:
         """Count the pairs on as many of a block's rows, evenly spaced, as the allowance covers."""
@@ -90,6 +94,11 @@ class CoFiring:
 
     def merge(self) -> None:
         """Count the waiting pairs, whose lower latent comes first."""
+        if self._tabled:
+            for keys in self._waiting:
+                self._counts += np.bincount(keys, minlength=len(self._counts)).astype(np.int32)
+            self._waiting = []
+            return
         new = np.sort(np.concatenate([self._keys[:0], *self._waiting]))
         self._waiting = []
         first, count = runs(new)
@@ -109,17 +118,38 @@ class CoFiring:
         geometric mean of firings.
         """
         self.merge()
+        if self._tabled:
+            return self._from_table(n, min_count)
         useful = self._counts >= min_count
         low, high = np.divmod(self._keys[useful], self.d_sae)
         score = self._counts[useful] / np.sqrt(self.firings[low] * self.firings[high].astype(np.float64))
         a, b, score = np.concatenate([low, high]), np.concatenate([high, low]), np.concatenate([score, score])
-        # Positive floats sort as their bits do: one integer key sorts by latent and then by falling score.
-        falling = (1 << 31) - score.astype(np.float32).view(np.uint32).astype(np.int64)
-        order = np.argsort((a << 32) | falling)
+        order = np.argsort((a << 32) | _falling(score))
         a, b, score = a[order], b[order], score[order]
         first, count = runs(a)
         rank = np.arange(len(a)) - np.repeat(first, count)
         return a[rank < n], b[rank < n], score[rank < n]
+
+    def _from_table(self, n: int, min_count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = self._counts.reshape(self.d_sae, self.d_sae)
+        n, scale = min(n, self.d_sae), 1 / np.sqrt(np.maximum(self.firings, 1))
+        parts = []
+        for start in range(0, self.d_sae, TABLE_ROWS):
+            rows = slice(start, start + TABLE_ROWS)
+            together = table[rows] + table[:, rows].T
+            score = np.where(together >= min_count, together * scale[rows, None] * scale, 0)
+            best = np.partition((_falling(score) << 32) | np.arange(self.d_sae), n - 1, axis=1)[:, :n]
+            best.sort(axis=1)
+            neighbour = best & 0xFFFFFFFF
+            parts.append((neighbour, np.take_along_axis(score, neighbour, axis=1)))
+        neighbour, score = (np.concatenate(column) for column in zip(*parts, strict=True))
+        latent, rank = np.nonzero(score)
+        return latent, neighbour[latent, rank], score[latent, rank]
+
+
+def _falling(score: Float[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
+    """Return integers that fall as the scores, which are positive or zero, rise: such floats sort as their bits do."""
+    return (1 << 30) - score.astype(np.float32).view(np.uint32).astype(np.int64)
 
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> Int64[np.ndarray, " total"]:

@@ -14,6 +14,7 @@ from ..errors import SaeError
 from ..hook_points import canonical_hook_point
 from . import activations
 from .files import read_folder, saelens_config, tensor_names, write_folder
+from .selection import largest
 
 
 class Sae(nn.Module):
@@ -131,7 +132,7 @@ class Sae(nn.Module):
         For `topk`, m is k.
         """
         if self.architecture == "topk":
-            top_acts, top_indices = self.pre_activations(x).topk(int(self.config["k"]), dim=-1, sorted=False)
+            top_acts, top_indices = largest(self.pre_activations(x), int(self.config["k"]))
             return top_acts.relu(), top_indices
         latents = self.encode(x)
         widest = int((latents > 0).sum(dim=-1).max()) if len(latents) else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tracemalloc
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from thresher.evaluate.encoding import FEWEST_ROWS
 from thresher.evaluate.features import build as build_module
 from thresher.evaluate.features.build import FeatureSettings, build_feature_index
 from thresher.evaluate.features.contexts import sampling_priority
@@ -150,6 +152,24 @@ def test_neighbours_are_the_cosine_of_firing(store, tmp_path):
             assert cosine[line["latent"], neighbour["latent"]] == pytest.approx(neighbour["score"])
 
 
+def test_pairs_are_counted_alike_in_a_table_and_in_a_list(store):
+    x = store.read("blocks.0.resid_post", 0, store.n_rows)
+    rows = np.ones(store.n_rows, dtype=bool)
+    block = active_latents(make_sae("standard"), x, rows, 0, CONTEXT, 100)
+    found = []
+    for tabled in (True, False):
+        co_firing = CoFiring(D_SAE, store.n_rows)
+        assert co_firing._tabled
+        if not tabled:
+            co_firing._tabled, co_firing._counts = False, np.zeros(0, dtype=np.int64)
+        co_firing.add(block, store.n_rows)
+        co_firing.merge()
+        latent, neighbour, score = co_firing.neighbours(5)
+        found.append((latent.tolist(), np.round(score, 9).tolist(), set(zip(latent, neighbour, strict=True))))
+    assert found[0] == found[1]
+    assert CoFiring(D_SAE, 10, max_pairs=D_SAE**2 - 1)._counts.size == 0
+
+
 def test_the_pair_budget_bounds_the_rows_that_are_counted(store):
     sae = make_sae("topk", k=4)
     x = store.read("blocks.0.resid_post", 0, store.n_rows)
@@ -230,24 +250,44 @@ def test_progress_of_other_work_or_damaged_is_not_used(tmp_path):
     assert restore_progress(path, "print", {"s": other}) == 0
 
 
+MILLION = """
+import resource, sys
+from types import SimpleNamespace
+import numpy as np, torch
+from thresher.evaluate.features.build import FeatureSettings, build_feature_index
+from thresher.shared.sae import Sae
+from thresher.shared.store import ActivationStore
+
+store, output, d_sae = sys.argv[1], sys.argv[2], int(sys.argv[3])
+generator = torch.Generator().manual_seed(0)
+W_enc = torch.randn(4, d_sae, generator=generator)
+tensors = {"W_enc": W_enc, "b_enc": torch.zeros(d_sae), "W_dec": W_enc.T.contiguous(), "b_dec": torch.zeros(4)}
+sae = SimpleNamespace(name="wide", sae=Sae("topk", tensors, config={"k": 16}), hook_point="h")
+settings = FeatureSettings(n_top=4, n_sampled=4, window=16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+build_feature_index(ActivationStore.open(store), [sae], output, settings=settings)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
 @pytest.mark.long
 def test_a_million_latents_stay_within_the_memory_stated(tmp_path):
-    d_sae, n_contexts = 1 << 20, 16
+    """The growth of the process's peak memory, NumPy's, torch's and Arrow's together, in a process of its own."""
+    d_sae, n_contexts = 1 << 20, 8
     generator = torch.Generator().manual_seed(0)
     with ActivationStoreWriter(tmp_path / "store", {"h": 4}, 32, dtype="float32") as writer:
         x = torch.randn(n_contexts, 32, 4, generator=generator)
         writer.append({"h": x.numpy()}, np.arange(n_contexts * 32, dtype=np.int32).reshape(n_contexts, 32))
-    W_enc = torch.randn(4, d_sae, generator=generator)
-    tensors = {"W_enc": W_enc, "b_enc": torch.zeros(d_sae), "W_dec": W_enc.T.contiguous(), "b_dec": torch.zeros(4)}
-    sae = Named("wide", Sae("topk", tensors, config={"k": 16}), "h")
-    settings = FeatureSettings(n_top=4, n_sampled=4, window=16)
-    stated = d_sae * (8 * (2 * settings.window + 20) + 300)
-    tracemalloc.start()
-    index = build_feature_index(ActivationStore.open(tmp_path / "store"), [sae], tmp_path, settings=settings)["wide"]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    arguments = [str(tmp_path / "store"), str(tmp_path), str(d_sae)]
+    done = subprocess.run([sys.executable, "-c", MILLION, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    index = FeatureIndex.open(tmp_path / "wide.parquet")
     assert index.n_latents == d_sae
     assert sum(index.columns(["firings"])["firings"].to_pylist()) == n_contexts * 32 * 16
+    a_latent = 8 * (2 * 16 + 20) + 350
+    pre_activations = 3 * FEWEST_ROWS * 4 * d_sae
+    stated = d_sae * a_latent + pre_activations + (64 << 20)
+    peak = int(done.stdout)
     assert peak < stated, f"{peak / d_sae:.0f} bytes a latent, {stated / d_sae:.0f} stated"
 
 
