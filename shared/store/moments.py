@@ -9,6 +9,8 @@ from functools import reduce
 import numpy as np
 from jaxtyping import Float64
 
+SINGLE_THREADED_DOT = 8192
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -30,14 +32,14 @@ class Moments:
 
         One pass over deviations from a pivot, the first block's mean. As the rows that made it are among those
         counted, its distance from the mean of `count` rows is at most sqrt(count) standard deviations, and what the
-        last subtraction cancels at most a factor `count`. No BLAS: its bits change with the number of threads.
+        last subtraction cancels at most a factor `count`. No BLAS where its bits change with the number of threads.
         """
         count, sum_norm = 0, 0.0
         pivot, total, squares = np.zeros(d_in), np.zeros(d_in), np.zeros(d_in)
         for rows in blocks:
             if not len(rows):
                 continue
-            sum_norm += float(np.sqrt(np.einsum("ij,ij->i", rows, rows)).sum())
+            sum_norm += float(np.sqrt(_squared_norms(rows)).sum())
             if not count:
                 pivot = rows.mean(axis=0)
             count += len(rows)
@@ -78,6 +80,13 @@ class Moments:
     def mean_squared_norm(self) -> float:
         """E||x||^2."""
         return self.total_variance + float(self.mean @ self.mean)
+
+
+def _squared_norms(rows: Float64[np.ndarray, "n d_in"]) -> Float64[np.ndarray, " n"]:
+    """Return each row's squared norm by the BLAS's dot product, which runs in one thread up to 10,000 values."""
+    if rows.shape[1] <= SINGLE_THREADED_DOT:
+        return np.vecdot(rows, rows)
+    return np.einsum("ij,ij->i", rows, rows)
 
 
 def merge(parts: list[Moments], d_in: int) -> Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ BITS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2"), "float32": np.d
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 _MAGNITUDE = {"bfloat16": 0x7FFF, "float16": 0x7FFF, "float32": 0x7FFFFFFF}
 _SCAN_BYTES = 256 << 10
-_BLOCK_VALUES = 32 << 10
+_BLOCK_VALUES = 64 << 10
+_local = threading.local()
 
 
 def to_bits(rows: Any, dtype: str, hook_point: str) -> np.ndarray:
@@ -41,14 +43,29 @@ def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def float64_blocks(bits: np.ndarray, dtype: str) -> Iterator[np.ndarray]:
-    """Yield the numbers that bits stand for, some rows at a time, in one cache-sized float64 buffer."""
-    step = max(1, _BLOCK_VALUES // bits.shape[1])
-    buffer = np.empty((min(step, len(bits)), bits.shape[1]))
+    """Yield the numbers that bits stand for, some rows at a time, each block in the place of the last."""
+    d_in = bits.shape[1]
+    step = max(1, _BLOCK_VALUES // d_in)
+    wide, block = (buffer[: step * d_in].reshape(step, d_in) for buffer in _buffers(step * d_in))
     for start in range(0, len(bits), step):
         part = bits[start : start + step]
-        block = buffer[: len(part)]
-        np.copyto(block, to_float32(part, dtype))
-        yield block
+        n = len(part)
+        if dtype == "bfloat16":
+            np.copyto(wide[:n], part)
+            np.left_shift(wide[:n], 16, out=wide[:n])
+            part = wide[:n].view(np.float32)
+        else:
+            part = to_float32(part, dtype)
+        np.copyto(block[:n], part)
+        yield block[:n]
+
+
+def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return this thread's uint32 and float64 buffer: fresh memory would cost more than what is done in it."""
+    found: tuple[np.ndarray, np.ndarray] | None = getattr(_local, "buffers", None)
+    if found is None or len(found[0]) < size:
+        found = _local.buffers = np.empty(size, np.uint32), np.empty(size)
+    return found
 
 
 def check_finite(bits: np.ndarray, dtype: str, hook_point: str, first_context: int) -> None:
