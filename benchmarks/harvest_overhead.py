@@ -38,12 +38,13 @@ from thresher.harvest.config import HarvestConfig
 from thresher.harvest.forward import choose_workers, one_thread_an_operator
 from thresher.harvest.identity import identity
 from thresher.harvest.plan import Plan, make_plan
+from thresher.harvest.progress import Progress
 from thresher.harvest.run import open_writer, run_model
 from thresher.harvest.tokens import batch_contexts, read_contexts
 from thresher.shared.config import load_config
 from thresher.shared.hook_points import find_blocks
 from thresher.shared.interrupt import Interrupt
-from thresher.shared.store import ActivationStore
+from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 
 @contextmanager
@@ -121,8 +122,12 @@ def main() -> None:
             pass
 
     def whole(config: HarvestConfig) -> None:
-        with open_writer(config, plan, identity(config)) as writer:
-            run_model(config, plan, writer, Interrupt())
+        contexts = read_contexts(config, plan.tokenizer, plan.group)
+        with (
+            open_writer(config, plan, identity(config), ActivationStoreWriter) as writer,
+            Progress(writer, config.context_size, config.n_contexts, 0) as progress,
+        ):
+            run_model(config, plan, writer, contexts, progress, Interrupt().check)
 
     sides = ("bare", "bare_side_by_side", "harvest", "text")
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}

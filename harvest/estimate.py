@@ -10,10 +10,18 @@ from pathlib import Path
 
 from ..shared.errors import DiskSpaceError
 from ..shared.store.format import ITEM_BYTES
+from .config import HarvestConfig
 
 # Stored bytes over raw bytes, with a margin: bitshuffled bfloat16 activations come to 0.70 to 0.78.
 STORED_FRACTION = {"none": 1.0, "lz4": 0.85, "zstd": 0.85, "int8": 1.0}
 TOKEN_BYTES = 4 + 8
+
+
+def announce(config: HarvestConfig, widths: Mapping[str, int], n_contexts: int, rows_per_second: float) -> None:
+    """Tell what is to come, or raise `DiskSpaceError`."""
+    n_rows = n_contexts * config.context_size
+    needed = estimate(widths, config.dtype, config.codec, n_rows, rows_per_second)
+    tell(needed, len(widths), check_disk(Path(config.store), needed))
 
 
 @dataclass(frozen=True)

@@ -137,14 +137,21 @@ class ContextBatch(NamedTuple):
     positions: np.ndarray  # int32 [batch, context]
     held_out: np.ndarray  # bool [batch]
     info: dict[int, tuple[int, str]]
+    first: int = 0  # number of the first context
+
+    @property
+    def stop(self) -> int:
+        """Number of the context after the last."""
+        return self.first + len(self.tokens)
 
 
-def stack(contexts: list[Context]) -> ContextBatch:
-    """Stack contexts into a batch."""
+def stack(contexts: list[Context], first: int = 0) -> ContextBatch:
+    """Stack contexts, the first of which has number `first`, into a batch."""
     return ContextBatch(
         np.stack([context.tokens for context in contexts]),
         np.stack([context.documents for context in contexts]),
         np.stack([context.positions for context in contexts]),
         np.array([context.held_out for context in contexts]),
         {number: info for context in contexts for number, info in context.info.items()},
+        first,
     )

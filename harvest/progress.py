@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 class Progress:
     """A bar over the tokens of `n_contexts` contexts, of which `n_done` are stored already."""
 
-    def __init__(self, writer: ActivationStoreWriter, context_size: int, n_contexts: int, n_done: int) -> None:
+    def __init__(
+        self,
+        writer: ActivationStoreWriter,
+        context_size: int,
+        n_contexts: int,
+        n_done: int,
+        disable: bool | None = None,
+    ) -> None:
         self._writer = writer
         self._context_size = context_size
         self._bar = tqdm(
@@ -23,15 +30,17 @@ class Progress:
             unit="token",
             unit_scale=True,
             desc="harvest",
-            disable=None,
+            disable=disable,
         )
 
     def update(self, n_contexts: int) -> None:
         """Count contexts that were handed to the writer."""
-        writer = self._writer
+        self._show(n_contexts, self._writer.bytes_written, self._writer.raw_bytes)
+
+    def _show(self, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
         if not self._bar.disable:
-            ratio = f"{writer.raw_bytes / writer.bytes_written:.2f}" if writer.bytes_written else "?"
-            self._bar.set_postfix_str(f"{writer.bytes_written / 1e9:.2f} GB written, ratio {ratio}", refresh=False)
+            ratio = f"{raw_bytes / bytes_written:.2f}" if bytes_written else "?"
+            self._bar.set_postfix_str(f"{bytes_written / 1e9:.2f} GB written, ratio {ratio}", refresh=False)
         self._bar.update(n_contexts * self._context_size)
 
     def __enter__(self) -> Self:

@@ -7,16 +7,17 @@ without them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..shared.config import to_toml
 from ..shared.interrupt import Interrupt
 from .config import HarvestConfig
-from .estimate import check_disk, estimate, human_bytes, tell
+from .estimate import announce, human_bytes
 from .identity import identity, is_complete
+from .launch import needs_ranks, quiet_network
 from .prefetch import Prefetch
 from .progress import Progress
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..shared.store import ActivationStoreWriter
-    from .packing import ContextBatch
+    from .packing import Context, ContextBatch
     from .plan import Plan
+
+    Writer = TypeVar("Writer", bound=ActivationStoreWriter)
 
 BATCHES_AHEAD = 4
 
@@ -37,31 +40,35 @@ def harvest(config: HarvestConfig) -> Path:
     gone on with, and ends with the same bytes as if it had not been.
     """
     store = Path(config.store)
+    if needs_ranks(store):
+        quiet_network()
+        from .together import harvest_together
+
+        return harvest_together(config)
     wanted = identity(config)
     if is_complete(store, wanted):
-        print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
+        tell_reuse(store)
         return store
+    from ..shared.store import ActivationStoreWriter
     from .plan import make_plan
+    from .tokens import read_contexts
 
     plan = make_plan(config)
-    with Interrupt() as interrupt, open_writer(config, plan, wanted) as writer:
+    with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter) as writer:
         (store / "harvest.toml").write_text(to_toml(config), encoding="utf-8")
-        run_model(config, plan, writer, interrupt)
-    print(
-        f"stored {writer.n_contexts * config.context_size:,} rows at {len(plan.widths)} hook points in '{store}'; "
-        f"this run wrote {human_bytes(writer.bytes_written)} for {human_bytes(writer.raw_bytes)} of activations",
-        file=sys.stderr,
-    )
+        contexts = read_contexts(config, plan.tokenizer, plan.group)
+        with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
+            run_model(config, plan, writer, contexts, progress, interrupt.check)
+    tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
     return store
 
 
-def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object]) -> ActivationStoreWriter:
+def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], make: Callable[..., Writer]) -> Writer:
     """Begin the store, or open it where an interrupted harvest left it."""
-    from ..shared.store import ActivationStoreWriter
     from .plan import metadata_of
 
     metadata = metadata_of(config, identity, plan)
-    return ActivationStoreWriter(
+    return make(
         config.store,
         plan.widths,
         config.context_size,
@@ -77,47 +84,60 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object]) 
     )
 
 
-def run_model(config: HarvestConfig, plan: Plan, writer: ActivationStoreWriter, interrupt: Interrupt) -> None:
-    """Append every context that the store does not have yet, a batch at a time.
+def run_model(
+    config: HarvestConfig,
+    plan: Plan,
+    writer: ActivationStoreWriter,
+    contexts: Iterator[Context],
+    progress: Progress,
+    check: Callable[[], object],
+) -> None:
+    """Append every context of the writer's share, a batch at a time; `check` may raise between batches.
 
-    Batches are always cut at the same contexts, so that a resumed harvest computes the same bits;
-    of the first one, contexts that are stored already are dropped.
+    Batches are always cut at the same contexts, so that a harvest that resumes, or is shared among ranks, computes the
+    same bits; of those that lie partly in the share, the other contexts are dropped.
     """
     from .forward import choose_workers, forward_passes
-    from .tokens import batch_contexts, read_contexts
+    from .tokens import batch_contexts
 
-    n_done, n_wanted = writer.n_committed_contexts, config.n_contexts
-    first_batch, n_drop = divmod(n_done, config.batch_size)
-    contexts = read_contexts(config, plan.tokenizer, plan.group)
+    share = writer.share
+    ahead = batch_contexts(contexts, config.batch_size, share.n_committed // config.batch_size, share.parts)
     workers = choose_workers(config.workers, plan.model.device)
     with (
-        Prefetch(batch_contexts(contexts, config.batch_size, first_batch), BATCHES_AHEAD) as batches,
+        Prefetch(ahead, BATCHES_AHEAD) as batches,
         closing(forward_passes(plan, batches, workers)) as passes,
-        Progress(writer, config.context_size, n_wanted, n_done) as progress,
     ):
         for number, (batch, activations, seconds) in enumerate(passes):
-            if number == 0:
-                announce(config, plan, n_wanted - n_done, workers * batch.tokens.size / seconds)
-            append(writer, batch, activations, n_drop)
-            progress.update(len(batch.tokens) - n_drop)
-            n_drop = 0
-            interrupt.check()
+            if number == 0 and share.rank == 0:
+                rows_per_second = share.world * workers * batch.tokens.size / seconds
+                announce(config, plan.widths, config.n_contexts - share.n_done, rows_per_second)
+            for part in share.parts(batch.first, batch.stop):
+                append(writer, batch, activations, slice(part.start - batch.first, part.stop - batch.first))
+                progress.update(len(part))
+            check()
 
 
-def announce(config: HarvestConfig, plan: Plan, n_contexts: int, rows_per_second: float) -> None:
-    """Tell what is to come, or raise `DiskSpaceError`."""
-    n_rows = n_contexts * config.context_size
-    needed = estimate(plan.widths, config.dtype, config.codec, n_rows, rows_per_second)
-    tell(needed, len(plan.widths), check_disk(Path(config.store), needed))
-
-
-def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapping[str, Tensor], n_drop: int) -> None:
-    """Hand a batch but for its first `n_drop` contexts to the writer."""
+def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapping[str, Tensor], part: slice) -> None:
+    """Hand a part of a batch's contexts to the writer."""
     writer.append(
-        {name: activation[n_drop:] for name, activation in activations.items()},
-        batch.tokens[n_drop:],
-        held_out=batch.held_out[n_drop:],
-        documents=batch.documents[n_drop:],
-        positions=batch.positions[n_drop:],
+        {name: activation[part] for name, activation in activations.items()},
+        batch.tokens[part],
+        held_out=batch.held_out[part],
+        documents=batch.documents[part],
+        positions=batch.positions[part],
         document_info=batch.info,
+    )
+
+
+def tell_reuse(store: Path) -> None:
+    """Say that there is nothing to do."""
+    print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
+
+
+def tell_stored(config: HarvestConfig, plan: Plan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
+    """Say what the store holds and what this run wrote."""
+    print(
+        f"stored {n_contexts * config.context_size:,} rows at {len(plan.widths)} hook points in '{config.store}'; "
+        f"this run wrote {human_bytes(bytes_written)} for {human_bytes(raw_bytes)} of activations",
+        file=sys.stderr,
     )

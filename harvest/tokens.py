@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +117,22 @@ def _chain(first: TokenizedDocument, rest: Iterator[TokenizedDocument]) -> Itera
     yield from rest
 
 
-def batch_contexts(contexts: Iterator[Context], batch_size: int, first_batch: int = 0) -> Iterator[ContextBatch]:
-    """Yield batches from number `first_batch` on, without stacking those before it.
+def batch_contexts(
+    contexts: Iterator[Context],
+    batch_size: int,
+    first_batch: int = 0,
+    wanted: Callable[[int, int], object] | None = None,
+) -> Iterator[ContextBatch]:
+    """Yield batches from number `first_batch` on, without stacking those before it, or that are not wanted.
 
     The batches are always the same ones, since a forward pass may round differently in other
-    company: a resumed harvest runs whole batches again and drops the rows it has.
+    company: a resumed harvest runs whole batches again and drops the rows it has. `wanted` is asked
+    with the numbers of a batch's first context and of the one after its last.
     """
-    for _ in islice(contexts, first_batch * batch_size):
+    first = first_batch * batch_size
+    for _ in islice(contexts, first):
         pass
     while batch := list(islice(contexts, batch_size)):
-        yield stack(batch)
+        if wanted is None or wanted(first, first + len(batch)):
+            yield stack(batch, first)
+        first += len(batch)

@@ -8,10 +8,11 @@ from typing import IO, Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from ..errors import RankError
+from ..errors import ConfigError, RankError
 from .commit import StoreFolder, check_same, finish_shard
 from .durable import close, disk_errors, lock, make_folder, remove_tree, temporary_name, write_synced
 from .format import MANIFEST, PARTIAL_FOLDER, Header
+from .location import locate
 from .manifest import read_manifest
 from .pipeline import ShardInProgress
 from .presence import Presence
@@ -46,12 +47,11 @@ class RankWriter(ActivationStoreWriter):
     and rank 0 at last calls `adopt` until all is there and `complete`.
     """
 
-    share: Share
-
     def __init__(
         self, path: str | Path, hook_points: Mapping[str, int], context_size: int, *, group: Group, **settings: Any
     ) -> None:
         self._group = group
+        self._place = _folder(path)
         self._store: StoreFolder | None = None
         self._manifest_file: IO[bytes] | None = None
         self.presence: Presence | None = None
@@ -67,15 +67,20 @@ class RankWriter(ActivationStoreWriter):
         n_committed, staged = self._group.lead(lambda: self._begin(proposed, resume, any_level))
         if self._group.rank:
             self._join(proposed, any_level)
-        with disk_errors(self.path):
-            self.presence = Presence(self.path / PARTIAL_FOLDER, self._group.rank)
+        with disk_errors(self._place):
+            self.presence = Presence(self._place / PARTIAL_FOLDER, self._group.rank)
         header = self._read_header()
-        self.share = Share(header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.world)
-        return _RankFolder(self.path, header, self._group.rank, self.share.n_committed, self._store)
+        self._share = Share(header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.world)
+        return _RankFolder(self._place, header, self._group.rank, n_committed, self._store)
+
+    @property
+    def share(self) -> Share:
+        """Which contexts this rank's writer is to be given."""
+        return self._share
 
     def _begin(self, proposed: Header, resume: bool, any_level: bool) -> tuple[int, dict[int, int]]:
         """Open the store, as rank 0; return the committed contexts and those of each staged shard."""
-        store = self._store = StoreFolder.open(self.path, proposed, resume, any_level, keep_staged=True)
+        store = self._store = StoreFolder.open(self._place, proposed, resume, any_level, keep_staged=True)
         if store.header is None:
             store.start(proposed)
         store.admit_ranks()
@@ -84,19 +89,19 @@ class RankWriter(ActivationStoreWriter):
     def _join(self, proposed: Header, any_level: bool) -> None:
         """Share the lock that rank 0 has, and check that this rank would write the same store."""
         try:
-            self._manifest_file = (self.path / MANIFEST).open("rb")
+            self._manifest_file = (self._place / MANIFEST).open("rb")
         except FileNotFoundError:
             raise RankError(
-                f"rank {self._group.rank} does not see the store '{self.path}' that rank 0 has begun; "
+                f"rank {self._group.rank} does not see the store '{self._place}' that rank 0 has begun; "
                 "name a store on a file system that all machines share"
             ) from None
-        lock(self._manifest_file, self.path, shared=True)
-        manifest = read_manifest(self.path)
+        lock(self._manifest_file, self._place, shared=True)
+        manifest = read_manifest(self._place)
         assert manifest is not None
-        check_same(manifest, proposed, self.path, True, {"codec_level"} if any_level else set())
+        check_same(manifest, proposed, self._place, True, {"codec_level"} if any_level else set())
 
     def _read_header(self) -> Header:
-        manifest = read_manifest(self.path)
+        manifest = read_manifest(self._place)
         assert manifest is not None
         return manifest.header
 
@@ -117,7 +122,7 @@ class RankWriter(ActivationStoreWriter):
     def adopt(self) -> int:
         """Make what is staged part of the store as far as it has no gap; return the contexts in it. For rank 0."""
         assert self._store is not None
-        with disk_errors(self.path):
+        with disk_errors(self._place):
             self._store.adopt()
         return self._store.n_contexts
 
@@ -134,6 +139,16 @@ class RankWriter(ActivationStoreWriter):
             close(self._manifest_file)
         if self._store is not None:
             self._store.close()
+
+
+def _folder(path: str | Path) -> Path:
+    place = locate(path)
+    if not isinstance(place, Path):
+        raise ConfigError(
+            f"several ranks cannot write to '{place}'; harvest into a folder that they share and copy it there, "
+            "or harvest with one process"
+        )
+    return place
 
 
 class _RankFolder:

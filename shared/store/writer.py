@@ -15,7 +15,9 @@ from .assembly import ShardAssembly
 from .batch import Batch
 from .commit import StoreFolder
 from .format import CHUNK_BYTES, SHARD_BYTES, Header, make_header
+from .location import StoreUrl, locate
 from .pipeline import Pipeline, ShardInProgress
+from .share import Share
 from .sink import ShardSink
 
 PENDING_BYTES = 256 << 20
@@ -40,7 +42,7 @@ class ActivationStoreWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | StoreUrl,
         hook_points: Mapping[str, int],
         context_size: int,
         *,
@@ -55,6 +57,7 @@ class ActivationStoreWriter:
         resume: bool = True,
         threads: int | None = None,
         pending_bytes: int = PENDING_BYTES,
+        cache: str | Path | None = None,
     ) -> None:
         header = make_header(
             hook_points,
@@ -69,8 +72,9 @@ class ActivationStoreWriter:
             chunk_bytes=chunk_bytes,
             shard_bytes=shard_bytes,
         )
-        self.path = Path(path)
+        self.path = locate(path)
         self.raw_bytes = 0
+        self._cache = cache
         self._folder = self._open_folder(header, resume, codec_level is None)
         self._header: Header | None = self._folder.header
         self._proposed = header
@@ -80,12 +84,18 @@ class ActivationStoreWriter:
         self._closed = False
         self._assembly: ShardAssembly | None = None
         self._open_shards: list[ShardInProgress] = []
-        self._pipeline = Pipeline(self.path, threads or min(os.cpu_count() or 1, 8), pending_bytes)
+        disk = self.path if isinstance(self.path, Path) else self._folder.partial.parent
+        self._pipeline = Pipeline(disk, threads or min(os.cpu_count() or 1, 8), pending_bytes)
 
     @property
     def n_contexts(self) -> int:
         """Contexts in the store and on their way into it."""
         return self._n_contexts
+
+    @property
+    def share(self) -> Share:
+        """Which contexts this writer is to be given: all that are not committed."""
+        return Share(self._proposed.contexts_per_shard, self.n_committed_contexts)
 
     @property
     def bytes_written(self) -> int:
@@ -170,7 +180,20 @@ class ActivationStoreWriter:
             self.abandon()
 
     def _open_folder(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
-        return StoreFolder.open(self.path, proposed, resume, any_level)
+        if isinstance(self.path, Path):
+            return StoreFolder.open(self.path, proposed, resume, any_level)
+        from .remote_commit import open_remote
+
+        return open_remote(self.path, proposed, resume, any_level, self._cache)
+
+    def write_beside(self, name: str, text: str) -> None:
+        """Write a file that is not part of the store into its folder or below its URL."""
+        if isinstance(self.path, Path):
+            (self.path / name).write_text(text, encoding="utf-8")
+        else:
+            from .remote import RemoteStore
+
+            RemoteStore(self.path).put(name, text.encode())
 
     def _start(self, has_tokens: bool) -> Header:
         if self._header is None:

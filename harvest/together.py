@@ -1,0 +1,157 @@
+"""Harvest one store by several ranks, or alone where ranks left finished shards behind a gap.
+
+Every rank reads and packs the whole text, runs the model over the batches that its shards touch, and writes those
+shards. A batch on the edge of two ranks' shards is run whole by both, so that each computes the bits that one process
+would.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from ..shared.config import to_toml
+from ..shared.errors import DataError, StoreError
+from ..shared.interrupt import Interrupt
+from ..shared.store.checksum import crc32c
+from ..shared.store.rank_writer import RankWriter
+from .config import HarvestConfig
+from .forward import MAX_WORKERS
+from .identity import identity, is_complete
+from .packing import Context
+from .plan import Plan, make_plan
+from .rank_progress import RankProgress
+from .ranks import Ranks, join_ranks, rank_device
+from .run import open_writer, run_model, tell_reuse, tell_stored
+from .tokens import read_contexts
+
+T = TypeVar("T")
+SECONDS_TO_SEE = 120
+POLL_SECONDS = 0.1
+MAX_THREADS = 8
+
+
+def harvest_together(config: HarvestConfig) -> Path:
+    """Write the store as one of the ranks that the launcher started, and return its path."""
+    store = Path(config.store)
+    with join_ranks() as ranks:
+        wanted = identity(config)
+        ranks.agree(wanted | {"store": str(store)})
+        if ranks.lead(lambda: is_complete(store, wanted)):
+            tell_reuse(store)
+            return store
+        plan = make_plan(here := on_this_rank(config, ranks))
+        writer = open_writer(here, plan, wanted, partial(RankWriter, group=ranks))
+        try:
+            with Interrupt() as interrupt, writer, ranks.tells_failures():
+                text, written = harvest_share(config, here, plan, writer, ranks, interrupt)
+        finally:
+            writer.release()
+        tell_stored(config, plan, text.n_contexts, *written)
+    return store
+
+
+def on_this_rank(config: HarvestConfig, ranks: Ranks) -> HarvestConfig:
+    """Return the configuration with this rank's device and its part of the machine's cores."""
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
+    return msgspec.structs.replace(
+        config,
+        device=rank_device(config.device, ranks),
+        threads=config.threads or min(cores, MAX_THREADS),
+        workers=config.workers or min(cores, MAX_WORKERS),
+    )
+
+
+def harvest_share(
+    config: HarvestConfig, here: HarvestConfig, plan: Plan, writer: RankWriter, ranks: Ranks, interrupt: Interrupt
+) -> tuple[Text, tuple[int, int]]:
+    """Harvest this rank's shards, and see the store completed; return the text that was read and all ranks' bytes."""
+    ranks.meet()
+    writer.watch()
+    ranks.presence = writer.presence
+    if ranks.rank == 0:
+        writer.write_beside("harvest.toml", to_toml(config))
+        for fault in writer.faults:
+            print(f"note: {fault}", file=sys.stderr)
+
+    def check() -> None:
+        interrupt.check()
+        ranks.check()
+
+    text = Text()
+    with RankProgress(ranks, writer, config) as progress:
+        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group))
+        run_model(here, plan, writer, contexts, progress, check)
+        writer.close()
+        progress.refresh(now=True)
+        ranks.say("read", text.word)
+        if ranks.rank == 0:
+            complete(ranks, writer, text, progress, check)
+            ranks.say("complete", "yes")
+        else:
+            wait_for(lambda: ranks.heard("complete", [0]), check)
+        ranks.meet()
+    return text, (progress.bytes_written, progress.raw_bytes)
+
+
+def complete(ranks: Ranks, writer: RankWriter, text: Text, progress: RankProgress, check: Callable[[], None]) -> None:
+    """Adopt what the ranks stage until all of them are done, and complete the store."""
+
+    def all_done() -> list[str] | None:
+        writer.adopt()
+        progress.refresh()
+        return ranks.heard("read")
+
+    words = wait_for(all_done, check)
+    for rank, word in enumerate(words):
+        if word != text.word:
+            raise DataError(
+                f"rank {rank} read {word} of text, rank 0 {text.word}: the store mixes both; "
+                f"remove it and give all ranks the same text"
+            )
+    progress.refresh(now=True)
+    seen_until = time.monotonic() + SECONDS_TO_SEE
+    while (n_contexts := writer.adopt()) < text.n_contexts:
+        check()
+        if time.monotonic() > seen_until:
+            raise StoreError(
+                f"the ranks are done, but only {n_contexts} of {text.n_contexts} contexts are to be seen in "
+                f"'{writer.path}'; start the same command again to go on"
+            )
+        time.sleep(POLL_SECONDS)
+    writer.complete()
+
+
+def wait_for(ready: Callable[[], T | None], check: Callable[[], None]) -> T:
+    """Return what `ready` returns once it is not None."""
+    while (found := ready()) is None:
+        check()
+        time.sleep(POLL_SECONDS)
+    return found
+
+
+class Text:
+    """What was read: all ranks must read the same."""
+
+    def __init__(self) -> None:
+        self.n_contexts = 0
+        self.checksum = 0
+
+    @property
+    def word(self) -> str:
+        """The number of contexts and the checksum of their tokens."""
+        return f"{self.n_contexts} contexts with checksum {self.checksum:08x}"
+
+    def follow(self, contexts: Iterator[Context]) -> Iterator[Context]:
+        """Yield the contexts, taking note of them."""
+        for context in contexts:
+            self.n_contexts += 1
+            self.checksum = crc32c(context.tokens, self.checksum)
+            yield context
