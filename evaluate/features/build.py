@@ -22,7 +22,7 @@ from ..encoding import rows_at_a_time
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
 from .logits import LogitEffects, logit_effects
-from .progress import Pace, progress_path, restore_progress, save_progress
+from .progress import Pace, progress_path, remove_progress, restore_progress, save_progress
 from .rows import LatentRows, VisitedRows
 from .sparse import active_latents
 from .statistics import ActivationStatistics, CoFiring
@@ -135,7 +135,8 @@ def build_feature_index(
                 **settings._asdict(),
             }
             indexes[sae.name] = _write(paths[sae.name], one, visited, effects, tokenizer, metadata)
-            progress_path(paths[sae.name]).unlink(missing_ok=True)
+    for path in paths.values():
+        remove_progress(path)
     return {sae.name: indexes[sae.name] for sae in saes}
 
 

@@ -43,7 +43,7 @@ def save_progress(path: Path, fingerprint: str, n_blocks: int, parts: Mapping[st
     arrays = {
         f"{name}.{key}": np.ascontiguousarray(value) for name, part in parts.items() for key, value in _plain(part)
     }
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     save_file(arrays, partial, {"fingerprint": fingerprint, "n_blocks": str(n_blocks)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -69,6 +69,17 @@ def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> 
     for (name, key), (value, is_array) in loaded.items():
         setattr(parts[name], key, value if is_array else value.item())
     return int(header["n_blocks"])
+
+
+def remove_progress(index: Path) -> None:
+    """Remove what is kept beside an index that is whole, also by a run that was killed before it could."""
+    path = progress_path(index)
+    for file in (path, _partial(path)):
+        file.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def _plain(part: Any) -> list[tuple[str, Any]]:
