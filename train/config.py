@@ -56,6 +56,17 @@ class SaeConfig(Config, frozen=True):
             description="Adam's decay of squared gradients; the architecture's own if not given, 0.99 for short runs."
         ),
     ] = None
+    weight_decay: Annotated[
+        float, Meta(ge=0, description="AdamW's decay of the weight matrices, times the learning rate; 0 is Adam.")
+    ] = 0.0
+    lr_decay: Annotated[
+        Literal["linear", "cosine"] | None,
+        Meta(description="Shape of the learning rate's fall, where not the run's."),
+    ] = None
+    decay_fraction: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(description="Last fraction of the run over which this SAE's learning rate falls, where not the run's."),
+    ] = None
     seed: Annotated[int, Meta(ge=0, description="Seed of the initial weights.")] = 0
     aux_coefficient: Annotated[float, Meta(ge=0, description="Weight of the auxiliary loss of dead latents.")] = 1 / 32
     k_aux: Annotated[
@@ -130,6 +141,10 @@ class TrainConfig(Config, frozen=True):
     decay_fraction: Annotated[
         float, Meta(ge=0, le=1, description="Last fraction of the run, over which the learning rate falls to zero.")
     ] = 0.2
+    lr_decay: Annotated[
+        Literal["linear", "cosine"],
+        Meta(description="Shape of that fall: linear, or half a cosine; over a fraction of 1 a whole cosine schedule."),
+    ] = "linear"
     normalize_activations: Annotated[
         Literal["expected_average_only_in", "none"],
         Meta(description="Scale inputs to a mean norm of sqrt(d_in), or leave them; folded into the saved weights."),

@@ -1,8 +1,9 @@
-"""Adam with the decoder held at unit norm."""
+"""Adam, or AdamW, with the decoder held at unit norm."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ _BLOCK_ELEMENTS = 1 << 18
 
 
 class Optimizer:
-    """Fused Adam over an SAE's parameters.
+    """Fused Adam over an SAE's parameters; with `weight_decay`, AdamW (arXiv 1711.05101) over its matrices.
+
+    Biases and thresholds are not decayed: zero is the mean of the inputs and no better a threshold than another.
 
     Where the architecture has a unit-norm decoder, the gradient parallel to each decoder row is
-    removed before the step and the rows are normalised after it (arXiv 2406.04093, A.1).
+    removed before the step and the rows are normalised after it (arXiv 2406.04093, A.1). `copies` are of
+    parameters, in the type that products read them in, and follow every step.
     """
 
     def __init__(
@@ -32,36 +36,47 @@ class Optimizer:
         self.unit_norm_decoder = architecture.unit_norm_decoder if asked is None else asked
         self.betas = architecture.adam_betas
         self.eps = architecture.eps
+        self.weight_decay = architecture.config.weight_decay
         self.clip_grad_norm = clip_grad_norm
         self.across = across
+        self.copies: Parameters = {}
         self.exp_avg = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
-    def step(self, gradients: Parameters, lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
+    def step(self, gradients: dict[str, Any], lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
         """Change the parameters in place; return the gradient's norm where it is clipped.
 
         Where `skip`, on the device, is 1, nothing is changed.
 
-        Large matrices go a block of rows at a time, so that on a CPU a block stays in cache from projection
-        to normalisation.
+        Large matrices go a block of rows at a time, so that on a CPU a block stays in cache from its gradient,
+        which may be computed only then, to normalisation and the copy in `copies`.
         """
         norm = None
         if self.clip_grad_norm:
+            gradients = {name: g if isinstance(g, Tensor) else g.dense() for name, g in gradients.items()}
             for rows in self._row_blocks("W_dec"):
-                self._project(gradients, rows)
+                self._project(gradients["W_dec"][rows], rows)
             norm = self._clip(gradients)
-        for name in self.parameters:
+        for name, parameter in self.parameters.items():
             self.steps[name] += 1 if skip is None else 1 - skip
             for rows in self._row_blocks(name):
                 unit_norm = name == "W_dec" and self.unit_norm_decoder
+                gradient = gradients[name][rows]
                 if unit_norm and not self.clip_grad_norm:
-                    self._project(gradients, rows)
-                self._adam(name, rows, gradients[name], lr, skip)
+                    self._project(gradient, rows)
+                self._adam(name, rows, gradient, lr, skip)
                 if unit_norm:
-                    directions = self.parameters[name][rows]
+                    directions = parameter[rows]
                     directions /= directions.norm(dim=1, keepdim=True).clamp_min_(1e-8)
+                if name in self.copies:
+                    self.copies[name][rows].copy_(parameter[rows])
         return norm
+
+    def copy(self) -> None:
+        """Bring the copies up to date after something other than a step has changed the parameters."""
+        for name, copy in self.copies.items():
+            copy.copy_(self.parameters[name])
 
     def _row_blocks(self, name: str) -> list[slice]:
         tensor = self.parameters[name]
@@ -70,15 +85,17 @@ class Optimizer:
         rows = max(1, _BLOCK_ELEMENTS * max(len(tensor), 1) // max(tensor.numel(), 1))
         return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
-    def _project(self, gradients: Parameters, rows: slice) -> None:
+    def _project(self, gradient: Tensor, rows: slice) -> None:
         if self.unit_norm_decoder:
-            gradient, directions = gradients["W_dec"][rows], self.parameters["W_dec"][rows]
+            directions = self.parameters["W_dec"][rows]
             gradient.addcmul_(torch.linalg.vecdot(gradient, directions)[:, None], directions, value=-1)
 
     def _adam(self, name: str, rows: slice, gradient: Tensor, lr: float | Tensor, skip: Tensor | None) -> None:
-        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+        decay = self.weight_decay if self.parameters[name].dim() > 1 else 0.0
+        fused = torch._fused_adamw_ if decay else torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+        fused(
             [self.parameters[name][rows]],
-            [gradient[rows]],
+            [gradient],
             [self.exp_avg[name][rows]],
             [self.exp_avg_sq[name][rows]],
             [],
@@ -86,7 +103,7 @@ class Optimizer:
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            weight_decay=0.0,
+            weight_decay=decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,

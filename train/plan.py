@@ -93,7 +93,8 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
             raise ConfigError(f"SAE '{sae.name}': the hook points of a crosscoder differ in width; expected one width")
         n_parameters[str(sae.name)] = (d_in + d_out + 1) * sae.d_sae + d_out
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
-    schedule = Schedule(-(-tokens // config.batch_size), config.batch_size, config.warmup_steps, config.decay_fraction)
+    n_steps = -(-tokens // config.batch_size)
+    schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
     largest = max(sae.d_sae for sae in saes)
     hook_points = {place for sae in saes for place in sae.places}
     window_bytes = sum(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..shared.sae import Sae
 from .architectures import make_architecture
-from .architectures.base import Batch, Number, Parameters, StepInput
+from .architectures.base import Architecture, Batch, Number, Parameters, StepInput
 from .architectures.latents import SPARSE_BELOW
 from .config import SaeConfig
 from .looks import DeadLook, EntryRoom
@@ -34,6 +34,12 @@ class Schedule(NamedTuple):
     batch_size: int
     warmup_steps: int
     decay_fraction: float
+    lr_decay: Literal["linear", "cosine"] = "linear"
+
+    def lr_factor(self, step: int, config: SaeConfig) -> float:
+        """Return the factor of an SAE's peak learning rate at a step; what it leaves open is the run's."""
+        fraction = self.decay_fraction if config.decay_fraction is None else config.decay_fraction
+        return lr_factor(step, self.n_steps, self.warmup_steps, fraction, config.lr_decay or self.lr_decay)
 
 
 def read_metrics(metrics: Mapping[str, Number]) -> dict[str, float]:
@@ -79,7 +85,13 @@ class SaeTrainer:
         self.parameters = {name: tensor.to(device) for name, tensor in initial.items()}
         self.buffers = {name: tensor.to(device) for name, tensor in self.architecture.initial_buffers().items()}
         self.optimizer = Optimizer(self.parameters, self.architecture, config.clip_grad_norm, across)
-        self.W_enc_compute = self.parameters["W_enc"].to(compute_dtype)
+        self.W_enc_compute = self.parameters["W_enc"].to(compute_dtype, copy=True)
+        self.W_dec_compute: Tensor | None = None
+        self.optimizer.copies = {"W_enc": self.W_enc_compute}
+        if self.device.type == "cpu" and across is ALONE:
+            self.W_dec_compute = self.parameters["W_dec"].to(compute_dtype)
+            if self.W_dec_compute is not self.parameters["W_dec"]:
+                self.optimizer.copies["W_dec"] = self.W_dec_compute
         self.tokens_since_fired = torch.zeros(len(self.W_enc_compute), dtype=torch.int64, device=device)
         n_tokens = schedule.n_steps * schedule.batch_size
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))
@@ -88,6 +100,7 @@ class SaeTrainer:
         self.sparsity_warmup_steps = int(schedule.n_steps * share) if warmup is None else warmup
         self.averages = {name: tensor.clone() for name, tensor in self.parameters.items()} if config.ema_decay else {}
         self.steps_done = 0
+        self.initialised = False
         self._lr = 0.0
         self.diverged: str | None = None
         self._failure = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -112,7 +125,7 @@ class SaeTrainer:
 
     def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
         """Let parameters, moments and counters be those of the fused step, where there is one."""
-        if not self.optimizer.unit_norm_decoder:
+        if not self.optimizer.unit_norm_decoder or self.optimizer.weight_decay:
             return
         self.whole_step = WholeStep.of(
             kernels,
@@ -137,12 +150,9 @@ class SaeTrainer:
 
         On divergence a CPU's step changes nothing and sets `diverged`; a GPU's leaves it to `check`.
         """
-        schedule, step = self.schedule, self.steps_done
-        if step == 0:
-            self.architecture.start(self.parameters, batch)
-        self._lr = self.architecture.lr * lr_factor(
-            step, schedule.n_steps, schedule.warmup_steps, schedule.decay_fraction
-        )
+        if self.steps_done == 0 and not self.initialised:
+            self._start(batch)
+        self._lr = self.architecture.lr * self.schedule.lr_factor(self.steps_done, self.config)
         # A whole step reads nothing else of a batch, and a captured one copies what it reads.
         needed = batch if self.whole_step is None else Batch(batch.x_compute, batch.x_compute)
         taken = self._graphs(needed, self._look(batch))
@@ -153,6 +163,21 @@ class SaeTrainer:
         self._average()
         metrics = taken | {"lr": self._lr}
         return {**read_metrics(metrics)} if self.waits else metrics
+
+    def _start(self, batch: Batch) -> None:
+        """Let the architecture see the first batch, of all ranks, before the first step."""
+        if type(self.architecture).start is not Architecture.start:
+            x = self.across.all_values(batch.x)
+            self.architecture.start(self.parameters, Batch(x, x))
+            self._refresh()
+
+    def initialise(self, parameters: Parameters, buffers: Mapping[str, Tensor]) -> None:
+        """Start from an SAE's parameters, in normalised units, and buffers rather than from random ones."""
+        for own, given in ((self.parameters, parameters), (self.averages, parameters), (self.buffers, buffers)):
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+        self._refresh()
+        self.initialised = True
 
     def _look(self, batch: Batch) -> Hashable | None:
         """Bring what changes from step to step to the device, and return all else that a step's launches follow from.
@@ -209,6 +234,7 @@ class SaeTrainer:
                 kernels=self.kernels,
                 W_enc_compute=self.W_enc_compute,
                 total_variance=self.normalization.total_variance,
+                W_dec_compute=self.W_dec_compute,
                 dead=dead if self._any_dead(batch, n_dead) else None,
                 sparsity_scale=sparsity_factor(done, self.sparsity_warmup_steps) if self.waits else self._now[2],
                 buffers=self.buffers,
@@ -225,7 +251,6 @@ class SaeTrainer:
             return taken
         lr = self._lr if self.waits else self._now[1].float()
         grad_norm = self.optimizer.step(output.gradients, lr, self.room.failed if self.room else None)
-        self.W_enc_compute.copy_(self.parameters["W_enc"])
         self.tokens_since_fired += self.across.rows(len(batch.x))
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         if grad_norm is not None:
@@ -282,9 +307,10 @@ class SaeTrainer:
 
     def _refresh(self) -> None:
         """Copy the weights to where products read them, after something other than a step has changed them."""
-        self.W_enc_compute.copy_(self.parameters["W_enc"])
         if self.whole_step is not None:
             self.whole_step.step.refresh()
+        else:
+            self.optimizer.copy()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a later step depends on; names are the same on every path, so one can go on from another."""

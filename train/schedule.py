@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
 
-def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_fraction: float) -> float:
-    """Return the learning rate's factor at a step, counted from 0: linear warm-up, constant, linear decay to zero.
 
-    A warm-up longer than the time before the decay is cut short.
+def lr_factor(
+    step: int, n_steps: int, warmup_steps: int, decay_fraction: float, shape: Literal["linear", "cosine"] = "linear"
+) -> float:
+    """Return the learning rate's factor at a step, counted from 0: linear warm-up, constant, decay to zero.
+
+    The decay takes the last `decay_fraction` of the steps: none for 0, and all after the warm-up for 1. Its shape is a
+    line or half a cosine (arXiv 1608.03983 without restarts). A warm-up longer than the time before the decay is cut
+    short, but where the decay leaves none it is kept and multiplies the decay.
     """
     n_decay = round(n_steps * decay_fraction)
-    warmup_steps = min(warmup_steps, n_steps - n_decay)
+    if n_decay < n_steps:
+        warmup_steps = min(warmup_steps, n_steps - n_decay)
     rising = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-    falling = (n_steps - step) / n_decay if step >= n_steps - n_decay and n_decay else 1.0
-    return min(rising, falling)
+    left = (n_steps - step) / n_decay if n_decay else 1.0
+    if left >= 1:
+        return rising
+    falling = left if shape == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return rising * falling
 
 
 def sparsity_factor(step: int, warmup_steps: int) -> float:
