@@ -56,7 +56,7 @@ def timed(kernels: Any, seconds: dict[str, float]) -> Any:
 
         return call
 
-    return SimpleNamespace(**{name: wrap(name) for name in OPERATIONS})
+    return SimpleNamespace(**vars(kernels) | {name: wrap(name) for name in OPERATIONS})
 
 
 def trainer_for(options: argparse.Namespace, kernels: Any, dtype: torch.dtype = torch.bfloat16) -> SaeTrainer:

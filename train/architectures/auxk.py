@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..kernels.cpu_topk import topk_of_rows
 from ..parallel.across import ALONE, Across
 from .base import Batch, Number, Parameters
-from .latents import squared
+from .latents import add_to_rows, squared
 
 _ROW_BLOCK = 1024
 
@@ -51,7 +52,8 @@ def add_auxk(
     for start in range(0, len(residual), _ROW_BLOCK):
         rows = slice(start, start + _ROW_BLOCK)
         x, e = batch.x_compute[rows], residual[rows]
-        values, indices = torch.addmm(bias.to(compute), x, W_enc.T).topk(k_here, dim=1, sorted=False)
+        pre_acts = torch.addmm(bias.to(compute), x, W_enc.T)
+        values, indices = topk_of_rows(pre_acts, k_here) if x.is_cpu else pre_acts.topk(k_here, dim=1, sorted=False)
         values = across.only_largest(values, k_aux)
         acts = x.new_zeros(len(x), len(latents)).scatter_(1, indices, values.relu())
         difference = across.over_latents((acts @ W_dec).to(precise)).sub_(e)
@@ -61,8 +63,8 @@ def add_auxk(
         by_W_dec += acts.T @ g
         by_W_enc += by_acts.T @ x
         by_b_enc += by_acts.sum(0, dtype=precise)
-    gradients["W_dec"][latents] += by_W_dec
-    gradients["W_enc"][latents] += by_W_enc - torch.outer(by_b_enc, parameters["b_dec"])
+    add_to_rows(gradients["W_dec"], latents, by_W_dec)
+    add_to_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
     gradients["b_enc"][latents] += by_b_enc
     gradients["b_dec"] -= across.over_latents(parameters["W_enc"][latents].T @ by_b_enc)
     some = scale > 0 if n_dead is None else (scale > 0) & dead.any()

@@ -43,8 +43,10 @@ class Batch:
 class StepInput:
     """What a step depends on besides the parameters and the batch; `buffers` it may change in place.
 
-    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks. With `room`, selections find their entries without waiting for the device, in as much memory as that says; with
-    `n_dead`, at most so many latents are dead.
+    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks. With `room`,
+    selections find their entries without waiting for the device, in as much memory as that says; with `n_dead`, at
+    most so many latents are dead. With `W_dec_compute`, sums over few latents may be in its precision, and
+    weights' gradients left for the optimizer to compute by blocks.
     """
 
     kernels: Any
@@ -57,6 +59,7 @@ class StepInput:
     across: Across = ALONE
     room: EntryRoom | None = None
     n_dead: int | None = None
+    W_dec_compute: Float[Tensor, "d_sae d_out"] | None = None
 
 
 @dataclass
@@ -79,8 +82,8 @@ class Architecture:
     """Base of the architectures; a subclass is registered by its `name`.
 
     One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told. One that says
-    `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room, nor
-    does anything else there that the next step may do otherwise.
+    `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room,
+    nor does anything there that the next step may do otherwise.
     """
 
     name: ClassVar[str]

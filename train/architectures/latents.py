@@ -36,10 +36,13 @@ class SparseLatents:
     offsets: Int64[Tensor, " batch_plus_1"]
     d_sae: int
     fixed: bool = False
+    csc: Any = None
 
     @cached_property
     def _csc(self) -> tuple[Any, ...]:
         """Return the entries' order by latent, where the backend can share it between calls."""
+        if self.csc is not None:
+            return (self.csc,)
         if not hasattr(self.kernels, "to_csc"):
             return ()
         return (self.kernels.to_csc(self.indices, self.offsets, self.d_sae),)
@@ -58,7 +61,8 @@ class SparseLatents:
 
     def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
         """Return the gradient by each entry's value."""
-        return self.kernels.grad_values(g, W_dec, self.indices, self.offsets)
+        by_latent = () if self.csc is None else (self.csc,)
+        return self.kernels.grad_values(g, W_dec, self.indices, self.offsets, *by_latent)
 
     def grad_weights(self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
         """Return `values^T g`."""
@@ -145,8 +149,11 @@ def sparse_at(
     step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, indices: Tensor, offsets: Tensor
 ) -> SparseLatents:
     """Return chosen entries with their pre-activations computed in the parameters' precision."""
-    pre_acts = step.kernels.grad_values(x, parameters["W_enc"], indices, offsets).add_(bias[indices])
-    return SparseLatents(step.kernels, pre_acts, indices, offsets, len(bias))
+    kernels = step.kernels
+    csc = kernels.to_csc(indices, offsets, len(bias)) if hasattr(kernels, "WeightGradient") else None
+    by_latent = () if csc is None else (csc,)
+    pre_acts = kernels.grad_values(x, parameters["W_enc"], indices, offsets, *by_latent).add_(bias[indices])
+    return SparseLatents(kernels, pre_acts, indices, offsets, len(bias), csc=csc)
 
 
 def sparse_within(step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, chosen: Any) -> SparseLatents:
@@ -204,6 +211,8 @@ def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: 
 
 def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     """Return the sum of squares, on the device, in float64 as a Python number would be."""
+    if error.is_cpu:
+        return torch.linalg.vector_norm(error, dim=1).square_().sum(dtype=torch.float64)
     return error.square().sum().double()
 
 
@@ -220,16 +229,34 @@ def gradients_of(
     values: Tensor,
     by_pre_acts: Tensor,
     across: Across = ALONE,
-) -> Parameters:
+    x_compute: Float[Tensor, "batch d_in"] | None = None,
+    scale: float = 1.0,
+) -> dict[str, Any]:
     """Return the gradients of all parameters, that through the centring `x - b_dec` included.
 
-    `g` is the loss's gradient by the reconstruction, `by_pre_acts` that by the pre-activations.
+    `scale g` is the loss's gradient by the reconstruction, `by_pre_acts` that by the pre-activations. With
+    `x_compute`, sparse latents on a CPU leave the weights' gradients to be computed in that precision, block by
+    block, by the optimizer: they are then `WeightGradient`s.
     """
-    W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
-    W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
-    return {
-        "W_enc": W_enc,
-        "b_enc": b_enc,
-        "W_dec": latents.grad_weights(values, g),
-        "b_dec": g.sum(0) - across.over_latents(parameters["W_enc"].T @ b_enc),
-    }
+    values = values if scale == 1.0 else values * scale
+    by_b_dec = g.sum(0) if scale == 1.0 else g.sum(0) * scale
+    if x_compute is not None and isinstance(latents, SparseLatents) and latents.csc is not None:
+        by_blocks = latents.kernels.WeightGradient
+        b_enc = latents.sum(by_pre_acts)
+        W_enc = by_blocks(latents.csc, by_pre_acts, x_compute)
+        W_enc.add_outer(b_enc, parameters["b_dec"], alpha=-1)
+        W_dec = by_blocks(latents.csc, values, g.to(x_compute.dtype))
+    else:
+        W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
+        W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
+        W_dec = latents.grad_weights(values, g)
+    by_b_dec -= across.over_latents(parameters["W_enc"].T @ b_enc)
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": by_b_dec}
+
+
+def add_to_rows(gradient: Any, latents: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
+    """Add rows to a weight's gradient, whether it is there or computed by blocks; `latents` ascend."""
+    if isinstance(gradient, Tensor):
+        gradient[latents] += rows
+    else:
+        gradient.add_rows(latents, rows)

@@ -31,12 +31,15 @@ class TopK(Architecture):
         """Return the loss and its gradients."""
         x, latents = batch.x, self.select(parameters, batch, step)
         values = latents.pre_acts.relu()
-        decoded = step.across.over_latents(latents.decode(values, parameters["W_dec"]))
+        by_blocks = step.W_dec_compute is not None
+        W_dec = step.W_dec_compute if by_blocks else parameters["W_dec"]
+        decoded = step.across.over_latents(latents.decode(values, W_dec))
         error = (decoded + parameters["b_dec"]).sub_(x)
         mse = squared(error) / len(x)
-        g = error * (2 / (len(x) * step.total_variance))
-        by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
-        gradients = gradients_of(parameters, latents, x, g, values, by_pre_acts, step.across)
+        scale = 2 / (len(x) * step.total_variance)
+        by_pre_acts = torch.where(values > 0, latents.grad_values(error, parameters["W_dec"]).mul_(scale), 0)
+        x_compute = batch.x_compute if by_blocks else None
+        gradients = gradients_of(parameters, latents, x, error, values, by_pre_acts, step.across, x_compute, scale)
         terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
 

@@ -7,43 +7,33 @@ GEMM runs in bfloat16 where it is given bfloat16 copies, and gradients are check
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .cpu_csc import Csc, row_of_entry, to_csc
+from .cpu_gradient import WeightGradient
 from .cpu_topk import topk_of_rows
 
+__all__ = [
+    "Csc",
+    "WeightGradient",
+    "decode",
+    "grad_values",
+    "grad_weights",
+    "grad_weights_and_bias",
+    "pre_activations",
+    "row_of_entry",
+    "select_topk",
+    "sum_by_latent",
+    "to_csc",
+]
+
 _LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 256, 1024, 1 << 22
-_SUM = 0
-_RADIX_LIMIT = 1 << 16
-
-
-class Csc(NamedTuple):
-    """Entries of a CSR matrix in order of their latent, ties in order of their row."""
-
-    order: Int64[Tensor, " nnz"]
-    rows: Int64[Tensor, " nnz"]
-    offsets: Int64[Tensor, " d_sae_plus_1"]
-
-
-def row_of_entry(offsets: Int64[Tensor, " batch_plus_1"]) -> Int64[Tensor, " nnz"]:
-    """Return the row that each entry belongs to."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
-
-
-def to_csc(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " batch_plus_1"], d_sae: int) -> Csc:
-    """Sort entries by latent, stably; NumPy's 16-bit sort is a radix sort and so takes linear time."""
-    keys = indices.numpy()
-    order = np.argsort(keys.astype(np.uint16) if d_sae <= _RADIX_LIMIT else keys, kind="stable")
-    counts = torch.bincount(indices, minlength=d_sae)
-    column_offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=column_offsets[1:])
-    permutation = torch.from_numpy(order)
-    return Csc(permutation, row_of_entry(offsets)[permutation], column_offsets)
 
 
 def pre_activations(
@@ -80,7 +70,8 @@ def decode(
     offsets: Int64[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_out"],
 ) -> Float[Tensor, "batch d_out"]:
-    """Return `sum_j values_j W_dec[indices_j]` for each row."""
+    """Return `sum_j values_j W_dec[indices_j]` for each row, in the dtype of `W_dec`; sums are float32 at least."""
+    values = values.to(W_dec.dtype)
     return F.embedding_bag(indices, W_dec, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
@@ -89,11 +80,29 @@ def grad_values(
     W_dec: Float[Tensor, "d_sae d_out"],
     indices: Int64[Tensor, " nnz"],
     offsets: Int64[Tensor, " batch_plus_1"],
+    csc: Csc | None = None,
 ) -> Float[Tensor, " nnz"]:
-    """Return `g[row_j] . W_dec[indices_j]` for each entry."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        g, W_dec, indices, offsets, row_of_entry(offsets), _SUM
-    )
+    """Return `g[row_j] . W_dec[indices_j]` for each entry.
+
+    The larger matrix is gone through in order and rows of the smaller one, which fits the cache better, are
+    gathered. Pass `csc` from `to_csc` to sort once for several calls.
+    """
+    _accept_sparse_tensors()
+    if len(g) > len(W_dec):
+        entries = torch.sparse_csr_tensor(offsets, indices, g.new_zeros(len(indices)), (len(g), len(W_dec)))
+        return torch.sparse.sampled_addmm(entries, g, W_dec.T, beta=0).values()
+    csc = csc or to_csc(indices, offsets, len(W_dec))
+    entries = torch.sparse_csr_tensor(csc.offsets, csc.rows, g.new_zeros(len(indices)), (len(W_dec), len(g)))
+    by_latent = torch.sparse.sampled_addmm(entries, W_dec, g.T, beta=0).values()
+    return torch.empty_like(by_latent).index_copy_(0, csc.order, by_latent)
+
+
+@cache
+def _accept_sparse_tensors() -> None:
+    """Make PyTorch's first sparse matrix, at which it says once that they are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def grad_weights(
