@@ -10,19 +10,31 @@ import torch
 from tqdm import tqdm
 
 from .bootstrap import confidence_intervals, estimate
+from .crosscoder import PlaceSums
 from .encoding import encode, rows_at_a_time
 from .held_out import Block, HeldOut
 from .latents import LatentSums, density_summary
+from .places import joined, places, width
 from .reconstruction import InputSums, ReconstructionSums, reconstruction_metrics
 from .sae_folders import EvaluatedSae
 
 
 @dataclass(frozen=True)
 class SaeSums:
-    """What one SAE accumulates over the walk."""
+    """What one SAE accumulates over the walk; a crosscoder also at each of its hook points."""
 
     reconstruction: ReconstructionSums
     latents: LatentSums
+    by_place: PlaceSums | None = None
+
+
+def _sums(sae: EvaluatedSae, n_groups: int, device: str) -> SaeSums:
+    several = len(places(sae.target)) > 1
+    return SaeSums(
+        ReconstructionSums(n_groups, device),
+        LatentSums(sae.sae.d_sae, device),
+        PlaceSums(sae.sae, sae.target, n_groups, device) if several else None,
+    )
 
 
 @torch.inference_mode()
@@ -31,17 +43,14 @@ def accumulate(
 ) -> tuple[dict[str, InputSums], dict[str, SaeSums]]:
     """Walk once over the held-out rows; return the sums by target hook point and by SAE."""
     store = held_out.store
-    places = list(dict.fromkeys(place for sae in saes for place in (sae.hook_point, sae.target)))
-    targets = dict.fromkeys(sae.target for sae in saes)
-    inputs = {place: InputSums(held_out.n_groups, store.d_in(place), device) for place in targets}
-    sums = {
-        sae.name: SaeSums(ReconstructionSums(held_out.n_groups, device), LatentSums(sae.sae.d_sae, device))
-        for sae in saes
-    }
+    read = list(dict.fromkeys(part for sae in saes for place in (sae.hook_point, sae.target) for part in places(place)))
+    targets = list(dict.fromkeys(place for sae in saes for place in (sae.target, *places(sae.target))))
+    inputs = {place: InputSums(held_out.n_groups, width(store, place), device) for place in targets}
+    sums = {sae.name: _sums(sae, held_out.n_groups, device) for sae in saes}
     with tqdm(total=held_out.n_rows, unit="row", unit_scale=True, desc="evaluate", disable=None) as progress:
-        for block in held_out.blocks(places, block_rows, device):
+        for block in held_out.blocks(read, block_rows, device):
             for place in targets:
-                inputs[place].add(block.activations[place], block.group)
+                inputs[place].add(joined(block.activations, place), block.group)
             for sae in saes:
                 _add_block(sae, block, sums[sae.name])
             progress.update(len(block.group))
@@ -50,11 +59,14 @@ def accumulate(
 
 def _add_block(sae: EvaluatedSae, block: Block, sums: SaeSums) -> None:
     step = rows_at_a_time(sae.sae)
+    x = joined(block.activations, sae.hook_point)
+    target = x if sae.target == sae.hook_point else joined(block.activations, sae.target)
     for start in range(0, len(block.group), step):
         rows = slice(start, start + step)
-        x, target = block.activations[sae.hook_point][rows], block.activations[sae.target][rows]
-        encoded = encode(sae.sae, x)
-        sums.reconstruction.add(target, encoded.x_hat, encoded.l0, encoded.l1, block.group[rows])
+        encoded = encode(sae.sae, x[rows])
+        sums.reconstruction.add(target[rows], encoded.x_hat, encoded.l0, encoded.l1, block.group[rows])
+        if sums.by_place is not None:
+            sums.by_place.add(target[rows], encoded, block.group[rows])
         encoded.add_to(sums.latents)
 
 

@@ -21,6 +21,7 @@ from ..shared.errors import StoreError
 from .config import EvaluateConfig
 from .encoding import encode
 from .held_out import HeldOut
+from .places import joined, places
 from .sae_folders import EvaluatedSae
 
 SPARSITIES = (1, 2, 5, 16)
@@ -127,9 +128,10 @@ def sparse_probing(
     """
     if config.probe_tasks == 0:
         return {}
-    places = list(dict.fromkeys(sae.hook_point for sae in saes))
-    parts = [block.activations for block in rows.blocks(places, config.block_rows)]
-    x = {place: torch.cat([part[place] for part in parts]) for place in places}
+    hook_points = list(dict.fromkeys(sae.hook_point for sae in saes))
+    read = list(dict.fromkeys(part for place in hook_points for part in places(place)))
+    parts = [block.activations for block in rows.blocks(read, config.block_rows)]
+    x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
     tokens = torch.cat([batch for batch, _ in rows.token_batches(64)]).numpy()
     following = np.concatenate([tokens[:, 1:], np.full((len(tokens), 1), -1)], axis=1)
     tasks = next_token_tasks(following[rows.usable], rows.group[rows.usable], config.probe_tasks, config.seed)
@@ -138,7 +140,7 @@ def sparse_probing(
             f"store '{rows.store.path}' has too few held-out rows to probe: no next token occurs often enough in both "
             "training and test documents; harvest more tokens, or set probe_tasks = 0"
         )
-    baseline = {place: _mean([_accuracies(x[place], task, None) for task in tasks]) for place in places}
+    baseline = {place: _mean([_accuracies(x[place], task, None) for task in tasks]) for place in hook_points}
     results = {}
     for sae in tqdm(saes, unit="SAE", desc="probe", disable=None):
         accuracies = _mean([_accuracies(x[sae.hook_point], task, sae) for task in tasks])

@@ -13,6 +13,7 @@ from ..shared.device import choose_device
 from ..shared.errors import ModelError
 from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ..shared.store import ActivationStore
+from .across_places import across_places, place_columns
 from .bootstrap import confidence_intervals, estimate
 from .comparison import compare_dictionaries
 from .config import EvaluateConfig
@@ -23,6 +24,7 @@ from .features.files import FeatureIndex
 from .held_out import HeldOut, held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
+from .places import places
 from .probing import sparse_probing
 from .provenance import footer, provenance, report_title
 from .report.write import write_report
@@ -57,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         row = sae.description() | provenance(rows, model)
         measured, intervals = offline_metrics(inputs[sae.target], sums[sae.name], config.bootstrap_samples, config.seed)
         row |= measured
+        row |= across_places(sae, inputs, sums[sae.name], losses)
         if sae.name in losses:
             row |= estimate(splice_metrics, losses[sae.name])
             row["n_model_tokens"] = int(losses[sae.name]["n_kl"].sum())
@@ -66,6 +69,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         if config.dictionary:
             columns, summary = geometry(sae.sae, sums[sae.name].latents.firings, config.n_neighbours)
             row |= summary
+        columns |= place_columns(sae)
         write_latents(output, sae.name, sums[sae.name].latents, columns)
         metrics.append(row | probes.get(sae.name, {}))
 
@@ -102,8 +106,8 @@ def _spliced_losses(
 ) -> dict[str, dict[str, Any]]:
     if is_encoder(model.config):
         raise ModelError(f"{type(model).__name__} predicts no next token: it has no CE loss score; set model = false")
-    places = {place for sae in saes for place in (sae.hook_point, sae.target)}
-    hook_points = resolve_hook_points(model, sorted(places))
+    named = {part for sae in saes for place in (sae.hook_point, sae.target) for part in places(place)}
+    hook_points = resolve_hook_points(model, sorted(named))
     return accumulate_losses(model, hook_points, saes, rows.subset(config.model_rows), config.batch_size)
 
 

@@ -11,13 +11,17 @@ from ..shared.errors import HookPointError, MissingFileError, SaeError
 from ..shared.hook_points import canonical_hook_point
 from ..shared.sae import Sae
 from ..shared.store import ActivationStore
+from .places import places, together, width
 
 CONFIG_NAME = "cfg.json"
 
 
 @dataclass(frozen=True)
 class EvaluatedSae:
-    """An SAE under evaluation, its name in the results, and the hook points of its input and its target."""
+    """An SAE under evaluation, its name in the results, and the hook points of its input and its target.
+
+    Of a crosscoder both are its hook points together (`places.together`).
+    """
 
     name: str
     path: Path
@@ -84,17 +88,20 @@ def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[
     for name, folder in zip(unique_names(folders), folders, strict=True):
         sae = Sae.load(folder).to(device).eval()
         hook_point = canonical_hook_point(sae.hook_point)
+        if sae.architecture == "crosscoder":
+            hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])
         target = canonical_hook_point(sae.metadata.get("hook_name_out") or hook_point)
-        for place, width, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
-            if place not in store.hook_points:
+        for place, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
+            absent = [part for part in places(place) if part not in store.hook_points]
+            if absent:
                 raise HookPointError(
-                    f"SAE '{name}' {role} '{place}', expected one of the store's hook points: "
+                    f"SAE '{name}' {role} '{absent[0]}', expected one of the store's hook points: "
                     f"{', '.join(store.hook_points)}; harvest that hook point, or leave this SAE out"
                 )
-            if width != store.d_in(place):
+            if d != width(store, place):
                 raise SaeError(
-                    f"SAE '{name}' {role} rows of width {width}, but store '{store.path}' has "
-                    f"{store.d_in(place)} at '{place}'; evaluate it on a store of the model it was trained on"
+                    f"SAE '{name}' {role} rows of width {d}, but store '{store.path}' has "
+                    f"{width(store, place)} at '{place}'; evaluate it on a store of the model it was trained on"
                 )
         loaded.append(EvaluatedSae(name, folder, sae, hook_point, target))
     return loaded

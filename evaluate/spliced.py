@@ -21,6 +21,7 @@ from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import splice
 from .encoding import encode
 from .held_out import HeldOut
+from .places import joined, places
 from .sae_folders import EvaluatedSae
 
 Activation = Float[Tensor, "batch context d"]
@@ -86,33 +87,41 @@ def token_losses(
 
 
 @contextmanager
-def spliced(
-    model: PreTrainedModel,
-    hook_points: Mapping[str, ResolvedHookPoint],
-    sae: EvaluatedSae,
-    usable: Bool[Tensor, "batch context"],
-) -> Iterator[None]:
-    """Within this context, the model runs on the SAE's reconstruction at every usable position.
+def read_at(
+    model: PreTrainedModel, hook_points: Mapping[str, ResolvedHookPoint], where: Sequence[str]
+) -> Iterator[dict[str, Activation]]:
+    """Within this context, a pass of the model leaves its activations at some hook points in the dictionary."""
+    seen: dict[str, Activation] = {}
 
-    A transcoder reads its input in the same pass and replaces its target.
-    """
-    seen: dict[str, Tensor] = {}
+    def reader(place: str) -> Callable[[Activation], Activation]:
+        def read(activation: Activation) -> Activation:
+            seen[place] = activation.clone()
+            return activation
 
-    def read(activation: Activation) -> Activation:
-        seen["x"] = activation
-        return activation
-
-    def replace(activation: Activation) -> Activation:
-        x = seen.get("x", activation)
-        replaced = activation.clone()
-        replaced[usable] = encode(sae.sae, x[usable].float()).x_hat.to(activation.dtype)
-        return replaced
+        return read
 
     with ExitStack() as stack:
-        if sae.target != sae.hook_point:
-            stack.enter_context(splice(model, hook_points[sae.hook_point], read))
-        stack.enter_context(splice(model, hook_points[sae.target], replace))
-        yield
+        for place in where:
+            stack.enter_context(splice(model, hook_points[place], reader(place)))
+        yield seen
+
+
+def replacement(
+    x_hat: Float[Tensor, "rows d"], usable: Bool[Tensor, "batch context"]
+) -> Callable[[Activation], Activation]:
+    """Return the replacement of the activation at every usable position by rows of a reconstruction."""
+
+    def replace(activation: Activation) -> Activation:
+        replaced = activation.clone()
+        replaced[usable] = x_hat.to(activation.dtype)
+        return replaced
+
+    return replace
+
+
+def run_name(sae: EvaluatedSae, place: str) -> str:
+    """Return what the losses of an SAE spliced in at a place are called: its name, a crosscoder's with the place."""
+    return sae.name if place == sae.target else f"{sae.name} at {place}"
 
 
 def ablation(value: Float[Tensor, " d"] | float) -> Callable[[Activation], Activation]:
@@ -128,13 +137,19 @@ def accumulate_losses(
     held_out: HeldOut,
     batch_size: int,
 ) -> dict[str, dict[str, Float[np.ndarray, " groups"]]]:
-    """Run the model on the stored tokens: clean, ablated once per target, and with each SAE; return sums by SAE."""
+    """Run the model on the stored tokens: clean, ablated once per target, and with each SAE; return sums by SAE.
+
+    An SAE reads the clean run. A crosscoder is spliced in at each of its hook points in turn, from the clean
+    activations of all, and `run_name` says what the sums of each are called.
+    """
     device = str(next(model.parameters()).device)
-    targets = list(dict.fromkeys(sae.target for sae in saes))
+    inputs = list(dict.fromkeys(place for sae in saes for place in places(sae.hook_point)))
+    targets = list(dict.fromkeys(place for sae in saes for place in places(sae.target)))
     means = {place: torch.from_numpy(np.asarray(held_out.store.moments(place).mean)) for place in targets}
     ablations = {("zero", place): ablation(0.0) for place in targets}
     ablations |= {("mean", place): ablation(means[place]) for place in targets}
-    runs = [("clean", ""), *ablations, *(("sae", sae.name) for sae in saes)]
+    spliced = {run_name(sae, place): place for sae in saes for place in places(sae.target)}
+    runs = [("clean", ""), *ablations, *(("sae", name) for name in spliced)]
     sums = {run: LossSums(held_out.n_groups, device) for run in runs}
     counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in ("n_ce", "n_kl")}
     total = len(held_out.contexts) * held_out.store.context_size
@@ -148,24 +163,29 @@ def accumulate_losses(
             count = {"ce": has_next, "kl": usable, "agree": usable}
             for name, where in (("n_ce", has_next), ("n_kl", usable)):
                 counts[name].index_add_(0, group[where], torch.ones_like(group[where], dtype=torch.float64))
-            logits = _logits(model, tokens)
+            with read_at(model, hook_points, inputs) as seen:
+                logits = _logits(model, tokens)
             clean = CleanRun(logits)
             sums["clean", ""].add(token_losses(logits, clean, tokens), count, group)
             for (kind, place), replace in ablations.items():
                 with splice(model, hook_points[place], replace):
                     sums[kind, place].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
             for sae in saes:
-                with spliced(model, hook_points, sae, usable):
-                    sums["sae", sae.name].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
+                x_hat = encode(sae.sae, joined(seen, sae.hook_point)[usable].float()).x_hat
+                parts = places(sae.target)
+                for place, part in zip(parts, x_hat.chunk(len(parts), dim=1), strict=True):
+                    with splice(model, hook_points[place], replacement(part, usable)):
+                        losses = token_losses(_logits(model, tokens), clean, tokens)
+                    sums["sae", run_name(sae, place)].add(losses, count, group)
             progress.update(tokens.numel())
     n = {name: value.cpu().numpy() for name, value in counts.items()}
     return {
-        sae.name: n
+        name: n
         | sums["clean", ""].sums("clean")
-        | sums["zero", sae.target].sums("zero")
-        | sums["mean", sae.target].sums("mean")
-        | sums["sae", sae.name].sums("sae")
-        for sae in saes
+        | sums["zero", place].sums("zero")
+        | sums["mean", place].sums("mean")
+        | sums["sae", name].sums("sae")
+        for name, place in spliced.items()
     }
 
 

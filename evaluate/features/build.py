@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ...shared.errors import StoreError
 from ...shared.store import ActivationStore
 from ..encoding import rows_at_a_time
+from ..places import joined, places
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
 from .logits import LogitEffects, logit_effects
@@ -168,7 +169,8 @@ def _walk(
             visited.add(store, start, stop)
             waiting = [one for one in passes if one.n_blocks <= number]
             hook_points = dict.fromkeys(one.sae.hook_point for one in waiting)
-            activations = {hook_point: store.read(hook_point, start, stop) for hook_point in hook_points}
+            parts = {part: store.read(part, start, stop) for place in hook_points for part in places(place)}
+            activations = {hook_point: joined(parts, hook_point) for hook_point in hook_points}
             work = [threads.submit(one.add, activations[one.sae.hook_point], usable, start, size) for one in waiting]
             for one in work:
                 one.result()

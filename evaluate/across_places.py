@@ -1,0 +1,49 @@
+"""What the results say of an SAE that reconstructs several hook points: a crosscoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .bootstrap import estimate
+from .crosscoder import norm_shares
+from .offline import SaeSums
+from .places import places
+from .reconstruction import InputSums, reconstruction_metrics
+from .sae_folders import EvaluatedSae
+from .spliced import run_name, splice_metrics
+
+NO_MODEL_METRICS = "a crosscoder reconstructs several hook points: `per_hook` has the losses at each"
+
+
+def across_places(
+    sae: EvaluatedSae,
+    inputs: Mapping[str, InputSums],
+    sums: SaeSums,
+    losses: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, Any]:
+    """Return what `metrics.json` says of a crosscoder beyond the metrics over all its hook points together.
+
+    `per_hook` has a row per hook point: its metrics, the model's with the reconstruction spliced in there alone,
+    and the mean share that it has of the live latents' decoder norms. Empty for an SAE of one target.
+    """
+    if sums.by_place is None:
+        return {}
+    shares = norm_shares(sae.sae, len(sums.by_place.places))[sums.latents.firings > 0]
+    rows = []
+    for number, place in enumerate(sums.by_place.places):
+        row = {"hook_point": place, "decoder_norm_share": float(shares[:, number].mean()) if len(shares) else None}
+        row |= estimate(reconstruction_metrics, inputs[place].sums() | sums.by_place.sums[place].sums())
+        if (run := run_name(sae, place)) in losses:
+            row |= estimate(splice_metrics, losses[run])
+        rows.append(row)
+    missing = {"ce_loss_score": None, "kl_div_score": None, "model_metrics_note": NO_MODEL_METRICS}
+    return {"per_hook": rows, **missing}
+
+
+def place_columns(sae: EvaluatedSae) -> dict[str, np.ndarray]:
+    """Return the column per latent that only crosscoders have: `decoder_norm_share`, by hook point."""
+    n = len(places(sae.target))
+    return {"decoder_norm_share": norm_shares(sae.sae, n)} if n > 1 else {}
