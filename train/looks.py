@@ -73,8 +73,13 @@ class EntryRoom:
     def before(self, step: int, sparse_entries: float) -> None:
         """Look, where it is time, before a step; `sparse_entries` is from how many on dense products are cheaper."""
         self.waited = False
-        if step < self.look_at:
-            return
+        if step >= self.look_at:
+            self._look(step, sparse_entries)
+        if self.exact or self.capacity is None:
+            # Nothing else will say so of a step that waits.
+            self.failed.zero_()
+
+    def _look(self, step: int, sparse_entries: float) -> None:
         most, skipped = torch.stack([self._most, self.skipped]).tolist()
         self.exact = skipped > self._skipped_before
         if self.exact:
@@ -95,6 +100,7 @@ class EntryRoom:
 
     def found(self, n_entries: Tensor) -> None:
         """Note, on the device, the entries that a step found, of which the capacity may have held too few."""
+        assert self.capacity is not None
         torch.maximum(self._most, n_entries, out=self._most)
         self.certify(n_entries <= self.capacity)
 

@@ -4,13 +4,62 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..shared.errors import ConfigError
 
 METRICS_NAME = "metrics.jsonl"
+_STEPS_UNREAD = 64
+
+
+class Line(NamedTuple):
+    """A step's metrics by SAE."""
+
+    step: int
+    metrics: Mapping[str, Mapping[str, Any]]
+
+
+class PendingLines:
+    """Lines whose numbers may still be on a GPU, where they stay until 64 steps' are to be had in one transfer."""
+
+    def __init__(self, step: int):
+        self._lines: list[Line] = []
+        self._read_step = step
+
+    def add(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Add a step's line and return whether it is time to read: at once where nothing is on a GPU."""
+        self._lines.append(Line(step, metrics))
+        there = any(isinstance(value, Tensor) for by_name in metrics.values() for value in by_name.values())
+        return not there or step - self._read_step >= _STEPS_UNREAD
+
+    def read(self) -> list[Line]:
+        """Return the lines, their numbers read; none is left pending."""
+        numbers = [
+            value
+            for line in self._lines
+            for by_name in line.metrics.values()
+            for value in by_name.values()
+            if isinstance(value, Tensor)
+        ]
+        read = iter(torch.stack([number.double() for number in numbers]).tolist() if numbers else [])
+        lines = [
+            Line(
+                step,
+                {
+                    sae: {name: _number(value, read) for name, value in by_name.items()}
+                    for sae, by_name in by_sae.items()
+                },
+            )
+            for step, by_sae in self._lines
+        ]
+        if lines:
+            self._lines, self._read_step = [], lines[-1].step
+        return lines
 
 
 class MetricsLog:
@@ -48,6 +97,10 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _number(value: Any, read: Iterator[float]) -> Any:
+    return next(read) if isinstance(value, Tensor) else value
 
 
 def _lines_up_to(path: Path, step: int) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from .config import TrainConfig
-from .metrics import MetricsLog
+from .metrics import Line, MetricsLog
 from .sae_trainer import Schedule
 
 _MOST_SHOWN = 12
@@ -65,14 +65,18 @@ class Progress:
         """Move the bar by one step."""
         self._bar.update(self._schedule.batch_size)
 
-    def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write a line for each SAE and start to measure the speed anew."""
+    def log(self, lines: Sequence[Line]) -> None:
+        """Write lines of metrics for each SAE and measure the speed anew; lines read at once have one speed."""
+        if not lines:
+            return
+        step, metrics = lines[-1]
         elapsed = time.perf_counter() - self._started
         n_tokens = (step - self._logged_step) * self._schedule.batch_size
         speed = {"tokens_per_second": n_tokens / elapsed, "data_wait_fraction": self._waited / elapsed}
-        for name, values in metrics.items():
-            if name in self._logs:
-                self._logs[name].write(step, step * self._schedule.batch_size, {**values, **speed})
+        for at, by_sae in lines:
+            for name, values in by_sae.items():
+                if name in self._logs:
+                    self._logs[name].write(at, at * self._schedule.batch_size, {**values, **speed})
         self._bar.set_postfix_str(_losses(metrics), refresh=False)
         self._started, self._waited, self._logged_step = time.perf_counter(), 0.0, step
 

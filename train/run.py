@@ -12,12 +12,14 @@ from ..shared.interrupt import Interrupt
 from ..shared.store import ActivationStore
 from .batches import ShuffledBatches
 from .config import TrainConfig
+from .initialise import initialise_trainers
+from .metrics import PendingLines
 from .parallel.layout import Layout
 from .parallel.ranks import Agreement, Ranks, open_ranks
 from .plan import Plan, plan_run
 from .progress import Progress
 from .run_state import RunState
-from .sae_trainer import SaeTrainer, read_metrics
+from .sae_trainer import SaeTrainer
 from .trainers import make_trainers, prepare
 
 
@@ -52,6 +54,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> list[Path]:
     with _open_batches(config, plan, store, layout) as batches:
         trainers = make_trainers(config, plan, store, layout)
         run.resume(trainers, batches)
+        if run.step == 0:
+            initialise_trainers(trainers, config.init_from)
         _train_to_end(config, plan, run, trainers, batches, layout)
     folders = run.finish(trainers)
     n_tokens = plan.schedule.n_steps * plan.schedule.batch_size
@@ -85,7 +89,7 @@ def _train_to_end(
     n_steps, batch_size = plan.schedule.n_steps, plan.schedule.batch_size
     checkpoint_steps = max(1, config.checkpoint_every_tokens // batch_size)
     saved_here = [run.output / trainer.name for trainer in trainers if layout.saves(trainer.name)]
-    agreement = Agreement(layout.ranks)
+    agreement, pending = Agreement(layout.ranks), PendingLines(run.step)
     with (
         Interrupt() as interrupt,
         Progress(config, plan.schedule, run.step, saved_here, shown=layout.ranks.first) as progress,
@@ -98,18 +102,20 @@ def _train_to_end(
             }
             run.step += 1
             progress.advance()
-            log_now = run.step % config.log_every_steps == 0 or run.step == n_steps
             save_now = run.step % checkpoint_steps == 0 and run.step < n_steps
-            if log_now:
-                progress.log(run.step, {name: read_metrics(values) for name, values in metrics.items()})
-            if log_now or save_now:
+            read_now = save_now or run.step == n_steps
+            if run.step % config.log_every_steps == 0 or run.step == n_steps:
+                read_now |= pending.add(run.step, metrics)
+            if read_now:
                 for trainer in trainers:
                     trainer.check()
+                progress.log(pending.read())
             run.record_divergence(trainers)
             told = agreement.ask(stop=interrupt.requested, trains=not all(t.diverged for t in trainers))
             if told.all_diverged:
                 raise run.all_diverged(trainers)
             if save_now or told.stop:
+                progress.log(pending.read())
                 with progress.pausing():
                     run.checkpoint(trainers, batches)
             if told.stop:

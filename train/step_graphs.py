@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,5 +108,5 @@ def capture_on_cuda(run: Callable[[], None]) -> Callable[[], None]:
 
 
 @lru_cache(maxsize=1)
-def _pool() -> tuple[int, int]:
+def _pool() -> Any:
     return torch.cuda.graph_pool_handle()

@@ -61,8 +61,8 @@ def within_room(
 ) -> SparseLatents | None:
     """Return the batch's largest latents found without waiting for the device, or None where they are not to be.
 
-    Candidates are those above a value that a sample of rows gives. Where they do not suffice, or do not fit, the step is
-    not certified, and its room keeps it from changing anything.
+    Candidates are those above a value that a sample of rows gives. Where they do not suffice, or do not fit, the step
+    is not certified, and its room keeps it from changing anything.
     """
     room, rows = step.room, len(batch.x)
     if room is None or room.exact:

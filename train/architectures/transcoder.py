@@ -11,8 +11,8 @@ from torch import Tensor
 from ...shared.sae import Sae
 from ...shared.sae.files import saelens_hook_name
 from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Parameters, StepInput, StepOutput
-from .latents import above_threshold
+from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .latents import above_threshold, count, squared
 
 
 class Transcoder(Architecture):
@@ -27,6 +27,7 @@ class Transcoder(Architecture):
     required = ("l1_coefficient", "hook_point_out")
     unit_norm_decoder = False
     eps = 1e-8
+    revives_dead = False
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return decoder rows of norm 0.1, the encoder their transpose where the widths agree, or else random."""
@@ -72,10 +73,9 @@ class Transcoder(Architecture):
         }
         if "W_skip" in parameters:
             gradients["W_skip"] = g.T @ x
-        mse = float(error.square().sum()) / len(x)
-        terms = {"mse_loss": mse, "l1_loss": float(sums @ norms) * penalty}
-        l0 = int(torch.count_nonzero(active)) / len(x)
-        return StepOutput(gradients, sums > 0, sum(terms.values()), mse, l0, {**terms})
+        mse = squared(error) / len(x)
+        terms: dict[str, Number] = {"mse_loss": mse, "l1_loss": (sums @ norms).double() * penalty}
+        return StepOutput(gradients, sums > 0, sum(terms.values()), mse, count(active) / len(x), terms)
 
     def exported(
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization

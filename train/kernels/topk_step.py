@@ -67,7 +67,7 @@ class TopKStep:
         self.hyperparameters = Hyperparameters(schedule, options.beta1, options.beta2, options.eps)
         self._betas = torch.tensor([options.beta1, options.beta2], dtype=torch.float64, device=device)
         self._steps = torch.zeros(len(_NAMES), device=device)
-        self.steps = dict(zip(_NAMES, self._steps.unbind(), strict=True))
+        self.steps: dict[str, Tensor] = dict(zip(_NAMES, self._steps.unbind(), strict=True))
         self._no_bias = torch.zeros_like(self.b_dec.weight)
 
     def parameters(self) -> dict[str, Tensor]:
