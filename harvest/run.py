@@ -126,6 +126,7 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
         documents=batch.documents[part],
         positions=batch.positions[part],
         document_info=batch.info,
+        copy=False,
     )
 
 

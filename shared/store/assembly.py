@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .batch import Batch
+from .buffers import ChunkBuffers
 from .encode import encode_hook_chunk, encode_tokens
 from .format import TOKENS, Header, arrays_of
 from .moments import Moments
@@ -29,19 +30,14 @@ class ShardAssembly:
         self.shard = ShardInProgress(number, folder.partial, {array.name: array.chunks_per_shard for array in arrays})
         self._arrays = {array.name: array for array in arrays}
         self._fill = 0
-        self._new_buffers()
+        self._buffers: dict[str, np.ndarray] = {}
+        self._training = np.empty(header.chunk_rows, dtype=bool)
         self._tokens: list[np.ndarray] = []
         self._held_out: list[np.ndarray] = []
         self._training_rows: list[int] = []
         self._segments: list[Segments] = []
         self._info: dict[int, tuple[int, str]] = {}
         self._moments = {name: Moments.none(d_in) for name, d_in in header.hook_points.items()}
-
-    def _new_buffers(self) -> None:
-        shape = self._header.chunk_rows
-        bits = BITS[self._header.dtype]
-        self._buffers = {name: np.empty((shape, d_in), bits) for name, d_in in self._header.hook_points.items()}
-        self._training = np.empty(shape, dtype=bool)
 
     def add(self, batch: Batch, start: int, stop: int, info: Mapping[int, tuple[int, str]], pipeline: Pipeline) -> None:
         """Take contexts [start, stop) of a batch; they fit the shard."""
@@ -59,41 +55,64 @@ class ShardAssembly:
         done = 0
         while done < len(training):
             n = min(len(training) - done, header.chunk_rows - self._fill)
-            for name, part in rows.items():
-                self._buffers[name][self._fill : self._fill + n] = part[done : done + n]
-            self._training[self._fill : self._fill + n] = training[done : done + n]
-            self._fill += n
+            part = {name: all_rows[done : done + n] for name, all_rows in rows.items()}
+            if batch.lasting and n == header.chunk_rows:
+                self._send_chunk(part, training[done : done + n], pipeline, None)
+            else:
+                self._copy(part, training[done : done + n], pipeline)
+                if self._fill == header.chunk_rows:
+                    self._send_buffers(pipeline)
             done += n
-            if self._fill == header.chunk_rows:
-                self._send_chunk(pipeline)
         self.n_contexts += stop - start
 
-    def _send_chunk(self, pipeline: Pipeline) -> None:
-        """Hand the filled buffers to the background; a last, partial chunk is padded with zeros."""
-        self._training[self._fill :] = False
-        self._training_rows.append(int(self._training.sum()))
-        for name, buffer in self._buffers.items():
-            buffer[self._fill :] = 0
-            pipeline.encode(
-                lambda name=name, buffer=buffer, training=self._training: (
-                    name,
-                    *encode_hook_chunk(self._header, self._arrays, name, buffer, training),
-                ),
-                self._write_chunk,
-                buffer.nbytes,
-            )
-        self._fill = 0
-        self._new_buffers()
+    def _copy(self, rows: dict[str, np.ndarray], training: np.ndarray, pipeline: Pipeline) -> None:
+        """Copy rows into the buffers; they have room."""
+        if not self._fill:
+            chunk_rows, bits = self._header.chunk_rows, BITS[self._header.dtype]
+            self._buffers = {
+                name: pipeline.buffers.take((chunk_rows, part.shape[1]), bits) for name, part in rows.items()
+            }
+        filled = slice(self._fill, self._fill + len(training))
+        for name, part in rows.items():
+            self._buffers[name][filled] = part
+        self._training[filled] = training
+        self._fill = filled.stop
 
-    def _write_chunk(self, result: tuple[str, Encoded, Moments]) -> int:
-        name, encoded, moments = result
+    def _send_buffers(self, pipeline: Pipeline) -> None:
+        """Hand the buffers to the background; a last, partial chunk is padded with zeros."""
+        self._training[self._fill :] = False
+        for buffer in self._buffers.values():
+            buffer[self._fill :] = 0
+        self._send_chunk(self._buffers, self._training.copy(), pipeline, pipeline.buffers)
+        self._buffers = {}
+        self._fill = 0
+
+    def _send_chunk(
+        self, rows: dict[str, np.ndarray], training: np.ndarray, pipeline: Pipeline, owner: ChunkBuffers | None
+    ) -> None:
+        """Have a whole chunk encoded and written; its rows then go back to their owner, if they have one."""
+        self._training_rows.append(int(np.count_nonzero(training)))
+        for name, part in rows.items():
+
+            def encode(name: str = name, part: np.ndarray = part) -> tuple[str, Encoded, Moments]:
+                return name, *encode_hook_chunk(self._header, self._arrays, name, part, training)
+
+            def write(result: tuple[str, Encoded, Moments], part: np.ndarray = part) -> int:
+                written = self._write_chunk(*result)
+                if owner is not None:
+                    owner.give_back(part)
+                return written
+
+            pipeline.encode(encode, write, part.nbytes)
+
+    def _write_chunk(self, name: str, encoded: Encoded, moments: Moments) -> int:
         self._moments[name] = self._moments[name] + moments
         return self.shard.append(encoded)
 
     def finish(self, pipeline: Pipeline) -> None:
         """Send what is left, and have the shard committed after it."""
         if self._fill:
-            self._send_chunk(pipeline)
+            self._send_buffers(pipeline)
         if self._tokens:
             tokens = np.concatenate(self._tokens)
             rows = self._arrays[TOKENS].chunk_rows

@@ -18,6 +18,8 @@ class Batch:
     def __init__(self, n: int, rows: dict[str, np.ndarray]) -> None:
         self.n = n
         self.rows = rows
+        self.lasting = False
+        """Whether nobody will change the rows, so that they need not be copied."""
         self.tokens: np.ndarray | None = None
         self.held_out = np.zeros(n, dtype=bool)
         self.usable = np.ones(0, dtype=bool)

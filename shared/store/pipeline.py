@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..errors import ThresherError
+from .buffers import ChunkBuffers
 from .durable import disk_errors, make_folder
 from .shards import ShardFile
 
@@ -56,6 +57,7 @@ class Pipeline:
     def __init__(self, store: Path, threads: int, pending_bytes: int) -> None:
         self.bytes_written = 0
         self.error: BaseException | None = None
+        self.buffers = ChunkBuffers()
         self._store = store
         self._limit = pending_bytes
         self._pending = 0

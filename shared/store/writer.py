@@ -111,18 +111,21 @@ class ActivationStoreWriter:
         documents: Any = None,
         positions: Any = None,
         document_info: Mapping[int, tuple[int, str]] | None = None,
+        copy: bool = True,
     ) -> None:
         """Append whole contexts: `[n, context, d_in]` per hook point, with `[n, context]` tokens if any are stored.
 
         `held_out` ([n] bool) marks contexts that are never trained on; `documents` ([n, context] int64, -1 for none)
         and `positions` ([n, context], the token's place in its document) are kept as provenance, with each document's
-        64-bit hash and name where `document_info` gives them.
+        64-bit hash and name where `document_info` gives them. Without `copy`, the activations must never change
+        afterwards: whole chunks of them are stored from where they are.
         """
         if self._closed:
             raise StoreError(f"the writer of '{self.path}' is closed; open the store again to append")
         self._pipeline.check()
         header = self._start(tokens is not None)
         batch = Batch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions)
+        batch.lasting = not copy
         self._check_room(batch.n)
         start = 0
         while start < batch.n:
