@@ -241,7 +241,7 @@ class SaeTrainer:
                 steps_done=done,
                 across=self.across,
                 room=self.room,
-                n_dead=self.dead_look.n_dead if self.dead_look else None,
+                n_dead=self.dead_look.n_dead if self.dead_look else self.across.room_for_dead(dead),
             ),
         )
         output = self.across.combine(output)

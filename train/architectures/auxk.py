@@ -67,5 +67,5 @@ def add_auxk(
     add_to_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
     gradients["b_enc"][latents] += by_b_enc
     gradients["b_dec"] -= across.over_latents(parameters["W_enc"][latents].T @ by_b_enc)
-    some = scale > 0 if n_dead is None else (scale > 0) & dead.any()
+    some = scale > 0 if n_dead is None else (scale > 0) & (across.over_latents(torch.count_nonzero(dead)) > 0)
     return torch.where(some, coefficient * loss / scale, 0)

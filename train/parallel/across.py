@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Across:
     def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
         """Return the candidates with -inf for those that are not among their row's k largest over all latents."""
         return values
+
+    def room_for_dead(self, dead: Bool[Tensor, " latents_here"]) -> int | None:
+        """Return for how many dead latents here AuxK makes room; None where it counts them itself."""
+        return None
 
     def gradient_norm(self, gradients: Parameters) -> Tensor:
         """Return the norm of all gradients together."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ...shared.errors import ConfigError
@@ -67,6 +67,10 @@ class LatentShards(Across):
         kept = above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))
         here = kept[:, self.ranks.rank * k :][:, : values.shape[1]]
         return values.where(here, infinity)
+
+    def room_for_dead(self, dead: Bool[Tensor, " latents_here"]) -> int | None:
+        """Return how many are dead, but one where none is: every rank takes part in the selection."""
+        return max(1, int(torch.count_nonzero(dead)))
 
     def gradient_norm(self, gradients: Parameters) -> Tensor:
         """Return the norm of all gradients together, those on other ranks included."""
