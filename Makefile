@@ -43,9 +43,10 @@ test-gpu: $(READY)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 PEERS := .venv-peers
-$(PEERS)/.ready: benchmarks/peers/requirements.txt
+$(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements-no-deps.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/peers/requirements-no-deps.txt --editable .
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision  # its operators need a build of torch that this is not
 	touch $@
 
