@@ -1,148 +1,209 @@
-"""Time a whole TopK training step, phase by phase, and the peers' steps beside it.
+"""Time a whole training step, part by part, and the peers' steps in turns with it.
 
     .venv/bin/python benchmarks/train_step.py [--d-in 768 --d-sae 12288 --k 32 --batch-size 4096] [--peers]
+    .venv/bin/python benchmarks/train_step.py --peers --architecture jumprelu --sparsity 1e-3 --start-l0 48
 
-Equality with the reference operations is checked first; nothing is timed if it fails. With `--peers` each
-library's step runs in `.venv-peers`, in turns with ours, on the same rows. Tokens per CPU second are
-printed too: on a machine with other work they are the steadier figure.
+First the gradients are held against the reference operations', and an SAE trained in bfloat16 against one trained in
+float32; nothing is timed if either fails. With `--peers` each library takes its steps in a process of its own from
+`.venv-peers`, in turns with ours, on the same rows; the best of the rounds counts. Peak resident memory is each
+process's, imports and rows included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
+import sys
 import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from thresher.train.architectures.base import Batch, StepInput
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
-from thresher.train.normalization import Normalization
-from thresher.train.sae_trainer import SaeTrainer, Schedule
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = (
-    "pre_activations",
-    "select_topk",
-    "decode",
-    "grad_values",
-    "to_csc",
-    "grad_weights",
-    "grad_weights_and_bias",
-    "sum_by_latent",
-)
-PEERS = ("sae_lens", "sparsify")
+sys.path.insert(0, str(ROOT / "benchmarks/peers"))
+PEERS = {
+    "topk": ("sae_lens", "sae_lens_bf16", "dictionary_learning", "sparsify"),
+    "other": ("sae_lens", "sae_lens_bf16"),
+}
+MOST_LOSS_OF_PRECISION = 0.002
 
 
-def timed(kernels: Any, seconds: dict[str, float]) -> Any:
-    """Return the operations, each adding its time to `seconds`."""
+class Worker:
+    """A library in a process of its own."""
 
-    def wrap(name: str) -> Any:
-        operation = getattr(kernels, name)
+    def __init__(self, library: str, rows: Path, options: argparse.Namespace):
+        python = sys.executable if library.startswith("thresher") else str(ROOT / ".venv-peers/bin/python")
+        keys = ("architecture", "d_sae", "k", "sparsity", "start_l0", "batch_size")
+        arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(options, key)))]
+        self.library, self.rounds = library, []
+        self._process = subprocess.Popen(
+            [python, "-W", "ignore", str(ROOT / "benchmarks/peers/worker.py"), library, str(rows), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if options.verbose else subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks/peers")},
+        )
+        self._read()
 
-        def call(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = operation(*arguments)
-            seconds[name] += time.perf_counter() - started
-            return result
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.library} ended without an answer; run with --verbose to see why")
 
-        return call
+    def step(self, n_steps: int, *, count: bool = True) -> None:
+        """Take steps and, if they count, keep their times."""
+        assert self._process.stdin is not None
+        print(n_steps, file=self._process.stdin, flush=True)
+        took = self._read()
+        if count:
+            self.rounds.append(took)
 
-    return SimpleNamespace(**vars(kernels) | {name: wrap(name) for name in OPERATIONS})
+    def end(self) -> dict[str, Any]:
+        """Return what the process says of itself at the end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        result = self._read()
+        self._process.wait()
+        return result
 
 
-def trainer_for(options: argparse.Namespace, kernels: Any, dtype: torch.dtype = torch.bfloat16) -> SaeTrainer:
-    """Return a TopK trainer on inputs that are normalised already."""
-    config = SaeConfig(hook_point="h", d_sae=options.d_sae, k=options.k, lr=1e-3)
-    schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
-    normalization = Normalization(torch.zeros(options.d_in), 1.0, float(options.d_in))
-    return SaeTrainer(config, options.d_in, normalization, schedule, kernels, dtype)
-
-
-def check(options: argparse.Namespace) -> None:
+def check_gradients(options: argparse.Namespace) -> None:
     """Compare one step's gradients in float32 with the reference operations'."""
-    small = argparse.Namespace(d_in=64, d_sae=512, k=options.k, batch_size=256)
+    from ours import Thresher
+
+    sizes = argparse.Namespace(**{**vars(options), "d_sae": 512, "batch_size": 256, "lr": 1e-3})
     x = torch.randn(256, 64)
     gradients = []
     for backend in ("cpu", "reference"):
-        trainer = trainer_for(small, kernels_for("cpu", backend), torch.float32)
-        step = StepInput(trainer.kernels, trainer.W_enc_compute, 64.0)
+        trainer = Thresher(options.architecture, 64, sizes, torch.float32).trainer
+        by_blocks = trainer.W_dec_compute if backend == "cpu" else None
+        step = StepInput(
+            kernels_for("cpu", backend), trainer.W_enc_compute, 64.0, buffers=trainer.buffers, W_dec_compute=by_blocks
+        )
         gradients.append(trainer.architecture.step(trainer.parameters, Batch(x, x), step).gradients)
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=f"gradient of {name}")
+        torch.testing.assert_close(gradient[:], gradients[1][name], rtol=1e-4, atol=1e-6, msg=f"gradient of {name}")
 
 
-def ours(options: argparse.Namespace, rows: torch.Tensor) -> dict[str, Any]:
-    """Time our step on the rows, with the share of each operation."""
-    seconds: dict[str, float] = defaultdict(float)
-    trainer = trainer_for(options, timed(kernels_for("cpu"), seconds))
-    batches = list(rows.split(options.batch_size))
-    adam = trainer.optimizer.step
+def check_precision(options: argparse.Namespace) -> dict[str, float]:
+    """Train twice on the same rows and return the explained variances; fail if bfloat16 costs too much."""
+    from ours import Thresher
+    from worker import explained_variance
 
-    def optimizer_step(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = adam(*arguments)
-        seconds["optimizer"] += time.perf_counter() - started
-        return result
+    sizes = argparse.Namespace(k=32, d_sae=1024, batch_size=1024, lr=3e-3, sparsity=0.0)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.rand(102_400 + 8192, 512, generator=generator)
+    codes *= torch.rand(codes.shape, generator=generator) < 0.04
+    rows = codes @ torch.randn(512, 128, generator=generator) + 0.3 * torch.randn(len(codes), 128, generator=generator)
+    rows = (rows - rows.mean(0)) * (128**0.5 / rows.norm(dim=1).mean())
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        library = Thresher("topk", 128, sizes, dtype)
+        for x in rows[:102_400].split(1024):
+            library.step(x)
+        found[str(dtype).removeprefix("torch.")] = explained_variance(library, rows[102_400:])
+    if found["float32"] - found["bfloat16"] > MOST_LOSS_OF_PRECISION:
+        raise SystemExit(f"training in bfloat16 explains too little: {found}")
+    return found
 
-    trainer.optimizer.step = optimizer_step  # type: ignore[method-assign]
-    for x in batches[:2]:
-        trainer.step(Batch(x, x.bfloat16()))
-    seconds.clear()
-    started, cpu = time.perf_counter(), time.process_time()
-    for x in batches:
-        trainer.step(Batch(x, x.bfloat16()))
-    total, cpu = time.perf_counter() - started, time.process_time() - cpu
-    seconds["rest"] = total - sum(seconds.values())
-    return {
-        "library": "thresher",
-        "tokens_per_second": len(rows) / total,
-        "tokens_per_cpu_second": len(rows) / cpu,
-        "milliseconds": {name: round(1e3 * value / len(batches), 2) for name, value in seconds.items()},
+
+def rows_of(options: argparse.Namespace, path: Path) -> None:
+    """Write rows that sparse directions and noise make up."""
+    n_rows = options.steps * options.batch_size
+    codes = torch.randn(n_rows + 2048, 64).relu_()
+    rows = codes @ torch.randn(64, options.d_in) / 8 + 0.3 * torch.randn(len(codes), options.d_in)
+    rows -= rows.mean(0)
+    rows *= options.d_in**0.5 / rows.norm(dim=1).mean()
+    save_file({"train": rows[:n_rows].clone(), "test": rows[n_rows:].clone()}, path)
+
+
+def report(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
+    """End a worker; return its figures."""
+    n_tokens = options.steps_each * options.batch_size
+    best = min(worker.rounds, key=lambda took: took["seconds"])
+    figures = {
+        "library": worker.library,
+        "tokens_per_second": n_tokens / best["seconds"],
+        "milliseconds": 1e3 * best["seconds"] / options.steps_each,
+        "cpu_milliseconds": 1e3 * min(took["cpu_seconds"] for took in worker.rounds) / options.steps_each,
+        **worker.end(),
     }
+    if best["parts"]:
+        parts = {name: 1e3 * seconds / options.steps_each for name, seconds in best["parts"].items()}
+        parts["rest"] = figures["milliseconds"] - sum(parts.values())
+        figures["parts_ms"] = {name: round(value, 2) for name, value in parts.items()}
+    return figures
 
 
-def peer(library: str, options: argparse.Namespace, rows_path: Path) -> dict[str, Any]:
-    """Run a peer's script and return what it prints."""
-    sizes = ["--d-sae", options.d_sae, "--k", options.k, "--batch-size", options.batch_size]
-    command = [ROOT / ".venv-peers/bin/python", ROOT / "benchmarks/peers/train_topk.py", library, rows_path, *sizes]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def floor(options: argparse.Namespace) -> dict[str, float]:
+    """Return the milliseconds of the encoder's product alone, in bfloat16 and float32."""
+    import time
+
+    x, W = torch.randn(options.batch_size, options.d_in), torch.randn(options.d_sae, options.d_in)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = x.to(dtype), W.to(dtype)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            for rows in a.split(1024):
+                torch.nn.functional.linear(rows, b)
+            times.append(time.perf_counter() - started)
+        found[f"encoder_product_{str(dtype).removeprefix('torch.')}_ms"] = 1e3 * min(times)
+    return found
 
 
 def main() -> None:
-    """Check, measure and print one JSON object per library."""
+    """Check, measure and print one JSON object per library, then the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", default="topk")
     parser.add_argument("--d-in", type=int, default=384)
     parser.add_argument("--d-sae", type=int, default=3072)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--sparsity", type=float, default=1e-3, help="coefficient of an L1 or L0 penalty")
+    parser.add_argument("--start-l0", type=float, default=0.0, help="lower biases until so many latents fire")
     parser.add_argument("--batch-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="batches of different rows")
+    parser.add_argument("--steps-each", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--libraries", nargs="*", help="peers to run, of all")
+    parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    check(options)
-    codes = torch.randn(options.steps * options.batch_size, 64).relu_()
-    rows = codes @ torch.randn(64, options.d_in) / 8 + 0.3 * torch.randn(len(codes), options.d_in)
-    rows -= rows.mean(0)
-    print(json.dumps(ours(options, rows)))
-    if options.peers:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rows.safetensors"
-            save_file({"train": rows, "test": rows[:256].clone()}, path)
-            for library in PEERS:
-                theirs, own = peer(library, options, path), ours(options, rows)
-                print(json.dumps(theirs))
-                print(json.dumps(own))
-                print(f"thresher over {library}: {own['tokens_per_second'] / theirs['tokens_per_second']:.1f}x")
+    check_gradients(options)
+    print(json.dumps({"explained_variance_of_ours": check_precision(options)}), flush=True)
+    peers = options.libraries or PEERS.get(options.architecture, PEERS["other"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.safetensors"
+        rows_of(options, path)
+        workers = [Worker(name, path, options) for name in ("thresher", *(peers if options.peers else ()))]
+        for worker in workers:
+            worker.step(1, count=False)
+        for _ in range(options.rounds):
+            for worker in workers:
+                worker.step(options.steps_each)
+        figures = [floor(options), *(report(worker, options) for worker in workers)]
+    ours = figures[1]
+    for theirs in figures[2:]:
+        theirs["thresher_is_faster"] = round(theirs["milliseconds"] / ours["milliseconds"], 2)
+        theirs["thresher_takes_memory"] = round(ours["peak_mib"] / theirs["peak_mib"], 2)
+        theirs["bound_by_the_encoder"] = round(theirs["milliseconds"] / figures[0]["encoder_product_bfloat16_ms"], 2)
+    for line in figures:
+        print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}))
+    output = ROOT / "runs/bench" / f"train_step_{options.architecture}_{options.d_in}_{options.d_sae}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"options": vars(options), "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":

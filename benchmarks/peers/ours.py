@@ -1,0 +1,69 @@
+"""Thresher's training step, with the time of each of its operations."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from thresher.train.architectures.base import Batch
+from thresher.train.config import SaeConfig
+from thresher.train.kernels import kernels_for
+from thresher.train.normalization import Normalization
+from thresher.train.sae_trainer import SaeTrainer, Schedule
+
+OPERATIONS = ("select_topk", "select_threshold", "pre_activations", "to_csc", "grad_values", "decode", "sum_by_latent")
+
+
+class Thresher:
+    """`SaeTrainer.step` on inputs that are normalised already; `seconds` adds up what each operation took."""
+
+    def __init__(self, architecture: str, d_in: int, options: Any, dtype: torch.dtype = torch.bfloat16):
+        self.seconds: dict[str, float] = defaultdict(float)
+        keys: dict[str, Any] = {
+            "topk": {"k": options.k},
+            "batch_topk": {"k": options.k},
+            "jumprelu": {"l0_coefficient": options.sparsity},
+        }.get(architecture, {"l1_coefficient": options.sparsity})
+        config = SaeConfig(hook_point="h", architecture=architecture, d_sae=options.d_sae, lr=options.lr, **keys)
+        normalization = Normalization(torch.zeros(d_in), 1.0, float(d_in))
+        schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
+        self.trainer = SaeTrainer(config, d_in, normalization, schedule, self._timed(kernels_for("cpu")), dtype)
+        step = self.trainer.optimizer.step
+        self.trainer.optimizer.step = self._timing("optimizer", step)  # type: ignore[method-assign]
+        self.dtype = dtype
+
+    def _timed(self, kernels: Any) -> Any:
+        there = {name: getattr(kernels, name) for name in OPERATIONS if hasattr(kernels, name)}
+        return SimpleNamespace(**vars(kernels) | {name: self._timing(name, there[name]) for name in there})
+
+    def _timing(self, name: str, operation: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = operation(*arguments, **named)
+            self.seconds[name] += time.perf_counter() - started
+            return result
+
+        return call
+
+    def step(self, x: torch.Tensor) -> None:
+        """Train on one batch."""
+        self.trainer.step(Batch(x, x.to(self.dtype)))
+        if self.trainer.diverged:
+            raise RuntimeError(self.trainer.diverged)
+
+    def silence(self, bias: float) -> None:
+        """Lower the encoder's bias, so that about as many latents fire as in a trained SAE."""
+        parameters = self.trainer.parameters
+        parameters["b_gate" if "b_gate" in parameters else "b_enc"].fill_(bias)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return latents."""
+        return self.trainer.to_sae({}).encode(x)
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the reconstruction."""
+        return self.trainer.to_sae({})(x)
