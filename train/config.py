@@ -68,6 +68,12 @@ class SaeConfig(Config, frozen=True):
         Meta(description="Last fraction of the run over which this SAE's learning rate falls, where not the run's."),
     ] = None
     seed: Annotated[int, Meta(ge=0, description="Seed of the initial weights.")] = 0
+    init_from: Annotated[
+        str | None,
+        Meta(
+            description="Folder of a trained SAE to start from: ours, SAELens's, sparsify's or dictionary_learning's."
+        ),
+    ] = None
     aux_coefficient: Annotated[float, Meta(ge=0, description="Weight of the auxiliary loss of dead latents.")] = 1 / 32
     k_aux: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="Dead latents per row in the auxiliary loss; d_in / 2.")
@@ -145,6 +151,10 @@ class TrainConfig(Config, frozen=True):
         Literal["linear", "cosine"],
         Meta(description="Shape of that fall: linear, or half a cosine; over a fraction of 1 a whole cosine schedule."),
     ] = "linear"
+    init_from: Annotated[
+        str | None,
+        Meta(description="Trained SAE for all to start from, or a run's output folder: each from that of its name."),
+    ] = None
     normalize_activations: Annotated[
         Literal["expected_average_only_in", "none"],
         Meta(description="Scale inputs to a mean norm of sqrt(d_in), or leave them; folded into the saved weights."),

@@ -12,6 +12,7 @@ from ..shared.device import choose_device, describe_device
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
 from .config import SaeConfig, TrainConfig
+from .initialise import read_initial, source_of
 from .kernels import backend_for
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import most_parameters
@@ -87,6 +88,8 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         d_in = sum(map(store.d_in, sae.inputs))
         d_out = store.d_in(sae.hook_point_out) if sae.hook_point_out else d_in
         architecture = make_architecture(sae, d_in, d_out)
+        if config.dry_run and source_of(sae, config.init_from) is not None:
+            read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
             check_can_be_sharded(sae, architecture)
         if len({store.d_in(hook) for hook in sae.inputs}) > 1:

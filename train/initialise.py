@@ -1,0 +1,154 @@
+"""Start training from a trained SAE: its tensors in raw units, back to parameters on normalised inputs.
+
+The exact inverse of what `Architecture.exported` folds, so that the first step reconstructs what the SAE did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..shared.errors import SaeError
+from ..shared.sae import Sae
+from .architectures.base import Architecture, Buffers, Parameters
+from .architectures.batch_topk import BatchTopK
+from .architectures.gated import Gated
+from .architectures.jumprelu import JumpReLU
+from .architectures.standard import fold_decoder_norms
+from .architectures.transcoder import Transcoder
+from .normalization import Normalization
+from .trained_saes import read_trained_sae
+
+if TYPE_CHECKING:
+    from .config import SaeConfig
+    from .sae_trainer import SaeTrainer
+
+_SMALLEST_THRESHOLD = 1e-8
+_NORM_TOLERANCE = 1e-3
+_SAVED_AS = {
+    "batch_topk": "jumprelu",
+    "matryoshka_batch_topk": "jumprelu",
+    "hierarchical_topk": "topk",
+}
+"""What architectures are saved as, where that has another name."""
+
+
+def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -> None:
+    """Start each trainer from the SAE that its table, or else the run, names; those without one stay as they are.
+
+    Raises:
+        MissingFileError: there is no SAE.
+        SaeError: it does not fit.
+    """
+    for trainer in trainers:
+        if source_of(trainer.config, init_from) is not None:
+            sae = read_initial(trainer.config, init_from, trainer.architecture)
+            parameters, buffers = parameters_of(trainer.architecture, sae, trainer.normalization.to("cpu"))
+            rows = getattr(trainer.architecture, "latents_here", slice(None))
+            parameters = {
+                name: tensor[rows] if len(tensor) == sae.d_sae and name not in ("b_dec", "W_skip") else tensor
+                for name, tensor in parameters.items()
+            }
+            trainer.initialise(parameters, buffers)
+
+
+def source_of(config: SaeConfig, init_from: str | None) -> str | None:
+    """Return the path that an SAE starts from, if any."""
+    return config.init_from or init_from
+
+
+def read_initial(config: SaeConfig, init_from: str | None, architecture: Architecture) -> Sae:
+    """Return the SAE to start from, whose architecture and shapes fit.
+
+    Raises:
+        MissingFileError: there is none.
+        SaeError: it does not fit.
+    """
+    path = source_of(config, init_from)
+    assert path is not None
+    sae = read_trained_sae(path, config.name)
+    expected = _SAVED_AS.get(config.architecture, config.architecture)
+    if sae.architecture != expected:
+        raise SaeError(
+            f"SAE '{config.name}' cannot start from '{path}': that is a '{sae.architecture}' SAE; "
+            f"expected '{expected}', as '{config.architecture}' is saved"
+        )
+    found, wanted = ({"d_in": a.d_in, "d_sae": a.d_sae, "d_out": a.d_out} for a in (sae, architecture))
+    if found != wanted:
+        differing = ", ".join(
+            f"{key} {found[key]}, expected {wanted[key]}" for key in found if found[key] != wanted[key]
+        )
+        raise SaeError(f"SAE '{config.name}' cannot start from '{path}': it has {differing}")
+    return sae
+
+
+def parameters_of(architecture: Architecture, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
+    """Return the parameters and buffers with which an architecture computes what an SAE does on raw activations.
+
+    Raises:
+        SaeError: a TopK SAE has decoder rows of other norms than the architecture holds.
+    """
+    tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
+    if isinstance(architecture, Transcoder):
+        return _across_places(architecture, sae, tensors, normalization), {}
+    mean, scale = normalization.mean, normalization.scale
+    norms = tensors["W_dec"].norm(dim=1)
+    free = architecture.config.unit_norm_decoder is False or not architecture.unit_norm_decoder
+    if not free and float((norms - 1).abs().max()) > _NORM_TOLERANCE:
+        if sae.architecture == "topk":
+            raise SaeError(
+                f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, expected 1, and "
+                "scaling them would change which latents are the top k; give unit_norm_decoder = false"
+            )
+        tensors = _fold(tensors, sae.architecture, norms)
+    W_enc = tensors["W_enc"].T.contiguous()
+    bias = tensors["b_gate" if sae.architecture == "gated" else "b_enc"]
+    if not sae.apply_b_dec_to_input:
+        bias = bias + W_enc @ tensors["b_dec"]
+    parameters = {"W_enc": W_enc, "W_dec": tensors["W_dec"], "b_dec": (tensors["b_dec"] - mean) * scale}
+    if isinstance(architecture, Gated):
+        # The magnitudes are made from the product before its bias, which takes what the encoder does not subtract.
+        shift = bias - tensors["b_gate"]
+        b_mag = tensors["b_mag"] + shift * tensors["r_mag"].exp()
+        return parameters | {"b_gate": bias * scale, "b_mag": b_mag * scale, "r_mag": tensors["r_mag"]}, {}
+    parameters["b_enc"] = bias * scale
+    if isinstance(architecture, JumpReLU):
+        threshold = (tensors["threshold"] * scale).clamp_min(_SMALLEST_THRESHOLD)
+        return parameters | {"log_threshold": threshold.log()}, {}
+    if isinstance(architecture, BatchTopK):
+        return parameters, architecture.initial_buffers() | {"threshold": (tensors["threshold"] * scale).mean()}
+    return parameters, architecture.initial_buffers()
+
+
+def _fold(tensors: Mapping[str, Tensor], architecture: str, norms: Tensor) -> dict[str, Tensor]:
+    """Give decoder rows unit norm; only TopK's selection would notice."""
+    folded = fold_decoder_norms(dict(tensors))
+    if architecture == "gated":
+        folded |= {name: tensors[name] * norms for name in ("b_gate", "b_mag")}
+    return folded
+
+
+def _across_places(
+    architecture: Transcoder, sae: Sae, tensors: Mapping[str, Tensor], normalization: Normalization
+) -> Parameters:
+    """Return a transcoder's or crosscoder's parameters, with decoder norms of one on normalised targets."""
+    mean, scale = normalization.mean, normalization.scale
+    target = normalization.target or normalization
+    W_enc, W_dec = tensors["W_enc"].T / scale, tensors["W_dec"] * target.scale
+    bias = tensors["b_enc"] + mean @ tensors["W_enc"]
+    if sae.apply_b_dec_to_input:
+        bias = bias - tensors["b_dec"] @ tensors["W_enc"]
+    b_dec = tensors["b_dec"] - target.mean
+    parameters: Parameters = {}
+    if "W_skip" in tensors:
+        b_dec = b_dec + mean @ tensors["W_skip"].T
+        parameters["W_skip"] = tensors["W_skip"] / scale * target.scale
+    norms = architecture.blocks(W_dec).norm(dim=2).sum(1).clamp_min(1e-8)
+    return parameters | {
+        "W_enc": W_enc * norms[:, None],
+        "b_enc": bias * norms,
+        "W_dec": W_dec / norms[:, None],
+        "b_dec": b_dec * target.scale,
+    }
