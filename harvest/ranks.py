@@ -26,6 +26,7 @@ from .launch import n_ranks
 
 T = TypeVar("T")
 CHECK_SECONDS = 0.5
+SECONDS_TO_HEAR = 5.0
 _GO_ON = "what was harvested is kept: start the same command again to go on"
 _meetings = count()
 
@@ -46,6 +47,7 @@ class Ranks:
         self._words = words
         self._group = group
         self._next_check = 0.0
+        self._has_told = False
 
     def lead(self, action: Callable[[], T]) -> T:
         """Return on every rank what the action, run by rank 0 alone, returns; on its failure every rank raises."""
@@ -101,10 +103,10 @@ class Ranks:
         """Raise `RankError` if another rank failed or is gone; looks at most twice a second."""
         if self.world == 1 or time.monotonic() < self._next_check:
             return
-        gone = self.presence.gone() if self.presence else None
+        gone = self.presence.gone() if self.presence else []
         self._check_failed()
-        if gone is not None:
-            raise RankError(f"rank {gone} is gone; {_GO_ON}")
+        if gone:
+            raise RankError(f"rank {gone[0]} is gone; {_GO_ON}")
         self._next_check = time.monotonic() + CHECK_SECONDS
 
     def _check_failed(self) -> None:
@@ -117,13 +119,25 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this rank ends early, if nobody has told of a failure before."""
-        if self.world == 1:
+        if self.world == 1 or self._has_told:
             return
+        self._has_told = True
         try:
             if not self._words.check(["failed"]):
                 self._words.set("failed", f"rank {self.rank} failed: {_told(error)}")
+            self._words.set(f"left/{self.rank}", "")
+            self._let_others_hear()
         except RuntimeError:  # rank 0, which keeps the words, ended before
             return
+
+    def _let_others_hear(self) -> None:
+        """Keep the words, as rank 0, until the others that live have had time to read them."""
+        until = time.monotonic() + SECONDS_TO_HEAR
+        while self.rank == 0 and self.presence and time.monotonic() < until:
+            living = set(range(1, self.world)) - set(self.presence.gone())
+            if not living or self._words.check([f"left/{rank}" for rank in living]):
+                return
+            time.sleep(CHECK_SECONDS / 10)
 
     @contextmanager
     def tells_failures(self) -> Iterator[None]:

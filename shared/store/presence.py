@@ -32,15 +32,16 @@ class Presence:
                     "name a store on a file system that all machines share"
                 ) from None
 
-    def gone(self) -> int | None:
-        """Return a watched rank that has ended, if one has: its lock is free."""
+    def gone(self) -> list[int]:
+        """Return the watched ranks that have ended: their locks are free."""
+        gone = []
         for rank, file in self._others.items():
             try:
                 fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            return rank
-        return None
+            gone.append(rank)
+        return gone
 
     def close(self) -> None:
         """Let go of the lock."""
