@@ -7,6 +7,7 @@ one's standard environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_K
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ PIECE_BYTES = 8 << 20
 PIECES_AT_ONCE = 4
 
 T = TypeVar("T")
+_REFUSED = re.compile(r"status code: 4(?!08|29)\d\d")
 
 
 class ChangedObjectError(StoreError):
@@ -141,14 +143,10 @@ class RemoteStore:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def put(self, key: str, content: bytes | Path) -> Any:
-        """Write a whole object, which replaces any other at once or not at all; return its version."""
-        return self._again(
-            f"write '{key}'",
-            lambda: self._obstore.put(
-                self._store, key, content, chunk_size=PIECE_BYTES, max_concurrency=PIECES_AT_ONCE
-            ),
-        )
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Write a whole object, which replaces any other at once or not at all."""
+        options: Any = {"chunk_size": PIECE_BYTES, "max_concurrency": PIECES_AT_ONCE}
+        self._again(f"write '{key}'", lambda: self._obstore.put(self._store, key, content, **options))
 
     def replace(self, key: str, content: bytes, version: Any) -> Any:
         """Write a small object if it still is `version`, or is not there if that is None; return its new version.
@@ -178,9 +176,13 @@ class RemoteStore:
         except MissingFileError:
             pass
 
-    def is_empty(self) -> bool:
-        """Tell whether there is no object below the URL."""
-        return not self._again("list", lambda: next(iter(self._obstore.list(self._store, chunk_size=1)), None))
+    def is_empty(self, but: str = "") -> bool:
+        """Tell whether there is no object below the URL `but` one."""
+
+        def attempt() -> bool:
+            return all(meta["path"] == but for page in self._obstore.list(self._store, chunk_size=8) for meta in page)
+
+        return self._again("list the objects", attempt)
 
     def _again(self, what: str, attempt: Callable[[], T]) -> T:
         if os.getpid() != self._process:
@@ -190,15 +192,19 @@ class RemoteStore:
             try:
                 return attempt()
             except (self._obstore.exceptions.BaseError, OSError) as error:
-                if number == ATTEMPTS or isinstance(error, (FileNotFoundError, *self._final)):
+                if number == ATTEMPTS or self._is_final(error):
                     raise self._error(what, error, number) from error
             threading.Event().wait(pause)
             pause = min(10.0, 2 * pause)
         raise AssertionError
 
+    def _is_final(self, error: Exception) -> bool:
+        """Tell whether another try would end alike: the server refuses, other than for being busy."""
+        return isinstance(error, (FileNotFoundError, *self._final)) or bool(_REFUSED.search(str(error)))
+
     def _error(self, what: str, error: Exception, tries: int) -> UnreachableError | MissingFileError:
         errors = self._obstore.exceptions
-        if isinstance(error, (errors.NotFoundError, FileNotFoundError)):
+        if isinstance(error, (errors.NotFoundError, FileNotFoundError)) or "NoSuchBucket" in str(error):
             return MissingFileError(f"cannot {what} in '{self.url}': there is no such object or bucket")
         if isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError)):
             return UnreachableError(

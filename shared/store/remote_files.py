@@ -167,16 +167,7 @@ class RemoteFiles:
 
     def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
         """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
-        record = files.get(key)
-        if record is None:
-            raise StoreError(f"the store '{self.place}' is damaged: its manifest does not name '{key}'")
-        try:
-            content = self._remote.get(key, record.bytes)
-        except MissingFileError as error:
-            raise StoreError(f"the store '{self.place}' is damaged: {error}") from None
-        if crc32c(content) != record.crc32c:
-            raise StoreError(f"the store '{self.place}' is damaged: '{key}' does not have its checksum")
-        return content
+        return read_object(self._remote, key, files)
 
     def content(self, key: str) -> bytes | None:
         """Return a file as it is, or None if it is not there."""
@@ -207,6 +198,20 @@ def read_remote_manifest(remote: RemoteStore) -> Manifest | None:
         return parse_manifest(content)
     except StoreError as error:
         raise StoreError(f"the store '{url}' is damaged: {MANIFEST} {error}") from None
+
+
+def read_object(remote: RemoteStore, key: str, files: Mapping[str, FileRecord]) -> bytes:
+    """Return the content of an object that the manifest names; raise `StoreError` if it is not that object."""
+    record = files.get(key)
+    if record is None:
+        raise StoreError(f"the store '{remote.url}' is damaged: its manifest does not name '{key}'")
+    try:
+        content = remote.get(key, record.bytes)
+    except MissingFileError as error:
+        raise StoreError(f"the store '{remote.url}' is damaged: {error}") from None
+    if crc32c(content) != record.crc32c:
+        raise StoreError(f"the store '{remote.url}' is damaged: '{key}' does not have its checksum")
+    return content
 
 
 def owner_of(url: StoreUrl) -> str:
