@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from ..shared.cli import run_stage
@@ -18,4 +20,10 @@ def main(arguments: list[str]) -> int:
 def _run(config: TrainConfig) -> Any:
     from .run import train  # here, so that --help stays quick
 
-    return train(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return train(config)
+    from .parallel.voice import run_in_one_voice
+
+    code = run_in_one_voice(lambda: train(config))
+    if code:
+        sys.exit(code)
