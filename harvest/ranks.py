@@ -205,6 +205,7 @@ def rank_device(device: str, ranks: Ranks) -> str:
             f"{ranks.local_world} processes were started on a machine with {torch.cuda.device_count()} CUDA devices; "
             "start one for each device at most"
         )
+    torch.cuda.set_device(ranks.local_rank)  # so that nothing of this rank's lands on the first GPU
     return f"cuda:{ranks.local_rank}"
 
 

@@ -21,7 +21,7 @@ from ..shared.config import to_toml
 from ..shared.errors import DataError, StoreError
 from ..shared.interrupt import Interrupt
 from ..shared.store.checksum import crc32c
-from ..shared.store.rank_writer import RankWriter
+from ..shared.store.rank_writer import RankWriter, shared_folder
 from .config import HarvestConfig
 from .forward import MAX_WORKERS
 from .identity import identity, is_complete
@@ -40,7 +40,7 @@ MAX_THREADS = 8
 
 def harvest_together(config: HarvestConfig) -> Path:
     """Write the store as one of the ranks that the launcher started, and return its path."""
-    store = Path(config.store)
+    store = shared_folder(config.store)
     with join_ranks() as ranks:
         wanted = identity(config)
         ranks.agree(wanted | {"store": str(store)})

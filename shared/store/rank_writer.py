@@ -51,7 +51,7 @@ class RankWriter(ActivationStoreWriter):
         self, path: str | Path, hook_points: Mapping[str, int], context_size: int, *, group: Group, **settings: Any
     ) -> None:
         self._group = group
-        self._place = _folder(path)
+        self._place = shared_folder(path)
         self._store: StoreFolder | None = None
         self._manifest_file: IO[bytes] | None = None
         self.presence: Presence | None = None
@@ -141,7 +141,8 @@ class RankWriter(ActivationStoreWriter):
             self._store.close()
 
 
-def _folder(path: str | Path) -> Path:
+def shared_folder(path: str | Path) -> Path:
+    """Return the folder that a store is in; raise `ConfigError` where several ranks cannot write."""
     place = locate(path)
     if not isinstance(place, Path):
         raise ConfigError(

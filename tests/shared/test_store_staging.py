@@ -134,6 +134,25 @@ def test_a_lost_part_is_made_by_another_number_of_ranks(tmp_path, expected, worl
     assert tree(path) == expected
 
 
+def test_ranks_go_on_where_one_writer_was_cut_off(tmp_path, expected):
+    path = tmp_path / "store"
+    plain = ActivationStoreWriter(path, HOOK_POINTS, CONTEXT, **SETTINGS)
+    give(plain, 0, 8)
+    plain.abandon()
+    writers = open_ranks(path, 3)
+    assert [part for writer in writers for part in writer.share.parts(0, N)][:3] == [
+        range(6, 9),
+        range(15, 18),
+        range(9, 12),
+    ]
+    for writer in writers:
+        write_share(writer)
+    assert writers[0].adopt() == N
+    writers[0].complete()
+    release(writers)
+    assert tree(path) == expected
+
+
 def test_a_writer_that_knows_no_ranks_adopts_what_follows_and_drops_the_rest(tmp_path, expected):
     path = tmp_path / "store"
     stage_all_but(path, (2,), 3)
