@@ -12,7 +12,12 @@ from ..shared.config import Config
 class EvaluateConfig(Config, frozen=True, kw_only=True):
     """Judge SAEs on the held-out contexts of a store and, spliced, in the model."""
 
-    store: Annotated[str, Meta(description="Folder of the activation store whose held-out contexts are used.")]
+    store: Annotated[
+        str,
+        Meta(
+            description="Activation store whose held-out contexts are used: a folder, or a URL as s3://bucket/prefix."
+        ),
+    ]
     saes: Annotated[str | list[str], Meta(description="Folder of a sweep, or a list of SAE folders.")]
     output: Annotated[str, Meta(description="Folder for metrics.json, metrics.parquet and report.html.")]
     model: Annotated[
@@ -24,6 +29,12 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         Meta(description="Data type of the model; by default the one the store was harvested in."),
     ] = None
     device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
+    cache: Annotated[
+        str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")
+    ] = None
+    cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
+    ] = None
     max_rows: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Held-out rows to use, spread evenly over them; by default all."),

@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         ModelError: the model cannot be loaded or has no logits.
     """
     device = choose_device(config.device)
-    store = ActivationStore.open(config.store)
+    store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
     saes = load_saes(sae_folders(config.saes), store, device)
     rows = held_out(store, config.max_rows)
     model = model_name(config, store)

@@ -1,5 +1,6 @@
 // Training curves: one quantity of all SAEs against tokens, with a cross-hair that reads the values off.
-const CURVE_TITLES = { loss: "Loss", mse_loss: "MSE loss", explained_variance: "Explained variance", l0: "L0", dead_fraction: "Dead fraction", lr: "Learning rate", tokens_per_second: "Tokens per second" };
+// Explained variance comes first: unlike losses it compares across architectures.
+const CURVE_TITLES = { explained_variance: "Explained variance", loss: "Loss", mse_loss: "MSE loss", l0: "L0", dead_fraction: "Dead fraction", lr: "Learning rate", tokens_per_second: "Tokens per second" };
 const DASHES = [null, "7 3", "2 3", "9 3 2 3"];
 
 function curveStyle(saes, name) {
@@ -129,9 +130,11 @@ function setUpCurves(saes, data) {
   };
   log.checked = wantsLog(keys[0]);
   const redraw = drawResponsive(container, (width, height) => drawCurves(width, height, curves, select.value, log.checked, status));
+  const caption = () => { document.getElementById("curves-caption").textContent = `${select.selectedOptions[0].textContent} during training`; };
+  caption();
   select.addEventListener("change", () => {
     log.checked = wantsLog(select.value);
-    document.getElementById("curves-caption").textContent = `${select.selectedOptions[0].textContent} during training`;
+    caption();
     redraw();
   });
   log.addEventListener("change", redraw);

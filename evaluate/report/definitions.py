@@ -111,6 +111,14 @@ NOT_COLUMNS = (
     *("n_contexts", "n_documents", "d_in", "top1_agreement_zero", "top1_agreement_mean", "top1_agreement_clean"),
     *(f"max_decoder_cosine_{part}" for part in ("p50", "p90", "p99", "max")),
 )
+ACROSS = (
+    *(metric for metric in METRICS if metric.key in ("hook_point", "l0", "explained_variance", "mse")),
+    *(metric for metric in METRICS if metric.key in ("ce_loss_score", "kl_div_score")),
+    Metric(
+        "decoder_norm_share", "Decoder norm share", "percent", "", "Mean share of the live latents' decoder norms here."
+    ),
+)
+"""The columns of the table of crosscoders at each of their hook points."""
 MISSING = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}
 FIRST = ("name", "l0", "explained_variance", "ce_loss_score", "kl_div_score", "dead_fraction")

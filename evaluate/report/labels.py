@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ..places import places, together
 from .definitions import format_value
 
 
 def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
-    """Return one short label per SAE, such as `k=32`, with the width only where widths differ."""
-    widths = {row.get("d_sae") for row in metrics}
+    """Return one short label per SAE, such as `k=32`, with the width only where it is not that of most."""
+    widths = Counter(row.get("d_sae") for row in metrics)
+    common_width = next((width for width, n in widths.items() if n > max(1, len(metrics) // 2)), None)
     hooks = Counter(str(row.get("hook_point")) for row in metrics)
     usual = hooks.most_common(1)[0][0] if hooks else ""
     short = _short_hooks(list(hooks))
@@ -21,7 +23,7 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
             parts.append(f"k={format_value(row['k'], 'integer')}")
         elif row.get("l1_coefficient") is not None:
             parts.append(f"λ={format_value(row['l1_coefficient'], 'number')}")
-        if len(widths) > 1 and row.get("d_sae") is not None:
+        if len(widths) > 1 and row.get("d_sae") not in (None, common_width):
             parts.append(_width(row["d_sae"]))
         if parts and str(row.get("hook_point")) != usual:
             parts.append(short[str(row.get("hook_point"))])
@@ -37,11 +39,15 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
 
 def _short_hooks(hooks: list[str]) -> dict[str, str]:
     """Return each hook point without the last parts of its name that all share."""
-    parts = [hook.split(".") for hook in hooks]
+    parts = [place.split(".") for hook in hooks for place in places(hook)]
     shared = 0
     while parts and all(len(part) > shared + 1 and part[-1 - shared] == parts[0][-1 - shared] for part in parts):
         shared += 1
-    return {hook: ".".join(part[: len(part) - shared]) for hook, part in zip(hooks, parts, strict=True)}
+    return {hook: together(".".join(_drop_last(place.split("."), shared)) for place in places(hook)) for hook in hooks}
+
+
+def _drop_last(parts: list[str], n: int) -> list[str]:
+    return parts[: len(parts) - n]
 
 
 def _width(d_sae: int) -> str:

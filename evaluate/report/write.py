@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..features.files import FeatureIndex
-from .definitions import Metric, columns, format_value
+from .definitions import ACROSS, Metric, columns, format_value
 from .feature_blocks import pack_features
 from .labels import point_labels
 
@@ -60,6 +60,8 @@ def write_report(
             hook_points=list(dict.fromkeys(str(row.get("hook_point")) for row in rows)),
             has_model_metrics=any(row.get("ce_loss_score") is not None for row in rows),
             provenance={key: value for key, value in (provenance or {}).items() if value is not None},
+            across=[(str(row["name"]), part) for row in rows for part in row.get("per_hook") or ()],
+            across_columns=ACROSS,
             format_value=format_value,
             interval=_interval,
             sort_key=_sort_key,

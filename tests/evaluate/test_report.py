@@ -155,8 +155,27 @@ def test_point_labels_say_what_differs():
     assert point_labels([sae_row(), sae_row(d_sae=3000)]) == ["k=32 · 2k", "k=32 · 3,000"]
     other = sae_row(hook_point="blocks.1.resid_post")
     assert point_labels([sae_row(), sae_row(k=64), other]) == ["k=32", "k=64", "k=32 · blocks.1"]
+    assert point_labels([sae_row(), sae_row(k=64), sae_row(d_sae=4096)]) == ["k=32", "k=64", "k=32 · 4k"]
+    both = sae_row(hook_point="blocks.1.resid_post + blocks.2.resid_post")
+    assert point_labels([sae_row(), sae_row(k=64), both]) == ["k=32", "k=64", "k=32 · blocks.1 + blocks.2"]
     assert point_labels([sae_row("a"), sae_row("b")]) == ["a", "b"]
     assert point_labels([sae_row(k=None, l1_coefficient=0.003)]) == ["λ=0.003"]
+
+
+def test_a_crosscoder_has_a_line_for_each_of_its_hook_points(tmp_path):
+    parts = [
+        {"hook_point": f"blocks.{i}.resid_post", "l0": 20.0 + i, "explained_variance": 0.8125, "mse": 7.5}
+        for i in (1, 2)
+    ]
+    joined = "blocks.1.resid_post + blocks.2.resid_post"
+    row = sae_row("cross", architecture="crosscoder", hook_point=joined, ce_loss_score=None, per_hook=parts)
+    page = write_report(tmp_path / "a.html", [sae_row(), row], {}).read_text()
+    lines = page.split('<table id="across">')[1].split("</table>")[0].split("<tr>")[2:]
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)<", line) for line in lines]
+    assert cells[0][:5] == ["cross", "blocks.1.resid_post", "21", "0.8125", "7.5"]
+    assert [line[1] for line in cells] == ["blocks.1.resid_post", "blocks.2.resid_post"]
+    assert set(cells[0][5:]) == {MISSING}
+    assert 'id="across"' not in write_report(tmp_path / "b.html", [sae_row()], {}).read_text()
 
 
 def test_columns_put_unknown_numbers_last():
