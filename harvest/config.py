@@ -20,7 +20,9 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     hook_points: Annotated[
         list[str], Meta(min_length=1, description="Where to read activations, such as blocks.2.resid_post.")
     ]
-    store: Annotated[str, Meta(min_length=1, description="Folder of the activation store to write.")]
+    store: Annotated[
+        str, Meta(min_length=1, description="Activation store to write: a folder, or a URL such as s3://bucket/prefix.")
+    ]
     dataset: Annotated[
         str,
         Meta(
@@ -45,6 +47,10 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     )
     chunk_bytes: Annotated[int, Meta(ge=1, description="Target bytes of a chunk, the unit of shuffling.")] = CHUNK_BYTES
     shard_bytes: Annotated[int, Meta(ge=1, description="Target bytes of a shard, a file of chunks.")] = SHARD_BYTES
+    cache: Annotated[
+        str | None,
+        Meta(description="Folder where shards wait to be uploaded to an object store; the user's cache when absent."),
+    ] = None
     threads: Annotated[Positive | None, Meta(description="Threads that compress; one per core when absent.")] = None
     workers: Annotated[
         Positive | None, Meta(description="Batches that run at once on a CPU, one core each; one per core when absent.")

@@ -5,23 +5,31 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..shared.errors import DiskSpaceError
 from ..shared.store.format import ITEM_BYTES
+from ..shared.store.location import cache_folder, locate
 from .config import HarvestConfig
 
 # Stored bytes over raw bytes, with a margin: bitshuffled bfloat16 activations come to 0.70 to 0.78.
 STORED_FRACTION = {"none": 1.0, "lz4": 0.85, "zstd": 0.85, "int8": 1.0}
 TOKEN_BYTES = 4 + 8
+STAGED_SHARDS = 4
+"""Shards of each hook point that lie in the cache at once on their way to an object store."""
 
 
 def announce(config: HarvestConfig, widths: Mapping[str, int], n_contexts: int, rows_per_second: float) -> None:
     """Tell what is to come, or raise `DiskSpaceError`."""
     n_rows = n_contexts * config.context_size
     needed = estimate(widths, config.dtype, config.codec, n_rows, rows_per_second)
-    tell(needed, len(widths), check_disk(Path(config.store), needed))
+    store = locate(config.store)
+    if isinstance(store, Path):
+        tell(needed, len(widths), check_disk(store, needed))
+    else:
+        staged = min(needed.stored_bytes, STAGED_SHARDS * len(widths) * config.shard_bytes)
+        tell(needed, len(widths), check_disk(cache_folder(config.cache), replace(needed, stored_bytes=staged)))
 
 
 @dataclass(frozen=True)

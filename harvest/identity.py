@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 
-from ..shared.errors import StoreError
+from ..shared.errors import MissingFileError, StoreError
 from ..shared.hook_points import unique_canonical
 from ..shared.store.format import MANIFEST
-from ..shared.store.manifest import read_manifest
+from ..shared.store.location import StoreUrl
+from ..shared.store.manifest import Manifest, read_manifest
 from .config import HarvestConfig
 
-INCIDENTAL = ("store", "device", "streaming", "threads", "workers")
+INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers")
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
@@ -46,14 +47,12 @@ def fingerprint(model: Path) -> str | None:
     return digest.hexdigest()
 
 
-def is_complete(store: Path, wanted: dict[str, Any]) -> bool:
+def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
     """Tell whether the store is there, whole, and of this very harvest.
 
     Raises `StoreError` for a store of another harvest, naming the keys that differ.
     """
-    if not (store / MANIFEST).is_file():
-        return False
-    manifest = read_manifest(store)
+    manifest = _manifest(store)
     if manifest is None:
         return False
     found = manifest.header.metadata.get("harvest")
@@ -64,8 +63,21 @@ def is_complete(store: Path, wanted: dict[str, Any]) -> bool:
         keys.remove("weights")  # the model is not at hand to compare
     if keys:
         told = ", ".join(f"{key} ({found.get(key)!r}, now {wanted.get(key)!r})" for key in keys)
+        remove = f": rm -r {shlex.quote(str(store))}" if isinstance(store, Path) else ""
         raise StoreError(
-            f"the store '{store}' is of another harvest: it differs in {told}; name another store, "
-            f"or remove it: rm -r {shlex.quote(str(store))}"
+            f"the store '{store}' is of another harvest: it differs in {told}; name another store, or remove it{remove}"
         )
     return manifest.completion is not None
+
+
+def _manifest(store: Path | StoreUrl) -> Manifest | None:
+    """Return a store's manifest, or None where none is."""
+    if isinstance(store, Path):
+        return read_manifest(store) if (store / MANIFEST).is_file() else None
+    from ..shared.store.remote import RemoteStore
+    from ..shared.store.remote_files import read_remote_manifest
+
+    try:
+        return read_remote_manifest(RemoteStore(store))
+    except MissingFileError:
+        return None

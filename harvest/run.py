@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..shared.config import to_toml
 from ..shared.interrupt import Interrupt
+from ..shared.store.location import StoreUrl, locate
 from .config import HarvestConfig
 from .estimate import announce, human_bytes
 from .identity import identity, is_complete
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 BATCHES_AHEAD = 4
 
 
-def harvest(config: HarvestConfig) -> Path:
-    """Write the activation store that the configuration describes, and return its path.
+def harvest(config: HarvestConfig) -> Path | StoreUrl:
+    """Write the activation store that the configuration describes, and return its path or URL.
 
     A store that is complete is reused without loading the model; one that was interrupted is
     gone on with, and ends with the same bytes as if it had not been.
     """
-    store = Path(config.store)
+    store = locate(config.store)
     if needs_ranks(store):
         quiet_network()
         from .together import harvest_together
@@ -55,7 +56,7 @@ def harvest(config: HarvestConfig) -> Path:
 
     plan = make_plan(config)
     with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter) as writer:
-        (store / "harvest.toml").write_text(to_toml(config), encoding="utf-8")
+        writer.write_beside("harvest.toml", to_toml(config))
         contexts = read_contexts(config, plan.tokenizer, plan.group)
         with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
@@ -81,6 +82,7 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], 
         shard_bytes=config.shard_bytes,
         n_contexts=config.n_contexts,
         threads=config.threads,
+        cache=config.cache,
     )
 
 
@@ -130,7 +132,7 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
     )
 
 
-def tell_reuse(store: Path) -> None:
+def tell_reuse(store: Path | StoreUrl) -> None:
     """Say that there is nothing to do."""
     print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
 

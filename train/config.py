@@ -134,9 +134,12 @@ class SaeConfig(Config, frozen=True):
 class TrainConfig(Config, frozen=True):
     """What to train, on which store, and for how long."""
 
-    store: Annotated[str, Meta(description="Path of the activation store.")]
+    store: Annotated[str, Meta(description="Activation store: a folder, or a URL such as s3://bucket/prefix.")]
     output: Annotated[str, Meta(description="Folder for the SAEs, one sub-folder each.")]
-    sae: Annotated[list[Any], Meta(min_length=1, description="The sweep, as [[sae]] tables; lists expand as a grid.")]
+    sae: Annotated[
+        list[Any],
+        Meta(min_length=1, description="The sweep, as [[sae]] tables; lists are grids, `samples` draws values."),
+    ]
     batch_size: Annotated[int, Meta(ge=1, description="Activations per step.")] = 4096
     tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="Activations to train on; `epochs` of the store's.")
@@ -173,6 +176,12 @@ class TrainConfig(Config, frozen=True):
     window_bytes: Annotated[
         int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
     ] = 2 << 30
+    cache: Annotated[
+        str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")
+    ] = None
+    cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
+    ] = None
     checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000
     keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1

@@ -37,6 +37,8 @@ _MAY_CHANGE = {
     "tokens",
     "epochs",
     "store",
+    "cache",
+    "cache_bytes",
     "output",
 }
 """Keys that may differ on resuming: they do not change the result, or what they decide is compared instead."""
