@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import torch
 
 from ..shared.config import to_toml
 from ..shared.errors import DataError, StoreError
@@ -47,7 +48,9 @@ def harvest_together(config: HarvestConfig) -> Path:
         if ranks.lead(lambda: is_complete(store, wanted)):
             tell_reuse(store)
             return store
-        plan = make_plan(here := on_this_rank(config, ranks))
+        here = on_this_rank(config, ranks)
+        ranks.agree({"torch": torch.__version__, "processor": processor(here.device)})
+        plan = make_plan(here)
         writer = open_writer(here, plan, wanted, partial(RankWriter, group=ranks))
         try:
             with Interrupt() as interrupt, writer, ranks.tells_failures():
@@ -60,13 +63,20 @@ def harvest_together(config: HarvestConfig) -> Path:
 
 def on_this_rank(config: HarvestConfig, ranks: Ranks) -> HarvestConfig:
     """Return the configuration with this rank's device and its part of the machine's cores."""
-    cores = max(1, len(os.sched_getaffinity(0)) // ranks.local_world)
+    cores = max(1, (os.cpu_count() or 1) // ranks.local_world)
     return msgspec.structs.replace(
         config,
         device=rank_device(config.device, ranks),
         threads=config.threads or min(cores, MAX_THREADS),
         workers=config.workers or min(cores, MAX_WORKERS),
     )
+
+
+def processor(device: str) -> str:
+    """Return what computes: two kinds round differently."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def harvest_share(

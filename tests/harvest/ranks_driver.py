@@ -201,6 +201,14 @@ def differences(scene: Scene) -> None:
     codes = scene.run(2, lambda rank: {"seed": rank})
     scene.expect(codes, [2, 2], "error: rank 1 differs from rank 0 in seed (1, rank 0 0); start every rank alike")
 
+    scene.begin("another processor")
+
+    def other_processor(rank: int) -> None:
+        together.processor = lambda device: f"GPU {rank}"
+
+    said = "error: rank 1 differs from rank 0 in processor ('GPU 1', rank 0 'GPU 0'); start every rank alike"
+    scene.expect(scene.run(2, other_processor), [2, 2], said)
+
     scene.begin("another text")
 
     def read_less(rank: int) -> None:
