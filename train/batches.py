@@ -14,7 +14,7 @@ from torch import Tensor
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from ..shared.hook_points import canonical_hook_point
 from .order import Epoch, locate, order_epoch, order_window
-from .staging import Staging
+from .staging import Rows, Staging, take_rows, used_here
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
@@ -25,7 +25,7 @@ _WINDOWS_IN_MEMORY = 2
 class Window(NamedTuple):
     """Decoded chunks, and the order in which their training rows are taken."""
 
-    rows: dict[str, Tensor]
+    rows: dict[str, Rows]
     order: Tensor
 
 
@@ -144,10 +144,9 @@ class ShuffledBatches:
             window = self._window(epoch, index)
             first = row - int(starts[index])
             taken = window.order[first : first + n_rows]
-            if taken.is_cuda:
-                for tensor in (*window.rows.values(), window.order):
-                    tensor.record_stream(torch.cuda.current_stream(self.device))
-            parts.append({name: rows.index_select(0, taken) for name, rows in window.rows.items()})
+            for tensor in (*window.rows.values(), window.order):
+                used_here(tensor)
+            parts.append({name: take_rows(rows, taken) for name, rows in window.rows.items()})
             position += len(taken)
             n_rows -= len(taken)
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

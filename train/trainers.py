@@ -41,8 +41,13 @@ def prepare(
         inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
         if key not in prepared:
             rows = batch[inputs[0]] if len(inputs) == 1 else torch.cat([batch[hook] for hook in inputs], 1)
-            x = trainer.normalization.apply(rows)
+            dtype, normalization = trainer.W_enc_compute.dtype, trainer.normalization
+            if rows.is_cuda and hasattr(trainer.kernels, "normalise") and isinstance(normalization.scale, float):
+                x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
+            else:
+                x = normalization.apply(rows)
+                x_compute = x.to(dtype)
             target = trainer.normalization.target
             y = target.apply(batch[out]) if target is not None and out is not None else None
-            prepared[key] = Batch(x, x.to(trainer.W_enc_compute.dtype), y)
+            prepared[key] = Batch(x, x_compute, y)
     return prepared

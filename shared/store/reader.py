@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int8, Int32, Int64
 from torch import Tensor
 
 from ..errors import ConfigError, HookPointError, StoreError
@@ -154,6 +154,29 @@ class ActivationStore:
             self._parallel(lambda i: cache.decode(int(indices[i]), target[i], self._verify), len(indices))
         return out
 
+    def read_quantised(
+        self,
+        hook_point: str,
+        chunk_indices: Sequence[int] | Int[np.ndarray, " n"],
+        values: Int8[Tensor, "rows d_in"],
+        scales: Float32[Tensor, " rows"],
+    ) -> None:
+        """Decode whole chunks of an int8 store as they are stored: a row is its scale times its values."""
+        assert self.codec == "int8"
+        indices = np.asarray(chunk_indices, dtype=np.int64)
+        values_of, scales_of = self._caches[hook_point], self._caches[scales_name(hook_point)]
+        values_of.prepare(indices)
+        scales_of.prepare(indices)
+        values_out = values.view(torch.uint8).numpy().reshape(len(indices), -1)
+        scales_out = scales.view(torch.uint8).numpy().reshape(len(indices), -1)
+
+        def decode(i: int) -> None:
+            values_of.decode(int(indices[i]), values_out[i], self._verify)
+            scales_of.decode(int(indices[i]), scales_out[i], self._verify)
+
+        if len(indices):
+            self._parallel(decode, len(indices))
+
     def _dequantise_chunks(self, hook_point: str, indices: np.ndarray, out: Tensor) -> None:
         values_of, scales_of = self._caches[hook_point], self._caches[scales_name(hook_point)]
         rows, d_in = self.chunk_rows, out.shape[1]
@@ -215,6 +238,14 @@ class ActivationStore:
         """Return the exact float64 moments of a hook point's training rows."""
         self.d_in(hook_point)
         return self._statistics.moments[hook_point]
+
+    def covariance(self, hook_point: str) -> Float64[np.ndarray, "d_in d_in"]:
+        """Return the population covariance of a hook point's training rows, where the store was written with it."""
+        self.d_in(hook_point)
+        if not self.manifest.header.covariance:
+            raise StoreError(f"the store '{self.path}' keeps no covariance; write it with covariance = true")
+        count = self.moments(hook_point).count
+        return self._statistics.co_moments[hook_point] / max(count, 1)
 
     @cached_property
     def _statistics(self) -> Statistics:

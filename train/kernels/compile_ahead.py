@@ -28,11 +28,18 @@ CAPABILITIES = (80, 90)
 # How launches type each argument. What is not named is a pointer to float32 or a 32-bit integer.
 POINTERS = {
     "*bf16": {"x_ptr", "W_ptr", "target_ptr", "W_enc_shadow_ptr", "W_dec_shadow_ptr", "out_bf16_ptr"},
-    "*i64": {"keys_ptr", "offsets_ptr", "order_ptr", "starts_ptr", "segment_starts_ptr", "segment_latents_ptr"},
+    "*i64": {
+        "keys_ptr",
+        "offsets_ptr",
+        "order_ptr",
+        "starts_ptr",
+        "segment_starts_ptr",
+        "segment_latents_ptr",
+        "places_ptr",
+    },
     "*i32": {"failed_ptr", "top_indices_ptr", "indices_ptr", "rows_ptr", "slot_columns_ptr", "counts_ptr"},
-    "*i8": {"stored_ptr"},
 }
-FLOATS = {"keep1", "keep2", "new1", "new2", "eps"}
+FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor"}
 # Rows are a multiple of 16 elements long in every model worth compiling for, so loads are of 16 bytes.
 MULTIPLES_OF_16 = {"d_in", "stride", "stride_x", "stride_W", "stride_g", "stride_target", "stride_keys", "n_keys"}
 
@@ -60,6 +67,15 @@ def variants() -> Iterator[Variant]:
         yield Variant(select.recompute_kernel, {"K_PADDED": k} | tile | {"BLOCK_ROWS": 16}, 4)
     for fill in (False, True):
         yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | tile, 8)
+    # In float32 products are no tensor cores'.
+    small = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 64, "BLOCK_D": 32}
+    exact = (("x_ptr", "*fp32"), ("W_ptr", "*fp32"))
+    yield Variant(select.candidates_kernel, {"N_CANDIDATES": 8} | small, 8, limit_registers=True, types=exact)
+    for k in (32, 128):
+        constants = {"K_PADDED": k} | small | {"BLOCK_ROWS": 16, "BLOCK_LATENTS": max(64, k)}
+        yield Variant(select.recompute_kernel, constants, 4, types=exact)
+    for fill in (False, True):
+        yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | small, 8, types=exact)
     for d_in in (768, 4096):
         tiling = token_major.row_tiling(d_in)
         rows = {"ENTRIES": tiling.entries, "D": tiling.d}
@@ -73,8 +89,11 @@ def variants() -> Iterator[Variant]:
         for norm_only in (False, True):
             constants = latents | {"UNIT_NORM": True, "NORM_ONLY": norm_only}
             yield Variant(optimizer.update_kernel, constants, tiling.num_warps)
-    constants = {"ROW_SCALE": True, "CHANNEL_SCALE": True, "D": 1024}
-    yield Variant(dequantise.dequantise_kernel, constants, 4, types=(("out_ptr", "*bf16"),))
+    for quantised in (True, False):
+        constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
+        kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")
+        types = tuple(zip(("stored_ptr", "out_ptr", "also_ptr"), kinds, strict=True))
+        yield Variant(dequantise.rows_kernel, constants, 4, types=types)
 
 
 def argument_type(name: str) -> str:
@@ -107,6 +126,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         "kernel": variant.kernel.__name__,
         "capability": capability,
         "constants": variant.constants,
+        "float32": ("W_ptr", "*fp32") in variant.types,
         "registers": int(fields["REG"]),
         "stack": int(fields["STACK"]) + int(fields["LOCAL"]),
         "shared": compiled.metadata.shared,

@@ -1,4 +1,4 @@
-"""A stored batch as the kernels read it: dequantised, centred, scaled and in bfloat16, in one pass."""
+"""Rows as the kernels read them, each in one pass: an int8 store's gathered and dequantised, any store's normalised."""
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
@@ -6,62 +6,81 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Int8, Int64
 from torch import Tensor
 
 
 @triton.jit
-def dequantise_kernel(
+def rows_kernel(
     stored_ptr,
+    places_ptr,
     row_scale_ptr,
-    channel_scale_ptr,
     mean_ptr,
-    factor_ptr,
+    factor,
     out_ptr,
+    also_ptr,
     d_in,
     stride,
-    ROW_SCALE: tl.constexpr,
-    CHANNEL_SCALE: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    ALSO: tl.constexpr,
     D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * D + tl.arange(0, D)
     mask = d < d_in
-    x = tl.load(stored_ptr + row * stride + d, mask=mask, other=0).to(tl.float32)
-    if ROW_SCALE:
-        x *= tl.load(row_scale_ptr + row).to(tl.float32)
-    if CHANNEL_SCALE:
-        x *= tl.load(channel_scale_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    x = (x - tl.load(mean_ptr + d, mask=mask, other=0.0)) * tl.load(factor_ptr)
+    if QUANTISED:
+        source = tl.load(places_ptr + row).to(tl.int64)
+        x = tl.load(stored_ptr + source * stride + d, mask=mask, other=0).to(tl.float32)
+        x *= tl.load(row_scale_ptr + source)
+    else:
+        x = tl.load(stored_ptr + row * stride + d, mask=mask, other=0.0).to(tl.float32)
+        x = (x - tl.load(mean_ptr + d, mask=mask, other=0.0)) * factor
     tl.store(out_ptr + row * d_in + d, x.to(out_ptr.dtype.element_ty), mask=mask)
+    if ALSO:
+        tl.store(also_ptr + row * d_in + d, x.to(also_ptr.dtype.element_ty), mask=mask)
 
 
-def dequantise(
-    stored: Shaped[Tensor, "batch d_in"],
-    mean: Float[Tensor, " d_in"],
-    factor: Float[Tensor, ""],
-    row_scale: Float[Tensor, " batch"] | None = None,
-    channel_scale: Float[Tensor, " d_in"] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Float[Tensor, "batch d_in"]:
-    """Return `(stored * scales - mean) * factor`; `stored` is int8 with scales, or any float type without."""
-    n_rows, d_in = stored.shape
+def _launch(
+    stored: Tensor, places: Tensor, row_scale: Tensor, mean: Tensor, factor: float, out: Tensor, also: Tensor | None
+) -> None:
+    n_rows, d_in = out.shape
     assert stored.stride(1) == 1
-    out = torch.empty(n_rows, d_in, dtype=dtype, device=stored.device)
-    D = min(1024, triton.next_power_of_2(d_in))
+    D = min(1024, max(128, triton.next_power_of_2(d_in)))
     if n_rows:
-        dequantise_kernel[(n_rows, triton.cdiv(d_in, D))](
+        rows_kernel[(n_rows, triton.cdiv(d_in, D))](
             stored,
-            row_scale if row_scale is not None else mean,
-            channel_scale if channel_scale is not None else mean,
+            places,
+            row_scale,
             mean,
             factor,
             out,
+            out if also is None else also,
             d_in,
             stored.stride(0),
-            ROW_SCALE=row_scale is not None,
-            CHANNEL_SCALE=channel_scale is not None,
+            QUANTISED=stored.dtype == torch.int8,
+            ALSO=also is not None,
             D=D,
             num_warps=4,
         )
+
+
+def dequantise(
+    values: Int8[Tensor, "rows d_in"],
+    scales: Float32[Tensor, " rows"],
+    places: Int64[Tensor, " batch"],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "batch d_in"]:
+    """Return rows `places` of `scales * values`, as the store itself would read them."""
+    out = torch.empty(len(places), values.shape[1], dtype=dtype, device=values.device)
+    _launch(values, places, scales, scales, 1.0, out, None)
     return out
+
+
+def normalise(
+    rows: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"], factor: float, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Float32[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
+    """Return `(rows - mean) * factor` in float32, and in the `dtype` that products read."""
+    x = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    also = None if dtype == torch.float32 else torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    _launch(rows, mean, mean, mean, factor, x, also)
+    return x, x if also is None else also

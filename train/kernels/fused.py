@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .csc import Csc, to_csc
-from .dequantise import dequantise
+from .dequantise import dequantise, normalise
 from .feature_major import grad_weights, grad_weights_and_bias, sum_by_latent
 from .optimizer import AdamState, Hyperparameters, update
 from .select import select_topk, select_topk_certified
@@ -28,6 +28,7 @@ __all__ = [
     "grad_values",
     "grad_weights",
     "grad_weights_and_bias",
+    "normalise",
     "pre_activations",
     "reconstruct",
     "select_batch_topk",

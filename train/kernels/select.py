@@ -39,12 +39,15 @@ MAX_CANDIDATES = 32
 MAX_K = 128
 
 
-def select_tiling(d_sae: int, k: int) -> SelectTiling | None:
+def select_tiling(d_sae: int, k: int, dtype: torch.dtype = torch.bfloat16) -> SelectTiling | None:
     """Choose as few candidates a tile as keep recomputed rows under one in a thousand, were latents to fire alike.
 
-    A tile then holds Poisson(k * latents / d_sae) of a row's top k. None where a dense selection is cheaper.
+    A tile then holds Poisson(k * latents / d_sae) of a row's top k. None where a dense selection is cheaper. Float32
+    has smaller tiles, for its products are formed in registers, of which larger ones would spill.
     """
     tiling = SelectTiling(n_candidates=2)
+    if dtype == torch.float32:
+        tiling = SelectTiling(n_candidates=2, rows=64, latents=64, d=32, redo_latents=64)
     n_tiles = math.ceil(d_sae / tiling.latents)
     rate = k / n_tiles
     n = tiling.n_candidates
@@ -217,7 +220,7 @@ def select_topk_certified(
     assert 0 < k <= d_sae
     assert x.dtype == W_enc.dtype
     assert x.stride(1) == W_enc.stride(1) == 1
-    tiling = tiling or select_tiling(d_sae, k)
+    tiling = tiling or select_tiling(d_sae, k, x.dtype)
     failed = torch.zeros(n_rows, dtype=torch.int32, device=x.device)
     if tiling is None:
         return *select_topk_dense(x, W_enc, b_enc, k), failed

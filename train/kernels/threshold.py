@@ -143,7 +143,8 @@ def select_threshold(
     d_sae = len(W_enc)
     assert x.dtype == W_enc.dtype
     assert x.stride(1) == W_enc.stride(1) == 1
-    tiling = tiling or ThresholdTiling()
+    # Float32 products are formed in registers, of which larger tiles' would spill.
+    tiling = tiling or (ThresholdTiling(rows=64, latents=64, d=32) if x.dtype == torch.float32 else ThresholdTiling())
     device = x.device
     if not isinstance(threshold, Tensor):
         threshold = torch.full((), threshold, dtype=torch.float32, device=device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from thresher.shared.store.quantise import dequantise as store_dequantise
 from thresher.train.kernels import fused, reference
 from thresher.train.kernels.csc import to_csc
+from thresher.train.normalization import Normalization
 
 
 def sparse(device, counts, d_sae, d_in, dtype=torch.float32, hot=None):
@@ -112,16 +114,26 @@ def test_rows_start_beyond_what_32_bits_can_address(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dequantise_scales_centres_and_normalises(device, dtype):
+def test_rows_are_gathered_and_dequantised_as_the_store_does(device, dtype):
     generator = torch.Generator().manual_seed(0)
-    stored = torch.randint(-127, 128, (3, 80), generator=generator, dtype=torch.int8).to(device)
-    mean, channels = (torch.rand(80, generator=generator).to(device) for _ in range(2))
-    rows, factor = torch.rand(3, generator=generator).to(device), torch.tensor(0.3, device=device)
-    expected = (stored.double() * rows.double()[:, None] * channels - mean) * factor
-    found = fused.dequantise(stored, mean, factor, rows, channels, dtype)
+    values = torch.randint(-96, 97, (7, 80), generator=generator, dtype=torch.int8)
+    scales, places = torch.rand(7, generator=generator), torch.tensor([6, 0, 3, 3])
+    expected = torch.from_numpy(store_dequantise(values.numpy(), scales.numpy()))[places].to(device)
+    found = fused.dequantise(values.to(device), scales.to(device), places.to(device), dtype)
     assert found.dtype == dtype
     # The interpreter truncates where the GPU rounds.
-    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(found.double(), expected.to(found.device), rtol=tolerance, atol=1e-6)
-    plain = fused.dequantise(expected.to(dtype), torch.zeros(80, device=device), torch.tensor(1.0, device=device))
-    torch.testing.assert_close(plain.double(), expected, rtol=2**-7, atol=1e-6)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=0)
+    assert len(fused.dequantise(values.to(device), scales.to(device), places[:0].to(device), dtype)) == 0
+
+
+@pytest.mark.parametrize("d_in", [1, 80, 1300])
+def test_rows_are_normalised_as_normalization_does(device, d_in):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 2 * d_in, generator=generator).bfloat16().to(device)[:, :d_in]
+    normalization = Normalization(torch.randn(d_in, generator=generator).to(device), 0.3, 1.0)
+    x, x_compute = fused.normalise(rows, normalization.mean, 0.3)
+    torch.testing.assert_close(x, normalization.apply(rows), rtol=1e-6, atol=0)
+    torch.testing.assert_close(x_compute.float(), x, rtol=2**-7, atol=0)
+    x, x_compute = fused.normalise(rows, normalization.mean, 0.3, torch.float32)
+    assert x_compute is x
