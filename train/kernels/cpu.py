@@ -70,9 +70,10 @@ def decode(
     offsets: Int64[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_out"],
 ) -> Float[Tensor, "batch d_out"]:
-    """Return `sum_j values_j W_dec[indices_j]` for each row, in the dtype of `W_dec`; sums are float32 at least."""
-    values = values.to(W_dec.dtype)
-    return F.embedding_bag(indices, W_dec, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    """Return `sum_j values_j W_dec[indices_j]` for each row, with terms in the dtype of `W_dec`, sums in float32."""
+    weights = values.to(W_dec.dtype)
+    x_hat = F.embedding_bag(indices, W_dec, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return x_hat.to(values.dtype)
 
 
 def grad_values(
