@@ -1,4 +1,4 @@
-"""Expand a configuration's `[[sae]]` tables into the list of SAEs to train."""
+"""Expand a configuration's `[[sae]]` tables into the list of SAEs to train: lists, grids and random samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..shared.config import to_config
 from ..shared.errors import ConfigError
 from ..shared.hook_points import canonical_hook_point
 from .config import SaeConfig
+from .random_search import draws_of, sample_tables
 
 _LISTS = ("prefix_sizes", "hook_points")
 _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
@@ -23,7 +24,9 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
     """Return one configuration per SAE, each with a name of its own.
 
     A list value stands for its members in turn, several lists for all their combinations, the last
-    varying fastest. A name may hold other keys in braces; keys that vary and are not in it are added.
+    varying fastest. With `samples = N`, a value such as `{ log_uniform = [1e-4, 1e-2] }` is drawn N times, and the
+    names end with the sample's number. A name may hold other keys in braces; keys that vary and are not in it are
+    added.
 
     Raises:
         ConfigError: a table is not valid, or two SAEs would have one name.
@@ -38,14 +41,18 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
         if table.get("hook_points") and "hook_point" not in table:
             first = table["hook_points"][0]
             table = {"hook_point": first if isinstance(first, str) else first[0], **table}
-        varying = [key for key, value in table.items() if _is_grid(key, value)]
-        for key in varying:
-            if not table[key]:
-                raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
-        for values in itertools.product(*(table[key] for key in varying)):
-            config = to_config(SaeConfig, {**table, **dict(zip(varying, values, strict=True))}, where)
-            config = _canonical(config)
-            saes.append(msgspec.structs.replace(config, name=_name(config, varying, where)))
+        drawn = draws_of(table, where)
+        samples = sample_tables(table, drawn) if drawn else [table]
+        for number, sample in enumerate(samples):
+            varying = [key for key, value in sample.items() if _is_grid(key, value)]
+            for key in varying:
+                if not sample[key]:
+                    raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
+            for values in itertools.product(*(sample[key] for key in varying)):
+                config = to_config(SaeConfig, {**sample, **dict(zip(varying, values, strict=True))}, where)
+                config = _canonical(config)
+                name = _name(config, varying, where, f"-{number}" if drawn else "")
+                saes.append(msgspec.structs.replace(config, name=name))
     twice = [name for name, count in Counter(sae.name for sae in saes).items() if count > 1]
     if twice:
         raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
@@ -67,7 +74,7 @@ def _is_grid(key: str, value: Any) -> bool:
     return isinstance(value, list) and (key not in _LISTS or bool(value and isinstance(value[0], list)))
 
 
-def _name(config: SaeConfig, varying: Sequence[str], where: str) -> str:
+def _name(config: SaeConfig, varying: Sequence[str], where: str, ending: str) -> str:
     keys = {key: value for key, value in msgspec.structs.asdict(config).items() if value is not None}
     template = config.name
     if template is None:
@@ -81,4 +88,4 @@ def _name(config: SaeConfig, varying: Sequence[str], where: str) -> str:
         name = template.format(**keys)
     except (KeyError, IndexError, ValueError, AttributeError):
         raise ConfigError(f"{where}: name '{template}' uses an unknown key; known keys: {', '.join(keys)}") from None
-    return re.sub(r"[^\w.+-]+", "_", name)
+    return re.sub(r"[^\w.+-]+", "_", name + ending)

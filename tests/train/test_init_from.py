@@ -231,7 +231,7 @@ def test_dictionary_learning_is_read(kind, tmp_path):
     sae = read_trained_sae(tmp_path)
     torch.testing.assert_close(sae(x), acts @ W_dec + b_dec)
     names = {"standard": "standard", "gated": "gated", "topk": "topk", "jumprelu": "batch_topk"}
-    config = sae_config(names[sae.architecture])
+    config = sae_config(names[sae.architecture], **({"k": 4} if kind == "AutoEncoderTopK" else {}))
     norm = normalization(config, 1, 0.3)
     architecture = make_architecture(config, D_IN)
     ours = architecture.to_sae(*parameters_of(architecture, sae, norm), norm, {})

@@ -1,5 +1,6 @@
 """Grids expand to named configurations."""
 
+import numpy as np
 import pytest
 
 from thresher.shared.errors import ConfigError
@@ -31,6 +32,28 @@ def test_configurations_are_accepted_too():
     assert expand_sweep([SaeConfig(**BASE, k=4, name="x")])[0].name == "x"
 
 
+def test_random_search_draws_the_same_values_each_time():
+    """Between the bounds, log-uniform ones evenly over orders of magnitude; grids go on inside each sample."""
+    table = BASE | {"samples": 200, "lr": {"log_uniform": [1e-5, 1e-1]}, "k": {"uniform": [4, 12]}}
+    table |= {"aux_coefficient": {"choice": [0.0, 0.5]}, "beta2": {"uniform": [0.9, 0.999]}}
+    saes = expand_sweep([table])
+    assert saes == expand_sweep([table])
+    assert len({sae.name for sae in saes}) == len(saes) == 200
+    assert saes[7].name == f"topk-blocks.2.resid_post-64-k{saes[7].k}-7"
+    lrs = np.log10([sae.lr for sae in saes])
+    assert (lrs.min() > -5) & (lrs.max() < -1)
+    assert np.histogram(lrs, 4, (-5, -1))[0].min() > 30
+    assert {sae.k for sae in saes} == set(range(4, 13))
+    assert {sae.aux_coefficient for sae in saes} == {0.0, 0.5}
+    assert np.corrcoef(lrs, [sae.k for sae in saes])[0, 1] < 0.2
+    assert [sae.lr for sae in expand_sweep([table | {"samples": 5}])] == [sae.lr for sae in saes[:5]]
+    other = expand_sweep([table | {"sample_seed": 1}])
+    assert not {sae.lr for sae in other} & {sae.lr for sae in saes}
+    grid = expand_sweep([BASE | {"samples": 3, "lr": {"uniform": [1, 2]}, "k": [4, 8], "name": "a"}])
+    assert [sae.name for sae in grid] == [f"a-k{k}-{i}" for i in range(3) for k in (4, 8)]
+    assert grid[0].lr == grid[1].lr != grid[2].lr
+
+
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
@@ -38,6 +61,14 @@ def test_configurations_are_accepted_too():
         ([{"k": 4, "name": "{banana}"}], "uses an unknown key"),
         ([{"k": 0}], "k"),
         ([{"kk": 4}], "unknown key 'kk'"),
+        ([{"k": {"uniform": [4, 8]}}], "'k' is drawn at random; give samples = N, got None"),
+        ([{"k": 4, "samples": 3}], "'samples' is given, but no value is drawn"),
+        ([{"k": 4, "sample_seed": 3}], "sample_seed is 3, expected an integer beside values that are drawn"),
+        ([{"k": {"unifrom": [4, 8]}, "samples": 3}], "did you mean 'uniform'"),
+        ([{"k": 4, "lr": {"log_uniform": [0, 1]}, "samples": 3}], "expected bounds above 0"),
+        ([{"k": {"uniform": [8, 4]}, "samples": 3}], r"expected \[lowest, highest\]"),
+        ([{"k": {"choice": []}, "samples": 3}], "expected a list"),
+        ([{"k": {"choice": ["a"]}, "samples": 3}], "k"),
     ],
 )
 def test_errors(tables, message):
