@@ -1,4 +1,4 @@
-"""One line for a run of many processes that ends with an error: the first to notice says why, the others say nothing."""
+"""One line for a run of many processes that ends with an error: the first to notice says why, the others nothing."""
 
 from __future__ import annotations
 
