@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thresher.shared.store.share import Share
@@ -21,6 +21,7 @@ SITUATIONS = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=100, deadline=None)
 @given(SITUATIONS)
 def test_every_context_left_is_made_by_exactly_one_rank(situation):
     size, world, n = situation["contexts_per_shard"], situation["world"], situation["n_contexts"]
@@ -42,6 +43,7 @@ def test_every_context_left_is_made_by_exactly_one_rank(situation):
     assert sorted(made) == [c for c in range(n_committed, n) if c // size not in staged]
 
 
+@settings(max_examples=100, deadline=None)
 @given(SITUATIONS)
 def test_the_shards_left_are_dealt_out_evenly(situation):
     world = situation["world"]
