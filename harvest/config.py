@@ -59,7 +59,13 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="Data type the model runs in; auto is bfloat16 where the device has it."),
     ] = "auto"
-    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
+    device: Annotated[
+        str,
+        Meta(
+            description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any, "
+            "of several processes on a machine each its own GPU."
+        ),
+    ] = "auto"
     revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model.")] = None
     dataset_config: Annotated[str | None, Meta(description="Configuration name of a Hugging Face dataset.")] = None
     dataset_revision: Annotated[str | None, Meta(description="Branch, tag or commit of the dataset.")] = None
