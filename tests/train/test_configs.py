@@ -6,29 +6,31 @@ import pytest
 
 from thresher.shared.config import load_config, read_toml
 from thresher.shared.hook_points import canonical_hook_point
-from thresher.train.architectures import make_architecture
+from thresher.train.architectures import ARCHITECTURES, make_architecture
 from thresher.train.config import TrainConfig
 from thresher.train.sweep import expand_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SECOND_SWEEPS = {"mixed.toml": "demo.toml"}
+"""Sweeps over the store that another configuration harvests."""
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.toml")), ids=lambda path: path.stem)
 def test_configuration_fits_its_harvest(path):
     config = load_config(TrainConfig, path, [])
-    harvest = read_toml(CONFIGS / "harvest" / path.name)
+    harvest = read_toml(CONFIGS / "harvest" / SECOND_SWEEPS.get(path.name, path.name))
     assert config.store == harvest["store"]
-    assert config.output == f"{Path(config.store).parent}/saes"
+    assert config.output == f"{Path(config.store).parent}/{path.stem if path.name in SECOND_SWEEPS else 'saes'}"
     saes = expand_sweep(config.sae)
     for sae in saes:
         make_architecture(sae, 256)
     harvested = {canonical_hook_point(name) for name in harvest["hook_points"]}
-    assert {sae.hook_point for sae in saes} <= harvested
+    assert {place for sae in saes for place in sae.places} <= harvested
 
 
 def test_every_harvest_has_a_sweep():
     names = [sorted(path.name for path in (CONFIGS / stage).glob("*.toml")) for stage in ("harvest", "train")]
-    assert names[0] == names[1]
+    assert names[0] == [name for name in names[1] if name not in SECOND_SWEEPS]
 
 
 def test_the_demo_trains_six_saes():
@@ -41,3 +43,9 @@ def test_the_demo_trains_six_saes():
         ("standard", None, "2.resid_post"),
         ("topk", 32, "1.resid_post"),
     ]
+
+
+def test_the_mixed_sweep_has_twelve_saes_of_every_architecture():
+    saes = expand_sweep(load_config(TrainConfig, CONFIGS / "train" / "mixed.toml", []).sae)
+    assert len(saes) == 12
+    assert {sae.architecture for sae in saes} == set(ARCHITECTURES)
