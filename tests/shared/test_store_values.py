@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask.array
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore
 import torch
+import xarray
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,15 +230,23 @@ def test_the_default_geometry_is_as_documented() -> None:
     assert choose_shard_rows(512, 256, 512, 256 << 20) == 512 << 10
 
 
-@pytest.mark.filterwarnings("default")
-def test_dask_and_xarray_open_it_where_they_are_installed(tmp_path: Path) -> None:
-    dask_array = pytest.importorskip("dask.array")
-    xarray = pytest.importorskip("xarray")
+@pytest.mark.filterwarnings("default")  # those of the libraries' own
+def test_dask_and_xarray_open_it_lazily(tmp_path: Path) -> None:
     data = activations()
     write(tmp_path / "s", data, some_tokens())
-    lazy = dask_array.from_zarr(zarr.open_group(tmp_path / "s", mode="r")["blocks.11.mlp_out"])
+    expected = data["blocks.11.mlp_out"].reshape(-1, 7).bfloat16()
+    bit_pattern = expected.view(torch.int16).numpy()
+    lazy = dask.array.from_zarr(zarr.open_group(tmp_path / "s", mode="r")["blocks.11.mlp_out"])
+    np.testing.assert_array_equal(lazy.compute().view(np.int16), bit_pattern)
+    np.testing.assert_array_equal(lazy[100:200].compute().view(np.int16), bit_pattern[100:200])
     dataset = xarray.open_zarr(tmp_path / "s", consolidated=True)
-    expected = data["blocks.11.mlp_out"].reshape(-1, 7).bfloat16().view(torch.int16).numpy()
-    assert dataset["blocks.11.mlp_out"].dims == ("row", "d_in_7")
-    np.testing.assert_array_equal(lazy.compute().view(np.int16), expected)
-    np.testing.assert_array_equal(dataset["blocks.11.mlp_out"].values.view(np.int16), expected)
+    rows = dataset["blocks.11.mlp_out"]
+    assert rows.chunks is not None, "rows are read when they are computed with"
+    assert {name: part.dims for name, part in dataset.data_vars.items()} == {
+        "blocks.0.resid_post": ("row", "d_in_20"),
+        "blocks.11.mlp_out": ("row", "d_in_7"),
+        "tokens": ("row",),
+    }
+    np.testing.assert_array_equal(rows.values.view(np.int16), bit_pattern)
+    mean = rows.astype("float32").mean("row").compute().values
+    np.testing.assert_allclose(mean, expected.double().mean(0).numpy(), rtol=1e-4, atol=1e-6)
