@@ -57,6 +57,7 @@ def start(config: HarvestConfig, world: int, before: Before, stderr: Path) -> li
     children = []
     for rank in range(world):
         child = os.fork()
+        os.setpgid(child, children[0] if children else child)  # 0 is oneself, so that both do it
         if not child:
             if world > 1:
                 places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
@@ -133,13 +134,14 @@ class Scene:
             self.problems.append(f"{self.store.parent.name}: differs in {sorted(keys)[:3]}")
 
 
-def at_step(step: int, rank: int, signal_number: int) -> Before:
-    """Return what makes one rank send itself a signal just before its given step that reaches the disk."""
+def at_step(step: int, rank: int, signal_number: int, to_all: bool = False) -> Before:
+    """Return what makes one rank send itself, or all, a signal just before its given step that reaches the disk."""
 
     def before(this: int) -> None:
         steps = itertools.count(1)
         if this == rank:
-            durable.observer = lambda _: next(steps) == step and os.kill(os.getpid(), signal_number)
+            target = 0 if to_all else os.getpid()
+            durable.observer = lambda _: next(steps) == step and os.kill(target, signal_number)
 
     return before
 
@@ -243,15 +245,18 @@ def differences(scene: Scene) -> None:
     scene.expect(codes, [2, 2, 2], "error: hook point 'x' is NaN")
 
 
-def random_kills(scene: Scene, count: int = 25) -> None:
-    """Kill a random rank at a random step, and then finish with any number of ranks; note who died."""
+def random_kills(scene: Scene, count: int = 20) -> None:
+    """Kill a random rank, or all, at a random step, twice, and then finish with any number of them; note who died."""
     rng = random.Random(7)
     for number in range(count):
-        world = rng.choice((2, 3))
-        lost, step, then = rng.randrange(world), rng.randrange(1, 260 // world), rng.choice((1, 2, 3))
-        scene.begin(f"{number}: {lost} of {world} killed at step {step}, then {then}")
-        scene.notes.append("died" if -signal.SIGKILL in scene.run(world, at_step(step, lost, signal.SIGKILL)) else "")
-        scene.go_on(then)
+        scene.begin(f"{number}")
+        for _ in range(2):
+            world = rng.choice((1, 2, 3))
+            lost = rng.randrange(world)
+            step = rng.randrange(1, 300 if lost == 0 else 240 // world)  # rank 0 adopts and completes too
+            codes = scene.run(world, at_step(step, lost, signal.SIGKILL, to_all=rng.random() < 0.5))
+            scene.notes.append(f"{lost} of {world} at {step}: {codes}")
+        scene.go_on(rng.choice((1, 2, 3)))
 
 
 QUICK = (numbers_of_ranks, one_killed, one_interrupted, another_harvester, differences)

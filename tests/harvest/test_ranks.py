@@ -63,7 +63,7 @@ def test_any_number_of_ranks_leaves_the_bytes_of_one_process(toml: Path) -> None
 def test_kills_at_random_moments_are_mended_by_any_number_of_ranks(toml: Path) -> None:
     result = play(toml, "random")
     assert result["problems"] == []
-    assert sum(note == "died" for note in result["notes"]) >= 20
+    assert sum("-9" in note for note in result["notes"]) >= 20
 
 
 def test_torchrun_starts_ranks(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,9 @@ def test_ranks_in_any_order_leave_the_bytes_of_one_writer(tmp_path, expected, wo
     release(writers)
     assert tree(tmp_path / "store") == expected
     assert ActivationStore.open(tmp_path / "store").verify() == []
+    (tmp_path / "store/.staged").mkdir()
+    (fault,) = ActivationStore.open(tmp_path / "store").verify()
+    assert fault.endswith("is complete, yet a temporary folder '.staged' is left")
 
 
 def test_what_is_staged_is_not_in_the_store_until_all_before_it_is(tmp_path):
