@@ -1,0 +1,138 @@
+"""Time a sweep's step with 1 to 8 SAEs: what the n-th costs, and whether one GEMM for all their encoders is faster.
+
+    .venv/bin/python benchmarks/marginal_cost.py [--d-in 256 --d-sae 2048 --k 32 --batch-size 2048] [--most 8]
+
+TopK SAEs of one hook point share the batch's preparation and each takes a step of its own. Grouped, their encoders lie
+in one matrix `[n d_sae, d_in]`, one product gives the pre-activations of all, and each selects from its part. A step of
+each is compared first, and nothing is timed if they differ. Rounds alternate; the median of each is kept, and CPU
+seconds beside the wall's, which are steadier on a machine with other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from thresher.train.architectures.latents import encoded_bias
+from thresher.train.config import SaeConfig
+from thresher.train.kernels import kernels_for
+from thresher.train.kernels.cpu import row_blocks
+from thresher.train.kernels.cpu_topk import topk_of_rows
+from thresher.train.normalization import Normalization
+from thresher.train.sae_trainer import SaeTrainer, Schedule
+from thresher.train.trainers import prepare
+
+OUTPUT = Path("runs/bench/marginal_cost.json")
+
+
+class Grouped:
+    """A group's selections by one product for all encoders, a block of rows at a time that stays in cache."""
+
+    def __init__(self, trainers: list[SaeTrainer]):
+        d_sae, d_in = trainers[0].W_enc_compute.shape
+        self.W_enc = torch.empty(len(trainers) * d_sae, d_in, dtype=trainers[0].W_enc_compute.dtype)
+        self.trainers = trainers
+        self.parts = [slice(start, start + d_sae) for start in range(0, len(self.W_enc), d_sae)]
+        self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for index, trainer in enumerate(trainers):
+            own = self.W_enc[self.parts[index]]
+            own.copy_(trainer.W_enc_compute)
+            trainer.W_enc_compute = trainer.optimizer.copies["W_enc"] = own
+            names = {name: getattr(trainer.kernels, name) for name in dir(trainer.kernels) if not name.startswith("_")}
+            select = partial(self.select_topk, index)
+            trainer.kernels = SimpleNamespace(**names | {"select_topk": select})
+
+    def encode(self, x: torch.Tensor, k: int) -> None:
+        """Choose the k largest latents of each SAE in each row."""
+        bias = torch.cat([encoded_bias(trainer.parameters) for trainer in self.trainers]).to(x.dtype)
+        acts = x.new_empty(len(self.trainers), len(x), k)
+        indices = torch.empty(len(self.trainers), len(x), k, dtype=torch.int64)
+        for rows in row_blocks(len(x), len(self.W_enc)):
+            pre_acts = F.linear(x[rows], self.W_enc, bias)
+            for index, part in enumerate(self.parts):
+                acts[index, rows], indices[index, rows] = topk_of_rows(pre_acts[:, part], k)
+        self.chosen = list(zip(acts.relu_(), indices, strict=True))
+
+    def select_topk(self, index: int, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what was chosen for one SAE."""
+        return self.chosen[index]
+
+
+def trainers_for(options: argparse.Namespace, n: int, dtype: torch.dtype = torch.bfloat16) -> list[SaeTrainer]:
+    """Return n trainers that differ in their seeds."""
+    schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
+    normalization = Normalization(torch.zeros(options.d_in), 1.0, float(options.d_in))
+    configs = [SaeConfig(hook_point="h", d_sae=options.d_sae, k=options.k, lr=1e-3, seed=seed) for seed in range(n)]
+    return [SaeTrainer(c, options.d_in, normalization, schedule, kernels_for("cpu"), dtype) for c in configs]
+
+
+def step(trainers: list[SaeTrainer], group: Grouped | None, rows: torch.Tensor) -> list[dict[str, Any]]:
+    """Take a step of every SAE on a batch."""
+    prepared = prepare({"h": rows}, trainers)
+    batch = prepared[("h",), None]
+    if group is not None:
+        group.encode(batch.x_compute, int(trainers[0].config.k or 0))
+    return [trainer.step(batch) for trainer in trainers]
+
+
+def check(options: argparse.Namespace, rows: torch.Tensor) -> None:
+    """Compare a step in float32 with and without grouping."""
+    alone, together = (trainers_for(options, 2, torch.float32) for _ in range(2))
+    group = Grouped(together)
+    for own, grouped in zip(step(alone, None, rows), step(together, group, rows), strict=True):
+        torch.testing.assert_close(torch.tensor(grouped["loss"]), torch.tensor(own["loss"]), rtol=1e-5, atol=0)
+    for own, grouped in zip(alone, together, strict=True):
+        torch.testing.assert_close(grouped.parameters["W_dec"], own.parameters["W_dec"], rtol=1e-3, atol=2e-3)
+
+
+def main() -> None:
+    """Check, measure, print a table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--d-in", type=int, default=256)
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--most", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(options.batch_size, options.d_in, generator=generator)
+    check(options, rows)
+    table = []
+    for n in range(1, options.most + 1):
+        ways = {"separate": (trainers_for(options, n), None)}
+        together = trainers_for(options, n)
+        ways["grouped"] = (together, Grouped(together))
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for round_ in range(options.rounds + 1):
+            for name, (trainers, group) in ways.items():
+                wall, processor = time.perf_counter(), time.process_time()
+                step(trainers, group, rows)
+                if round_:
+                    seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
+        row: dict[str, Any] = {"n": n}
+        for name, times in seconds.items():
+            row[f"{name}_ms"], row[f"{name}_cpu_ms"] = (1e3 * statistics.median(t) for t in zip(*times, strict=True))
+        table.append(row)
+        print("  ".join(f"{key} {value:.1f}" if key != "n" else f"n {value}" for key, value in row.items()), flush=True)
+    for name in ("separate", "grouped"):
+        first, last = table[0], table[-1]
+        for unit in ("ms", "cpu_ms"):
+            key = f"{name}_{unit}"
+            marginal = (last[key] - first[key]) / max(1, options.most - 1)
+            print(f"{name}: each further SAE costs {marginal:.1f} {unit.replace('_', ' ')}, the first {first[key]:.1f}")
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps({"options": vars(options), "table": table}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
