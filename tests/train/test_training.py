@@ -180,10 +180,10 @@ def test_a_signal_to_stop_writes_a_checkpoint_to_go_on_from(config, tmp_path, mo
 
 DRIVER = """
 import os, signal, sys
-from thresher.train import TrainConfig, train
+from thresher.train import TrainConfig
+from thresher.train.run import train  # imported once, before the processes that train are forked
 from thresher.train.sae_trainer import SaeTrainer
 from thresher.shared.config import load_config
-left = int(sys.argv[2])
 def counted(function):
     def call(*arguments, **options):
         global left
@@ -193,8 +193,19 @@ def counted(function):
         return function(*arguments, **options)
     return call
 os.fsync, os.replace, SaeTrainer.step = counted(os.fsync), counted(os.replace), counted(SaeTrainer.step)
-train(load_config(TrainConfig, sys.argv[1], []))
-print(-left)
+for line in sys.stdin:
+    path, moment = line.rsplit(maxsplit=1)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            left = int(moment)
+            train(load_config(TrainConfig, path, []))
+            print(-left, flush=True)
+            code = 0
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -202,20 +213,29 @@ print(-left)
 def test_a_run_killed_at_any_moment_resumes_to_the_same_end(config, tmp_path):
     """SIGKILL before 30 random writes, renames and steps of one SAE or another."""
     path = tmp_path / "train.toml"
+    command = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
 
-    def run(output, moment):
-        path.write_text(to_toml(change(config, output=str(output), sae=expand_sweep(config.sae))))
-        command = [sys.executable, "-c", DRIVER, str(path), str(moment)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        def run(output, moment):
+            """Train in a process of its own; return its exit code, and what it counted if it was not killed."""
+            path.write_text(to_toml(change(config, output=str(output), sae=expand_sweep(config.sae))))
+            driver.stdin.write(f"{path} {moment}\n")
+            driver.stdin.flush()
+            said = int(driver.stdout.readline())
+            return (said, 0) if said == -signal.SIGKILL else (int(driver.stdout.readline()), said)
 
-    moments = int(run(tmp_path / "whole", 0).stdout.split()[-1])
-    names = [sae.name for sae in expand_sweep(config.sae)]
-    expected = [weights(tmp_path / "whole" / name) for name in names]
-    for moment in random.Random(0).sample(range(1, moments), 30):
-        assert run(tmp_path / "cut", moment).returncode == -signal.SIGKILL
-        assert run(tmp_path / "cut", 0).returncode == 0
-        assert [weights(tmp_path / "cut" / name) for name in names] == expected, moment
-        shutil.rmtree(tmp_path / "cut")
+        code, moments = run(tmp_path / "whole", 0)
+        assert code == 0
+        names = [sae.name for sae in expand_sweep(config.sae)]
+        expected = [weights(tmp_path / "whole" / name) for name in names]
+        for moment in random.Random(0).sample(range(1, moments), 30):
+            assert run(tmp_path / "cut", moment)[0] == -signal.SIGKILL
+            assert run(tmp_path / "cut", 0)[0] == 0
+            assert [weights(tmp_path / "cut" / name) for name in names] == expected, moment
+            shutil.rmtree(tmp_path / "cut")
+        driver.stdin.close()
 
 
 def test_only_the_last_checkpoints_are_kept(config, monkeypatch):
