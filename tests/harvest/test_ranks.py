@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import HashStore
 
 from thresher.harvest.config import HarvestConfig
+from thresher.harvest.ranks import Ranks, rank_device
 from thresher.harvest.run import harvest
 from thresher.shared.config import load_config
+from thresher.shared.errors import ConfigError
 
 CONFIG = """
 model = "{model}"
@@ -81,3 +85,27 @@ def test_torchrun_starts_ranks(toml: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def files_of(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    ranks = []
+    for local_rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        ranks.append(Ranks(4 + local_rank, 8, HashStore(), None))
+    assert [rank_device(device, ranks[1]) for device in ("auto", "cuda", "cuda:0", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cuda:0",
+        "cpu",
+    ]
+    assert chosen == [1, 1]
+    with pytest.raises(
+        ConfigError, match="3 processes were started on a machine with 2 CUDA devices; start one for each"
+    ):
+        rank_device("auto", ranks[2])
+    assert rank_device("auto", Ranks(0, 1, HashStore(), None)) == "cuda"
