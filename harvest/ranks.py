@@ -198,7 +198,13 @@ def _quiet(quiet: bool) -> Iterator[None]:
 def rank_device(device: str, ranks: Ranks) -> str:
     """Return this rank's device: where CUDA is chosen without a number, the GPU of its number on its machine."""
     chosen = choose_device(device)
-    if ranks.world == 1 or chosen != "cuda":
+    if ranks.world == 1 or torch.device(chosen).type != "cuda":
+        return chosen
+    if torch.device(chosen).index is not None:
+        if ranks.local_world > 1:
+            raise ConfigError(
+                f"device is '{device}', but each of {ranks.local_world} processes needs its own; use device = 'cuda'"
+            )
         return chosen
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(

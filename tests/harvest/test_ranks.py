@@ -97,15 +97,12 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     for local_rank in range(3):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         ranks.append(Ranks(4 + local_rank, 8, HashStore(), None))
-    assert [rank_device(device, ranks[1]) for device in ("auto", "cuda", "cuda:0", "cpu")] == [
-        "cuda:1",
-        "cuda:1",
-        "cuda:0",
-        "cpu",
-    ]
+    assert [rank_device(device, ranks[1]) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     assert chosen == [1, 1]
     with pytest.raises(
         ConfigError, match="3 processes were started on a machine with 2 CUDA devices; start one for each"
     ):
         rank_device("auto", ranks[2])
+    with pytest.raises(ConfigError, match="device is 'cuda:0', but each of 3 processes needs its own"):
+        rank_device("cuda:0", ranks[1])
     assert rank_device("auto", Ranks(0, 1, HashStore(), None)) == "cuda"
