@@ -1,9 +1,10 @@
-"""Time the kernels and a whole TopK step on a GPU, each against its floor, PyTorch and the peers.
+"""Time the kernels and whole steps on a GPU, each against its floor, PyTorch and the peers, with nobody watching.
 
-`make bench-gpu` runs it and writes `runs/bench/gpu_step.json`. Every kernel is held against its reference
-first; a wrong one ends the run before a time is printed. `--peers PYTHON` names an interpreter that has the
-peer libraries; each runs in a process of its own, under bfloat16 autocast where it has no such path itself.
-`--rehearse` runs every line at tiny sizes, without a GPU in Triton's interpreter, and prints no times.
+`make bench-gpu` runs it and writes `runs/bench/gpu_step.json` and `gpu_step.md`, whose tables can go into
+docs/benchmarks.md as they are. Every section of every size runs in a process of its own, so that one that fails, or
+runs out of memory, costs its own rows only. What is timed is held against its reference first; a wrong result is an
+error, not a time. `--peers PYTHON` names an interpreter that has the peer libraries (`make bench-gpu-peers` makes one).
+`--rehearse` runs every line but the timers at tiny sizes, in Triton's interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gpu_tables
+
 PEERS = ("dense", "sparsify", "dictionary_learning", "sae_lens")
+SECTION_SECONDS = 1200
 # An H200's, on which the design's floors rest; override for another GPU.
 FLOPS, BYTES_PER_SECOND = 790e12, 4.3e12
 
@@ -34,28 +40,32 @@ class Size(NamedTuple):
 
 
 SIZES = [Size(768, 24_576, 32, 4096, 0.60), Size(768, 24_576, 32, 32_768, 3.0), Size(4096, 131_072, 64, 4096, 14.0)]
-REHEARSAL = [Size(32, 24, 2, 4, None)]
+REHEARSAL = [Size(16, 24, 2, 4, 1.0)]
+REHEARSED = ("batch_topk", "jumprelu")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu_step.json"))
     parser.add_argument("--peers", help="Python interpreter of an environment with the peer libraries")
     parser.add_argument("--flops", type=float, default=FLOPS, help="bfloat16 operations a second of this GPU")
     parser.add_argument("--bandwidth", type=float, default=BYTES_PER_SECOND, help="bytes a second of its memory")
     parser.add_argument("--store-tokens", type=int, default=1 << 21, help="rows of the stores that are streamed")
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="which to run")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, no times; runs without a GPU")
-    return parser.parse_args()
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Return the median time of a call on the GPU, after warming up."""
+    """Return the median time of a call on the GPU, after warming up; without a GPU run it once and return nothing."""
     import torch
 
+    if not torch.cuda.is_available():
+        run()
+        return float("nan")
     for _ in range(3):
         run()
-    if not torch.cuda.is_available():
-        return float("nan")
     times = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -76,13 +86,13 @@ def make_problem(size: Size, device: Any) -> tuple[dict[str, Any], Any]:
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     directions = torch.randint(size.d_sae, (size.batch, size.k), generator=generator, device=device)
     noise = torch.randn(size.batch, size.d_in, generator=generator, device=device)
-    x = torch.stack([W_dec[chosen].sum(0) for chosen in directions]) * 4 + noise
+    x = torch.nn.functional.embedding_bag(directions, W_dec, mode="sum") * 4 + noise
     zeros = torch.zeros(size.d_sae, device=device), torch.zeros(size.d_in, device=device)
     parameters = {"W_enc": W_dec.clone(), "b_enc": zeros[0], "W_dec": W_dec, "b_dec": zeros[1]}
     return parameters, x.to(torch.bfloat16)
 
 
-def kernel_times(size: Size, device: Any, flops: float, bandwidth: float) -> dict[str, Any]:
+def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Check each kernel against its reference on some rows, then time it; floors from operations and bytes."""
     import torch
 
@@ -90,7 +100,7 @@ def kernel_times(size: Size, device: Any, flops: float, bandwidth: float) -> dic
 
     parameters, x = make_problem(size, device)
     W = parameters["W_dec"].to(torch.bfloat16)
-    bias, (B, d, F, k) = parameters["b_enc"], (size.batch, size.d_in, size.d_sae, size.k)
+    bias, (d, F, k, B) = parameters["b_enc"], size[:4]
     acts, indices, failed = fused.select_topk_certified(x, W, bias, k)
     rows = slice(0, min(B, 256))
     expected, _ = reference.select_topk(x[rows], W, bias, k)
@@ -103,28 +113,39 @@ def kernel_times(size: Size, device: Any, flops: float, bandwidth: float) -> dic
     part = values[:n], latents[:n], offsets[: len(x[rows]) + 1]
     residual = reference.decode(*part, W) - x[rows].float()
     torch.testing.assert_close(found.g[rows], residual * scale, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(
-        found.grad_pre_acts[:n] / scale,
-        reference.grad_values(residual, W, *part[1:]) * (part[0] > 0),
-        rtol=1e-2,
-        atol=1e-2,
-    )
+    by_acts = reference.grad_values(residual, W, *part[1:]) * (part[0] > 0)
+    torch.testing.assert_close(found.grad_pre_acts[:n] / scale, by_acts, rtol=1e-2, atol=1e-2)
     csc = fused.to_csc(latents, offsets, F)
     by_weights = fused.grad_weights(values, latents, offsets, found.g, F, csc)
-    some = torch.arange(min(F, 64), device=device)
-    chosen = (latents < len(some)).nonzero().squeeze(1)
+    n_some = min(F, 64)
+    chosen = (latents < n_some).nonzero().squeeze(1)
     terms = values[chosen, None] * found.g[chosen // k]
-    dense = torch.zeros(len(some), d, device=device).index_add_(0, latents[chosen].long(), terms)
-    torch.testing.assert_close(by_weights[some], dense, rtol=1e-3, atol=1e-5)
+    dense = torch.zeros(n_some, d, device=device).index_add_(0, latents[chosen].long(), terms)
+    torch.testing.assert_close(by_weights[:n_some], dense, rtol=1e-3, atol=1e-5)
+
+    capacity = min(2 * B * k + 1024, B * F)
+    threshold = acts[:, -1].mean()
+    above = fused.select_threshold(x, W, bias, threshold, capacity)
+    few = reference.pre_activations(x[rows], W, bias) > threshold + 1e-2
+    n_above = int((few.sum(1) > above.offsets.diff()[rows]).sum())
+    if n_above or int(above.offsets[-1]) > capacity:
+        raise AssertionError(f"the threshold's selection misses entries in {n_above} rows, or found too many")
+    floor = fused.batch_floor(x, W, bias, k)
+    batch_chosen, _, certified = fused.select_batch_topk(x, W, bias, k, floor, capacity)
+    if not bool(certified) or int(batch_chosen.offsets[-1]) != B * k:
+        raise AssertionError("BatchTopK's selection is not certified")
 
     states = [fused.AdamState.of(parameters[name]) for name in ("W_enc", "b_enc", "W_dec")]
     schedule = fused.Hyperparameters(torch.tensor([1e-4, 0.1, 0.001, 1.0], device=device))
+    stored = torch.randint(-96, 97, x.shape, dtype=torch.int8, device=device)
+    scales, places = torch.rand(B, device=device), torch.randperm(B, device=device)
+    torch.testing.assert_close(
+        fused.dequantise(stored, scales, places, torch.float32), (stored.float() * scales[:, None])[places]
+    )
 
-    def update() -> None:
-        fused.update(values, found.grad_pre_acts, csc, x, found.g, *states, schedule, parameters["b_dec"])
-
+    product = 2 * B * F * d, 2 * (B + F) * d
     calls: dict[str, tuple[Callable[[], object], float, float]] = {
-        "select": (lambda: fused.select_topk(x, W, bias, k), 2 * B * F * d, 2 * (B + F) * d),
+        "select": (lambda: fused.select_topk(x, W, bias, k), *product),
         "reconstruct": (
             lambda: fused.reconstruct(values, latents, offsets, W, parameters["b_dec"], x, scale),
             4 * B * k * d,
@@ -136,158 +157,241 @@ def kernel_times(size: Size, device: Any, flops: float, bandwidth: float) -> dic
             2 * B * k * d,
             4 * (B + F) * d,
         ),
-        "gradients and update": (update, 4 * B * k * d, 2 * F * d * 26 + 6 * B * d),
-        "torch.linear": (lambda: torch.nn.functional.linear(x, W), 2 * B * F * d, 2 * (B + F) * d + 2 * B * F),
+        "gradients and update": (
+            lambda: fused.update(values, found.grad_pre_acts, csc, x, found.g, *states, schedule, parameters["b_dec"]),
+            4 * B * k * d,
+            2 * F * d * 26 + 6 * B * d,
+        ),
+        "select_threshold": (lambda: fused.select_threshold(x, W, bias, threshold, capacity), *product),
+        "batch_floor": (lambda: fused.batch_floor(x, W, bias, k), 2 * min(B, 128) * F * d, 2 * F * d),
+        "select_batch_topk": (lambda: fused.select_batch_topk(x, W, bias, k, floor, capacity), *product),
+        "dequantise": (lambda: fused.dequantise(stored, scales, places), 0, 3 * B * d),
+        "normalise": (lambda: fused.normalise(x, parameters["b_dec"], 0.5), 0, 8 * B * d),
+        "torch.linear": (lambda: torch.nn.functional.linear(x, W), product[0], product[1] + 2 * B * F),
     }
     table: dict[str, Any] = {"recomputed_rows": int(failed.sum())}
     for name, (call, operations, n_bytes) in calls.items():
-        floor = max(operations / flops, n_bytes / bandwidth) * 1e3
+        floor_ms = max(operations / options.flops, n_bytes / options.bandwidth) * 1e3
         taken = milliseconds(call)
-        table[name] = {"ms": taken, "floor_ms": floor, "ratio": taken / floor if floor else None}
+        table[name] = {"ms": taken, "floor_ms": floor_ms, "ratio": taken / floor_ms}
     return table
 
 
-def step_time(size: Size, device: Any) -> dict[str, Any]:
-    """Time a whole step, captured in a CUDA graph and not, once two runs of it agree in every bit."""
+def step(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Time a whole step, captured in a CUDA graph and not, once two runs of it agree in every bit; and with AuxK."""
     import torch
 
     from thresher.train.kernels import fused
 
     cuda = torch.cuda.is_available()
     parameters, x = make_problem(size, device)
-    options = fused.TopKOptions(size.k, float(x.float().var(0).sum()), max_norm=None)
+    variance = float(x.float().var(0).sum())
+    plain = fused.TopKOptions(size.k, variance)
     if size.d_sae * size.d_in <= 1 << 26:
-        first, second = (fused.TopKStep(parameters, options) for _ in range(2))
-        for step in (first, second):
-            step.set_lr(1e-3)
-            step(x)
+        first, second = (fused.TopKStep(parameters, plain) for _ in range(2))
+        for whole in (first, second):
+            whole.set_lr(1e-3)
+            whole(x)
         pairs = zip(first.parameters().values(), second.parameters().values(), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):
-            sys.exit("two equal steps differ; no times")
-        del first, second
+            raise AssertionError("two equal steps differ")
+        del first, second, whole
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    step = fused.TopKStep(parameters, options)
-    step.set_lr(1e-4)
-    before = float(step(x)[0])
-    result: dict[str, Any] = {"eager_ms": milliseconds(lambda: step(x))}
-    if not float(step(x)[0]) < before:
-        sys.exit("the loss does not fall; no times")
+    whole = fused.TopKStep(parameters, plain)
+    whole.set_lr(1e-4)
+    before = float(whole(x)[0])
+    result: dict[str, Any] = {"eager_ms": milliseconds(lambda: whole(x))}
+    if not float(whole(x)[0]) < before:
+        raise AssertionError("the loss does not fall")
     if cuda:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step(x)
-        result["ms"] = milliseconds(graph.replay)
+        result["ms"] = milliseconds(captured(lambda: whole(x)))
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    del whole
+    n_dead = max(1, size.d_sae // 64)
+    reviving = fused.TopKOptions(size.k, variance, aux_coefficient=1 / 32, k_aux=size.d_in // 2, dead_after_tokens=1)
+    whole = fused.TopKStep(parameters, reviving)
+    whole.tokens_since_fired[:n_dead] = 10
+    whole(x, n_dead)
+    call = captured(lambda: whole(x, n_dead)) if cuda else lambda: whole(x, n_dead)
+    result["auxk_ms"], result["n_dead"] = milliseconds(call), n_dead
     return result
 
 
-def stream_rate(size: Size, device: Any, n_rows: int, rehearse: bool) -> dict[str, Any]:
-    """Return tokens/s of training from a raw and from an int8 store, and the share of time spent waiting for data."""
-    import time
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Return the replay of a graph of what `run` launches."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Time a trainer's steps of every kind of selection, replayed as graphs, on batches already there."""
+    import torch
+
+    from thresher.train.architectures.base import Batch
+    from thresher.train.config import SaeConfig
+    from thresher.train.kernels import fused
+    from thresher.train.normalization import Normalization
+    from thresher.train.sae_trainer import SaeTrainer, Schedule, read_metrics
+    from thresher.train.step_graphs import capture_on_cuda
+
+    _, x = make_problem(size, device)
+    batch = Batch(x.float(), x)
+    normalization = Normalization(torch.zeros(size.d_in), 1.0, float(x.float().var(0).sum()))
+    recipes: dict[str, dict[str, Any]] = {
+        "topk": {"k": size.k},
+        "batch_topk": {"k": size.k},
+        "matryoshka_batch_topk": {"k": size.k},
+        "jumprelu": {"l0_coefficient": 1.0, "target_l0": float(size.k)},
+        "gated": {"l1_coefficient": 1.0},
+        "standard": {"l1_coefficient": 1.0},
+    }
+    table: dict[str, Any] = {}
+    for name, recipe in recipes.items():
+        config = SaeConfig(hook_point="x", architecture=name, d_sae=size.d_sae, sparsity_warmup_steps=0, **recipe)
+        capture = capture_on_cuda if device.type == "cuda" else None
+        schedule = Schedule(1000, size.batch, 1, 0.0)
+        try:
+            trainer = SaeTrainer(config, size.d_in, normalization, schedule, fused, device=device, capture=capture)
+            if options.rehearse and name not in REHEARSED:
+                continue
+            numbers: dict[str, Any] = {}
+            # Shapes settle by the second look, and a graph is captured three steps later.
+            for _ in range(0 if options.rehearse else 60):
+                trainer.step(batch)
+            taken = milliseconds(lambda trainer=trainer, numbers=numbers: numbers.update(trainer.step(batch)), 64)
+            read = read_metrics(numbers)
+            table[name] = {"ms": taken, "l0": read["l0"], "skipped_steps": read.get("skipped_steps", 0)}
+        except Exception as error:
+            if options.rehearse:
+                raise
+            table[name] = {"error": repr(error)[:300]}
+    return table
+
+
+def stream(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Train from a raw and from an int8 store; return tokens/s and the share of the time spent waiting for data."""
+    import tempfile
 
     import torch
 
-    from thresher.shared.store import ActivationStore, ActivationStoreWriter
-    from thresher.train.batches import ShuffledBatches
-    from thresher.train.kernels import fused
+    from thresher.shared.store import ActivationStoreWriter
+    from thresher.train import TrainConfig, train
 
-    parameters, _ = make_problem(size._replace(batch=1), device)
     rates: dict[str, Any] = {}
-    context = 8 if rehearse else 1024
+    context, n_rows = (8, 64) if options.rehearse else (1024, options.store_tokens)
+    n_steps = max(2, 4 * n_rows // size.batch)
     for name, codec in (("raw", "none"), ("int8", "int8")):
         with tempfile.TemporaryDirectory() as folder:
             with ActivationStoreWriter(folder + "/store", {"x": size.d_in}, context, codec=codec) as writer:
                 block = max(1, min(64, n_rows // context))
                 for _ in range(n_rows // (block * context)):
                     writer.append({"x": torch.randn(block, context, size.d_in).to(torch.bfloat16)})
-            store = ActivationStore.open(folder + "/store")
-            step = fused.TopKStep(parameters, fused.TopKOptions(size.k, float(size.d_in)))
-            mean, factor = torch.zeros(size.d_in, device=device), torch.ones((), device=device)
-            with ShuffledBatches(store, ["x"], size.batch, 0, device) as batches:
-                n_steps = max(2, n_rows // size.batch)
-                waited, started = 0.0, time.perf_counter()
-                for number in range(n_steps):
-                    if number == n_steps // 10:
-                        waited, started, first = 0.0, time.perf_counter(), number
-                    asked = time.perf_counter()
-                    x = next(batches)["x"]
-                    waited += time.perf_counter() - asked
-                    step(fused.dequantise(x, mean, factor))
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds = time.perf_counter() - started
-            rates[name] = {
-                "tokens_per_second": (n_steps - first) * size.batch / seconds,
-                "data_wait_fraction": waited / seconds,
-            }
+            sae = {"hook_point": "x", "architecture": "topk", "d_sae": size.d_sae, "k": size.k}
+            config = TrainConfig(
+                store=folder + "/store",
+                output=folder + "/saes",
+                sae=[sae],
+                batch_size=size.batch,
+                tokens=n_steps * size.batch,
+                device=device.type,
+                log_every_steps=max(1, n_steps // 2),
+                checkpoint_every_tokens=1 << 40,
+            )
+            (trained,) = train(config)
+            last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+            rates[name] = {key: last[key] for key in ("tokens_per_second", "data_wait_fraction")}
     return rates
 
 
-def peer_times(python: str, size: Size, rehearse: bool) -> dict[str, Any]:
+def peers(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Time each peer's step in a process of its own; a peer that cannot run says why."""
-    results = {}
-    for peer in PEERS:
-        command = [python, str(Path(__file__).with_name("gpu_peers.py")), peer, *map(str, size[:4])]
-        done = subprocess.run(command + ["--rehearse"] * rehearse, capture_output=True, text=True, check=False)
-        lines = done.stdout.strip().splitlines()
-        results[peer] = json.loads(lines[-1]) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}
+    results: dict[str, Any] = {}
+    for peer in PEERS if options.peers else ():
+        script = str(Path(__file__).with_name("gpu_peers.py"))
+        command = [options.peers, script, peer, *map(str, size[:4]), *(["--rehearse"] if options.rehearse else [])]
+        results[peer] = run_apart(command)
     return results
 
 
-def main() -> None:
-    options = parse()
+SECTIONS: dict[str, Callable[[Size, Any, argparse.Namespace], dict[str, Any]]] = {
+    "kernels": kernels,
+    "step": step,
+    "architectures": architectures,
+    "stream": stream,
+    "peers": peers,
+}
+
+
+def run_apart(command: list[str]) -> dict[str, Any]:
+    """Run a command and return the JSON of its last line, or what went wrong."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECTION_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": repr(error)[:300]}
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"error": f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"}
+
+
+def run_section(section: str, size: Size, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one section here; what goes wrong is its result."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return SECTIONS[section](size, device, options)
+    except Exception as error:
+        if options.rehearse:
+            raise
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     if options.rehearse:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch
 
+    sizes = REHEARSAL if options.rehearse else SIZES
+    if options.size is not None:
+        print("\n" + json.dumps(run_section(options.sections[0], sizes[options.size], options)))
+        return
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit("no CUDA device was found; --rehearse runs the same lines without one")
-    device = torch.device("cpu" if options.rehearse else "cuda")
-    report: dict[str, Any] = {"device": "rehearsal" if options.rehearse else torch.cuda.get_device_name(), "sizes": []}
-    for size in REHEARSAL if options.rehearse else SIZES:
-        entry: dict[str, Any] = {
-            "size": size._asdict(),
-            "kernels": kernel_times(size, device, options.flops, options.bandwidth),
-        }
-        entry["step"] = step_time(size, device)
-        if not options.rehearse:
-            torch.cuda.empty_cache()
-        if options.peers:
-            entry["peers"] = peer_times(options.peers, size, options.rehearse)
-        if size.d_in < 4096:
-            entry["stream"] = stream_rate(
-                size, device, 64 if options.rehearse else options.store_tokens, options.rehearse
-            )
+    name = "rehearsal" if options.rehearse else torch.cuda.get_device_name()
+    report: dict[str, Any] = {"device": name, "torch": torch.__version__, "sizes": []}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for number, size in enumerate(sizes):
+        entry: dict[str, Any] = {"size": size._asdict()}
         report["sizes"].append(entry)
-        if not options.rehearse:
-            print_entry(size, entry)
-            options.output.parent.mkdir(parents=True, exist_ok=True)
+        for section in options.sections:
+            # The largest size's stores would take longer to write than all else takes to measure.
+            if section == "stream" and size.d_in >= 4096:
+                continue
+            print(
+                f"{section} at d={size.d_in} F={size.d_sae} k={size.k} batch {size.batch}", file=sys.stderr, flush=True
+            )
+            if options.rehearse or section == "peers":
+                entry[section] = run_section(section, size, options)
+            else:
+                own = [
+                    f"--{key}={getattr(options, key.replace('-', '_'))}"
+                    for key in ("flops", "bandwidth", "store-tokens")
+                ]
+                entry[section] = run_apart(
+                    [sys.executable, __file__, "--size", str(number), "--sections", section, *own]
+                )
             options.output.write_text(json.dumps(report, indent=1))
+            options.output.with_suffix(".md").write_text(gpu_tables.markdown(report))
+    print(gpu_tables.markdown(report))
     print("rehearsed: every line ran; nothing was timed" if options.rehearse else f"written to {options.output}")
-
-
-def print_entry(size: Size, entry: dict[str, Any]) -> None:
-    """Print one size's table in Markdown."""
-    print(f"\n### d={size.d_in} F={size.d_sae} k={size.k} batch {size.batch}\n\n| | ms | against |\n|---|---|---|")
-    for name, row in entry["kernels"].items():
-        if isinstance(row, dict):
-            print(f"| {name} | {row['ms']:.3f} | {row['ratio'] or 0:.2f}x its floor of {row['floor_ms']:.3f} |")
-    ours = entry["step"]["ms"]
-    print(f"| **whole step** | {ours:.3f} | {ours / size.floor_ms:.2f}x the floor of {size.floor_ms} |")
-    print(
-        f"| without a graph | {entry['step']['eager_ms']:.3f} | {entry['step']['peak_bytes'] / 2**30:.2f} GiB at most |"
-    )
-    for name, row in entry.get("peers", {}).items():
-        told = (
-            f"| {row['ms']:.3f} | {row['ms'] / ours:.2f}x ours, {row['peak_bytes'] / 2**30:.2f} GiB |"
-            if "ms" in row
-            else f"| - | {row['error'][-80:]} |"
-        )
-        print(f"| {name} {told}")
-    for name, row in entry.get("stream", {}).items():
-        waits = f"waits {row['data_wait_fraction']:.1%}"
-        print(f"| from a {name} store | {row['tokens_per_second']:,.0f} tokens/s | {waits} |")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+import thresher.train.metrics as metrics_module
 import thresher.train.run as run_module
+import thresher.train.sae_trainer as trainer_module
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.train import TrainConfig, train
+from thresher.train.architectures.base import Batch
+from thresher.train.config import SaeConfig
+from thresher.train.kernels import fused
+from thresher.train.normalization import Normalization
+from thresher.train.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.step_graphs import capture_on_cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -91,21 +99,58 @@ def test_every_path_learns_as_much_as_a_cpu(config, tmp_path):
         assert Sae.load(folders[0]).W_dec.isfinite().all()
 
 
-def test_a_whole_topk_step_waits_for_the_device_only_to_look_for_the_dead(config):
-    config = msgspec.structs.replace(config, sae=[SWEEP[0]], tokens=128 * 5, log_every_steps=100)
-    trainers = []
-    make = run_module.make_trainers
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "make_trainers", lambda *a: trainers.extend(make(*a)) or trainers)
-        train(config)
-    trainer = trainers[0]
+def test_steps_replayed_as_graphs_train_the_same_bits(config, tmp_path):
+    graphs = train(config)
+    kernel_by_kernel = train(to(config, tmp_path, "eager", cuda_graphs=False))
+    assert weights(graphs) == weights(kernel_by_kernel)
+
+
+def test_lines_of_metrics_are_those_of_a_run_that_reads_each(config, tmp_path, monkeypatch):
+    every = to(config, tmp_path, "every", sae=[TOPK], tokens=128 * 40, log_every_steps=1)
+    (first,) = train(every)
+    monkeypatch.setattr(metrics_module, "_STEPS_UNREAD", 1)
+    (second,) = train(to(every, tmp_path, "at once"))
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (first, second)]
+    assert [line["step"] for line in lines[0]] == list(range(1, 41))
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+
+
+@pytest.mark.parametrize("table", SWEEP, ids=lambda table: table["architecture"])
+@pytest.mark.parametrize("capture", [None, capture_on_cuda])
+def test_a_step_waits_for_the_device_only_to_look(table, capture):
+    config = SaeConfig(**{key: value for key, value in table.items() if value is not None}, dead_after_tokens=128)
+    normalization = Normalization(torch.zeros(32), 1.0, 32.0)
+    schedule = Schedule(1000, 128, 1, 0.5)
+    trainer = SaeTrainer(config, 32, normalization, schedule, fused, device="cuda", capture=capture)
     x = torch.randn(128, 32, device="cuda")
-    batch = run_module.Batch(x, x.to(torch.bfloat16))
-    trainer.step(batch)
-    trainer.whole_step._look_at = 1 << 60
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer.step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    batch = Batch(x, x.to(torch.bfloat16))
+    steps = 0
+    # A ReLU SAE this young fires everywhere, which is dense; that entries are few is for the test to say.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "SPARSE_BELOW", 1.1)
+        while steps < 40:
+            trainer.step(batch)
+            steps += 1
+        for look in (trainer.dead_look, trainer.room):
+            if look is not None:
+                look.look_at = 1 << 60
+        for _ in range(5):
+            trainer.step(batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            metrics = trainer.step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    trainer.check()
+    assert trainer.diverged is None
+    assert read_metrics(metrics)["loss"] > 0
+
+
+def test_an_int8_store_trains_on_a_gpu_what_it_does_on_a_cpu(config, tmp_path, sparse_activations):
+    x = sparse_activations[: 372 * 16].view(372, 16, 32)
+    with ActivationStoreWriter(tmp_path / "int8", {"blocks.0.resid_post": 32}, 16, codec="int8") as writer:
+        writer.append({"blocks.0.resid_post": x})
+    config = msgspec.structs.replace(config, store=str(tmp_path / "int8"), sae=[TOPK])
+    gpu, cpu = train(config), train(to(config, tmp_path, "cpu", device="cpu"))
+    assert explained(gpu[0]) == pytest.approx(explained(cpu[0]), abs=0.02)

@@ -1,0 +1,84 @@
+"""The GPU benchmark's report as Markdown tables, for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the report's tables; a section that failed says how instead."""
+    lines = [f"On {report['device']}, PyTorch {report['torch']}; medians of repeated calls, in milliseconds."]
+    for entry in report["sizes"]:
+        size = entry["size"]
+        lines += ["", f"### d={size['d_in']} F={size['d_sae']:,} k={size['k']} batch {size['batch']:,}", ""]
+        lines += ["| | ms | against |", "|---|---|---|"]
+        for section, rows in entry.items():
+            if section != "size":
+                lines += _failed(section, rows) if "error" in rows else _SECTIONS[section](rows, entry)
+    return "\n".join(lines) + "\n"
+
+
+def _failed(name: str, row: dict[str, Any]) -> list[str]:
+    reason = " ".join(str(row["error"]).split()).replace("|", "/")[-160:]
+    return [f"| {name} | failed | {reason} |"]
+
+
+def _kernels(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    lines = [
+        f"| {name} | {row['ms']:.3f} | {row['ratio']:.2f}x its floor of {row['floor_ms']:.3f} |"
+        for name, row in rows.items()
+        if isinstance(row, dict)
+    ]
+    return [*lines, f"| rows recomputed | | {rows['recomputed_rows']} of {entry['size']['batch']} |"]
+
+
+def _step(row: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    ours, floor = _ours(entry), entry["size"]["floor_ms"]
+    tokens = entry["size"]["batch"] / ours * 1e3
+    peak = f"{row['peak_bytes'] / 2**30:.2f} GiB at most" if "peak_bytes" in row else "no GPU"
+    return [
+        f"| **whole step** | {ours:.3f} | {ours / floor:.2f}x the floor of {floor}; {tokens:,.0f} tokens/s |",
+        f"| without a graph | {row['eager_ms']:.3f} | {peak} |",
+        f"| with AuxK, {row['n_dead']} dead | {row['auxk_ms']:.3f} | {row['auxk_ms'] / ours:.2f}x the step without |",
+    ]
+
+
+def _architectures(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, row in rows.items():
+        told = f"L0 {row['l0']:.1f}, {row['skipped_steps']:.0f} steps skipped" if "ms" in row else ""
+        lines += [f"| trainer's step, {name} | {row['ms']:.3f} | {told} |"] if "ms" in row else _failed(name, row)
+    return lines
+
+
+def _stream(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, row in rows.items():
+        waits = f"waits {row['data_wait_fraction']:.1%}"
+        lines.append(f"| trained from a {name} store | | {row['tokens_per_second']:,.0f} tokens/s, {waits} |")
+    return lines
+
+
+def _peers(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    lines, ours = [], _ours(entry)
+    for name, row in rows.items():
+        if "ms" not in row:
+            lines += _failed(name, {"error": "no times", **row})
+        else:
+            peak = f"{row['peak_bytes'] / 2**30:.2f} GiB"
+            lines.append(f"| {name} | {row['ms']:.3f} | {row['ms'] / ours:.2f}x ours, {peak} |")
+    return lines
+
+
+def _ours(entry: dict[str, Any]) -> float:
+    """Return our step's time, not a number where it has none."""
+    return float(entry.get("step", {}).get("ms", "nan"))
+
+
+_SECTIONS = {
+    "kernels": _kernels,
+    "step": _step,
+    "architectures": _architectures,
+    "stream": _stream,
+    "peers": _peers,
+}

@@ -1,0 +1,84 @@
+"""The GPU benchmark runs every line but its timers here, and one section that fails leaves the others their rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[3] / "benchmarks"
+PEER = '{"ms": 3.0, "peak_bytes": 1073741824}'
+
+
+def load(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    # Undone by monkeypatch: one benchmark hides a library of the same name from everything.
+    monkeypatch.setitem(sys.modules, "torchvision", sys.modules.get("torchvision"))
+    specification.loader.exec_module(module)
+    return module
+
+
+def peer_that_prints(monkeypatch, module, tmp_path, text, status=0):
+    script = tmp_path / "peer"
+    script.write_text(f"#!/bin/sh\necho '{text}'\necho out of memory >&2\nexit {status}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(module, "PEERS", ("dense",))
+    return str(script)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
+def test_every_line_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
+    module = load("gpu_step", monkeypatch)
+    peer = peer_that_prints(monkeypatch, module, tmp_path, PEER)
+    output = tmp_path / "out" / "report.json"
+    module.main(["--rehearse", "--output", str(output), "--peers", peer])
+    assert "every line ran" in capsys.readouterr().out
+    (entry,) = json.loads(output.read_text())["sizes"]
+    assert set(entry) == {"size", *module.SECTIONS}
+    assert entry["peers"] == {"dense": json.loads(PEER)}
+    table = output.with_suffix(".md").read_text()
+    for row in ("select_batch_topk", "whole step", "jumprelu", "int8 store", "| dense | 3.000 |"):
+        assert row in table
+
+
+def test_what_fails_says_so_in_its_own_row(tmp_path, monkeypatch):
+    module = load("gpu_step", monkeypatch)
+    peer = peer_that_prints(monkeypatch, module, tmp_path, "no json", 3)
+    options = module.parse(["--peers", peer])
+    size = module.SIZES[0]
+    failed = module.peers(size, torch.device("cpu"), options)["dense"]["error"]
+    assert "status 3" in failed
+    assert "out of memory" in failed
+
+    def broken(*arguments):
+        raise RuntimeError("a | b")
+
+    monkeypatch.setitem(module.SECTIONS, "step", broken)
+    entry = {"size": size._asdict(), "step": module.run_section("step", size, options)}
+    entry["peers"] = {"dense": json.loads(PEER), "other": {"error": failed}}
+    assert entry["step"] == {"error": "RuntimeError: a | b"}
+    table = module.gpu_tables.markdown({"device": "none", "torch": "0", "sizes": [entry]})
+    assert "| step | failed | RuntimeError: a / b |" in table
+    assert "| dense | 3.000 | nanx ours, 1.00 GiB |" in table
+    assert "| other | failed |" in table
+
+
+def test_the_dense_peer_learns(monkeypatch, capsys):
+    peers = load("gpu_peers", monkeypatch)
+    step = peers.dense(8, 12, 2, "cpu")
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    weights = [cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Parameter)]
+    before = [weight.detach().clone() for weight in weights]
+    step(x)
+    assert sorted(weight.shape for weight in weights) == [(8,), (12,), (12, 8), (12, 8)]
+    assert not any(torch.equal(was, weight) for was, weight in zip(before, weights, strict=True))
+    assert any(torch.allclose(weight.norm(dim=-1), torch.ones(12)) for weight in weights)
+    monkeypatch.setattr(sys, "argv", ["gpu_peers.py", "dense", "8", "12", "2", "6", "--rehearse"])
+    peers.main()
+    assert json.loads(capsys.readouterr().out) == {"rehearsed": "dense"}
