@@ -186,6 +186,13 @@ class TrainConfig(Config, frozen=True):
     keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
     tensorboard: Annotated[bool, Meta(description="Also write TensorBoard event files, if it is installed.")] = False
+    wandb: Annotated[
+        Literal["off", "offline", "online"],
+        Meta(description="Also log to Weights & Biases, if it is installed; offline needs no network."),
+    ] = "off"
+    wandb_project: Annotated[str, Meta(description="Project of the Weights & Biases runs, one for each SAE.")] = (
+        "thresher"
+    )
     parallel: Annotated[
         Literal["spread", "data", "latents"],
         Meta(

@@ -1,17 +1,17 @@
-"""Write each SAE's training metrics: `metrics.jsonl`, and TensorBoard where it is asked for."""
+"""Write each SAE's training metrics: `metrics.jsonl`, and to what other loggers there are."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..shared.errors import ConfigError
+from .loggers import Logger
 
 METRICS_NAME = "metrics.jsonl"
 _STEPS_UNREAD = 64
@@ -68,13 +68,13 @@ class MetricsLog:
     Opened at a step to resume from, it drops the lines that came after that step.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0, tensorboard: bool = False):
+    def __init__(self, folder: Path, resume_step: int = 0, loggers: Sequence[Logger] = ()):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_NAME
         kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else b""
         path.write_bytes(kept)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _summary_writer(folder, resume_step) if tensorboard else None
+        self._loggers = loggers
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
         """Append one line."""
@@ -83,20 +83,19 @@ class MetricsLog:
             for key, value in metrics.items()
         }
         self._file.write(json.dumps({"step": step, "tokens": tokens, **plain}) + "\n")
-        if self._board is not None:
-            for key, value in plain.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(key, value, step)
+        numbers = {key: value for key, value in plain.items() if isinstance(value, (int, float))}
+        for logger in self._loggers:
+            logger.write(step, tokens, numbers)
 
     def flush(self) -> None:
         """Hand everything written to the operating system."""
         self._file.flush()
 
     def close(self) -> None:
-        """Finish both files."""
+        """Finish the file and the loggers."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def _number(value: Any, read: Iterator[float]) -> Any:
@@ -113,11 +112,3 @@ def _lines_up_to(path: Path, step: int) -> bytes:
             break
         kept.append(line)
     return b"".join(kept)
-
-
-def _summary_writer(folder: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("tensorboard = true needs TensorBoard; install 'thresher[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)

@@ -13,6 +13,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from .config import TrainConfig
+from .loggers import loggers_of
 from .metrics import Line, MetricsLog
 from .sae_trainer import Schedule
 
@@ -24,7 +25,9 @@ class Progress:
 
     def __init__(self, config: TrainConfig, schedule: Schedule, step: int, folders: Sequence[Path], shown: bool = True):
         self._schedule = schedule
-        self._logs = {folder.name: MetricsLog(folder, step, config.tensorboard) for folder in folders}
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._logs = {folder.name: MetricsLog(folder, step, loggers_of(config, folder, step)) for folder in folders}
         self._bar = tqdm(
             total=schedule.n_steps * schedule.batch_size,
             initial=step * schedule.batch_size,

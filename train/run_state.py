@@ -31,6 +31,8 @@ _MAY_CHANGE = {
     "keep_checkpoints",
     "log_every_steps",
     "tensorboard",
+    "wandb",
+    "wandb_project",
     "dry_run",
     "cuda_graphs",
     "parallel",
