@@ -1,13 +1,15 @@
 """Each mistake that public SAE code has made has a test that fails when it is made here.
 
-The numbers are those of the docstrings below. Elsewhere: 7 (explained variance per batch, or on scaled activations) in
-`tests/evaluate/test_reconstruction.py`, `test_explained_variance_is_pooled_not_averaged_over_blocks` and
-`test_a_mean_far_from_zero_does_not_cost_the_variance`; 15 (evaluation on trained tokens) in
-`tests/evaluate/test_held_out.py`, `test_blocks_hold_every_usable_held_out_row_once_in_order`, and 10 end to end, with
-a kill at any moment, in `tests/train/test_training.py`. The GPU kernels' part of 2, 13 and 14 is in
-`tests/train/kernels`. Tests named `..._is_noticed` make the mistake and expect the check to fail.
+8, 9, 11, 12 and the stream's part of 10 are in `test_fifteen_mistakes_of_data.py`. Elsewhere: 7 (explained variance
+per batch, or on scaled activations) in `tests/evaluate/test_reconstruction.py`,
+`test_explained_variance_is_pooled_not_averaged_over_blocks` and `test_a_mean_far_from_zero_does_not_cost_the_variance`;
+15 (evaluation on trained tokens) in `tests/evaluate/test_held_out.py`,
+`test_blocks_hold_every_usable_held_out_row_once_in_order`, and 10 end to end, with a kill at any moment, in
+`tests/train/test_training.py`. The GPU kernels' part of 2, 13 and 14 is in `tests/train/kernels`. Tests named
+`..._is_noticed` make the mistake and expect the check to fail.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,17 +18,15 @@ import torch
 
 import thresher.train.architectures.jumprelu as jumprelu_module
 import thresher.train.architectures.topk as topk_module
-import thresher.train.batches as batches_module
-from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.errors import ConfigError
-from thresher.train import ShuffledBatches
+import thresher.train.resampling as resampling_module
 from thresher.train.architectures import ARCHITECTURES, make_architecture
 from thresher.train.architectures.auxk import add_auxk
 from thresher.train.architectures.base import Batch, StepInput
-from thresher.train.architectures.latents import DenseLatents
+from thresher.train.architectures.latents import DenseLatents, sparse_at
+from thresher.train.architectures.matryoshka import MatryoshkaBatchTopK
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
-from thresher.train.normalization import Normalization, normalization_of
+from thresher.train.normalization import Normalization
 from thresher.train.optimizer import Optimizer
 from thresher.train.resampling import resample_dead_latents
 from thresher.train.sae_trainer import SaeTrainer, Schedule
@@ -142,7 +142,7 @@ def test_3_auxk_takes_the_residual_as_constant(name):
     torch.testing.assert_close(gradients["b_dec"] - without["b_dec"], by_encoder)
 
 
-def test_4_losses_of_prefixes_are_averaged_over_rows_alone():
+def check_losses_of_prefixes_are_averaged_over_rows_alone():
     """Where the later prefixes add nothing, three prefixes cost and pull three times what one does."""
     one, parameters, x = make(architecture="matryoshka_batch_topk", prefix_sizes=(D_SAE,))
     three = make(architecture="matryoshka_batch_topk", prefix_sizes=(4, 9, D_SAE))[0]
@@ -152,6 +152,27 @@ def test_4_losses_of_prefixes_are_averaged_over_rows_alone():
     assert thrice.terms["mse_loss"] == pytest.approx(3 * once.terms["mse_loss"])
     assert thrice.terms["auxk_loss"] == pytest.approx(once.terms["auxk_loss"])
     assert once.terms["mse_loss"] == pytest.approx(once.mse / 2.0)
+    torch.testing.assert_close(thrice.gradients["W_dec"][:4], 3 * once.gradients["W_dec"][:4])
+
+
+def test_4_losses_of_prefixes_are_averaged_over_rows_alone():
+    check_losses_of_prefixes_are_averaged_over_rows_alone()
+
+
+@pytest.mark.parametrize("mistaken", ["loss", "gradients"])
+def test_4_a_mean_over_prefixes_is_noticed(monkeypatch, mistaken):
+    def averaged(self, parameters, batch, step, latents, gradients, error, terms, mse):
+        n = len(self.prefixes)
+        if mistaken == "loss":
+            terms = {name: term / n for name, term in terms.items()}
+        else:
+            gradients = {name: gradient / n for name, gradient in gradients.items()}
+        return finish(self, parameters, batch, step, latents, gradients, error, terms, mse)
+
+    finish = MatryoshkaBatchTopK.finish
+    monkeypatch.setattr(MatryoshkaBatchTopK, "finish", averaged)
+    with pytest.raises(AssertionError):
+        check_losses_of_prefixes_are_averaged_over_rows_alone()
 
 
 def check_jumprelu_counts_entries_below():
@@ -187,8 +208,7 @@ def test_5_an_estimator_fed_with_latents_is_noticed(monkeypatch):
         check_jumprelu_counts_entries_below()
 
 
-@pytest.mark.parametrize("name", ["topk", "standard", "gated", "jumprelu"])
-def test_6_resampling_changes_the_trained_tensors(name):
+def check_resampling_changes_the_trained_tensors(name, resample):
     """The very tensors that the optimizer steps change, in the dead rows alone, and so do their moments."""
     architecture, parameters, x = make(architecture=name, l1_coefficient=1.0, l0_coefficient=1.0, dtype=torch.float32)
     optimizer = Optimizer(parameters, architecture)
@@ -198,7 +218,7 @@ def test_6_resampling_changes_the_trained_tensors(name):
     error = torch.zeros_like(x)
     error[5:15] = 1.0
     initial = architecture.initial_parameters(torch.Generator().manual_seed(9))
-    count = resample_dead_latents(optimizer, initial, dead, x, x, error, torch.Generator().manual_seed(0))
+    count = resample(optimizer, initial, dead, x, x, error, torch.Generator().manual_seed(0))
     assert count == dead.sum()
     candidates = torch.nn.functional.normalize(x[5:15] - before["b_dec"], dim=1)
     directions = torch.nn.functional.normalize(parameters["W_dec"][dead], dim=1)
@@ -215,57 +235,27 @@ def test_6_resampling_changes_the_trained_tensors(name):
             assert optimizer.exp_avg[key][~dead].all()
 
 
-def test_8_moments_are_of_all_rows(tmp_path):
-    """Batches whose means agree but rows vary, then rows of a hundred times the norm in the last batch."""
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 8, D_IN, generator=generator) * (1 + 100 * (i == 11)) for i in range(12)]
-    with ActivationStoreWriter(tmp_path / "store", {"h": D_IN}, 8, dtype="float32") as writer:
-        for part in parts:
-            writer.append({"h": part - part.mean((0, 1))})
-    store = ActivationStore.open(tmp_path / "store")
-    x = np.concatenate([(part - part.mean((0, 1))).double().numpy().reshape(-1, D_IN) for part in parts])
-    scale = D_IN**0.5 / np.linalg.norm(x, axis=1).mean()
-    normalization = normalization_of(store, "h", "expected_average_only_in")
-    assert normalization.scale == pytest.approx(scale, rel=1e-6)
-    assert normalization.total_variance == pytest.approx(x.var(0).sum() * scale**2, rel=1e-6)
+@pytest.mark.parametrize("name", ["topk", "standard", "gated", "jumprelu"])
+def test_6_resampling_changes_the_trained_tensors(name):
+    check_resampling_changes_the_trained_tensors(name, resample_dead_latents)
 
 
-def stream(array_store, epochs=2, **options):
-    """Return a numbered store's rows as a stream gives them, epoch by epoch."""
-    rows = torch.arange(96, dtype=torch.float32)[:, None].expand(-1, 2).contiguous()
-    store = array_store({"h": rows})
-    with ShuffledBatches(store, ["h"], 16, window_bytes=2 * 12 * 4 * 2 * 4, **options) as batches:
-        return [[int(row) for _ in range(6) for row in next(batches)["h"][:, 0]] for _ in range(epochs)]
+@pytest.mark.parametrize("copied", ["parameters", "exp_avg", "exp_avg_sq"])
+def test_6_writing_into_a_copy_is_noticed(copied):
+    def into_copies(optimizer, *rest):
+        copies = {name: tensor.clone() for name, tensor in getattr(optimizer, copied).items()}
+        return resample_dead_latents(SimpleNamespace(**vars(optimizer) | {copied: copies}), *rest)
 
-
-def check_shuffle(array_store):
-    first, second = stream(array_store)
-    assert sorted(first) == sorted(second) == list(range(96))
-    assert first != sorted(first)
-    assert first != second
-    ranks = [np.argsort(np.argsort(part)).tolist() for part in (first[:48], first[48:], second[:48], second[48:])]
-    assert len({tuple(rank) for rank in ranks}) == 4, "the same permutation in two windows or epochs"
-
-
-def test_9_every_epoch_and_window_has_an_order_of_its_own(array_store):
-    check_shuffle(array_store)
-
-
-@pytest.mark.parametrize("mistake", ["never read", "the same in every window"])
-def test_9_an_order_that_does_not_change_is_noticed(array_store, monkeypatch, mistake):
-    order_epoch, order_window = batches_module.order_epoch, batches_module.order_window
-
-    def unshuffled_chunks(rows, per_window, seed, epoch):
-        order = order_epoch(rows, per_window, seed, 0)
-        return order._replace(chunks=np.arange(len(order.chunks)))
-
-    def one_order(rows, seed, epoch, window):
-        return np.arange(rows.sum()) if mistake == "never read" else order_window(rows, seed, 0, 0)
-
-    monkeypatch.setattr(batches_module, "order_epoch", unshuffled_chunks)
-    monkeypatch.setattr(batches_module, "order_window", one_order)
     with pytest.raises(AssertionError):
-        check_shuffle(array_store)
+        check_resampling_changes_the_trained_tensors("topk", into_copies)
+
+
+def test_6_rows_that_are_not_normalised_are_noticed(monkeypatch):
+    functional = SimpleNamespace(normalize=lambda rows, dim: rows)
+    nn = SimpleNamespace(functional=functional)
+    monkeypatch.setattr(resampling_module, "torch", SimpleNamespace(**vars(torch) | {"nn": nn}))
+    with pytest.raises(AssertionError):
+        check_resampling_changes_the_trained_tensors("topk", resample_dead_latents)
 
 
 def trainer():
@@ -298,44 +288,7 @@ def test_10_a_resumed_trainer_goes_on_as_if_never_stopped():
         assert not all(torch.equal(after[name], tensor) for name, tensor in whole.items()), lost
 
 
-def test_10_the_stream_goes_on_where_it_was(array_store):
-    rows = torch.arange(96, dtype=torch.float32)[:, None].expand(-1, 2).contiguous()
-    with (
-        ShuffledBatches(array_store({"h": rows}), ["h"], 7) as batches,
-        ShuffledBatches(batches.store, ["h"], 7) as other,
-    ):
-        for _ in range(9):
-            next(batches)
-        other.load_state_dict(batches.state_dict())
-        assert torch.equal(next(batches)["h"], next(other)["h"])
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 50, 95, 200])
-def test_11_no_row_is_dropped_or_repeated_at_an_end(array_store, batch_size):
-    """96 rows are no multiple of the batch, nor of the shards; after two epochs each was given twice."""
-    rows = torch.arange(96, dtype=torch.float32)[:, None]
-    with ShuffledBatches(array_store({"h": rows}, chunk_rows=7), ["h"], batch_size) as batches:
-        seen = torch.cat([next(batches)["h"][:, 0] for _ in range(-(-192 // batch_size))])[:192]
-    assert torch.bincount(seen[:96].long()).tolist() == [1] * 96
-    assert torch.bincount(seen.long()).tolist() == [2] * 96
-
-
-def test_12_ranks_share_the_rows_without_overlap_or_rest(array_store):
-    """A context held out and some rows masked, over 3 ranks; an uneven batch is refused, not cut."""
-    masked = np.arange(112) % 37 == 0
-    store = array_store({"h": torch.arange(112.0)[:, None]}, held_out=np.arange(14) == 5, masked=masked)
-    usable = np.flatnonzero(store.training_mask())
-    ranks = [ShuffledBatches(store, ["h"], 9, rank=rank, world_size=3) for rank in range(3)]
-    seen = torch.cat([next(rank)["h"][:, 0] for _ in range(-(-len(usable) // 9)) for rank in ranks])[: len(usable)]
-    for rank in ranks:
-        rank.close()
-    assert sorted(seen.int().tolist()) == usable.tolist()
-    with pytest.raises(ConfigError, match="multiple of the 3 ranks"):
-        ShuffledBatches(store, ["h"], 10, world_size=3)
-
-
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_13_equal_steps_are_bitwise_equal(name):
+def check_equal_steps_are_bitwise_equal(name, take):
     """Also with another number of threads, which must not change the order of any sum by latent."""
     keys = {"architecture": name, "l1_coefficient": 0.1, "l0_coefficient": 0.1, "d_sae": 64}
     places = {"hook_point_out": "out", "hook_points": ("h", "i")}
@@ -347,7 +300,7 @@ def test_13_equal_steps_are_bitwise_equal(name):
     try:
         for n_threads in (1, 1, 2):
             torch.set_num_threads(n_threads)
-            outputs.append(step(architecture, {key: t.clone() for key, t in parameters.items()}, x, dead))
+            outputs.append(take(architecture, {key: t.clone() for key, t in parameters.items()}, x, dead))
     finally:
         torch.set_num_threads(threads)
     for key, gradient in outputs[0].gradients.items():
@@ -356,17 +309,55 @@ def test_13_equal_steps_are_bitwise_equal(name):
             torch.testing.assert_close(gradient, outputs[2].gradients[key], rtol=1e-4, atol=1e-6)
 
 
-def test_14_sums_of_many_terms_are_not_taken_in_bfloat16():
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_13_equal_steps_are_bitwise_equal(name):
+    check_equal_steps_are_bitwise_equal(name, step)
+
+
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_13_sums_in_whatever_order_are_noticed(name):
+    """As with float atomics: the same rows are added, each time in another order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def in_some_order(architecture, parameters, x, dead):
+        return step(architecture, parameters, x[torch.randperm(len(x), generator=generator)], dead)
+
+    with pytest.raises(AssertionError):
+        check_equal_steps_are_bitwise_equal(name, in_some_order)
+
+
+def check_sums_of_many_terms(kind):
     """1,001 ones: counted in bfloat16 one by one they stop at 256."""
     ones = torch.ones(1, 1001, dtype=torch.bfloat16)
-    latents = DenseLatents(ones, torch.float32)
+    latents = kind(ones, torch.float32)
     assert latents.decode(ones, torch.ones(1001, 3)).tolist() == [[1000.0] * 3]
-    tall = DenseLatents(ones.T, torch.float32)
+    tall = kind(ones.T, torch.float32)
     assert tall.sum(ones.T).tolist() == [1001.0]
     assert tall.grad_weights(ones.T, torch.ones(1001, 2)).tolist() == [[1000.0] * 2]
 
 
-def test_14_values_and_reconstructions_are_float32_where_the_encoder_is_bfloat16():
+def test_14_sums_of_many_terms_are_not_taken_in_bfloat16():
+    check_sums_of_many_terms(DenseLatents)
+
+
+@pytest.mark.parametrize("where", ["sum", "decode", "grad_weights"])
+def test_14_sums_in_bfloat16_are_noticed(where):
+    def one_by_one(rows):
+        total = rows[0]
+        for row in rows[1:]:
+            total = total + row
+        return total
+
+    def product(self, a, b):
+        terms = a[:, :, None] * b.to(a.dtype)[None] if where == "decode" else a.T[:, :, None] * b.to(a.dtype)[None]
+        return one_by_one(terms.transpose(0, 1)).to(self.precise)
+
+    made = (lambda self, values: one_by_one(values).to(self.precise)) if where == "sum" else product
+    with pytest.raises(AssertionError):
+        check_sums_of_many_terms(type("Half", (DenseLatents,), {where: made}))
+
+
+def check_values_are_float32_where_the_encoder_is_bfloat16():
     architecture, parameters, x = make(dtype=torch.float32, k=12)
     half = x.bfloat16()
     inputs = StepInput(kernels_for("cpu"), parameters["W_enc"].bfloat16(), 2.0)
@@ -378,3 +369,17 @@ def test_14_values_and_reconstructions_are_float32_where_the_encoder_is_bfloat16
     acts = torch.zeros_like(pre_acts).scatter(1, chosen, pre_acts.gather(1, chosen)).relu()
     mse = (x.double() - acts @ exact["W_dec"] - exact["b_dec"]).square().sum(1).mean()
     assert low.mse == pytest.approx(float(mse), rel=1e-6)
+
+
+def test_14_values_and_reconstructions_are_float32_where_the_encoder_is_bfloat16():
+    check_values_are_float32_where_the_encoder_is_bfloat16()
+
+
+def test_14_values_in_bfloat16_are_noticed(monkeypatch):
+    def rounded(*arguments):
+        latents = sparse_at(*arguments)
+        return replace(latents, pre_acts=latents.pre_acts.bfloat16().float())
+
+    monkeypatch.setattr(topk_module, "sparse_at", rounded)
+    with pytest.raises(AssertionError):
+        check_values_are_float32_where_the_encoder_is_bfloat16()
