@@ -26,4 +26,7 @@ def _run(config: TrainConfig) -> Any:
 
     code = run_in_one_voice(lambda: train(config))
     if code:
-        sys.exit(code)
+        # Not `sys.exit`: the threads of a process group that has lost a member cannot be joined.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
