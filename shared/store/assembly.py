@@ -8,12 +8,13 @@ import numpy as np
 
 from .batch import Batch
 from .buffers import ChunkBuffers
-from .encode import encode_hook_chunk, encode_tokens
+from .covariance import Products
+from .encode import EncodedChunk, encode_hook_chunk, encode_tokens
 from .format import TOKENS, Header, arrays_of
 from .moments import Moments
-from .pipeline import Encoded, Pipeline, ShardInProgress
+from .pipeline import Pipeline, ShardInProgress
 from .provenance import Segments, find_segments
-from .rows import BITS
+from .rows import BITS, float64_blocks
 from .sink import ShardSink
 from .statistics import Statistics
 
@@ -38,6 +39,7 @@ class ShardAssembly:
         self._segments: list[Segments] = []
         self._info: dict[int, tuple[int, str]] = {}
         self._moments = {name: Moments.none(d_in) for name, d_in in header.hook_points.items()}
+        self._products = {name: Products(d_in) for name, d_in in header.hook_points.items() if header.covariance}
 
     def add(self, batch: Batch, start: int, stop: int, info: Mapping[int, tuple[int, str]], pipeline: Pipeline) -> None:
         """Take contexts [start, stop) of a batch; they fit the shard."""
@@ -94,20 +96,22 @@ class ShardAssembly:
         self._training_rows.append(int(np.count_nonzero(training)))
         for name, part in rows.items():
 
-            def encode(name: str = name, part: np.ndarray = part) -> tuple[str, Encoded, Moments]:
-                return name, *encode_hook_chunk(self._header, self._arrays, name, part, training)
+            def encode(name: str = name, part: np.ndarray = part) -> EncodedChunk:
+                return encode_hook_chunk(self._header, self._arrays, name, part, training)
 
-            def write(result: tuple[str, Encoded, Moments], part: np.ndarray = part) -> int:
-                written = self._write_chunk(*result)
+            def write(chunk: EncodedChunk, name: str = name, part: np.ndarray = part) -> int:
+                written = self._write_chunk(name, chunk)
                 if owner is not None:
                     owner.give_back(part)
                 return written
 
             pipeline.encode(encode, write, part.nbytes)
 
-    def _write_chunk(self, name: str, encoded: Encoded, moments: Moments) -> int:
-        self._moments[name] = self._moments[name] + moments
-        return self.shard.append(encoded)
+    def _write_chunk(self, name: str, chunk: EncodedChunk) -> int:
+        self._moments[name] = self._moments[name] + chunk.moments
+        if chunk.as_read is not None:
+            self._products[name].add(float64_blocks(chunk.as_read, self._header.dtype), chunk.moments)
+        return self.shard.append(chunk.stored)
 
     def finish(self, pipeline: Pipeline) -> None:
         """Send what is left, and have the shard committed after it."""
@@ -125,6 +129,9 @@ class ShardAssembly:
 
     def _commit(self) -> None:
         statistics = Statistics(
-            self._moments, np.concatenate(self._held_out), np.array(self._training_rows, dtype=np.int64)
+            self._moments,
+            np.concatenate(self._held_out),
+            np.array(self._training_rows, dtype=np.int64),
+            {name: products.co_moment(self._moments[name]) for name, products in self._products.items()},
         )
         self._folder.commit(self.shard, self.n_contexts, statistics, self._segments, self._info)

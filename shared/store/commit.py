@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -269,12 +269,10 @@ def _record(content: bytes) -> FileRecord:
     return FileRecord(len(content), crc32c(content))
 
 
-def shard_statistics(path: Path, manifest: Manifest) -> list[Statistics]:
-    """Return each committed shard's statistics, checked against the manifest."""
-    return [
-        load_statistics(path, statistics_key(record.shard), record.files, manifest.header, record.contexts)
-        for record in manifest.shards
-    ]
+def shard_statistics(path: Path, manifest: Manifest) -> Iterator[Statistics]:
+    """Yield each committed shard's statistics, checked against the manifest."""
+    for record in manifest.shards:
+        yield load_statistics(path, statistics_key(record.shard), record.files, manifest.header, record.contexts)
 
 
 def load_statistics(
@@ -311,9 +309,9 @@ def check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool, f
     if not resume:
         raise StoreError(f"'{path}' already holds a store; remove it, name another path, or resume it")
     old, new = msgspec.to_builtins(manifest.header), msgspec.json.decode(msgspec.json.encode(proposed))
-    for key in old:
-        if key not in free and old[key] != new[key]:
+    for key in old | new:
+        if key not in free and old.get(key) != new.get(key):
             raise StoreError(
-                f"the store '{path}' was begun with {key} = {old[key]!r}, now asked for {new[key]!r}; "
+                f"the store '{path}' was begun with {key} = {old.get(key)!r}, now asked for {new.get(key)!r}; "
                 "use the same settings, or name another path"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from .codecs import encode_chunk
@@ -12,21 +14,34 @@ from .quantise import dequantise, quantise
 from .rows import float64_blocks, to_bits, to_float32
 
 
+class EncodedChunk(NamedTuple):
+    """What is stored of one chunk of a hook point, and the moments of its training rows as they will be read.
+
+    Where the store keeps covariances, also the bits of those rows.
+    """
+
+    stored: Encoded
+    moments: Moments
+    as_read: np.ndarray | None
+
+
 def encode_hook_chunk(
     header: Header, arrays: dict[str, ArrayLayout], name: str, bits: np.ndarray, training: np.ndarray
-) -> tuple[Encoded, Moments]:
-    """Return what is stored of one chunk of a hook point, and the moments of its training rows as they will be read."""
+) -> EncodedChunk:
+    """Encode one chunk of a hook point."""
     if header.codec != "int8":
-        encoded = [(name, encode_chunk(arrays[name], bits, header.codec_level))]
-        return encoded, Moments.of(float64_blocks(_rows_of(bits, training), header.dtype), bits.shape[1])
-    values, scales = quantise(to_float32(bits, header.dtype))
-    scales_array = arrays[scales_name(name)]
-    encoded = [
-        (name, encode_chunk(arrays[name], values, header.codec_level)),
-        (scales_array.name, encode_chunk(scales_array, scales, header.codec_level)),
-    ]
-    as_read = to_bits(dequantise(_rows_of(values, training), scales[training]), header.dtype, name)
-    return encoded, Moments.of(float64_blocks(as_read, header.dtype), bits.shape[1])
+        stored = [(name, encode_chunk(arrays[name], bits, header.codec_level))]
+        as_read = _rows_of(bits, training)
+    else:
+        values, scales = quantise(to_float32(bits, header.dtype))
+        scales_array = arrays[scales_name(name)]
+        stored = [
+            (name, encode_chunk(arrays[name], values, header.codec_level)),
+            (scales_array.name, encode_chunk(scales_array, scales, header.codec_level)),
+        ]
+        as_read = to_bits(dequantise(_rows_of(values, training), scales[training]), header.dtype, name)
+    moments = Moments.of(float64_blocks(as_read, header.dtype), bits.shape[1])
+    return EncodedChunk(stored, moments, as_read if header.covariance else None)
 
 
 def _rows_of(rows: np.ndarray, training: np.ndarray) -> np.ndarray:

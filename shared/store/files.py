@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -99,9 +99,7 @@ def load_statistics(
         raise StoreError(f"the store '{files.place}' is damaged: '{key}': {error}") from None
 
 
-def shard_statistics(files: StoreFiles, manifest: Manifest) -> list[Statistics]:
-    """Return each committed shard's statistics, checked against the manifest."""
-    return [
-        load_statistics(files, statistics_key(record.shard), record.files, manifest.header, record.contexts)
-        for record in manifest.shards
-    ]
+def shard_statistics(files: StoreFiles, manifest: Manifest) -> Iterator[Statistics]:
+    """Yield each committed shard's statistics, checked against the manifest."""
+    for record in manifest.shards:
+        yield load_statistics(files, statistics_key(record.shard), record.files, manifest.header, record.contexts)

@@ -36,7 +36,15 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_ROWS)]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="header", tag_field="type"):
+class Header(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag="header",
+    tag_field="type",
+):
     """What a store is: fixed when it is created, the first line of its manifest."""
 
     format_version: int
@@ -51,6 +59,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mask_token_ids: list[int]
     n_contexts: Count | None
     metadata: dict[str, Any]
+    covariance: bool = False
 
     @property
     def contexts_per_shard(self) -> int:
@@ -170,6 +179,7 @@ def make_header(
     has_tokens: bool,
     chunk_bytes: int,
     shard_bytes: int,
+    covariance: bool = False,
 ) -> Header:
     """Return the header of a new store, its values checked."""
     if not hook_points:
@@ -199,6 +209,7 @@ def make_header(
         mask_token_ids=sorted({int(token) for token in mask_token_ids}),
         n_contexts=n_contexts,
         metadata=dict(metadata),
+        covariance=bool(covariance),
     )
 
 

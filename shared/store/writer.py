@@ -57,6 +57,7 @@ class ActivationStoreWriter:
         resume: bool = True,
         threads: int | None = None,
         pending_bytes: int = PENDING_BYTES,
+        covariance: bool = False,
         cache: str | Path | None = None,
     ) -> None:
         header = make_header(
@@ -71,6 +72,7 @@ class ActivationStoreWriter:
             has_tokens=False,
             chunk_bytes=chunk_bytes,
             shard_bytes=shard_bytes,
+            covariance=covariance,
         )
         self.path = locate(path)
         self.raw_bytes = 0
