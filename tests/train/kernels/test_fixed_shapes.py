@@ -11,6 +11,7 @@ import thresher.train.sae_trainer as trainer_module
 import thresher.train.step_graphs as graphs_module
 from thresher.train.architectures import ARCHITECTURES
 from thresher.train.architectures.base import Batch
+from thresher.train.architectures.latents import SparseLatents
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import fused, reference
 from thresher.train.looks import DeadLook, EntryRoom
@@ -193,3 +194,19 @@ def test_room_grows_with_what_is_found_and_is_given_up_where_dense_is_cheaper():
     again.found(torch.tensor(1001))
     again.before(48, 1000)
     assert again.capacity is None
+
+
+def test_a_part_of_the_latents_is_the_same_in_room_of_a_fixed_size():
+    generator = torch.Generator().manual_seed(0)
+    pre_acts, indices = torch.randn(9, generator=generator), torch.tensor([0, 4, 5, 2, 3, 7, 1, 0, 0])
+    exact = SparseLatents(reference, pre_acts[:7], indices[:7], torch.tensor([0, 3, 3, 7]), 8)
+    roomy = SparseLatents(reference, pre_acts, indices, torch.tensor([0, 3, 3, 7]), 8, fixed=True)
+    for bounds in ((0, 2), (2, 6), (6, 8), (0, 8)):
+        (part, chosen), (wide, chosen_wide) = exact.columns(*bounds), roomy.columns(*bounds)
+        n = len(part.indices)
+        assert torch.equal(wide.offsets, part.offsets)
+        for name in ("indices", "pre_acts"):
+            assert torch.equal(getattr(wide, name)[:n], getattr(part, name)), name
+        assert chosen_wide.tolist() == chosen.tolist() + [9] * (9 - n)
+        assert (wide.pre_acts[n:] < -1e19).all()
+        assert (wide.indices[n:] == 0).all()

@@ -7,7 +7,7 @@ import torch
 
 from thresher.train.kernels import reference
 from thresher.train.kernels.select import SelectTiling, padded_k, select_tiling, select_topk, select_topk_certified
-from thresher.train.kernels.threshold import ThresholdTiling, select_batch_topk, select_threshold
+from thresher.train.kernels.threshold import ThresholdTiling, batch_floor, select_batch_topk, select_threshold
 
 SMALL = SelectTiling(n_candidates=2, rows=16, latents=32, d=32, redo_latents=32)
 SMALL_THRESHOLD = ThresholdTiling(n_slots=4, rows=16, latents=32, d=32)
@@ -147,3 +147,55 @@ def test_select_batch_topk_certifies_no_shortage_under_a_floor(device):
     found, _, certified = select_batch_topk(x, W_enc, b_enc, 30, 0.0, None, SMALL_THRESHOLD)
     assert certified
     assert found.offsets[-1] == (reference.pre_activations(x, W_enc, b_enc) > 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("batch", "d_sae", "d_in", "k"),
+    [
+        pytest.param(1, 70, 80, 1, id="one row, k=1, d_in=80"),
+        pytest.param(200, 33, 16, 3, id="more rows than the sample"),
+        pytest.param(2, 40, 16, 40, id="fewer positives than k"),
+    ],
+)
+def test_batch_topk_above_its_own_floor_is_that_of_a_sort(device, batch, d_sae, d_in, k):
+    x, W_enc, b_enc = encoder(device, batch, d_sae, d_in)
+    pre_acts = reference.pre_activations(x, W_enc, b_enc)
+    positive = pre_acts.flatten().sort(descending=True).values[: batch * k].relu()
+    floor = batch_floor(x, W_enc, b_enc, k)
+    assert (floor < positive[-1]) or floor == 0
+    if batch == 200:
+        assert (pre_acts > floor).sum() < 2 * batch * k, "few candidates are left"
+    found, _, certified = select_batch_topk(x, W_enc, b_enc, k, floor, 2 * batch * k + 1024, SMALL_THRESHOLD)
+    assert certified
+    n = int(found.offsets[-1])
+    assert n == (positive > 0).sum()
+    torch.testing.assert_close(found.values[:n].sort(descending=True).values, positive[:n], rtol=1e-5, atol=1e-4)
+    rows = reference.rows_of(found.offsets, n)
+    torch.testing.assert_close(found.values[:n], pre_acts[rows, found.indices[:n].long()], rtol=1e-5, atol=1e-4)
+    assert (found.indices[n:] == 0).all()
+    again = select_batch_topk(x, W_enc, b_enc, k, floor, 2 * batch * k + 1024, SMALL_THRESHOLD)[0]
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_batch_topk_gives_ties_to_the_earlier_row_and_the_lower_latent(device):
+    x = torch.ones(3, 16, device=device)
+    W_enc = torch.zeros(64, 16, device=device)
+    W_enc[[3, 9, 40]] = 1.0
+    found, least, certified = select_batch_topk(x, W_enc, torch.zeros(64, device=device), 2, 0.0, 100, SMALL_THRESHOLD)
+    assert certified
+    assert least == 16.0
+    assert found.offsets.tolist() == [0, 3, 6, 6]
+    assert found.indices.tolist() == [3, 9, 40, 3, 9, 40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_latent_hot_in_every_row_and_one_in_none_are_found_so(device, dtype):
+    x, W_enc, b_enc = encoder(device, 9, 40, 80, dtype)
+    b_enc[7], b_enc[39] = 1e4, -1e4
+    found = select_threshold(x, W_enc, b_enc, 0.0, capacity=400, tiling=SMALL_THRESHOLD)
+    n = int(found.offsets[-1])
+    assert (found.indices[:n] == 7).sum() == 9
+    assert not (found.indices[:n] == 39).any()
+    assert (found.indices[n:] == 0).all(), "what no entry takes still names a latent"
+    top_indices = select_topk(x, W_enc, b_enc, 3, SMALL._replace(n_candidates=4))[1]
+    assert (top_indices == 7).any(1).all()
