@@ -26,20 +26,20 @@ from thresher.train.sweep import expand_sweep
 
 DRIVER = Path(__file__).with_name("parallel_driver.py")
 IN, OUT = "blocks.0.mlp_in", "blocks.0.mlp_out"
-TOPK = {"architecture": "topk", "hook_point": IN, "d_sae": 97, "k": 4, "lr": 3e-3, "dead_after_tokens": 600}
+TOPK = {"architecture": "topk", "hook_point": IN, "d_sae": 97, "k": 4, "lr": 3e-3, "dead_after_tokens": 240}
 L1 = {"hook_point": IN, "d_sae": 64, "l1_coefficient": 0.3, "lr": 3e-3}
 SWEEP = [
     TOPK,
     TOPK | {"name": "topk-clipped", "clip_grad_norm": 0.01, "ema_decay": 0.9},
     TOPK | {"architecture": "batch_topk"},
-    TOPK | {"name": "topk-resampled", "aux_coefficient": 0.0, "resample_every_tokens": 1200},
-    TOPK | {"name": "topk-annealed", "k_anneal_steps": 20, "multi_topk_coefficient": 0.125},
+    TOPK | {"name": "topk-resampled", "aux_coefficient": 0.0, "resample_every_tokens": 960},
+    TOPK | {"name": "topk-annealed", "k_anneal_steps": 12, "multi_topk_coefficient": 0.125},
     TOPK | {"architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 97]},
     TOPK | {"architecture": "hierarchical_topk"},
     L1 | {"architecture": "jumprelu", "l0_coefficient": 0.02, "l1_coefficient": None, "target_l0": 5.0},
     L1 | {"architecture": "gated"},
     L1 | {"architecture": "standard"},
-    L1 | {"name": "standard-p", "architecture": "standard", "p_final": 0.5, "p_anneal_steps": 20},
+    L1 | {"name": "standard-p", "architecture": "standard", "p_final": 0.5, "p_anneal_steps": 12},
     L1 | {"architecture": "transcoder", "hook_point_out": OUT},
     L1 | {"architecture": "crosscoder", "hook_point": None, "hook_points": [IN, OUT]},
 ]
@@ -61,9 +61,9 @@ def configs(tmp_path_factory, sparse_activations):
             store=str(folder / "store"),
             output=str(folder / "alone" / parallel),
             batch_size=120,
-            tokens=120 * 40,
+            tokens=120 * 24,
             warmup_steps=5,
-            checkpoint_every_tokens=120 * 10,
+            checkpoint_every_tokens=120 * 6,
             window_bytes=1 << 18,
             compute_dtype=dtype,
             device="cpu",
@@ -107,18 +107,18 @@ def outputs(configs, tmp_path_factory):
     """Let 2 processes begin, 3 go on to the end, and in a copy 3 go on for a while and 1 finish."""
     folder = tmp_path_factory.mktemp("ranks")
     begun = {name: folder / "two" / name for name in configs}
-    arguments = [f"{save(config, begun[name])}@16" for name, config in configs.items()]
+    arguments = [f"{save(config, begun[name])}@10" for name, config in configs.items()]
     codes, said = run_ranks(2, folder / "meeting-2", *arguments)
     assert codes == [0, 0], said
     arguments = []
     for name, config in configs.items():
-        for kind, step in (("three", ""), ("one", "@14")):
+        for kind, step in (("three", ""), ("one", "@9")):
             shutil.copytree(begun[name], folder / kind / name)
             arguments.append(f"{save(config, folder / kind / name)}{step}")
     codes, said = run_ranks(3, folder / "meeting-3", *arguments)
     assert codes == [0, 0, 0], said
     for name, config in configs.items():
-        assert json.loads((folder / "one" / name / "checkpoint.json").read_text())["step"] == 20
+        assert json.loads((folder / "one" / name / "checkpoint.json").read_text())["step"] == 12
         train(msgspec.structs.replace(config, output=str(folder / "one" / name)))
     return folder
 
@@ -154,7 +154,7 @@ def test_an_sae_trained_by_all_ranks_is_that_of_one_process(configs, outputs, pa
         for name, tensor in expected.items():
             torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{folder.name} {name}")
         lines, wanted = numbers(found), numbers(folder)
-        assert [line["step"] for line in lines] == list(range(1, 41))
+        assert [line["step"] for line in lines] == list(range(1, 25))
         for line, want in zip(lines, wanted, strict=True):
             assert line == pytest.approx(want, rel=1e-3, abs=1e-6), folder.name
 
@@ -173,7 +173,7 @@ def test_checkpoints_and_records_are_written_once(configs, outputs):
         assert left == []
         assert json.loads((outputs / "three" / name / "checkpoint.json").read_text())["finished"]
         steps = {path.name for path in (outputs / "one" / name).glob("*/checkpoints/*")}
-        assert steps == {"step-000000020.safetensors", "step-000000030.safetensors"}
+        assert steps == {"step-000000012.safetensors", "step-000000018.safetensors"}
 
 
 def test_a_rank_that_dies_stops_the_run_with_one_line_and_it_resumes(configs, tmp_path):
@@ -185,7 +185,7 @@ def test_a_rank_that_dies_stops_the_run_with_one_line_and_it_resumes(configs, tm
     assert "another process of this run stopped" in error
     assert "start the same command again" in error
     assert "Traceback" not in said
-    assert json.loads((tmp_path / "died" / "checkpoint.json").read_text())["step"] == 10
+    assert json.loads((tmp_path / "died" / "checkpoint.json").read_text())["step"] == 12
     for folder in train(config):
         whole = Path(configs["spread"].output) / folder.name
         assert (folder / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
