@@ -26,6 +26,8 @@ def identity(config: HarvestConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
     }
+    if not config.covariance:
+        del keys["covariance"]  # as in stores that were begun before there was any
     keys["hook_points"] = unique_canonical(config.hook_points)
     return keys | {"weights": fingerprint(Path(config.model).expanduser())}
 

@@ -82,6 +82,7 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], 
         shard_bytes=config.shard_bytes,
         n_contexts=config.n_contexts,
         threads=config.threads,
+        covariance=config.covariance,
         cache=config.cache,
     )
 
