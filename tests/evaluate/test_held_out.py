@@ -49,6 +49,19 @@ def test_blocks_hold_every_usable_held_out_row_once_in_order(tiny, block_rows):
     assert rows.n_rows == tiny.usable.sum()
 
 
+@pytest.mark.parametrize("mistake", ["all contexts", "those that were trained on"])
+def test_evaluation_on_trained_tokens_is_noticed(tiny, monkeypatch, mistake):
+    """The fifteenth of the mistakes that `tests/train/test_fifteen_mistakes.py` lists."""
+    marked = ActivationStore.held_out_contexts
+
+    def mistaken(store):
+        return np.ones_like(marked(store)) if mistake == "all contexts" else ~marked(store)
+
+    monkeypatch.setattr(ActivationStore, "held_out_contexts", mistaken)
+    with pytest.raises(AssertionError):
+        test_blocks_hold_every_usable_held_out_row_once_in_order(tiny, 30)
+
+
 def test_token_batches(tiny):
     rows = held_out(ActivationStore.open(tiny.store))
     batches = list(rows.token_batches(5))

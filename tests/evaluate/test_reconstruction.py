@@ -78,14 +78,34 @@ def test_a_mean_far_from_zero_does_not_cost_the_variance():
     assert result["explained_variance"] == pytest.approx(reference(x, x_hat, x)["explained_variance"], rel=1e-6)
 
 
-def test_explained_variance_is_pooled_not_averaged_over_blocks():
+def pooled(x, x_hat, group):
+    return estimate(reconstruction_metrics, measured(x, x_hat, x, group, 2, pieces=2))["explained_variance"]
+
+
+def check_explained_variance_is_pooled(explained_variance):
     """Two blocks of different mean: within-block variance alone would make the score too low."""
     x = torch.cat([torch.randn(64, 4), 50 + torch.randn(64, 4)])
     x_hat = x + 1
-    group = torch.arange(128) // 64
-    result = estimate(reconstruction_metrics, measured(x, x_hat, x, group, 2, pieces=2))
-    assert result["explained_variance"] == pytest.approx(reference(x, x_hat, x)["explained_variance"], rel=1e-6)
-    assert result["explained_variance"] > 0.99
+    found = explained_variance(x, x_hat, torch.arange(128) // 64)
+    assert found == pytest.approx(reference(x, x_hat, x)["explained_variance"], rel=1e-6)
+    assert found > 0.99
+
+
+def test_explained_variance_is_pooled_not_averaged_over_blocks():
+    check_explained_variance_is_pooled(pooled)
+
+
+@pytest.mark.parametrize("mistake", ["a mean over blocks", "scaled against unscaled"])
+def test_an_explained_variance_of_other_rows_is_noticed(mistake):
+    """The seventh of the mistakes that `tests/train/test_fifteen_mistakes.py` lists."""
+
+    def mistaken(x, x_hat, group):
+        if mistake == "scaled against unscaled":
+            return pooled(x * 3, x_hat, group)
+        return sum(pooled(x[group == i], x_hat[group == i], group[group == i]) for i in (0, 1)) / 2
+
+    with pytest.raises(AssertionError):
+        check_explained_variance_is_pooled(mistaken)
 
 
 def test_perfect_and_constant_rows_give_numbers_that_json_can_hold():

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+import thresher.train.plan as plan_module
 import thresher.train.run as run_module
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.shared.cli import main
 from thresher.shared.config import to_toml
 from thresher.shared.errors import ConfigError, HookPointError, MissingFileError, StoreError
 from thresher.train import TrainConfig, train
+from thresher.train.architectures.topk import TopK
+from thresher.train.parallel.ranks import Ranks
+from thresher.train.plan import plan_run
 from thresher.train.sweep import expand_sweep
 
 TOPK = {"architecture": "topk", "hook_point": "blocks.0.resid_post", "d_sae": 96, "lr": 3e-3}
@@ -270,6 +274,54 @@ def test_an_sae_that_diverges_is_recorded_and_harms_no_other(config, tmp_path, c
     assert not (folder / "cfg.json").exists()
     with pytest.raises(ConfigError, match="all SAEs diverged"):
         train(change(config, output=str(tmp_path / "bad"), sae=[bad]))
+
+
+@pytest.mark.parametrize(("loss", "mse"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, 1e9)])
+def test_nan_and_explosion_stop_one_sae_at_their_step(config, tmp_path, monkeypatch, loss, mse):
+    """In the middle of the run and after a checkpoint; the one that diverged is not taken up again by a resumed run."""
+    expected = train(config)
+    step = TopK.step
+
+    def failing(self, parameters, batch, given):
+        output = step(self, parameters, batch, given)
+        if self.config.k == 6 and given.steps_done == 14:
+            output.loss, output.mse = loss, mse
+        return output
+
+    mixed = change(config, output=str(tmp_path / "mixed"), sae=[TOPK | {"k": 6}, *config.sae])
+    with monkeypatch.context() as patch:
+        patch.setattr(TopK, "step", failing)
+        train_killed(patch, mixed, 25)
+    assert [weights(folder) for folder in train(mixed)] == [weights(folder) for folder in expected]
+    folder = tmp_path / "mixed" / "topk-blocks.0.resid_post-96-k6"
+    assert json.loads((folder / "diverged.json").read_text())["reason"].endswith("at step 15")
+    assert not (folder / "cfg.json").exists()
+    assert metrics(folder)[-1]["step"] == 15
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(config, tmp_path, monkeypatch, device, capsys):
+    """By the memory that is free there, RAM or the GPU's; one byte more than is needed is enough."""
+    train(change(config, dry_run=True, device="cpu"))
+    said = float(capsys.readouterr().out.split("about ")[1].split(" GiB")[0])
+    store = ActivationStore.open(config.store)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    needed = plan_run(change(config, device="cpu"), store, 1000).memory_bytes
+    assert needed / 2**30 == pytest.approx(said, abs=0.006)
+    d_in, n = 32, 2 * 96 + 64
+    parameters = 3 * d_in + 2 * d_in * n + n
+    assert needed > parameters * 16
+    if device == "cuda":
+        free = lambda bytes_: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (bytes_, 1 << 40))  # noqa: E731
+    else:
+        free = lambda bytes_: monkeypatch.setattr(plan_module, "available_memory", lambda *_: bytes_)  # noqa: E731
+    ranks = Ranks(device)
+    free(needed)
+    assert plan_run(change(config, device=device), store, 1000, ranks).memory_bytes == needed
+    free(needed - 1)
+    with pytest.raises(ConfigError, match=r"the run needs about .* GiB of memory and .* are available; train fewer"):
+        plan_run(change(config, device=device), store, 1000, ranks)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path, capsys):
