@@ -1,7 +1,7 @@
 """Time a whole training step, part by part, and the peers' steps in turns with it.
 
     .venv/bin/python benchmarks/train_step.py [--d-in 768 --d-sae 12288 --k 32 --batch-size 4096] [--peers]
-    .venv/bin/python benchmarks/train_step.py --peers --architecture jumprelu --sparsity 1e-3 --start-l0 48
+    .venv/bin/python benchmarks/train_step.py --peers --architecture jumprelu --sparsity 1e-3 --start-l0 48 --lr 1e-6
 
 First the gradients are held against the reference operations', and an SAE trained in bfloat16 against one trained in
 float32; nothing is timed if either fails. With `--peers` each library takes its steps in a process of its own from
@@ -40,7 +40,7 @@ class Worker:
 
     def __init__(self, library: str, rows: Path, options: argparse.Namespace):
         python = sys.executable if library.startswith("thresher") else str(ROOT / ".venv-peers/bin/python")
-        keys = ("architecture", "d_sae", "k", "sparsity", "start_l0", "batch_size")
+        keys = ("architecture", "d_sae", "k", "sparsity", "start_l0", "batch_size", "lr")
         arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(options, key)))]
         self.library, self.rounds = library, []
         self._process = subprocess.Popen(
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--sparsity", type=float, default=1e-3, help="coefficient of an L1 or L0 penalty")
     parser.add_argument("--start-l0", type=float, default=0.0, help="lower biases until so many latents fire")
+    parser.add_argument("--lr", type=float, default=1e-3, help="small where --start-l0 is to stay")
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="batches of different rows")
     parser.add_argument("--steps-each", type=int, default=4, help="steps of a turn")

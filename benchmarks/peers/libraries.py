@@ -28,7 +28,9 @@ class SaeLens:
         config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=d_in, d_sae=options.d_sae, **own)
         self.sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
         self.trainer = SAETrainer(
-            SAETrainerConfig(10**9, options.batch_size, lr=options.lr, lr_end=options.lr, autocast=autocast), self.sae, iter(())
+            SAETrainerConfig(10**9, options.batch_size, lr=options.lr, lr_end=options.lr, autocast=autocast),
+            self.sae,
+            iter(()),
         )
 
     def step(self, x: torch.Tensor) -> None:

@@ -38,8 +38,12 @@ class BatchTopK(TopK):
         latents = within_room(step, parameters, batch, bias, k)
         if latents is None:
             pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
-            lowest = batch_threshold(pre_acts, k * step.across.rows(len(pre_acts)), step.across)
-            latents = sparse_at(step, parameters, batch.x, bias, *csr_of(pre_acts >= lowest))
+            by_groups = step.across is ALONE and hasattr(step.kernels, "largest_of_batch")
+            entries = step.kernels.largest_of_batch(pre_acts, k * len(pre_acts)) if by_groups else None
+            if entries is None:
+                lowest = batch_threshold(pre_acts, k * step.across.rows(len(pre_acts)), step.across)
+                entries = csr_of(pre_acts >= lowest)
+            latents = sparse_at(step, parameters, batch.x, bias, *entries)
         positive = latents.pre_acts.where(latents.pre_acts > 0, torch.inf)
         smallest = positive.amin().float() if len(positive) else positive.new_full((), torch.inf, dtype=torch.float32)
         smallest, threshold = step.across.least(smallest), step.buffers["threshold"]

@@ -184,6 +184,10 @@ def above_threshold(
     pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
     if isinstance(threshold, Tensor):
         threshold = threshold.to(pre_acts.dtype)
+    elif threshold == 0.0 and hasattr(step.kernels, "entries_at_least"):
+        entries = step.kernels.entries_at_least(pre_acts, torch.finfo(pre_acts.dtype).smallest_normal)
+        if entries is not None and len(entries[0]) < SPARSE_BELOW * pre_acts.numel():
+            return sparse_at(step, parameters, batch.x, bias, *entries)
     chosen = pre_acts > threshold
     n_chosen = int(torch.count_nonzero(chosen))
     if room is not None:

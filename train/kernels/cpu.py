@@ -17,15 +17,18 @@ from torch import Tensor
 
 from .cpu_csc import Csc, row_of_entry, to_csc
 from .cpu_gradient import WeightGradient
+from .cpu_threshold import entries_at_least, largest_of_batch
 from .cpu_topk import topk_of_rows
 
 __all__ = [
     "Csc",
     "WeightGradient",
     "decode",
+    "entries_at_least",
     "grad_values",
     "grad_weights",
     "grad_weights_and_bias",
+    "largest_of_batch",
     "pre_activations",
     "row_of_entry",
     "select_topk",

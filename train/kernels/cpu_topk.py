@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _WIDER = {torch.int16: (torch.int32, 16), torch.int32: (torch.int64, 32)}
 _FEW = 12
 _MANY = 64
@@ -27,9 +27,9 @@ def topk_of_rows(
     Positive floats are ordered as the integers of their bits are, and the negative ones come after: that suffices
     where ReLU follows, and integers are compared ten times as fast as bfloat16.
     """
-    if pre_acts.dtype not in _BITS or k > _MOST_CANDIDATES // 8:
+    if pre_acts.dtype not in BITS or k > _MOST_CANDIDATES // 8:
         return torch.topk(pre_acts, k, dim=1, sorted=False)
-    bits = pre_acts.view(_BITS[pre_acts.dtype])
+    bits = pre_acts.view(BITS[pre_acts.dtype])
     values, columns = _largest(bits, k)
     return values.view(pre_acts.dtype), columns
 
