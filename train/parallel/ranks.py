@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ class Ranks:
         self.rank = rank
         self.n = n
         self.local_n = local_n
-        self._control = dist.new_group(backend="gloo") if n > 1 else None
+        self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if n > 1 else None
 
     @property
     def first(self) -> bool:

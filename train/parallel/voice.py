@@ -37,7 +37,7 @@ def _quiet_unless_first(action: Callable[[], Any]) -> Any:
 def _is_first() -> bool:
     """Ask the launcher's store, which outlives the processes; without one, everyone is."""
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_PATIENCE, wait_for_workers=False
         )
         return store.add(f"thresher/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
