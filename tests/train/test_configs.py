@@ -1,5 +1,7 @@
 """The configurations that come with the project are valid and fit what is harvested for them."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,15 @@ def test_the_mixed_sweep_has_twelve_saes_of_every_architecture():
     saes = expand_sweep(load_config(TrainConfig, CONFIGS / "train" / "mixed.toml", []).sae)
     assert len(saes) == 12
     assert {sae.architecture for sae in saes} == set(ARCHITECTURES)
+
+
+def test_every_architecture_has_a_page_whose_examples_are_valid():
+    docs = CONFIGS.parent / "docs/architectures"
+    assert {page.stem for page in docs.glob("*.md")} == {"README", *ARCHITECTURES}
+    for page in docs.glob("*.md"):
+        examples = re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)
+        assert examples, page.name
+        for example in examples:
+            for sae in expand_sweep(tomllib.loads(example)["sae"]):
+                assert page.stem in ("README", sae.architecture)
+                make_architecture(sae, 256)
