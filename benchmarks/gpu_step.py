@@ -355,10 +355,10 @@ def run_section(section: str, size: Size, options: argparse.Namespace) -> dict[s
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.rehearse:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch
 
+    if options.rehearse and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     sizes = REHEARSAL if options.rehearse else SIZES
     if options.size is not None:
         print("\n" + json.dumps(run_section(options.sections[0], sizes[options.size], options)))

@@ -80,6 +80,9 @@ class EntryRoom:
             self.failed.zero_()
 
     def _look(self, step: int, sparse_entries: float) -> None:
+        self.look_at = step + _STEPS_BETWEEN
+        if not self.asked:
+            return
         most, skipped = torch.stack([self._most, self.skipped]).tolist()
         self.exact = skipped > self._skipped_before
         if self.exact:
@@ -91,7 +94,7 @@ class EntryRoom:
             elif self.capacity is None or room > self.capacity or 4 * room <= self.capacity:
                 self.capacity = room
         self._most.fill_(-1)
-        self._skipped_before, self.look_at = skipped, step + _STEPS_BETWEEN
+        self._skipped_before = skipped
 
     def counted(self, n_entries: int) -> None:
         """Note the entries of a step that waited for their number."""
@@ -112,13 +115,13 @@ class EntryRoom:
 
     def state(self) -> Tensor:
         """Return what a later step depends on."""
-        numbers = [self.capacity or 0, self.margin, self.exact, self.look_at, self._skipped_before]
+        numbers = [self.asked, self.capacity or 0, self.margin, self.exact, self.look_at, self._skipped_before]
         return torch.tensor([*numbers, *torch.stack([self._most, self.skipped]).tolist()])
 
     def load(self, state: Tensor | None) -> None:
         """Go back to a saved state; where another path saved none, begin anew."""
-        saved = state.tolist() if state is not None else [0, 1, 0, 0, 0, -1, 0]
-        self.capacity, self.margin, self.exact = saved[0] or None, saved[1], bool(saved[2])
-        self.look_at, self._skipped_before = saved[3:5]
-        self._most.fill_(saved[5])
-        self.skipped.fill_(saved[6])
+        saved = state.tolist() if state is not None else [0, 0, 1, 0, 0, 0, -1, 0]
+        self.asked, self.capacity, self.margin, self.exact = bool(saved[0]), saved[1] or None, saved[2], bool(saved[3])
+        self.look_at, self._skipped_before = saved[4:6]
+        self._most.fill_(saved[6])
+        self.skipped.fill_(saved[7])
