@@ -198,6 +198,7 @@ def main() -> None:
     ours = figures[1]
     for theirs in figures[2:]:
         theirs["thresher_is_faster"] = round(theirs["milliseconds"] / ours["milliseconds"], 2)
+        theirs["thresher_takes_less_cpu"] = round(theirs["cpu_milliseconds"] / ours["cpu_milliseconds"], 2)
         theirs["thresher_takes_memory"] = round(ours["peak_mib"] / theirs["peak_mib"], 2)
         theirs["bound_by_the_encoder"] = round(theirs["milliseconds"] / figures[0]["encoder_product_bfloat16_ms"], 2)
     for line in figures:
