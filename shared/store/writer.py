@@ -27,7 +27,8 @@ class ActivationStoreWriter:
     """Append contexts of activations to a store; compression and writing go on behind the caller.
 
     Memory stays within `pending_bytes` of rows and their compressed copies, one chunk per hook point, one shard's
-    tokens and provenance, and one batch converted to the stored dtype.
+    tokens and provenance, and one batch converted to the stored dtype; with covariances, as many rows again and
+    a matrix of float64 per hook point and shard in progress.
 
     A context manager: leaving it normally completes the store, leaving it by an exception keeps the committed shards,
     so that the same program can go on with context number `n_committed_contexts`.
