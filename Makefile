@@ -52,7 +52,7 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements
 
 bench: $(READY)  ## the benchmarks on this machine, on the demo's store; results in runs/bench
 	$(BIN)/thresher harvest configs/harvest/demo.toml
-	for script in harvest_overhead store_read store_codecs store_chunks train_shuffle train_step marginal_cost evaluate_offline feature_index; do \
+	for script in harvest_overhead store_read store_codecs store_chunks train_shuffle train_stream train_step marginal_cost evaluate_offline feature_index; do \
 	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 bench-peers: $(READY) $(PEERS)/.ready  ## training steps and a sweep of eight beside the peer libraries', in turn

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from ..shared.hook_points import canonical_hook_point
+from .buffers import Buffers
 from .order import Epoch, locate, order_epoch, order_window
 from .staging import Rows, Staging, take_rows, used_here
+from .usable import UsableRows
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
@@ -23,10 +25,10 @@ _WINDOWS_IN_MEMORY = 2
 
 
 class Window(NamedTuple):
-    """Decoded chunks, and the order in which their training rows are taken."""
+    """Decoded chunks, and the order in which their training rows are taken; None if they lie in that order."""
 
     rows: dict[str, Rows]
-    order: Tensor
+    order: Tensor | None
 
 
 class ShuffledBatches:
@@ -36,6 +38,8 @@ class ShuffledBatches:
     carry the same tokens. Held-out contexts and masked tokens never appear. Batches run across the
     ends of windows and epochs, so no row is dropped or repeated. The state is the number of rows
     taken so far; with several ranks, each takes its slice of every batch of the same stream.
+
+    On the CPU a batch is a view of the rows in memory: copy what is kept for long, and write into none.
 
     Args:
         store: the store to read.
@@ -87,6 +91,8 @@ class ShuffledBatches:
         self._rows_taken = 0
         self._epochs: dict[int, Epoch] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
+        self._usable = UsableRows(store)
+        self._buffers: dict[str, Buffers] = {}
         self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-window")
 
@@ -116,6 +122,7 @@ class ShuffledBatches:
     def close(self) -> None:
         """Stop decoding ahead."""
         self._windows.clear()
+        self._buffers.clear()
         self._decoder.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> ShuffledBatches:
@@ -143,12 +150,13 @@ class ShuffledBatches:
             index = int(np.searchsorted(starts, row, side="right")) - 1
             window = self._window(epoch, index)
             first = row - int(starts[index])
-            taken = window.order[first : first + n_rows]
-            for tensor in (*window.rows.values(), window.order):
-                used_here(tensor)
-            parts.append({name: take_rows(rows, taken) for name, rows in window.rows.items()})
-            position += len(taken)
-            n_rows -= len(taken)
+            n_taken = min(n_rows, int(starts[index + 1]) - row)
+            # Whoever holds one of a window's last batches when the next window begins must not hold the whole window.
+            is_last = first + n_taken + self.batch_size > int(starts[index + 1] - starts[index])
+            parts.append(_take(window, slice(first, first + n_taken), is_last))
+            del window
+            position += n_taken
+            n_rows -= n_taken
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _window(self, epoch: int, index: int) -> Window:
@@ -165,18 +173,37 @@ class ShuffledBatches:
         return window
 
     def _decode(self, epoch: int, index: int) -> Window:
-        chunks = self._epochs[epoch].window(index)
-        usable = [self._training_rows(int(chunk)) for chunk in chunks]
-        read_chunks = self._staging.read_chunks if self._staging is not None else self.store.read_chunks
-        rows = {name: read_chunks(name, chunks) for name in self.hook_points}
-        places = np.concatenate([i * self.store.chunk_rows + np.flatnonzero(mask) for i, mask in enumerate(usable)])
-        order = order_window(self._rows_per_chunk[chunks], self.seed, epoch, index)
-        taken = torch.from_numpy(places[order])
-        return Window(rows, self._staging.to_device(taken) if self._staging is not None else taken)
+        """Read a window: on a GPU its chunks and the order of their rows, on the CPU its rows, put in order.
 
-    def _training_rows(self, chunk: int) -> np.ndarray:
-        start = chunk * self.store.chunk_rows
-        stop = min(start + self.store.chunk_rows, self.store.n_rows)
-        if self._rows_per_chunk[chunk] == stop - start:
-            return np.ones(stop - start, dtype=bool)
-        return self.store.training_mask(start, stop)
+        There a row is copied once, from the decoded chunk to its place, and batches are views.
+        """
+        chunks = self._epochs[epoch].window(index)
+        usable = np.flatnonzero(self._usable.of(chunks))
+        order = order_window(self._rows_per_chunk[chunks], self.seed, epoch, index)
+        if self._staging is not None:
+            rows = {name: self._staging.read_chunks(name, chunks) for name in self.hook_points}
+            return Window(rows, self._staging.to_device(torch.from_numpy(usable[order])))
+        places = np.full(len(chunks) * self.store.chunk_rows, -1, dtype=np.int64)
+        places[usable[order]] = np.arange(len(order))
+        return Window({name: self._ordered(name, chunks, places, len(order)) for name in self.hook_points}, None)
+
+    def _ordered(self, hook_point: str, chunks: np.ndarray, places: np.ndarray, n_rows: int) -> Tensor:
+        """Return a window's rows of a hook point in the order in which they are taken."""
+        d_in = self.store.d_in(hook_point)
+        if hook_point not in self._buffers:
+            n_chunks = min(self._chunks_per_window(), len(self._rows_per_chunk))
+            n_bytes = n_chunks * self.store.chunk_rows * d_in * self.store.dtype.itemsize
+            self._buffers[hook_point] = Buffers(n_bytes, _WINDOWS_IN_MEMORY)
+        rows = self._buffers[hook_point].take((n_rows, d_in), self.store.dtype)
+        self.store.place_rows(hook_point, chunks, places, rows)
+        return rows
+
+
+def _take(window: Window, part: slice, copy: bool) -> dict[str, Tensor]:
+    """Return rows of a window, in the window's order; as views where they lie in it, unless asked to `copy`."""
+    if window.order is None:
+        views = {name: rows[part] for name, rows in window.rows.items() if isinstance(rows, Tensor)}
+        return {name: rows.clone() for name, rows in views.items()} if copy else views
+    for tensor in (*window.rows.values(), window.order):
+        used_here(tensor)
+    return {name: take_rows(rows, window.order[part]) for name, rows in window.rows.items()}

@@ -139,14 +139,29 @@ class ShardCache:
                 self._mapped.popitem(last=False)
         return shard
 
-    def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
-        """Decode a chunk, by its number in the array, into contiguous uint8 `out`."""
+    def view(self, chunk: int, scratch: np.ndarray, verify: str) -> np.ndarray:
+        """Return a chunk's bytes: as they are mapped, if nothing is to decode, or else decoded into `scratch`."""
+        if self.array.codec == "none":
+            shard, within, stored = self._checked_bytes(chunk, verify)
+            if stored.size != scratch.size:
+                raise StoreError(f"{shard.where}, chunk {within}: expected {scratch.size} bytes, got {stored.size}")
+            return stored
+        self.decode(chunk, scratch, verify)
+        return scratch
+
+    def _checked_bytes(self, chunk: int, verify: str) -> tuple[Shard, int, np.ndarray]:
+        """Return a chunk's shard, its number there and its stored bytes, checked if that is due."""
         number, within = divmod(chunk, self.array.chunks_per_shard)
         shard = self.shard(number)
         stored = shard.stored(within)
         if verify == "always" or (verify == "first" and not self._checked[number][within]):
             shard.check(within, stored)
             self._checked[number][within] = True
+        return shard, within, stored
+
+    def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
+        """Decode a chunk, by its number in the array, into contiguous uint8 `out`."""
+        shard, within, stored = self._checked_bytes(chunk, verify)
         try:
             decode_chunk(self.array, stored, out)
         except StoreError as error:

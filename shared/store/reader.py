@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
@@ -154,6 +155,49 @@ class ActivationStore:
             self._parallel(lambda i: cache.decode(int(indices[i]), target[i], self._verify), len(indices))
         return out
 
+    def place_rows(
+        self,
+        hook_point: str,
+        chunk_indices: Sequence[int] | Int[np.ndarray, " n"],
+        places: Int64[np.ndarray, " rows"],
+        out: Float[Tensor, "n d_in"],
+    ) -> None:
+        """Decode whole chunks, in parallel, and put each row where it is wanted: the i-th at `out[places[i]]`.
+
+        `places` has `chunk_rows` numbers for each chunk, no number twice; rows whose number is negative are left out.
+        """
+        d_in = self.d_in(hook_point)
+        indices = np.asarray(chunk_indices, dtype=np.int64)
+        n = len(indices) * self.chunk_rows
+        if places.shape != (n,) or (n and not -1 <= int(places.min()) <= int(places.max()) < len(out)):
+            raise ConfigError(f"expected {n} places of -1 to {len(out) - 1}, got {places.size} of others")
+        if not _fits(out, (len(out), d_in), self.dtype):
+            raise ConfigError(f"expected a contiguous {self.dtype} CPU tensor of width {d_in} to put rows into")
+        for name in (hook_point, scales_name(hook_point)) if self.codec == "int8" else (hook_point,):
+            self._caches[name].prepare(indices)
+        row = np.dtype((np.void, d_in * self.dtype.itemsize))
+        target = out.view(torch.uint8).numpy().reshape(-1).view(row)
+        scratch = threading.local()
+
+        def place(i: int) -> None:
+            if not hasattr(scratch, "rows"):
+                scratch.rows = torch.empty(self.chunk_rows, d_in, dtype=self.dtype)
+            rows = scratch.rows.view(torch.uint8).numpy().reshape(-1)
+            if self.codec == "int8":
+                self._dequantise_chunk(hook_point, int(indices[i]), scratch.rows)
+            else:
+                rows = self._caches[hook_point].view(int(indices[i]), rows, self._verify)
+            rows = rows.view(row)
+            wanted = places[i * self.chunk_rows : (i + 1) * self.chunk_rows]
+            kept = wanted >= 0
+            if kept.all():
+                target[wanted] = rows
+            else:
+                target[wanted[kept]] = rows[kept]
+
+        if len(indices):
+            self._parallel(place, len(indices))
+
     def read_quantised(
         self,
         hook_point: str,
@@ -178,17 +222,17 @@ class ActivationStore:
             self._parallel(decode, len(indices))
 
     def _dequantise_chunks(self, hook_point: str, indices: np.ndarray, out: Tensor) -> None:
-        values_of, scales_of = self._caches[hook_point], self._caches[scales_name(hook_point)]
-        rows, d_in = self.chunk_rows, out.shape[1]
+        rows = self.chunk_rows
+        self._parallel(
+            lambda i: self._dequantise_chunk(hook_point, int(indices[i]), out[i * rows : (i + 1) * rows]), len(indices)
+        )
 
-        def decode(i: int) -> None:
-            values = np.empty((rows, d_in), dtype=np.int8)
-            scales = np.empty(rows, dtype=np.float32)
-            values_of.decode(int(indices[i]), values.reshape(-1).view(np.uint8), self._verify)
-            scales_of.decode(int(indices[i]), scales.view(np.uint8), self._verify)
-            out[i * rows : (i + 1) * rows] = torch.from_numpy(dequantise(values, scales))
-
-        self._parallel(decode, len(indices))
+    def _dequantise_chunk(self, hook_point: str, chunk: int, out: Tensor) -> None:
+        values = np.empty(out.shape, dtype=np.int8)
+        scales = np.empty(len(out), dtype=np.float32)
+        self._caches[hook_point].decode(chunk, values.reshape(-1).view(np.uint8), self._verify)
+        self._caches[scales_name(hook_point)].decode(chunk, scales.view(np.uint8), self._verify)
+        out.copy_(torch.from_numpy(dequantise(values, scales)))
 
     def _parallel(self, work: Callable[[int], None], n: int) -> None:
         """Run work(0) to work(n - 1) in this process's threads."""

@@ -74,6 +74,11 @@ class RemoteShardCache(ShardCache):
                 elif mapped is not None:
                     del self._mapped[number]
 
+    def view(self, chunk: int, scratch: np.ndarray, verify: str) -> np.ndarray:
+        """Return a chunk's bytes in `scratch`: a copy of the shard may be replaced at any time."""
+        self.decode(chunk, scratch, verify)
+        return scratch
+
     def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
         """Decode a chunk; a copy that went bad in the cache is fetched again."""
         number = chunk // self.array.chunks_per_shard

@@ -196,6 +196,26 @@ def test_zarr_python_would_write_the_same_metadata(tmp_path: Path) -> None:
     assert ours_json == theirs
 
 
+@pytest.mark.parametrize("codec", ["none", "lz4", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_are_put_where_they_are_wanted(tmp_path: Path, codec: str, dtype: str) -> None:
+    store = write(tmp_path / "s", activations(), codec=codec, dtype=dtype, chunk_bytes=2000)
+    rng = np.random.default_rng(0)
+    for name, width in HOOK_POINTS.items():
+        chunks = rng.permutation(store.n_chunks)
+        rows = store.read_chunks(name, chunks)
+        wanted = np.flatnonzero(rng.random(len(rows)) < 0.7)
+        places = np.full(len(rows), -1)
+        places[wanted] = rng.permutation(len(wanted) + 5)[: len(wanted)]
+        out = torch.full((len(wanted) + 5, width), -7.0, dtype=store.dtype)
+        expected = out.clone()
+        expected[torch.from_numpy(places[wanted])] = rows[torch.from_numpy(wanted)]
+        store.place_rows(name, chunks, places, out)
+        assert torch.equal(out, expected)
+    with pytest.raises(ConfigError, match=r"expected .* places of -1 to 3"):
+        store.place_rows(name, chunks, places, out[:4])
+
+
 def test_hook_points_and_ranges_that_do_not_exist_are_named(tmp_path: Path) -> None:
     store = write(tmp_path / "s", activations())
     with pytest.raises(HookPointError, match=r"no hook point 'blocks\.5'; it has blocks\.0\.resid_post, blocks\.11"):

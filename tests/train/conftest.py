@@ -41,6 +41,10 @@ class ArrayStore:
             rows[i * self.chunk_rows : i * self.chunk_rows + len(part)] = part
         return rows
 
+    def place_rows(self, hook, chunks, places, out):
+        kept = places >= 0
+        out[torch.from_numpy(places[kept])] = self.read_chunks(hook, chunks)[torch.from_numpy(kept)]
+
     def moments(self, hook):
         rows = self.arrays[hook].double()[torch.from_numpy(self.training_mask())]
         mean, variance = rows.mean(0), rows.var(0, unbiased=False)

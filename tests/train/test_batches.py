@@ -1,11 +1,14 @@
 """The stream gives every training row once per epoch, and goes on exactly where it was left."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import ConfigError, HookPointError, StoreError
 from thresher.train import ShuffledBatches
 
@@ -85,3 +88,36 @@ def test_errors_say_what_to_do(numbered):
         ShuffledBatches(numbered(), batch_size=10, world_size=3)
     with ShuffledBatches(numbered(), seed=1) as batches, pytest.raises(ConfigError, match="seed 0"):
         batches.load_state_dict({"rows_taken": 0, "seed": 0})
+
+
+def test_memory_stays_within_the_windows(tmp_path):
+    """Of anonymous memory: mapped files are the page cache's, which gives them back."""
+    megabyte = 1 << 20
+    rows = torch.zeros(4, 256, 2048, dtype=torch.bfloat16)
+    with ActivationStoreWriter(tmp_path / "s", {"a": 2048}, 256, codec="lz4") as writer:
+        for _ in range(24):
+            writer.append({"a": rows})  # 96 MiB
+    store = ActivationStore.open(tmp_path / "s")
+
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+    before = anonymous()
+    peak = 0
+    with ShuffledBatches(store, batch_size=512, window_bytes=32 * megabyte) as batches:
+        for _ in range(3 * batches.rows_per_epoch // 512):
+            batch = next(batches)
+            peak = max(peak, anonymous() - before)
+            del batch
+    assert peak > 16 * megabyte, "the test must see the windows"
+    assert peak < 32 * megabyte + 12 * megabyte, "two windows, some batches and chunks"
+
+
+def test_a_batch_that_is_kept_keeps_its_rows(numbered):
+    """Memory that a batch refers to is not used for another window."""
+    with ShuffledBatches(numbered(), ["a"], batch_size=3, window_bytes=4 * CHUNK_BYTES) as batches:
+        kept = [next(batches)["a"] for _ in range(72 * 3 // 3)]
+        seen = [[int(row) for row in batch[:, 0]] for batch in kept]
+    with ShuffledBatches(numbered(), ["a"], batch_size=3, window_bytes=4 * CHUNK_BYTES) as batches:
+        assert seen == [rows_of(batches, 1) for _ in seen]
