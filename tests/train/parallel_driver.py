@@ -3,7 +3,8 @@
 `parallel_driver.py N MEETING CONFIG[@STEP] ...`: they meet through the file MEETING and train the configurations in
 turn; with `@STEP`, until they are at that step of theirs, when all drop the run as if killed.
 
-`parallel_driver.py N dying CONFIG`: they meet as those of a launcher do, run the command, and the last is killed.
+`parallel_driver.py N SIGKILL|SIGTERM CONFIG`: they meet as those of a launcher do, run the command, and the last gets
+the signal at its 17th step.
 """
 
 import os
@@ -58,11 +59,11 @@ def train_together(rank, n, meeting, arguments):
     return 0
 
 
-def train_to_death(rank, n, path):
-    """Be one process of a launcher's, of which the last is killed."""
+def train_to_signal(rank, n, path, number):
+    """Be one process of a launcher's, of which the last gets a signal."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == n - 1:
-        at_step(17, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        at_step(17, lambda: os.kill(os.getpid(), number))
     return main([path])
 
 
@@ -84,7 +85,7 @@ def fork(action, *arguments):
 
 
 n, meeting = int(sys.argv[1]), sys.argv[2]
-if meeting == "dying":
+if meeting in ("SIGKILL", "SIGTERM"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +95,7 @@ if meeting == "dying":
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),
     }
-    children = [fork(train_to_death, rank, n, sys.argv[3]) for rank in range(n)]
+    children = [fork(train_to_signal, rank, n, sys.argv[3], signal.Signals[meeting]) for rank in range(n)]
 else:
     children = [fork(train_together, rank, n, meeting, sys.argv[3:]) for rank in range(n)]
 print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))

@@ -56,7 +56,7 @@ def test_a_mixed_sweep_is_killed_resumes_and_is_evaluated(config, tmp_path):
     path = tmp_path / "cut.toml"
     path.write_text(to_toml(cut))
     killed = subprocess.run(
-        [sys.executable, str(DRIVER), "1", "dying", str(path)],
+        [sys.executable, str(DRIVER), "1", "SIGKILL", str(path)],
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,

@@ -179,13 +179,27 @@ def test_checkpoints_and_records_are_written_once(configs, outputs):
 def test_a_rank_that_dies_stops_the_run_with_one_line_and_it_resumes(configs, tmp_path):
     config = msgspec.structs.replace(configs["spread"], output=str(tmp_path / "died"), sae=configs["spread"].sae[:2])
     path = save(config, tmp_path / "died")
-    codes, said = run_ranks(2, "dying", path)
+    codes, said = run_ranks(2, "SIGKILL", path)
     assert codes == [2, -signal.SIGKILL]
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "another process of this run stopped" in error
     assert "start the same command again" in error
     assert "Traceback" not in said
     assert json.loads((tmp_path / "died" / "checkpoint.json").read_text())["step"] == 12
+    for folder in train(config):
+        whole = Path(configs["spread"].output) / folder.name
+        assert (folder / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(configs, tmp_path):
+    config = msgspec.structs.replace(configs["spread"], output=str(tmp_path / "stopped"), sae=configs["spread"].sae[:2])
+    path = save(config, tmp_path / "stopped")
+    codes, said = run_ranks(2, "SIGTERM", path)
+    assert sorted(codes) == [2, 128 + signal.SIGINT]
+    assert said.count("interrupted; start the same command again to go on") == 1
+    step = json.loads((tmp_path / "stopped" / "checkpoint.json").read_text())["step"]
+    assert 17 <= step < 24
+    assert {len(numbers(tmp_path / "stopped" / str(sae.name))) for sae in config.sae} == {step}
     for folder in train(config):
         whole = Path(configs["spread"].output) / folder.name
         assert (folder / "sae_weights.safetensors").read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
