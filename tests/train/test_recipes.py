@@ -7,7 +7,7 @@ from thresher.shared.errors import ConfigError
 from thresher.train.architectures import make_architecture
 from thresher.train.architectures.base import Batch, StepInput
 from thresher.train.config import SaeConfig
-from thresher.train.kernels import kernels_for
+from thresher.train.kernels import fused, kernels_for
 from thresher.train.normalization import Normalization
 from thresher.train.optimizer import Optimizer
 from thresher.train.sae_trainer import SaeTrainer, Schedule
@@ -122,6 +122,15 @@ def test_decoder_norms_may_be_free():
     Optimizer(parameters, architecture).step(gradients | {"W_dec": expected.grad.clone()}, 0.1)
     torch.optim.Adam([expected], lr=0.1, betas=architecture.betas, eps=architecture.eps).step()
     torch.testing.assert_close(parameters["W_dec"], expected.data)
+
+
+def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
+    """The fused step has no decay; it must not be taken as if it had."""
+    kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
+    for decay, fuses in ((0.0, True), (0.1, False)):
+        config = SaeConfig(hook_point="h", d_sae=D_SAE, k=2, weight_decay=decay)
+        trainer = SaeTrainer(config, D_IN, kind, Schedule(9, 32, 2, 0.2), fused, torch.float32)
+        assert (trainer.whole_step is not None) == fuses
 
 
 @pytest.mark.parametrize(

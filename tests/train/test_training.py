@@ -276,7 +276,7 @@ def test_an_sae_that_diverges_is_recorded_and_harms_no_other(config, tmp_path, c
         train(change(config, output=str(tmp_path / "bad"), sae=[bad]))
 
 
-@pytest.mark.parametrize(("loss", "mse"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, 1e9)])
+@pytest.mark.parametrize(("loss", "mse"), [(float("nan"), 1.0), (1.0, 1e9)])
 def test_nan_and_explosion_stop_one_sae_at_their_step(config, tmp_path, monkeypatch, loss, mse):
     """In the middle of the run and after a checkpoint; the one that diverged is not taken up again by a resumed run."""
     expected = train(config)
