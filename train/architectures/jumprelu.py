@@ -67,7 +67,7 @@ class JumpReLU(Architecture):
         terms: dict[str, Number] = {"mse_loss": mse / self.d_in, "l0_loss": penalty}
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
-    def _penalty(self, l0: Number, scale: float) -> tuple[Number, Number]:
+    def _penalty(self, l0: Number, scale: Number) -> tuple[Number, Number]:
         """Return the sparsity loss and its derivative by L0."""
         weight, target = (self.config.l0_coefficient or 0.0) * scale, self.config.target_l0
         if target is None:
