@@ -8,6 +8,7 @@ USAGE = """usage: thresher store info PATH
        thresher store sample PATH [--contexts N] [--seed N] [--tokenizer PATH]
 
 Show what a store holds; check every checksum in it; print some contexts with the norms of their rows.
+PATH is a folder, or a URL such as s3://bucket/prefix (docs/object-stores.md).
 """
 
 
