@@ -43,7 +43,7 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
-        columns = ("name", "architecture", "hook_point", "d_sae", "k", "l1_coefficient", "parameters")
+        columns = ("name", "architecture", "hook_point", "d_sae", "k", "l1_coefficient", "lr", "parameters")
         rows = [
             [str(getattr(sae, key)) if getattr(sae, key) is not None else "-" for key in columns[:-1]]
             + [f"{self.n_parameters[str(sae.name)]:,}"]
