@@ -31,14 +31,13 @@ class TopK(Architecture):
         """Return the loss and its gradients."""
         x, latents = batch.x, self.select(parameters, batch, step)
         values = latents.pre_acts.relu()
-        by_blocks = step.W_dec_compute is not None
-        W_dec = step.W_dec_compute if by_blocks else parameters["W_dec"]
+        W_dec = parameters["W_dec"] if step.W_dec_compute is None else step.W_dec_compute
         decoded = step.across.over_latents(latents.decode(values, W_dec))
         error = (decoded + parameters["b_dec"]).sub_(x)
         mse = squared(error) / len(x)
         scale = 2 / (len(x) * step.total_variance)
         by_pre_acts = torch.where(values > 0, latents.grad_values(error, parameters["W_dec"]).mul_(scale), 0)
-        x_compute = batch.x_compute if by_blocks else None
+        x_compute = None if step.W_dec_compute is None else batch.x_compute
         gradients = gradients_of(parameters, latents, x, error, values, by_pre_acts, step.across, x_compute, scale)
         terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
