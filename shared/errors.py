@@ -46,11 +46,7 @@ class UnreachableError(StoreError):
 
 
 class RankError(ThresherError, RuntimeError):
-    """Another of the processes that work together has failed, is gone, or was started differently."""
-
-
-class RankError(ThresherError, ConnectionError):
-    """Another process of a distributed run died or cannot be reached."""
+    """Another of the processes that work together has failed, is gone, out of reach, or was started differently."""
 
 
 class DiskSpaceError(ThresherError, OSError):
