@@ -55,13 +55,14 @@ bench: $(READY)  ## the benchmarks on this machine, on the demo's store; results
 	for script in harvest_overhead store_read store_codecs store_chunks train_shuffle train_stream train_step marginal_cost evaluate_offline feature_index; do \
 	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-bench-peers: $(READY) $(PEERS)/.ready  ## training steps and a sweep of eight beside the peer libraries', in turn
+bench-peers: $(READY) $(PEERS)/.ready  ## steps, a sweep of eight and the quality of SAEs beside the peer libraries'
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 384 --d-sae 3072
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288 --architecture batch_topk
 	for a in jumprelu gated standard; do \
 	  $(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288 --architecture $$a --start-l0 48 --lr 1e-6 || exit 1; done
 	$(BIN)/python benchmarks/sweep_of_eight.py
+	$(BIN)/python benchmarks/quality.py --peers
 
 bench-gpu: $(READY)  ## time the GPU kernels and steps against their floors
 	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
