@@ -128,8 +128,7 @@ def test_3_a_second_bias_is_noticed():
         check_auxk_reconstructs_the_bare_residual(biased)
 
 
-@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk"])
-def test_3_auxk_takes_the_residual_as_constant(name):
+def check_auxk_takes_the_residual_as_constant(name):
     """Living latents get from AuxK no gradient at all, nor does b_dec but through the dead encoders."""
     architecture, parameters, x = make(architecture=name, aux_coefficient=5.0)
     dead = torch.arange(D_SAE) >= 10
@@ -140,6 +139,24 @@ def test_3_auxk_takes_the_residual_as_constant(name):
         torch.testing.assert_close(gradients[key][~dead], without[key][~dead], rtol=0, atol=0)
     by_encoder = -parameters["W_enc"][dead].T @ (gradients["b_enc"] - without["b_enc"])[dead]
     torch.testing.assert_close(gradients["b_dec"] - without["b_dec"], by_encoder)
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk"])
+def test_3_auxk_takes_the_residual_as_constant(name):
+    check_auxk_takes_the_residual_as_constant(name)
+
+
+def test_3_a_residual_that_is_not_constant_is_noticed(monkeypatch):
+    """The loss's gradient by the residual, which an undetached one passes on to the reconstruction and so to b_dec."""
+
+    def undetached(gradients, parameters, batch, W_enc, residual, dead, k, coefficient, *rest):
+        loss = add_auxk(gradients, parameters, batch, W_enc, residual, dead, k, coefficient, *rest)
+        gradients["b_dec"] -= 2 * coefficient * residual.mean(0) / residual.square().sum(1).mean()
+        return loss
+
+    monkeypatch.setattr(topk_module, "add_auxk", undetached)
+    with pytest.raises(AssertionError, match="not close"):
+        check_auxk_takes_the_residual_as_constant("topk")
 
 
 def check_losses_of_prefixes_are_averaged_over_rows_alone():
