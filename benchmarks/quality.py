@@ -4,8 +4,8 @@
 
 All train on the same rows of the demo's store in the same order (2M tokens of `blocks.2.resid_post`, batches of
 2,048, 2,048 latents, warm-up of 50 steps, linear decay over the last fifth) and are judged on the same held-out
-rows, each as it would be used for inference. Where L0 cannot be set, several coefficients are trained and explained
-variance is interpolated at equal L0, linearly in its logarithm. The best learning rate of each side counts.
+rows, each as it would be used for inference. Each of a peer's SAEs is compared with ours at the same L0: our explained
+variance is interpolated between our SAEs, linearly in the logarithm of L0. The best learning rate of each side counts.
 Every run's result is kept in runs/bench/quality, and trained again only if it is not there.
 """
 
@@ -33,16 +33,15 @@ from thresher.train.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 HOOK = "blocks.2.resid_post"
 D_SAE, BATCH, WARMUP, TEST_ROWS = 2048, 2048, 50, 65_536
-AT_L0 = 32.0
 BETA2 = {"topk": 0.95}  # ours only; 0.99 elsewhere: a run of a thousand steps is short for Adam's usual 0.999
 KEYS = {"jumprelu": "l0_coefficient", "gated": "l1_coefficient", "standard": "l1_coefficient"}
 LRS = {"topk": (1e-3, 3e-3), "batch_topk": (1e-3, 3e-3), "jumprelu": (1e-3,), "gated": (1e-3,), "standard": (1e-3,)}
 SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
     "topk": {"thresher": (32,), "sae_lens": (32,), "dictionary_learning": (32,), "sparsify": (32,)},
-    "batch_topk": {"thresher": (32,), "sae_lens": (32,), "dictionary_learning": (32,)},
-    "jumprelu": {"thresher": (1e-3, 2e-3, 4e-3), "sae_lens": (0.25, 0.5, 1.0), "dictionary_learning": (16, 32, 64)},
-    "gated": {"thresher": (1.0, 2.0, 4.0), "sae_lens": (1.0, 2.0, 4.0), "dictionary_learning": (0.05, 0.1, 0.2)},
-    "standard": {"thresher": (1.5, 2.5, 4.0), "sae_lens": (1.5, 2.5, 4.0), "dictionary_learning": (0.1, 0.16, 0.25)},
+    "batch_topk": {"thresher": (26, 32, 40), "sae_lens": (32,), "dictionary_learning": (32,)},
+    "jumprelu": {"thresher": (5e-4, 1e-3, 2e-3, 4e-3), "sae_lens": (0.25, 0.5), "dictionary_learning": (32, 64)},
+    "gated": {"thresher": (0.5, 1.0, 2.0, 4.0), "sae_lens": (1.0, 2.0), "dictionary_learning": (0.05, 0.1)},
+    "standard": {"thresher": (1.0, 1.5, 2.5, 4.0), "sae_lens": (1.5, 2.5), "dictionary_learning": (0.1, 0.16)},
 }
 
 
@@ -122,24 +121,34 @@ def result_of(options: argparse.Namespace, library: str, architecture: str, lr: 
     return msgspec.json.decode(path.read_bytes())
 
 
-def at_equal_l0(runs: list[dict[str, Any]]) -> float | None:
-    """Interpolate explained variance at `AT_L0`, linearly in log L0; None where the runs do not enclose it."""
-    points = sorted((run["l0"], run["explained_variance"]) for run in runs)
-    for (low, at_low), (high, at_high) in pairwise(points):
-        if low <= AT_L0 <= high:
-            share = math.log(AT_L0 / low) / math.log(high / low) if high > low else 0.0
-            return at_low + share * (at_high - at_low)
-    return next((value for l0, value in points if abs(l0 - AT_L0) < 0.5), None)
+def at_l0(runs: list[dict[str, Any]], l0: float) -> float | None:
+    """Return the best learning rate's explained variance at an L0, interpolated; None where no runs enclose it."""
+    values = []
+    for lr in {run["lr"] for run in runs}:
+        points = sorted((run["l0"], run["explained_variance"]) for run in runs if run["lr"] == lr)
+        values += [value for at, value in points if abs(at - l0) < 1e-6]
+        for (low, at_low), (high, at_high) in pairwise(points):
+            if low < l0 < high:
+                values.append(at_low + math.log(l0 / low) / math.log(high / low) * (at_high - at_low))
+    return max(values, default=None)
 
 
-def best(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
-    """Return the best learning rate's explained variance at equal L0, and the points that it came from."""
-    by_lr = {lr: [run for run in runs if run["lr"] == lr] for lr in {run["lr"] for run in runs}}
-    values = {lr: at_equal_l0(some) for lr, some in by_lr.items()}
-    known = {lr: value for lr, value in values.items() if value is not None}
-    lr = max(known, key=lambda rate: known[rate]) if known else max(by_lr)
-    points = ", ".join(f"{run['l0']:.1f}: {run['explained_variance']:.4f}" for run in by_lr[lr])
-    return known.get(lr), f"lr {lr:g}; {points}"
+def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
+    """Return a row for each architecture, peer and sparsity: the peer's best learning rate beside ours at its L0."""
+    lines = ["| architecture | peer | lr | L0 | its explained variance | ours at that L0 | difference |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for architecture, by_library in results.items():
+        for library, runs in by_library.items():
+            if library == "thresher":
+                continue
+            for sparsity in sorted({run["sparsity"] for run in runs}):
+                best = max((r for r in runs if r["sparsity"] == sparsity), key=lambda r: r["explained_variance"])
+                theirs, own = best["explained_variance"], at_l0(by_library["thresher"], best["l0"])
+                shown = "not enclosed |" if own is None else f"{own:.4f} | {own - theirs:+.4f}"
+                lines.append(
+                    f"| {architecture} | {library} | {best['lr']:g} | {best['l0']:.1f} | {theirs:.4f} | {shown} |"
+                )
+    return lines
 
 
 def main() -> None:
@@ -152,17 +161,18 @@ def main() -> None:
     options = parser.parse_args()
     options.rows = options.output / "rows.safetensors"
     export_rows(ActivationStore.open(options.store), options.rows, options.tokens)
-    lines = [f"| architecture | library | explained variance at L0 {AT_L0:g} | from (L0: explained variance) |"]
-    lines += ["|---|---|---|---|"]
-    for architecture in options.architectures:
-        for library, sparsities in SPARSITIES[architecture].items():
-            if library != "thresher" and not options.peers:
-                continue
-            runs = [result_of(options, library, architecture, lr, s) for lr in LRS[architecture] for s in sparsities]
-            value, source = best(runs)
-            shown = "not enclosed" if value is None else f"{value:.4f}"
-            lines.append(f"| {architecture} | {library} | {shown} | {source} |")
-    print("\n".join(lines))
+    results = {
+        architecture: {
+            library: [result_of(options, library, architecture, lr, s) for lr in LRS[architecture] for s in sparsities]
+            for library, sparsities in SPARSITIES[architecture].items()
+            if library == "thresher" or options.peers
+        }
+        for architecture in options.architectures
+    }
+    for runs in (results[architecture]["thresher"] for architecture in results):
+        for run in runs:
+            print(f"ours: {run['architecture']}, lr {run['lr']:g}, L0 {run['l0']:.1f}: {run['explained_variance']:.4f}")
+    print("\n".join(table(results)))
 
 
 if __name__ == "__main__":
