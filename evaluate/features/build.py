@@ -158,10 +158,12 @@ def _walk(
     total = wanted * per_block * size
     passes = [_Pass(sae, settings, size, total, paths[sae.name], prints[sae.name]) for sae in saes]
     pace, n_threads = Pace(), min(len(passes), os.cpu_count() or 1)
+    # A new thread's first product would otherwise still use all cores, and round differently.
+    n_torch_threads = max(1, torch.get_num_threads() // n_threads)
     with (
         tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=None) as progress,
-        _threads_of_torch(max(1, torch.get_num_threads() // n_threads)),
-        ThreadPoolExecutor(n_threads, "features") as threads,
+        _threads_of_torch(n_torch_threads),
+        ThreadPoolExecutor(n_threads, "features", torch.set_num_threads, (n_torch_threads,)) as threads,
     ):
         for number, block in enumerate(blocks.tolist()):
             start, stop = block * per_block * size, min((block + 1) * per_block, store.n_contexts) * size

@@ -124,7 +124,7 @@ def test_block_size_and_subsets(tiny, sweep, result, capsys):
     settings = {"store": str(tiny.store), "saes": [str(sweep / "topk_k2")], "model": False, "bootstrap_samples": 0}
     one = evaluate(EvaluateConfig(output=str(tiny.root / "a"), block_rows=1, **settings))[0]
     all_at_once = next(row for row in result[0] if row["name"] == "topk_k2")
-    assert one["explained_variance"] == pytest.approx(all_at_once["explained_variance"], rel=1e-9)
+    assert one["explained_variance"] == pytest.approx(all_at_once["explained_variance"], rel=1e-7)
     assert one.get("ce_loss_score") is None
     assert one["confidence_95"] is None
     few = evaluate(EvaluateConfig(output=str(tiny.root / "b"), max_rows=30, **settings))[0]
