@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +77,9 @@ def main() -> None:
             done += 1
         took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
         print(json.dumps(took | {"parts": dict(seconds)}), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # ru_maxrss would count what the starting process held before this one took its place.
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1024
     result = {"peak_mib": peak, "explained_variance": explained_variance(library, data["test"])}
     if options.start_l0:
         with torch.no_grad():
