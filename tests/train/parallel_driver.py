@@ -9,7 +9,6 @@ the signal at its 17th step.
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -86,12 +85,12 @@ def fork(action, *arguments):
 
 n, meeting = int(sys.argv[1]), sys.argv[2]
 if meeting in ("SIGKILL", "SIGTERM"):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As `torchrun`'s, the launcher's store outlives the processes, who tell each other there which was first to end.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),
     }
