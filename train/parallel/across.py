@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..architectures.base import Architecture, Parameters, StepOutput
+    from .ranks import Ranks
 
 
 class Across:
@@ -59,6 +60,23 @@ class Across:
     def gradient_norm(self, gradients: Parameters) -> Tensor:
         """Return the norm of all gradients together."""
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+
+
+class AmongRanks(Across):
+    """The reductions that are the same however ranks share the work."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def least(self, number: Tensor) -> Tensor:
+        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
+        found = number.float().clone()
+        self.ranks.least(found)
+        return found.to(number.dtype)
+
+    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
+        """Return all ranks' values, in order of rank."""
+        return self.ranks.concatenate(values)
 
 
 ALONE = Across()

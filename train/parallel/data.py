@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 
 from ..architectures.base import StepOutput
-from .across import Across
-from .ranks import Ranks
+from .across import AmongRanks
 
 
-class DataParallel(Across):
+class DataParallel(AmongRanks):
     """The ranks' slices are of one size, so that the mean of their gradients is the whole batch's."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
 
     def rows(self, n_rows: int) -> int:
         """Return the rows of the whole batch."""
@@ -28,16 +23,6 @@ class DataParallel(Across):
         number = number.clone()
         self.ranks.add(number)
         return number / self.ranks.n
-
-    def least(self, number: Tensor) -> Tensor:
-        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
-        found = number.float().clone()
-        self.ranks.least(found)
-        return found.to(number.dtype)
-
-    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
-        """Return all ranks' values, in order of rank."""
-        return self.ranks.concatenate(values)
 
     def combine(self, output: StepOutput) -> StepOutput:
         """Return the mean of the ranks' gradients and numbers, and what fired on any of them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...shared.errors import ConfigError
@@ -19,27 +19,13 @@ from ..architectures.batch_topk import BatchTopK
 from ..architectures.latents import SparseLatents, csr_of, encoded_bias, sparse_at
 from ..architectures.topk import TopK
 from ..config import SaeConfig
-from .across import Across
-from .ranks import Ranks
+from .across import AmongRanks
 
 _SHARDED = {"W_enc", "b_enc", "W_dec", "tokens_since_fired"}
 
 
-class LatentShards(Across):
+class LatentShards(AmongRanks):
     """The latents are cut into one part per rank, in order."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-
-    def least(self, number: Tensor) -> Tensor:
-        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
-        found = number.float().clone()
-        self.ranks.least(found)
-        return found.to(number.dtype)
-
-    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
-        """Return all ranks' values, in order of rank."""
-        return self.ranks.concatenate(values)
 
     def shard(self, architecture: Architecture) -> Architecture:
         """Return the architecture that trains the latents here."""
