@@ -15,7 +15,7 @@ from .moments import Moments
 from .pipeline import Pipeline, ShardInProgress
 from .provenance import Segments, find_segments
 from .rows import BITS, float64_blocks
-from .sink import ShardSink
+from .sink import ShardSink, WrittenShard
 from .statistics import Statistics
 
 
@@ -134,4 +134,4 @@ class ShardAssembly:
             np.array(self._training_rows, dtype=np.int64),
             {name: products.co_moment(self._moments[name]) for name, products in self._products.items()},
         )
-        self._folder.commit(self.shard, self.n_contexts, statistics, self._segments, self._info)
+        self._folder.commit(WrittenShard(self.shard, self.n_contexts, statistics, self._segments, self._info))

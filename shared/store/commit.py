@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -18,10 +18,9 @@ from .durable import (
     make_folder,
     move_into_place,
     remove_tree,
+    stage,
     sync,
     sync_folder,
-    temporary_name,
-    write_synced,
 )
 from .format import (
     MANIFEST,
@@ -35,8 +34,8 @@ from .format import (
     statistics_key,
 )
 from .manifest import Completion, FileRecord, Manifest, ShardRecord, encode_line, read_manifest
-from .pipeline import ShardInProgress
-from .provenance import Segments, encode_segments, join_segments
+from .provenance import encode_segments, join_segments
+from .sink import WrittenShard
 from .staging import StagedShard, drop_unusable, list_staged, read_staged
 from .statistics import Statistics, decode_statistics, encode_statistics, merge_statistics
 from .zarr_metadata import metadata_files
@@ -140,27 +139,14 @@ class StoreFolder:
             target = self.path / key
             if not target.exists() or target.read_bytes() != content:
                 make_folder(target.parent)
-                moves.append((self._stage(key, content), target))
+                moves.append((stage(self.partial, key, content), target))
         move_into_place(moves)
         return {key: _record(content) for key, content in files.items()}
 
-    def _stage(self, key: str, content: bytes) -> Path:
-        make_folder(self.partial)
-        path = self.partial / temporary_name(key)
-        write_synced(path, content)
-        return path
-
-    def commit(
-        self,
-        shard: ShardInProgress,
-        n_contexts: int,
-        statistics: Statistics,
-        segments: list[Segments],
-        info: Mapping[int, tuple[int, str]],
-    ) -> None:
+    def commit(self, shard: WrittenShard) -> None:
         """Make a written shard part of the store: flush, rename, flush, and only then name it in the manifest."""
         assert self._manifest is not None
-        written, entry = finish_shard(self._manifest.header, shard, n_contexts, statistics, segments, info, self._stage)
+        written, entry = finish_shard(self._manifest.header, shard, self.partial)
         self._place({self.path / key: path for key, path in written.items()})
         self._add(entry)
 
@@ -207,7 +193,7 @@ class StoreFolder:
         with disk_errors(self.path):
             header = manifest.header
             content = encode_statistics(merge_statistics(shard_statistics(self.path, manifest), header))
-            move_into_place([(self._stage(STATISTICS, content), self.path / STATISTICS)])
+            move_into_place([(stage(self.partial, STATISTICS, content), self.path / STATISTICS)])
             files = {STATISTICS: _record(content)}
             files |= self._write_metadata(manifest.n_contexts * header.context_size)
             self.clear_partial()
@@ -240,29 +226,22 @@ class StoreFolder:
         close(self._file)
 
 
-def finish_shard(
-    header: Header,
-    shard: ShardInProgress,
-    n_contexts: int,
-    statistics: Statistics,
-    segments: list[Segments],
-    info: Mapping[int, tuple[int, str]],
-    stage: Callable[[str, bytes], Path],
-) -> tuple[dict[str, Path], ShardRecord]:
-    """Flush a written shard and its side files; return where each file lies for now, and the shard's record."""
-    keys = {array.name: array.shard_key(shard.number) for array in arrays_of(header)}
+def finish_shard(header: Header, shard: WrittenShard, partial: Path) -> tuple[dict[str, Path], ShardRecord]:
+    """Flush a written shard and, in `partial`, its side files; return where each lies, and the shard's record."""
+    number = shard.arrays.number
+    keys = {array.name: array.shard_key(number) for array in arrays_of(header)}
     written, files = {}, {}
-    for name, (path, n_bytes, checksum) in shard.finish().items():
+    for name, (path, n_bytes, checksum) in shard.arrays.finish().items():
         written[keys[name]] = path
         files[keys[name]] = FileRecord(n_bytes, checksum)
     sides = {
-        statistics_key(shard.number): encode_statistics(statistics),
-        provenance_key(shard.number): encode_segments(join_segments(segments), info),
+        statistics_key(number): encode_statistics(shard.statistics),
+        provenance_key(number): encode_segments(join_segments(shard.segments), shard.info),
     }
     for key, content in sides.items():
-        written[key] = stage(key, content)
+        written[key] = stage(partial, key, content)
         files[key] = _record(content)
-    return written, ShardRecord(shard=shard.number, contexts=n_contexts, files=files)
+    return written, ShardRecord(shard=number, contexts=shard.n_contexts, files=files)
 
 
 def _record(content: bytes) -> FileRecord:

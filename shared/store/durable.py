@@ -52,6 +52,14 @@ def write_synced(path: Path, content: bytes) -> None:
         sync(file)
 
 
+def stage(folder: Path, key: str, content: bytes) -> Path:
+    """Write what will be `key` in the store, flushed, into a folder of temporary files; return where it lies."""
+    make_folder(folder)
+    path = folder / temporary_name(key)
+    write_synced(path, content)
+    return path
+
+
 def close(file: IO[bytes]) -> None:
     """Close a file that is given up, even where a full disk refuses what is still in its buffer."""
     with suppress(OSError):

@@ -10,17 +10,14 @@ from msgspec.structs import replace
 
 from ..errors import ConfigError, RankError
 from .commit import StoreFolder, check_same, finish_shard
-from .durable import close, disk_errors, lock, make_folder, remove_tree, temporary_name, write_synced
+from .durable import close, disk_errors, lock, remove_tree
 from .format import MANIFEST, PARTIAL_FOLDER, Header
 from .location import locate
 from .manifest import read_manifest
-from .pipeline import ShardInProgress
 from .presence import Presence
-from .provenance import Segments
 from .share import Share
-from .sink import ShardSink
+from .sink import ShardSink, WrittenShard
 from .staging import stage_shard
-from .statistics import Statistics
 from .writer import ActivationStoreWriter
 
 T = TypeVar("T")
@@ -166,24 +163,11 @@ class _RankFolder:
     def start(self, header: Header) -> Header:
         return header  # rank 0 has begun the store
 
-    def commit(
-        self,
-        shard: ShardInProgress,
-        n_contexts: int,
-        statistics: Statistics,
-        segments: list[Segments],
-        info: Mapping[int, tuple[int, str]],
-    ) -> None:
-        written, record = finish_shard(self.header, shard, n_contexts, statistics, segments, info, self._stage)
+    def commit(self, shard: WrittenShard) -> None:
+        written, record = finish_shard(self.header, shard, self.partial)
         stage_shard(self._path, self.header, written, record, self.partial)
         if self._store is not None:
             self._store.adopt()
-
-    def _stage(self, key: str, content: bytes) -> Path:
-        make_folder(self.partial)
-        path = self.partial / temporary_name(key)
-        write_synced(path, content)
-        return path
 
     def complete(self) -> None:
         """Do nothing: that is for rank 0, when every rank is done."""

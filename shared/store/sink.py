@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,17 @@ from .format import Header
 from .pipeline import ShardInProgress
 from .provenance import Segments
 from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard whose arrays are written, and what goes beside them: `info` has documents' hashes and names."""
+
+    arrays: ShardInProgress
+    n_contexts: int
+    statistics: Statistics
+    segments: list[Segments]
+    info: Mapping[int, tuple[int, str]]
 
 
 class ShardSink(Protocol):
@@ -36,14 +48,7 @@ class ShardSink(Protocol):
         """Begin the store."""
         ...
 
-    def commit(
-        self,
-        shard: ShardInProgress,
-        n_contexts: int,
-        statistics: Statistics,
-        segments: list[Segments],
-        info: Mapping[int, tuple[int, str]],
-    ) -> None:
+    def commit(self, shard: WrittenShard) -> None:
         """Keep a written shard for good."""
         ...
 
