@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,7 @@ from .durable import (
     sync,
     sync_folder,
 )
+from .files import LocalFiles, shard_statistics
 from .format import (
     MANIFEST,
     PARTIAL_FOLDER,
@@ -37,7 +38,7 @@ from .manifest import Completion, FileRecord, Manifest, ShardRecord, encode_line
 from .provenance import encode_segments, join_segments
 from .sink import WrittenShard
 from .staging import StagedShard, drop_unusable, list_staged, read_staged
-from .statistics import Statistics, decode_statistics, encode_statistics, merge_statistics
+from .statistics import encode_statistics, merge_statistics
 from .zarr_metadata import metadata_files
 
 
@@ -192,7 +193,7 @@ class StoreFolder:
             return
         with disk_errors(self.path):
             header = manifest.header
-            content = encode_statistics(merge_statistics(shard_statistics(self.path, manifest), header))
+            content = encode_statistics(merge_statistics(shard_statistics(LocalFiles(self.path), manifest), header))
             move_into_place([(stage(self.partial, STATISTICS, content), self.path / STATISTICS)])
             files = {STATISTICS: _record(content)}
             files |= self._write_metadata(manifest.n_contexts * header.context_size)
@@ -246,41 +247,6 @@ def finish_shard(header: Header, shard: WrittenShard, partial: Path) -> tuple[di
 
 def _record(content: bytes) -> FileRecord:
     return FileRecord(len(content), crc32c(content))
-
-
-def shard_statistics(path: Path, manifest: Manifest) -> Iterator[Statistics]:
-    """Yield each committed shard's statistics, checked against the manifest."""
-    for record in manifest.shards:
-        yield load_statistics(path, statistics_key(record.shard), record.files, manifest.header, record.contexts)
-
-
-def load_statistics(
-    store: Path, key: str, files: Mapping[str, FileRecord], header: Header, n_contexts: int
-) -> Statistics:
-    """Return the statistics in a file that the manifest names, of `n_contexts` contexts."""
-    content = read_checked(store, key, files)
-    try:
-        return decode_statistics(content, header, n_contexts)
-    except StoreError as error:
-        raise StoreError(f"the store '{store}' is damaged: '{key}': {error}") from None
-
-
-def read_checked(store: Path, key: str, files: Mapping[str, FileRecord]) -> bytes:
-    """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
-    record = files.get(key)
-    if record is None:
-        raise StoreError(f"the store '{store}' is damaged: its manifest does not name '{key}'")
-    path = store / key
-    try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size == record.bytes else b""
-    except OSError as error:
-        raise StoreError(f"the store '{store}' is damaged: cannot read '{key}' ({error.strerror})") from None
-    if len(content) != record.bytes:
-        raise StoreError(f"the store '{store}' is damaged: '{key}' has {size} bytes, its manifest says {record.bytes}")
-    if crc32c(content) != record.crc32c:
-        raise StoreError(f"the store '{store}' is damaged: '{key}' does not have its checksum")
-    return content
 
 
 def check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool, free: set[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import StoreError
-from .commit import read_checked
+from .checksum import crc32c
 from .format import ArrayLayout, Header, statistics_key
 from .location import StoreUrl, cache_folder, cache_limit
 from .manifest import FileRecord, Manifest, ShardRecord, read_manifest
@@ -61,7 +61,20 @@ class LocalFiles:
 
     def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
         """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
-        return read_checked(self.place, key, files)
+        return read_named(self.place, key, files, self._read)
+
+    def _read(self, key: str, n_bytes: int) -> bytes:
+        path = self.place / key
+        try:
+            size = path.stat().st_size
+            content = path.read_bytes() if size == n_bytes else b""
+        except OSError as error:
+            raise StoreError(f"the store '{self.place}' is damaged: cannot read '{key}' ({error.strerror})") from None
+        if len(content) != n_bytes:
+            raise StoreError(
+                f"the store '{self.place}' is damaged: '{key}' has {size} bytes, its manifest says {n_bytes}"
+            )
+        return content
 
     def content(self, key: str) -> bytes | None:
         """Return a file as it is, or None if it is not there."""
@@ -86,6 +99,19 @@ def open_files(place: Path | StoreUrl, cache: str | Path | None, cache_bytes: in
     from .remote_files import RemoteFiles
 
     return RemoteFiles(RemoteStore(place), CacheFolder(cache_folder(cache), cache_limit(cache_bytes)))
+
+
+def read_named(
+    place: Path | StoreUrl, key: str, files: Mapping[str, FileRecord], read: Callable[[str, int], bytes]
+) -> bytes:
+    """Return what `read(key, bytes)` does of a file that the manifest names; raise `StoreError` if it is another."""
+    record = files.get(key)
+    if record is None:
+        raise StoreError(f"the store '{place}' is damaged: its manifest does not name '{key}'")
+    content = read(key, record.bytes)
+    if crc32c(content) != record.crc32c:
+        raise StoreError(f"the store '{place}' is damaged: '{key}' does not have its checksum")
+    return content
 
 
 def load_statistics(

@@ -14,6 +14,7 @@ import msgspec
 from ..errors import MissingFileError, StoreError
 from .checksum import crc32c
 from .format import FORMAT_VERSION, MANIFEST, Count, Header, Size, check_hook_point_name
+from .location import StoreUrl
 
 Checksum = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
@@ -87,10 +88,15 @@ def read_manifest(store: Path) -> Manifest | None:
         raise StoreError(f"'{store}' is not an activation store: it has no {MANIFEST}") from None
     except OSError as error:
         raise StoreError(f"cannot read '{path}': {error.strerror}") from None
+    return manifest_of(store, content)
+
+
+def manifest_of(place: Path | StoreUrl, content: bytes) -> Manifest | None:
+    """Return what the bytes of a store's manifest say, as `parse_manifest` does; its errors name the store."""
     try:
         return parse_manifest(content)
     except StoreError as error:
-        raise StoreError(f"the store '{store}' is damaged: {MANIFEST} {error}") from None
+        raise StoreError(f"the store '{place}' is damaged: {MANIFEST} {error}") from None
 
 
 def parse_manifest(content: bytes) -> Manifest | None:

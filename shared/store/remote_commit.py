@@ -19,7 +19,7 @@ from .commit import StoreFolder
 from .durable import make_folder, remove_tree
 from .format import MANIFEST, STATISTICS, Header, statistics_key
 from .location import StoreUrl, cache_folder
-from .manifest import Manifest, ShardRecord, parse_manifest
+from .manifest import Manifest, ShardRecord, manifest_of, parse_manifest
 from .remote import ChangedObjectError, RemoteStore
 from .remote_files import owner_of, read_object
 from .remote_lease import LEASE, Lease
@@ -192,7 +192,7 @@ def open_remote(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreBusyError(f"another process is writing to the store '{url}'; wait until it ends") from None
-        uploaded, version = remote_manifest(remote)
+        remote_manifest(remote)  # before a lease is put where no store may be
         lease = Lease(remote, staging)
         lease.acquire()
         uploaded, version = remote_manifest(remote)
@@ -212,17 +212,14 @@ def open_remote(
 
 
 def remote_manifest(remote: RemoteStore) -> tuple[bytes, Any]:
-    """Return the manifest's content and version, or nothing and None if no store is there yet."""
+    """Return the manifest's content, which is checked, and version; nothing and None if no store is there yet."""
     try:
         content, version = remote.get_version(MANIFEST)
     except MissingFileError:
         if not remote.is_empty(but=LEASE):
             raise StoreError(f"'{remote.url}' holds other objects and no store; name another prefix") from None
         return b"", None
-    try:
-        parse_manifest(content)
-    except StoreError as error:
-        raise StoreError(f"the store '{remote.url}' is damaged: {MANIFEST} {error}") from None
+    manifest_of(remote.url, content)
     return content, version
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MissingFileError, StoreError
-from .checksum import crc32c
+from .files import read_named
 from .format import MANIFEST, ArrayLayout, Header, arrays_of
 from .location import StoreUrl
-from .manifest import FileRecord, Manifest, ShardRecord, parse_manifest
+from .manifest import FileRecord, Manifest, ShardRecord, manifest_of
 from .mapped import MappedShard, Shard, ShardCache
 from .remote import RemoteStore
 from .remote_cache import CacheFolder
@@ -199,24 +199,15 @@ def read_remote_manifest(remote: RemoteStore) -> Manifest | None:
         if remote.is_empty():
             raise MissingFileError(f"no activation store at '{url}'; harvest one, or give the URL of one") from None
         raise StoreError(f"'{url}' is not an activation store: it has no {MANIFEST}") from None
-    try:
-        return parse_manifest(content)
-    except StoreError as error:
-        raise StoreError(f"the store '{url}' is damaged: {MANIFEST} {error}") from None
+    return manifest_of(url, content)
 
 
 def read_object(remote: RemoteStore, key: str, files: Mapping[str, FileRecord]) -> bytes:
     """Return the content of an object that the manifest names; raise `StoreError` if it is not that object."""
-    record = files.get(key)
-    if record is None:
-        raise StoreError(f"the store '{remote.url}' is damaged: its manifest does not name '{key}'")
     try:
-        content = remote.get(key, record.bytes)
+        return read_named(remote.url, key, files, remote.get)
     except MissingFileError as error:
         raise StoreError(f"the store '{remote.url}' is damaged: {error}") from None
-    if crc32c(content) != record.crc32c:
-        raise StoreError(f"the store '{remote.url}' is damaged: '{key}' does not have its checksum")
-    return content
 
 
 def owner_of(url: StoreUrl) -> str:
