@@ -90,17 +90,14 @@ def candidates_kernel(
     z = pre_activation_tile(
         x_ptr, W_ptr, b_ptr, rows, columns, n_rows, d_sae, d_in, stride_x, stride_W, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D
     )
-    slots = tl.arange(0, N_CANDIDATES)
-    keys = tl.full([BLOCK_ROWS, N_CANDIDATES], LOWEST_KEY, tl.int64)
+    starts = (rows.to(tl.int64) * n_tiles + tile) * N_CANDIDATES
     for slot in range(N_CANDIDATES):
         # Two plain reductions hold fewer registers than one over (value, place) pairs.
         value = tl.max(z, axis=1)
         place = tl.min(tl.where(z == value[:, None], within[None, :], BLOCK_LATENTS - 1), axis=1)
         key = sortable_key(value, tile * BLOCK_LATENTS + place)
-        keys = tl.where((slots == slot)[None, :], key[:, None], keys)
+        tl.store(keys_ptr + starts + slot, key, mask=rows < n_rows)
         z = tl.where(within[None, :] == place[:, None], float("-inf"), z)
-    starts = (rows.to(tl.int64) * n_tiles + tile) * N_CANDIDATES
-    tl.store(keys_ptr + starts[:, None] + slots[None, :], keys, mask=(rows < n_rows)[:, None])
 
 
 @triton.jit
