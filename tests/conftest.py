@@ -1,13 +1,18 @@
 """Before anything imports Triton: without a GPU its kernels run in Triton's interpreter.
 
-Without a CUDA device the tests that need one are skipped, and one line says so.
+Without a CUDA device the tests that need one are skipped, and one line says so. Tests that ask the peer libraries run
+scripts in an environment of theirs.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
+
+PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
 
 
 def pytest_configure(config):
@@ -29,6 +34,23 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash.get(_SKIPPED, 0):
         terminalreporter.write_line("no CUDA device was found: the tests that need one were skipped")
+
+
+@pytest.fixture(scope="session")
+def run_peers():
+    """The function that runs Python in the peers' environment, without a network, and returns what it prints."""
+    if not PEERS.exists():
+        pytest.skip("needs the peers' environment (make test-peers)")
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONSAFEPATH": "1"}
+
+    def run(*arguments, **environment):
+        command = [str(PEERS), "-W", "ignore", *map(str, arguments)]
+        environment = os.environ | offline | environment
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 _SKIPPED = pytest.StashKey[int]()

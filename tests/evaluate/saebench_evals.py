@@ -5,14 +5,10 @@ usage: saebench_evals.py MODEL_FOLDER TOKENS.npy MASKED_TOKEN TEXT_MODEL_FOLDER 
 The first SAE belongs to the first model, whose tokens are given; the second to the model that has a tokenizer.
 """
 
-# ruff: noqa: E402
-
 import json
 import sys
 import tempfile
 from pathlib import Path
-
-sys.modules["torchvision"] = None  # no vision here, and one built for another torch would not import
 
 import numpy as np
 import torch

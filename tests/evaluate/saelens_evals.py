@@ -3,12 +3,8 @@
 usage: saelens_evals.py MODEL_FOLDER TOKENS.npy MASKED_TOKEN OUTPUT.json SAE_FOLDER...
 """
 
-# ruff: noqa: E402
-
 import json
 import sys
-
-sys.modules["torchvision"] = None  # no vision here, and one built for another torch would not import
 
 import numpy as np
 import torch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from thresher.evaluate.run import evaluate
 pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
 
 # ours -> SAEBench's
 SAME = {
@@ -36,7 +33,7 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def both(tiny, make_sae):
+def both(tiny, make_sae, run_peers):
     """Our metrics of an SAE, and what SAEBench says of it and of one for the bundled model."""
     root = tiny.root / "saebench"
     root.mkdir()
@@ -45,14 +42,12 @@ def both(tiny, make_sae):
     sae.b_dec.data = torch.from_numpy(tiny.activations["blocks.1.resid_post"].numpy().mean((0, 1)))
     folders = [sae.save(root / "sae"), make_sae(seed=1, d_in=256, d_sae=512, k=32).save(root / "text_sae")]
     np.save(root / "tokens.npy", tiny.tokens[tiny.held_out].astype(np.int64))
-    script = [str(PEERS), "-W", "ignore", str(Path(__file__).with_name("saebench_evals.py"))]
-    models = [str(tiny.root / "model"), str(root / "tokens.npy"), "0", str(ROOT / "models" / "stdlib-lm")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    environment["JAXTYPING_DISABLE"] = "1"  # SAEBench names two sizes of its sparse probing alike
-    command = [*script, *models, str(root / "out.json"), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_peers(
+        Path(__file__).with_name("saebench_evals.py"),
+        *(tiny.root / "model", root / "tokens.npy", 0, ROOT / "models" / "stdlib-lm", root / "out.json", *folders),
+        PYTHONPATH=str(Path(__file__).parent),
+        JAXTYPING_DISABLE="1",  # SAEBench names two sizes of its sparse probing alike
+    )
     settings = {"store": str(tiny.store), "output": str(root / "out"), "feature_rows": 0, "bootstrap_samples": 0}
     return evaluate(EvaluateConfig(saes=[str(folders[0])], **settings))[0], json.loads((root / "out.json").read_text())
 

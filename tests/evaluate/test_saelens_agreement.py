@@ -6,8 +6,6 @@ SAELens runs in an environment of its own, on TransformerLens's model with the s
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,6 @@ from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.run import evaluate
 
 pytestmark = pytest.mark.peers
-
-ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
 
 # ours -> SAELens's
 SAME = {
@@ -43,7 +38,7 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def both(tiny, make_sae):
+def both(tiny, make_sae, run_peers):
     """Ours and SAELens's results for SAEs that reconstruct well enough for scores to mean something."""
     root = tiny.root / "agreement"
     folders = []
@@ -55,11 +50,8 @@ def both(tiny, make_sae):
             sae.b_enc.data -= 0.3
         folders.append(str(sae.save(root / name)))
     np.save(root / "tokens.npy", tiny.tokens[tiny.held_out].astype(np.int64))
-    script = [str(PEERS), str(Path(__file__).with_name("saelens_evals.py"))]
-    arguments = [str(tiny.root / "model"), str(root / "tokens.npy"), "0", str(root / "saelens.json"), *folders]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run([*script, *arguments], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = Path(__file__).with_name("saelens_evals.py")
+    run_peers(script, tiny.root / "model", root / "tokens.npy", 0, root / "saelens.json", *folders)
     theirs = json.loads((root / "saelens.json").read_text())
     settings = {"store": str(tiny.store), "output": str(root / "out"), "feature_rows": 0, "bootstrap_samples": 0}
     ours = evaluate(EvaluateConfig(saes=folders, **settings))

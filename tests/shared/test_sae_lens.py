@@ -1,8 +1,6 @@
 """SAELens loads what Thresher saves, and computes the same. Runs SAELens in its own environment."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from thresher.shared import Sae
 
-PYTHON = Path(__file__).parents[2] / ".venv-peers/bin/python"
 SCRIPT = """
-import sys, torch, warnings
-sys.modules["torchvision"] = None  # it may be built for another torch, and SAELens does not need it
-warnings.simplefilter("ignore")
+import sys, torch
 from safetensors.torch import load_file, save_file
 from sae_lens import SAE
 folder, x = sys.argv[1], load_file(sys.argv[2])["x"]
@@ -26,7 +21,7 @@ for name in sys.argv[4:]:
     print(name, type(sae).__name__, sae.cfg.metadata.hook_name)
 save_file(out, sys.argv[3])
 """
-pytestmark = [pytest.mark.peers, pytest.mark.skipif(not PYTHON.exists(), reason="needs the peers' environment")]
+pytestmark = pytest.mark.peers
 
 KINDS = {
     "standard": ({}, "StandardSAE"),
@@ -40,7 +35,7 @@ KINDS = {
 }
 
 
-def test_saelens_computes_what_we_compute(tmp_path):
+def test_saelens_computes_what_we_compute(tmp_path, run_peers):
     torch.manual_seed(0)
     d_in, d_sae = 12, 40
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, 12), "b_dec": (12,), "W_skip": (12, d_in)}
@@ -50,12 +45,8 @@ def test_saelens_computes_what_we_compute(tmp_path):
         Sae(kind, tensors, hook_point="blocks.1.resid_post", config=config).save(tmp_path / kind)
     x = torch.randn(33, d_in)
     save_file({"x": x}, tmp_path / "x.safetensors")
-    command = [PYTHON, "-c", SCRIPT, tmp_path, tmp_path / "x.safetensors", tmp_path / "out.safetensors", *KINDS]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:-1] == [
-        f"{kind} {name} blocks.1.hook_resid_post" for kind, (_, name) in KINDS.items()
-    ]
+    printed = run_peers("-c", SCRIPT, tmp_path, tmp_path / "x.safetensors", tmp_path / "out.safetensors", *KINDS)
+    assert printed.split("\n")[:-1] == [f"{kind} {name} blocks.1.hook_resid_post" for kind, (_, name) in KINDS.items()]
     theirs = load_file(tmp_path / "out.safetensors")
     for kind in KINDS:
         ours = Sae.load(tmp_path / kind)

@@ -1,22 +1,16 @@
 """SAEs that sparsify and dictionary_learning made are read as they compute. Runs both in their own environment."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from thresher.train.trained_saes import read_trained_sae
 
-PYTHON = Path(__file__).parents[2] / ".venv-peers/bin/python"
-pytestmark = [pytest.mark.peers, pytest.mark.skipif(not PYTHON.exists(), reason="needs the peers' environment")]
+pytestmark = pytest.mark.peers
 
 SCRIPT = """
-import json, sys, types, warnings
+import json, sys
 from pathlib import Path
-sys.modules["torchvision"] = None  # it may be built for another torch, and neither needs it
-warnings.simplefilter("ignore")
 import torch
 from safetensors.torch import save_file
 from sparsify import SparseCoder
@@ -54,9 +48,8 @@ save_file({key: tensor.contiguous() for key, tensor in out.items()}, root / "out
 """
 
 
-def test_peers_saes_compute_the_same_here(tmp_path):
-    done = subprocess.run([str(PYTHON), "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_peers_saes_compute_the_same_here(tmp_path, run_peers):
+    run_peers("-c", SCRIPT, tmp_path)
     theirs = load_file(tmp_path / "out.safetensors")
     x = theirs.pop("x")
     assert len(theirs) == 8
