@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Config
+from ..shared.config import Cache, CacheBytes, Config, Device
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
@@ -28,13 +28,9 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32"] | None,
         Meta(description="Data type of the model; by default the one the store was harvested in."),
     ] = None
-    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
-    cache: Annotated[
-        str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")
-    ] = None
-    cache_bytes: Annotated[
-        Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
-    ] = None
+    device: Device = "auto"
+    cache: Cache = None
+    cache_bytes: CacheBytes = None
     max_rows: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Held-out rows to use, spread evenly over them; by default all."),

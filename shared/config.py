@@ -11,11 +11,12 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import msgspec.inspect
 import msgspec.toml
+from msgspec import Meta
 
 from .errors import ConfigError, MissingFileError
 
@@ -23,6 +24,15 @@ from .errors import ConfigError, MissingFileError
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the stages' configurations."""
 
+
+Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")]
+Cache = Annotated[
+    str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")
+]
+CacheBytes = Annotated[
+    Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
+]
+"""Fields of the stages that read a store."""
 
 C = TypeVar("C", bound=Config)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Config
+from ..shared.config import Cache, CacheBytes, Config, Device
 
 
 class SaeConfig(Config, frozen=True):
@@ -165,7 +165,7 @@ class TrainConfig(Config, frozen=True):
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")
     ] = "bfloat16"
-    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")] = "auto"
+    device: Device = "auto"
     kernels: Annotated[
         Literal["auto", "reference"],
         Meta(description="auto: Triton kernels on CUDA and the CPU's own operations there; reference: plain PyTorch."),
@@ -176,12 +176,8 @@ class TrainConfig(Config, frozen=True):
     window_bytes: Annotated[
         int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
     ] = 2 << 30
-    cache: Annotated[
-        str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")
-    ] = None
-    cache_bytes: Annotated[
-        Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
-    ] = None
+    cache: Cache = None
+    cache_bytes: CacheBytes = None
     checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000
     keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
