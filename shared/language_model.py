@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from .capture import capture as capture
 from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
+from .device import choose_device
 from .errors import ModelError
 
 if TYPE_CHECKING:
@@ -46,11 +47,9 @@ def load_model(
     """Load a pretrained model, ready for inference: evaluation mode, no gradients.
 
     Decoders load with their language-modelling head, encoders (the BERT family) bare. Raises
-    `ModelError` when there is no such model or the device is not there.
+    `ModelError` when there is no such model, `ConfigError` when the device is not there.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device '{device}' asked for, but this machine has no CUDA device; use device = 'cpu'")
+    device = choose_device(str(device))
     _quiet_unless_terminal()
     config = load_model_config(name_or_path, revision)
     loader = AutoModel if is_encoder(config) else AutoModelForCausalLM

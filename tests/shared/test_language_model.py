@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
 from thresher.shared import language_model
-from thresher.shared.errors import ModelError
+from thresher.shared.errors import ConfigError, ModelError
 from thresher.shared.language_model import load_model, load_tokenizer, model_dtype
 
 BERT = BertConfig(
@@ -62,5 +62,5 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(tmp_path):
-    with pytest.raises(ModelError, match="no CUDA device; use device = 'cpu'"):
+    with pytest.raises(ConfigError, match="no CUDA device; use device = 'cpu'"):
         load_model(str(tmp_path), device="cuda")
