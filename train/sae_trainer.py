@@ -195,8 +195,9 @@ class SaeTrainer:
             return len(batch.x), n_dead
         waited = self.room.waited
         self.room.before(done, SPARSE_BELOW * len(batch.x) * self.config.d_sae)
-        key = (len(batch.x), n_dead, self.room.capacity, self.room.margin)
-        return None if waited or self.room.exact else key
+        decided = self.architecture.decided_at(done)
+        key = (len(batch.x), n_dead, self.room.capacity, self.room.margin, decided)
+        return None if waited or self.room.exact or decided is None else key
 
     def _take(self, batch: Batch) -> dict[str, Number]:
         """Take a step; all of it may be captured."""
@@ -239,6 +240,7 @@ class SaeTrainer:
                 sparsity_scale=sparsity_factor(done, self.sparsity_warmup_steps) if self.waits else self._now[2],
                 buffers=self.buffers,
                 steps_done=done,
+                step_number=None if self.waits else self._now[0] - 1,
                 across=self.across,
                 room=self.room,
                 n_dead=self.dead_look.n_dead if self.dead_look else self.across.room_for_dead(dead),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from ..config import SaeConfig
 from .base import Batch, Number, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at
+from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at, squared
 from .topk import TopK
 
 _WIDER = 4
+# A step is captured where as many have the same k: a capture costs as much as dozens of them.
+_LEAST_STEPS_ALIKE = 256
 
 
 class AnnealedTopK(TopK):
     """TopK with k-annealing, linear from d_in to k, and Multi-TopK, which adds `c L(4 k)` to the loss `L(k)`."""
+
+    capturable = True
 
     @staticmethod
     def is_asked_for(config: SaeConfig) -> bool:
@@ -29,18 +35,23 @@ class AnnealedTopK(TopK):
             return k
         return round(start + (k - start) * steps_done / steps)
 
+    def decided_at(self, steps_done: int) -> Hashable | None:
+        """Return the step's k, which its shapes follow from; None while k falls faster than captures are worth."""
+        k, steps = self.k_at(steps_done), self.config.k_anneal_steps or 0
+        n_values = min(self.d_in, self.d_sae) - int(self.config.k or 0)
+        return k if steps_done >= steps or steps >= _LEAST_STEPS_ALIKE * n_values else None
+
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         k, coefficient = self.k_at(step.steps_done), self.config.multi_topk_coefficient or 0.0
         latents, gradients, error = self._reconstruct(parameters, batch, step, k)
-        mse = float(error.square().sum()) / len(batch.x)
+        mse = squared(error) / len(batch.x)
         terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         if coefficient:
             _, wider, rest = self._reconstruct(parameters, batch, step, min(_WIDER * k, self.d_sae))
             for name, gradient in gradients.items():
                 gradient.add_(wider[name], alpha=coefficient)
-            squares = float(rest.square().sum())
-            terms["multi_topk_loss"] = coefficient * squares / (len(batch.x) * step.total_variance)
+            terms["multi_topk_loss"] = coefficient * squared(rest) / (len(batch.x) * step.total_variance)
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
 
     def _reconstruct(

@@ -7,6 +7,7 @@ activations, and bfloat16 has its precision where the activations vary. While tr
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,7 +47,8 @@ class StepInput:
     What is not a mean over the batch's rows goes through `across`, for they may be on several ranks. With `room`,
     selections find their entries without waiting for the device, in as much memory as that says; with `n_dead`, at
     most so many latents are dead. With `W_dec_compute`, sums over few latents may be in its precision, and
-    weights' gradients left for the optimizer to compute by blocks.
+    weights' gradients left for the optimizer to compute by blocks. `step_number` is `steps_done` on the device, where
+    a step may be captured: the host's is then that of the capture.
     """
 
     kernels: Any
@@ -56,6 +58,7 @@ class StepInput:
     sparsity_scale: Number = 1.0
     buffers: Buffers = field(default_factory=dict)
     steps_done: int = 0
+    step_number: Float[Tensor, ""] | None = None
     across: Across = ALONE
     room: EntryRoom | None = None
     n_dead: int | None = None
@@ -83,7 +86,7 @@ class Architecture:
 
     One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told. One that says
     `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room,
-    nor does anything there that the next step may do otherwise.
+    nor does anything there that the next step may do otherwise, but for what `decided_at` says.
     """
 
     name: ClassVar[str]
@@ -130,6 +133,13 @@ class Architecture:
     def initial_buffers(self) -> Buffers:
         """Return what training keeps besides the parameters, such as running means."""
         return {}
+
+    def decided_at(self, steps_done: int) -> Hashable | None:
+        """Return what the host decides of a step, so that a captured one is replayed only where it is the same.
+
+        None says that what it decides changes too often for a capture to be worth its time.
+        """
+        return ()
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Change random initial parameters in place by what the first batch shows, where an architecture does."""

@@ -19,6 +19,8 @@ class PAnnealed(Standard):
     `(a + 0.001)^p - 0.001^p`, whose slope at zero is finite.
     """
 
+    capturable = True
+
     def initial_buffers(self) -> Buffers:
         """Return p and the penalty's scale."""
         return {"p": torch.tensor(1.0), "penalty_scale": torch.tensor(1.0)}
@@ -44,17 +46,19 @@ class PAnnealed(Standard):
         terms: dict[str, Number] = {"mse_loss": mse, "sparsity_loss": _power_sum(weighted, p) * penalty}
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, count(active) / len(x), terms)
 
-    def _anneal(self, weighted: Tensor, step: StepInput) -> tuple[float, float]:
-        """Bring p to the step's and return it with the penalty's scale."""
+    def _anneal(self, weighted: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
+        """Bring p to the step's and return it with the penalty's scale, both on the device."""
         p, scale = step.buffers["p"], step.buffers["penalty_scale"]
-        done = min(1.0, step.steps_done / (self.config.p_anneal_steps or 1))
-        new = 1 + ((self.config.p_final or 1.0) - 1) * done
-        before, after = (float(step.across.mean(_power_sum(weighted, power))) for power in (float(p), new))
-        if before > 0 and after > 0:
-            scale.mul_(before / after)
-        p.fill_(new)
-        return float(p), float(scale)
+        done = p.new_full((), step.steps_done) if step.step_number is None else step.step_number
+        share = (done.double() / (self.config.p_anneal_steps or 1)).clamp(max=1)
+        new = 1 + ((self.config.p_final or 1.0) - 1) * share
+        before, after = (step.across.mean(_power_sum(weighted, power)) for power in (p.double(), new))
+        scale.mul_(torch.where((before > 0) & (after > 0), before / after, 1))
+        p.copy_(new)
+        return p, scale
 
 
-def _power_sum(weighted: Tensor, p: float) -> Tensor:
-    return ((weighted + _EPSILON).pow_(p) - _EPSILON**p).sum(dtype=torch.float64)
+def _power_sum(weighted: Tensor, p: Tensor) -> Tensor:
+    """Return the sum of the powers; what is zero, as room that no entry takes is, adds nothing even by rounding."""
+    powers = (weighted + _EPSILON).pow_(p).sub_(_EPSILON**p)
+    return powers.mul_(weighted > 0).sum(dtype=torch.float64)

@@ -32,6 +32,7 @@ class TanhJumpReLU(JumpReLU):
     the active ones, and costs no dense product. Decoder norms are free and folded on saving.
     """
 
+    capturable = True
     unit_norm_decoder = False
     betas = (0.9, 0.999)
     default_lr = 2e-4
