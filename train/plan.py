@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,17 +13,15 @@ from .architectures import make_architecture
 from .config import SaeConfig, TrainConfig
 from .initialise import read_initial, source_of
 from .kernels import backend_for
+from .memory import available_memory, held_bytes, parameter_shapes
 from .parallel.latents import check_can_be_sharded
-from .parallel.layout import most_parameters
+from .parallel.layout import most_held
 from .parallel.ranks import Ranks
 from .sae_trainer import Schedule
 from .sweep import expand_sweep
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
-
-_BYTES_PER_PARAMETER = 4 + 4 + 8 + 2
-"""Weights, gradient and Adam's two moments in float32, and the encoder's bfloat16 copy, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
     ranks = ranks or Ranks(config.device)
     saes = expand_sweep(config.sae)
-    n_parameters = {}
+    n_parameters, needed = {}, {}
     for sae in saes:
         for place in sae.places:
             if place not in store.hook_points:
@@ -94,7 +91,10 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
             check_can_be_sharded(sae, architecture)
         if len({store.d_in(hook) for hook in sae.inputs}) > 1:
             raise ConfigError(f"SAE '{sae.name}': the hook points of a crosscoder differ in width; expected one width")
-        n_parameters[str(sae.name)] = (d_in + d_out + 1) * sae.d_sae + d_out
+        parameters = parameter_shapes(architecture).values()
+        n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in parameters)
+        gradients = sum(tensor.nbytes for tensor in parameters)
+        needed[str(sae.name)] = held_bytes(architecture, config.compute_dtype) + gradients
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)
     schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
@@ -103,8 +103,8 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     window_bytes = sum(
         min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
     )
-    trained = most_parameters(config.parallel, list(n_parameters.values()), ranks.n)
-    memory = window_bytes + trained * _BYTES_PER_PARAMETER + 2 * config.batch_size * largest
+    trained = most_held(config.parallel, list(n_parameters.values()), list(needed.values()), ranks.n)
+    memory = window_bytes + trained + 2 * config.batch_size * largest
     device = choose_device(config.device)
     available = available_memory(device) // (1 if torch.device(device).type == "cuda" else ranks.local_n)
     if memory > available:
@@ -123,17 +123,3 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         config.parallel,
         ranks.n,
     )
-
-
-def available_memory(device: str = "cpu") -> int:
-    """Return the bytes of a device's memory that are free or can be freed."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except FileNotFoundError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

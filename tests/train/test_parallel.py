@@ -19,7 +19,7 @@ from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.config import to_toml
 from thresher.shared.errors import ConfigError
 from thresher.train import TrainConfig, train
-from thresher.train.parallel.layout import Layout, most_parameters, spread
+from thresher.train.parallel.layout import Layout, most_held, spread
 from thresher.train.parallel.ranks import Agreement, Ranks
 from thresher.train.plan import plan_run
 from thresher.train.sweep import expand_sweep
@@ -209,9 +209,14 @@ def test_saes_are_spread_by_cost():
     assert spread([1, 1, 1, 1], 2) == [0, 1, 0, 1]
     assert spread([1, 2, 3, 10], 2) == [1, 1, 1, 0]
     assert spread([5, 5, 4, 3, 3], 3) == [0, 1, 2, 2, 0]
-    assert most_parameters("spread", [1, 2, 3, 10], 2) == 10
-    assert most_parameters("data", [1, 2, 3, 10], 2) == 16
-    assert most_parameters("latents", [1, 2, 3, 11], 2) == 9
+
+
+def test_what_the_fullest_rank_holds():
+    """Spread by costs, not by what is held: the first and the last SAE go to one rank."""
+    costs, held = [5, 3, 2, 1], [50, 30, 20, 45]
+    assert most_held("spread", costs, held, 2) == 50 + 45
+    assert most_held("data", costs, held, 2) == 145
+    assert most_held("latents", costs, held, 2) == 73
 
 
 def test_fewer_saes_than_ranks_are_refused():

@@ -35,16 +35,14 @@ def spread(costs: Sequence[int], n_ranks: int) -> list[int]:
     return owners
 
 
-def most_parameters(parallel: str, n_parameters: Sequence[int], n_ranks: int) -> int:
-    """Return the parameters of the rank that has most."""
+def most_held(parallel: str, costs: Sequence[int], held: Sequence[int], n_ranks: int) -> int:
+    """Return, of what each SAE holds, the total on the rank that has most, when they are spread by their costs."""
     if parallel == "data":
-        return sum(n_parameters)
+        return sum(held)
     if parallel == "latents":
-        return -(-sum(n_parameters) // n_ranks)
-    owners = spread(n_parameters, n_ranks)
-    return max(
-        sum(n for n, owner in zip(n_parameters, owners, strict=True) if owner == rank) for rank in range(n_ranks)
-    )
+        return -(-sum(held) // n_ranks)
+    owners = spread(costs, n_ranks)
+    return max(sum(n for n, owner in zip(held, owners, strict=True) if owner == rank) for rank in range(n_ranks))
 
 
 @dataclass(frozen=True)

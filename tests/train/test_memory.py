@@ -1,0 +1,59 @@
+"""The memory that a plan counts is what its trainers then hold, of every architecture."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from thresher.shared.config import load_config
+from thresher.train import TrainConfig
+from thresher.train.architectures import ARCHITECTURES
+from thresher.train.parallel.layout import Layout
+from thresher.train.plan import plan_run
+from thresher.train.sweep import expand_sweep
+from thresher.train.trainers import make_trainers
+
+MIXED = Path(__file__).parents[2] / "configs" / "train" / "mixed.toml"
+MORE = {"hook_point": "blocks.1.resid_post", "d_sae": 64, "name": "{architecture}-more"}
+BATCH, WINDOW = 128, 1 << 16
+
+
+@pytest.fixture
+def store(array_store):
+    hooks = ("blocks.1.resid_post", "blocks.2.resid_post")
+    return array_store({hook: torch.randn(512, 16).bfloat16() for hook in hooks})
+
+
+@pytest.fixture
+def config():
+    """Return the shipped sweep of every architecture, narrower, and what else makes an SAE hold more or less."""
+    shipped = load_config(TrainConfig, MIXED, [])
+    narrow = [msgspec.structs.replace(sae, d_sae=64, k=sae.k and 8) for sae in expand_sweep(shipped.sae)]
+    more = [
+        {"k": 4, "k_anneal_steps": 10},
+        {"architecture": "gated", "l1_coefficient": 1.0, "ema_decay": 0.9},
+        {"architecture": "batch_topk", "k": 4, "ema_decay": 0.9},
+    ]
+    assert {sae.architecture for sae in narrow} == set(ARCHITECTURES)
+    sae = [*narrow, *(MORE | table for table in more)]
+    return msgspec.structs.replace(shipped, sae=sae, device="cpu", batch_size=BATCH, tokens=5000, window_bytes=WINDOW)
+
+
+def bytes_of(tensors):
+    """The bytes of the memory behind tensors, each piece counted once."""
+    return sum({(s := tensor.untyped_storage()).data_ptr(): s.nbytes() for tensor in tensors}.values())
+
+
+def test_the_plan_counts_what_trainers_hold(store, config):
+    plan = plan_run(config, store, store.n_rows)
+    held = gradients = 0
+    for trainer in make_trainers(config, plan, store, Layout()):
+        optimizer = trainer.optimizer
+        groups = (trainer.parameters, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.copies, trainer.averages)
+        tensors = [tensor for group in (*groups, trainer.buffers) for tensor in group.values()]
+        held += bytes_of([*tensors, trainer.tokens_since_fired])
+        gradients += bytes_of(trainer.parameters.values())
+        assert plan.n_parameters[trainer.name] == sum(map(torch.numel, trainer.parameters.values()))
+    window = 2 * min(WINDOW, 512 * 16 * 2)
+    assert plan.memory_bytes == held + gradients + window + 2 * BATCH * 64

@@ -1,0 +1,48 @@
+"""What an SAE in training holds in memory, worked out from shapes alone, and what memory is free."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .architectures.base import Architecture, Parameters
+
+
+def parameter_shapes(architecture: Architecture) -> Parameters:
+    """Return the initial parameters without values or memory."""
+    with torch.device("meta"):
+        return architecture.initial_parameters(torch.Generator("cpu"))
+
+
+def held_bytes(architecture: Architecture, compute_dtype: str) -> int:
+    """Return the bytes that an SAE holds from step to step.
+
+    They are its parameters, Adam's two moments, the parameters' running means if it keeps them, copies of both matrices
+    in the type that products read (a CPU makes none of a float32 decoder), buffers, and the latents' counters.
+    """
+    parameters = parameter_shapes(architecture)
+    with torch.device("meta"):
+        buffers = architecture.initial_buffers()
+    each = 4 if architecture.config.ema_decay else 3
+    copies = parameters["W_enc"].numel() + parameters["W_dec"].numel()
+    return (
+        each * sum(tensor.nbytes for tensor in parameters.values())
+        + copies * getattr(torch, compute_dtype).itemsize
+        + sum(tensor.nbytes for tensor in buffers.values())
+        + architecture.d_sae * torch.int64.itemsize
+    )
+
+
+def available_memory(device: str = "cpu") -> int:
+    """Return the bytes of a device's memory that are free or can be freed."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
