@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.forward import choose_workers, one_thread_an_operator
+from thresher.harvest.forward import choose_workers
 from thresher.harvest.identity import identity
 from thresher.harvest.plan import Plan, make_plan
 from thresher.harvest.progress import Progress

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..shared.capture import capturing
+from ..shared.cores import one_thread_an_operator
 from .packing import ContextBatch
 from .plan import Plan
 
@@ -76,14 +77,3 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def one_thread_an_operator() -> Iterator[None]:
-    """Within this context, operators of this thread and of new ones run on one thread each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shared.cores import on_cores
 from .architectures.base import Architecture, Parameters
 from .parallel.across import ALONE, Across
 
@@ -58,20 +59,28 @@ class Optimizer:
             for rows in self._row_blocks("W_dec"):
                 self._project(gradients["W_dec"][rows], rows)
             norm = self._clip(gradients)
-        for name, parameter in self.parameters.items():
-            self.steps[name] += 1 if skip is None else 1 - skip
-            for rows in self._row_blocks(name):
-                unit_norm = name == "W_dec" and self.unit_norm_decoder
-                gradient = gradients[name][rows]
-                if unit_norm and not self.clip_grad_norm:
-                    self._project(gradient, rows)
-                self._adam(name, rows, gradient, lr, skip)
-                if unit_norm:
-                    directions = parameter[rows]
-                    directions /= directions.norm(dim=1, keepdim=True).clamp_min_(1e-8)
-                if name in self.copies:
-                    self.copies[name][rows].copy_(parameter[rows])
+        for steps in self.steps.values():
+            steps += 1 if skip is None else 1 - skip
+
+        def step_block(block: tuple[str, slice]) -> None:
+            self._step_block(*block, gradients, lr, skip)
+
+        on_cores(step_block, [(name, rows) for name in self.parameters for rows in self._row_blocks(name)])
         return norm
+
+    def _step_block(
+        self, name: str, rows: slice, gradients: dict[str, Any], lr: float | Tensor, skip: Tensor | None
+    ) -> None:
+        unit_norm = name == "W_dec" and self.unit_norm_decoder
+        gradient = gradients[name][rows]
+        if unit_norm and not self.clip_grad_norm:
+            self._project(gradient, rows)
+        self._adam(name, rows, gradient, lr, skip)
+        changed = self.parameters[name][rows]
+        if unit_norm:
+            changed /= changed.norm(dim=1, keepdim=True).clamp_min_(1e-8)
+        if name in self.copies:
+            self.copies[name][rows].copy_(changed)
 
     def copy(self) -> None:
         """Bring the copies up to date after something other than a step has changed the parameters."""

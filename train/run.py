@@ -20,7 +20,7 @@ from .plan import Plan, plan_run
 from .progress import Progress
 from .run_state import RunState
 from .sae_trainer import SaeTrainer
-from .trainers import make_trainers, prepare
+from .trainers import make_trainers, prepare, step_all
 
 
 def train(config: TrainConfig) -> list[Path]:
@@ -97,9 +97,7 @@ def _train_to_end(
         while run.step < n_steps:
             with progress.waiting():
                 prepared = prepare(next(batches), trainers)
-            metrics = {
-                t.name: t.step(prepared[t.config.inputs, t.config.hook_point_out]) for t in trainers if not t.diverged
-            }
+            metrics = step_all(trainers, prepared)
             run.step += 1
             progress.advance()
             save_now = run.step % checkpoint_steps == 0 and run.step < n_steps

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from ..shared.cores import even_blocks, on_cores
 from ..shared.store import ActivationStore
-from .architectures.base import Batch
+from .architectures.base import Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
-from .normalization import normalization_across, normalization_of
+from .normalization import Normalization, normalization_across, normalization_of
 from .parallel.layout import Layout
 from .plan import Plan
 from .sae_trainer import SaeTrainer
@@ -32,11 +34,30 @@ def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore, layou
     ]
 
 
-def prepare(
-    batch: dict[str, torch.Tensor], trainers: list[SaeTrainer]
-) -> dict[tuple[tuple[str, ...], str | None], Batch]:
+_ROWS_AT_ONCE = 512
+
+Prepared = dict[tuple[tuple[str, ...], str | None], Batch]
+"""A batch for every combination of inputs and target that an SAE of the sweep has."""
+
+
+def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
+    """Let every SAE that has not diverged take a step; return their metrics by name.
+
+    On a CPU those whose step works in blocks go side by side; the others use all cores within their operators.
+    """
+
+    def step(trainer: SaeTrainer) -> dict[str, Number]:
+        return trainer.step(prepared[trainer.config.inputs, trainer.config.hook_point_out])
+
+    there = [trainer for trainer in trainers if not trainer.diverged]
+    side_by_side = [trainer for trainer in there if trainer.on_cores]
+    found = {t.name: taken for t, taken in zip(side_by_side, on_cores(step, side_by_side), strict=True)}
+    return {t.name: found[t.name] if t.on_cores else step(t) for t in there}
+
+
+def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
     """Normalise activations once for all SAEs that have the same inputs and target."""
-    prepared: dict[tuple[tuple[str, ...], str | None], Batch] = {}
+    prepared: Prepared = {}
     for trainer in trainers:
         inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
         if key not in prepared:
@@ -44,6 +65,8 @@ def prepare(
             dtype, normalization = trainer.W_enc_compute.dtype, trainer.normalization
             if rows.is_cuda and hasattr(trainer.kernels, "normalise") and isinstance(normalization.scale, float):
                 x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
+            elif rows.is_cpu:
+                x, x_compute = _normalise(rows, normalization, dtype)
             else:
                 x = normalization.apply(rows)
                 x_compute = x.to(dtype)
@@ -51,3 +74,16 @@ def prepare(
             y = target.apply(batch[out]) if target is not None and out is not None else None
             prepared[key] = Batch(x, x_compute, y)
     return prepared
+
+
+def _normalise(rows: Tensor, normalization: Normalization, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return rows normalised in float32 and a copy in the compute dtype, made block by block."""
+    x = torch.empty(rows.shape, dtype=torch.float32)
+    x_compute = x if dtype is torch.float32 else torch.empty(rows.shape, dtype=dtype)
+
+    def normalise(block: slice) -> None:
+        x[block] = normalization.apply(rows[block])
+        x_compute[block] = x[block]
+
+    on_cores(normalise, even_blocks(len(rows), _ROWS_AT_ONCE))
+    return x, x_compute

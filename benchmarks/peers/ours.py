@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from thresher.train.architectures.base import Batch
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.normalization import Normalization
 from thresher.train.sae_trainer import SaeTrainer, Schedule
+from thresher.train.trainers import prepare, step_all
 
 OPERATIONS = ("select_topk", "select_threshold", "pre_activations", "to_csc", "grad_values", "decode", "sum_by_latent")
 
@@ -34,7 +34,6 @@ class Thresher:
         self.trainer = SaeTrainer(config, d_in, normalization, schedule, self._timed(kernels_for("cpu")), dtype)
         step = self.trainer.optimizer.step
         self.trainer.optimizer.step = self._timing("optimizer", step)  # type: ignore[method-assign]
-        self.dtype = dtype
 
     def _timed(self, kernels: Any) -> Any:
         there = {name: getattr(kernels, name) for name in OPERATIONS if hasattr(kernels, name)}
@@ -51,7 +50,7 @@ class Thresher:
 
     def step(self, x: torch.Tensor) -> None:
         """Train on one batch."""
-        self.trainer.step(Batch(x, x.to(self.dtype)))
+        step_all([self.trainer], prepare({"h": x}, [self.trainer]))
         if self.trainer.diverged:
             raise RuntimeError(self.trainer.diverged)
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ...shared.cores import even_blocks, on_cores
 from ..kernels.cpu_topk import topk_of_rows
 from ..parallel.across import ALONE, Across
 from .base import Batch, Number, Parameters
@@ -45,24 +46,26 @@ def add_auxk(
     bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
     if n_dead is not None:
         bias = bias.where(dead[latents], -torch.inf)
-    by_W_enc = torch.zeros_like(W_enc, dtype=precise)
-    by_W_dec, by_b_enc = torch.zeros_like(by_W_enc), torch.zeros_like(bias)
     k_here = min(k_aux, len(latents))
-    loss = torch.zeros_like(scale)
-    for start in range(0, len(residual), _ROW_BLOCK):
-        rows = slice(start, start + _ROW_BLOCK)
+
+    def part_of(rows: slice) -> tuple[Tensor, ...]:
         x, e = batch.x_compute[rows], residual[rows]
         pre_acts = torch.addmm(bias.to(compute), x, W_enc.T)
         values, indices = topk_of_rows(pre_acts, k_here) if x.is_cpu else pre_acts.topk(k_here, dim=1, sorted=False)
         values = across.only_largest(values, k_aux)
         acts = x.new_zeros(len(x), len(latents)).scatter_(1, indices, values.relu())
         difference = across.over_latents((acts @ W_dec).to(precise)).sub_(e)
-        loss += squared(difference)
+        loss = squared(difference)
         g = difference.mul_(weight).to(compute)
         by_acts = (g @ W_dec.T).mul_(acts > 0)
-        by_W_dec += acts.T @ g
-        by_W_enc += by_acts.T @ x
-        by_b_enc += by_acts.sum(0, dtype=precise)
+        return loss, acts.T @ g, by_acts.T @ x, by_acts.sum(0, dtype=precise)
+
+    blocks = even_blocks(len(residual), _ROW_BLOCK)
+    by_W_enc = torch.zeros_like(W_enc, dtype=precise)
+    by_W_dec, by_b_enc, loss = torch.zeros_like(by_W_enc), torch.zeros_like(bias), torch.zeros_like(scale)
+    for part in on_cores(part_of, blocks) if residual.is_cpu and across is ALONE else map(part_of, blocks):
+        for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), part, strict=True):
+            total += addend
     add_to_rows(gradients["W_dec"], latents, by_W_dec)
     add_to_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
     gradients["b_enc"][latents] += by_b_enc

@@ -6,7 +6,7 @@ import torch
 
 from .auxk import add_auxk
 from .base import Architecture, Batch, Number, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, count, encoded_bias, gradients_of, sparse_at, squared
+from .latents import SparseLatents, count, encoded_bias, error_of, gradients_of, sparse_at, squared
 
 
 class TopK(Architecture):
@@ -18,6 +18,7 @@ class TopK(Architecture):
 
     name = "topk"
     capturable = True
+    on_cores = True
     required = ("k",)
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
@@ -33,7 +34,7 @@ class TopK(Architecture):
         values = latents.pre_acts.relu()
         W_dec = parameters["W_dec"] if step.W_dec_compute is None else step.W_dec_compute
         decoded = step.across.over_latents(latents.decode(values, W_dec))
-        error = (decoded + parameters["b_dec"]).sub_(x)
+        error = error_of(decoded, parameters["b_dec"], x)
         mse = squared(error) / len(x)
         scale = 2 / (len(x) * step.total_variance)
         by_pre_acts = torch.where(values > 0, latents.grad_values(error, parameters["W_dec"]).mul_(scale), 0)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ...shared.cores import even_blocks, on_cores
 from .cpu_csc import Csc, row_of_entry, to_csc
-from .cpu_gradient import WeightGradient
+from .cpu_gradient import WeightGradient, weighted_sums
 from .cpu_threshold import entries_at_least, largest_of_batch
 from .cpu_topk import topk_of_rows
 
@@ -36,14 +37,17 @@ __all__ = [
     "to_csc",
 ]
 
-_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 256, 1024, 1 << 22
+_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 256, 512, 1 << 21
+_ROWS_AT_ONCE = 512
 
 
 def pre_activations(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "batch d_sae"]:
     """Return `x W_enc^T + b_enc` in the dtype of `x`."""
-    return F.linear(x, W_enc, b_enc.to(x.dtype))
+    bias, out = b_enc.to(x.dtype), x.new_empty(len(x), len(W_enc))
+    on_cores(lambda rows: torch.addmm(bias, x[rows], W_enc.T, out=out[rows]), even_blocks(len(x), _ROWS_AT_ONCE))
+    return out
 
 
 def select_topk(
@@ -56,15 +60,30 @@ def select_topk(
     bias = b_enc.to(x.dtype)
     acts = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64)
-    for rows in row_blocks(len(x), len(W_enc)):
-        acts[rows], indices[rows] = topk_of_rows(F.linear(x[rows], W_enc, bias), k)
-    return acts.relu_(), indices
+
+    def select(rows: slice) -> None:
+        values, indices[rows] = topk_of_rows(_linear(x[rows], W_enc, bias), k)
+        acts[rows] = values.relu_()
+
+    on_cores(select, row_blocks(len(x), len(W_enc)))
+    return acts, indices
 
 
 def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
     """Return blocks of rows whose pre-activations stay in cache until they are chosen from."""
-    rows = max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae))
-    return [slice(start, start + rows) for start in range(0, n_rows, rows)]
+    return even_blocks(n_rows, max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae)))
+
+
+def _linear(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    """Return `x W^T + bias`; in bfloat16 by the operator that adds the bias as it goes, to equal bits."""
+    if x.dtype is torch.bfloat16 and _multiplies_bfloat16():
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return F.linear(x, W, bias)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def decode(
@@ -75,8 +94,13 @@ def decode(
 ) -> Float[Tensor, "batch d_out"]:
     """Return `sum_j values_j W_dec[indices_j]` for each row, with terms in the dtype of `W_dec`, sums in float32."""
     weights = values.to(W_dec.dtype)
-    x_hat = F.embedding_bag(indices, W_dec, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
-    return x_hat.to(values.dtype)
+    x_hat = values.new_empty(len(offsets) - 1, W_dec.shape[1])
+
+    def sum_rows(rows: slice) -> None:
+        x_hat[rows] = weighted_sums(W_dec, indices, offsets[rows.start : rows.stop + 1], weights)
+
+    on_cores(sum_rows, even_blocks(len(x_hat), _ROWS_AT_ONCE))
+    return x_hat
 
 
 def grad_values(
@@ -93,12 +117,25 @@ def grad_values(
     """
     _accept_sparse_tensors()
     if len(g) > len(W_dec):
-        entries = torch.sparse_csr_tensor(offsets, indices, g.new_zeros(len(indices)), (len(g), len(W_dec)))
-        return torch.sparse.sampled_addmm(entries, g, W_dec.T, beta=0).values()
+        return _dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
-    entries = torch.sparse_csr_tensor(csc.offsets, csc.rows, g.new_zeros(len(indices)), (len(W_dec), len(g)))
-    by_latent = torch.sparse.sampled_addmm(entries, W_dec, g.T, beta=0).values()
+    by_latent = _dot_products(W_dec, g, csc.offsets, csc.rows)
     return torch.empty_like(by_latent).index_copy_(0, csc.order, by_latent)
+
+
+def _dot_products(a: Tensor, b: Tensor, offsets: Tensor, indices: Tensor) -> Float[Tensor, " nnz"]:
+    """Return `a_i . b_j` for the entries (i, j) of a CSR matrix."""
+    products = a.new_empty(len(indices))
+
+    def multiply(rows: slice) -> None:
+        first, last = int(offsets[rows.start]), int(offsets[rows.stop])
+        part = offsets[rows.start : rows.stop + 1] - first
+        zeros = products[first:last].zero_()
+        entries = torch.sparse_csr_tensor(part, indices[first:last], zeros, (len(part) - 1, len(b)))
+        torch.sparse.sampled_addmm(entries, a[rows], b.T, beta=0, out=entries)
+
+    on_cores(multiply, even_blocks(len(a), _ROWS_AT_ONCE))
+    return products
 
 
 @cache

@@ -42,15 +42,7 @@ class WeightGradient:
     def __getitem__(self, latents: slice) -> Float[Tensor, "n d"]:
         start, stop, _ = latents.indices(len(self))
         offsets = self._csc.offsets[start : stop + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
-        block = F.embedding_bag(
-            self._csc.rows[first:last],
-            self._source,
-            offsets - first,
-            mode="sum",
-            per_sample_weights=self._weights[first:last],
-            include_last_offset=True,
-        ).to(self.dtype)
+        block = weighted_sums(self._source, self._csc.rows, offsets, self._weights).to(self.dtype)
         for by_latent, direction in self._outer:
             block.addr_(by_latent[start:stop], direction)
         for which, rows in self._rows:
@@ -61,3 +53,21 @@ class WeightGradient:
     def dense(self) -> Float[Tensor, "d_sae d"]:
         """Return all rows."""
         return self[:]
+
+
+def weighted_sums(
+    source: Float[Tensor, "m d"],
+    indices: Int64[Tensor, " nnz"],
+    offsets: Int64[Tensor, " n_plus_1"],
+    weights: Float[Tensor, " nnz"],
+) -> Float[Tensor, "n d"]:
+    """Return sums of weighted rows of `source`, of the entries between each offset and the next."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    return F.embedding_bag(
+        indices[first:last],
+        source,
+        offsets - first,
+        mode="sum",
+        per_sample_weights=weights[first:last],
+        include_last_offset=True,
+    )

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ...shared.cores import even_blocks, on_cores
 from .cpu_topk import BITS
 
 _GROUP = 8
 _SAMPLE = 1 << 16
 _MOST_HITS = 1 / 2
+_ROWS_AT_ONCE = 512
 
 Entries = tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch_plus_1"]]
 
@@ -62,12 +64,20 @@ def _search(pre_acts: Tensor, floor: float, most_hits: float) -> tuple[Tensor, T
     bits = pre_acts.view(BITS[pre_acts.dtype])
     least = int(pre_acts.new_tensor(floor).view(bits.dtype))
     stride = d_sae // _GROUP
-    rows, groups = (bits.unflatten(1, (_GROUP, stride)).amax(1) >= least).nonzero(as_tuple=True)
-    if len(rows) > most_hits * n_rows * stride:
+    blocks = even_blocks(n_rows, _ROWS_AT_ONCE)
+    above = on_cores(lambda block: bits[block].unflatten(1, (_GROUP, stride)).amax(1) >= least, blocks)
+    if sum(on_cores(lambda groups: int(torch.count_nonzero(groups)), above)) > most_hits * n_rows * stride:
         return None
-    members = bits.view(-1)[(rows * d_sae + groups)[:, None] + torch.arange(0, d_sae, stride)]
-    hits, places = (members >= least).nonzero(as_tuple=True)
-    return rows[hits], groups[hits] + places * stride, members[hits, places]
+
+    def search(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows, groups = above[number].nonzero(as_tuple=True)
+        rows += blocks[number].start
+        members = bits.view(-1)[(rows * d_sae + groups)[:, None] + torch.arange(0, d_sae, stride)]
+        hits, places = (members >= least).nonzero(as_tuple=True)
+        return rows[hits], groups[hits] + places * stride, members[hits, places]
+
+    rows, columns, values = (torch.cat(parts) for parts in zip(*on_cores(search, range(len(blocks))), strict=True))
+    return rows, columns, values
 
 
 def _csr(rows: Tensor, columns: Tensor, n_rows: int) -> Entries:

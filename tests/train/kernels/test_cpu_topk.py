@@ -58,3 +58,15 @@ def test_selection_in_blocks_of_rows_is_the_references(batch):
     expected, _ = reference.select_topk(x, W_enc, b_enc, 9)
     torch.testing.assert_close(acts.sort(1, descending=True).values, expected)
     torch.testing.assert_close(acts, reference.pre_activations(x, W_enc, b_enc).relu().gather(1, indices))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 5), (300, 64, 257), (1025, 31, 96)])
+def test_the_bias_that_is_added_as_the_product_goes_gives_equal_bits(shape):
+    n, d_in, d_sae = shape
+    generator = torch.Generator().manual_seed(0)
+    x, W, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((n, d_in), (d_sae, d_in), (d_sae,)))
+    acts, top = cpu.select_topk(x, W, bias, 3)
+    exact = (x.double() @ W.double().T + bias.double()).relu()
+    rounded = exact.gather(1, top).bfloat16()
+    assert (acts.double() - rounded.double()).abs().max() <= 2**-7 * exact.max()
+    assert torch.equal(cpu.pre_activations(x, W, bias).relu().gather(1, top), acts)
