@@ -34,14 +34,19 @@ ROOT = Path(__file__).parents[1]
 HOOK = "blocks.2.resid_post"
 D_SAE, BATCH, WARMUP, TEST_ROWS = 2048, 2048, 50, 65_536
 BETA2 = {"topk": 0.95}  # ours only; 0.99 elsewhere: a run of a thousand steps is short for Adam's usual 0.999
-# Of our JumpReLU: the published bandwidth is for long runs, and SAELens's default suits a thousand steps.
-MORE = {"jumprelu": {"bandwidth": 0.05, "initial_threshold": 0.01}}
-KEYS = {"jumprelu": "l0_coefficient", "gated": "l1_coefficient", "standard": "l1_coefficient"}
-LRS = {"topk": (1e-3, 3e-3), "batch_topk": (1e-3, 3e-3), "jumprelu": (1e-3,), "gated": (1e-3,), "standard": (1e-3,)}
+MORE = {"jumprelu": {"l0_coefficient": 1.0}}
+KEYS = {"jumprelu": "target_l0", "gated": "l1_coefficient", "standard": "l1_coefficient"}
+LRS = {
+    "topk": (1e-3, 3e-3),
+    "batch_topk": (1e-3, 3e-3),
+    "jumprelu": (3e-3, 1e-3),
+    "gated": (3e-3, 1e-3),
+    "standard": (1e-3,),
+}
 SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
     "topk": {"thresher": (32,), "sae_lens": (32,), "dictionary_learning": (32,), "sparsify": (32,)},
     "batch_topk": {"thresher": (26, 32, 40), "sae_lens": (32,), "dictionary_learning": (32,)},
-    "jumprelu": {"thresher": (5e-4, 1e-3, 2e-3, 4e-3), "sae_lens": (0.5,), "dictionary_learning": (32,)},
+    "jumprelu": {"thresher": (20, 27, 35), "sae_lens": (0.5,), "dictionary_learning": (32,)},
     "gated": {"thresher": (0.5, 1.0, 2.0, 4.0), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
     "standard": {"thresher": (1.0, 1.5, 2.5, 4.0), "sae_lens": (1.5, 2.5), "dictionary_learning": (0.1,)},
 }

@@ -43,6 +43,10 @@ class SaeConfig(Config, frozen=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="A JumpReLU's thresholds before training, on normalised inputs; the recipe's own."),
     ] = None
+    threshold_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Factor of the learning rate of a JumpReLU's log thresholds; 4 with target_l0, or else 1."),
+    ] = None
     prefix_sizes: Annotated[
         tuple[int, ...] | None, Meta(description="Sizes of a Matryoshka SAE's prefixes, growing to d_sae.")
     ] = None

@@ -37,6 +37,7 @@ class Optimizer:
         self.unit_norm_decoder = architecture.unit_norm_decoder if asked is None else asked
         self.betas = architecture.adam_betas
         self.eps = architecture.eps
+        self.lr_scales = architecture.lr_scales
         self.weight_decay = architecture.config.weight_decay
         self.clip_grad_norm = clip_grad_norm
         self.across = across
@@ -100,6 +101,8 @@ class Optimizer:
             gradient.addcmul_(torch.linalg.vecdot(gradient, directions)[:, None], directions, value=-1)
 
     def _adam(self, name: str, rows: slice, gradient: Tensor, lr: float | Tensor, skip: Tensor | None) -> None:
+        if name in self.lr_scales:
+            lr = lr * self.lr_scales[name]
         decay = self.weight_decay if self.parameters[name].dim() > 1 else 0.0
         fused = torch._fused_adamw_ if decay else torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
         fused(

@@ -222,6 +222,25 @@ def test_jumprelu(bias, noise, target, monkeypatch):
     check(output, parameters, loss_of)
 
 
+@pytest.mark.parametrize(("keys", "fires"), [({}, 6), ({"initial_threshold": 0.7}, None)])
+def test_jumprelu_with_a_target_starts_at_it(keys, fires):
+    """Each latent fires on target_l0 / d_sae of the first batch, unless the thresholds' start is given."""
+    config = {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 125.0, **keys}
+    architecture, parameters, x = problem(d_sae=2500, batch=120, noise=0.0, **config)
+    parameters["b_dec"] += 0.3
+    parameters["b_enc"] += torch.rand(2500, dtype=torch.float64)
+    # A latent that fires below zero gets no threshold below it.
+    parameters["b_enc"][:3] = -20
+    architecture.start(parameters, Batch(x, x))
+    theta = parameters["log_threshold"].exp()
+    if fires is None:
+        assert theta.tolist() == pytest.approx([0.7] * 2500)
+        return
+    counts = (pre_activations(parameters, x) > theta * (1 + 1e-12)).sum(0).tolist()
+    assert counts == [0] * 3 + [fires] * 2497
+    assert theta.min() > 0
+
+
 class TanhStraightThrough(torch.autograd.Function):
     """z H(z - exp(t)) with the estimate by t of Anthropic's January 2025 update."""
 

@@ -20,6 +20,9 @@ from thresher.train.schedule import lr_factor, sparsity_factor
         {"architecture": "standard", "l1_coefficient": 1.0},
         {"architecture": "standard", "l1_coefficient": 1.0, "weight_decay": 0.3},
         {"k": 2, "weight_decay": 0.3},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "threshold_lr_scale": 0.3},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 2.0},
     ],
 )
 def test_equals_adam(kind, clip, block, monkeypatch):
@@ -29,6 +32,8 @@ def test_equals_adam(kind, clip, block, monkeypatch):
     expected = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
     decay = kind.get("weight_decay", 0.0)
     groups = [{"params": [p], "weight_decay": decay if p.dim() > 1 else 0.0} for p in expected.values()]
+    of_thresholds = kind.get("threshold_lr_scale", 4.0 if "target_l0" in kind else 1.0)
+    scales = [of_thresholds if name == "log_threshold" else 1.0 for name in expected]
     adam = torch.optim.AdamW(groups, lr=1, betas=architecture.betas, eps=architecture.eps)
     ours = optimizer_module.Optimizer(parameters, architecture, clip)
     torch.manual_seed(1)
@@ -41,8 +46,8 @@ def test_equals_adam(kind, clip, block, monkeypatch):
             W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.data
         if clip:
             torch.nn.utils.clip_grad_norm_(expected.values(), clip)
-        for group in adam.param_groups:
-            group["lr"] = lr
+        for group, scale in zip(adam.param_groups, scales, strict=True):
+            group["lr"] = lr * scale
         adam.step()
         if architecture.unit_norm_decoder:
             W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)

@@ -139,6 +139,7 @@ def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
         {"architecture": "batch_topk", "k": 2, "k_anneal_steps": 3},
         {"architecture": "standard", "l1_coefficient": 1.0, "multi_topk_coefficient": 0.1},
         {"architecture": "gated", "l1_coefficient": 1.0, "p_final": 0.2},
+        {"architecture": "gated", "l1_coefficient": 1.0, "threshold_lr_scale": 2.0},
         {"architecture": "standard", "l1_coefficient": 1.0, "p_final": 0.2},
         {"architecture": "standard", "l1_coefficient": 1.0, "unit_norm_decoder": True},
         {"architecture": "standard", "l1_coefficient": 1.0, "target_l0": 3.0},

@@ -140,6 +140,7 @@ EVERY_ARCHITECTURE = [
     TOPK | {"k": 4, "architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 96]},
     TOPK | {"k": 4, "architecture": "hierarchical_topk"},
     TOPK | {"architecture": "jumprelu", "l0_coefficient": 0.02},
+    TOPK | {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 4.0, "name": "jumprelu-target"},
     TOPK | {"architecture": "jumprelu", "sparsity_loss": "tanh", "l0_coefficient": 0.3, "name": "tanh"},
     TOPK | {"architecture": "gated", "l1_coefficient": 0.3},
     STANDARD,
@@ -161,6 +162,8 @@ def test_a_mixed_sweep_of_every_architecture_resumes_to_the_same_end(config, tmp
         assert (x - x_hat).square().sum() < 0.9 * (x - x.mean(0)).square().sum(), folder.name
         final = metrics(folder)[-1]
         assert final["l0"] == pytest.approx((sae.encode(x * scale) > 0).sum() / len(x), rel=0.25), folder.name
+        if folder.name == "jumprelu-target":
+            assert final["l0"] == pytest.approx(4, rel=0.25)
 
 
 def test_a_signal_to_stop_writes_a_checkpoint_to_go_on_from(config, tmp_path, monkeypatch):

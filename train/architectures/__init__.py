@@ -43,6 +43,7 @@ _OWN_OPTIONS = {
     "sparsity_loss": JumpReLU.name,
     "bandwidth": JumpReLU.name,
     "initial_threshold": JumpReLU.name,
+    "threshold_lr_scale": JumpReLU.name,
 }
 """Options that one architecture alone has."""
 

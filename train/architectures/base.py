@@ -121,6 +121,11 @@ class Architecture:
         """Return Adam's decay rates."""
         return self.betas[0], self.betas[1] if self.config.beta2 is None else self.config.beta2
 
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Return factors of the learning rate by parameter, where they are not one."""
+        return {}
+
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
         W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)

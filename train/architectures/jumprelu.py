@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..normalization import Normalization
@@ -12,6 +13,11 @@ from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, S
 from .latents import above_threshold, count, encoded_bias, gradients_of, squared
 
 _BANDWIDTH = 0.001
+# With a target L0: no bandwidth is published, and this is about half of a threshold that few latents of unit norm pass.
+_TARGET_BANDWIDTH = 0.5
+_TARGET_LR_SCALE = 4.0
+_LATENT_BLOCK = 1024
+_SMALLEST_THRESHOLD = 1e-3
 
 
 class JumpReLU(Architecture):
@@ -20,6 +26,10 @@ class JumpReLU(Architecture):
     The thresholds learn by straight-through estimates with a rectangle of width epsilon about each:
     `df/dtheta = -(theta / epsilon) [|z - theta| < epsilon / 2]` and `dL0/dtheta = -(1 / epsilon) [same]`. The
     published epsilon and first theta, 0.001 on inputs of unit mean square norm, are scaled to ours.
+
+    With a target the first batch sets the thresholds, so that each latent fires on L0* / d_sae of it, epsilon is wide
+    and thresholds learn faster: by Adam a logarithm moves at most by the learning rate a step, and a run of a thousand
+    steps would end before small thresholds were large.
     """
 
     name = "jumprelu"
@@ -33,17 +43,36 @@ class JumpReLU(Architecture):
     @property
     def bandwidth(self) -> float:
         """Return epsilon, in units of the normalised input."""
-        return self.config.bandwidth or _BANDWIDTH * math.sqrt(self.d_in)
+        return self.config.bandwidth or self._first_length
 
     @property
     def first_threshold(self) -> float:
-        """Return the thresholds before training, in units of the normalised input."""
-        return self.config.initial_threshold or _BANDWIDTH * math.sqrt(self.d_in)
+        """Return the thresholds before training, or of resampled latents, in units of the normalised input."""
+        return self.config.initial_threshold or self._first_length
+
+    @property
+    def _first_length(self) -> float:
+        return _BANDWIDTH * math.sqrt(self.d_in) if self.config.target_l0 is None else _TARGET_BANDWIDTH
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Return the factor of the thresholds' learning rate, where it is not one."""
+        default = 1.0 if self.config.target_l0 is None else _TARGET_LR_SCALE
+        scale = self.config.threshold_lr_scale or default
+        return {} if scale == 1.0 else {"log_threshold": scale}
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return the base's parameters and the thresholds' logarithms."""
         log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
         return super().initial_parameters(generator) | {"log_threshold": log_threshold}
+
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """With a target, set the thresholds so that each latent fires on L0* / d_sae of the first batch."""
+        if self.config.target_l0 is None or self.config.initial_threshold is not None:
+            return
+        n_active = round(len(batch.x) * self.config.target_l0 / self.config.d_sae)
+        thresholds = exceeded_by(parameters, batch.x, n_active) + parameters["b_enc"]
+        parameters["log_threshold"].copy_(thresholds.clamp_min_(_SMALLEST_THRESHOLD).log_())
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients; entries just below their threshold count for its gradient."""
@@ -80,3 +109,10 @@ class JumpReLU(Architecture):
         """Add the thresholds, in raw activation units."""
         architecture, tensors = super().exported(parameters, buffers, normalization)
         return architecture, tensors | {"threshold": parameters["log_threshold"].exp() / normalization.scale}
+
+
+def exceeded_by(parameters: Parameters, x: Float[Tensor, "batch d_in"], n_rows: int) -> Float[Tensor, " d_sae"]:
+    """Return for each latent the value that `W_enc (x - b_dec)` exceeds in so many rows: at least one, not in all."""
+    centred, n_rows = x - parameters["b_dec"], min(max(1, n_rows), len(x) - 1)
+    blocks = parameters["W_enc"].split(_LATENT_BLOCK)
+    return torch.cat([(centred @ block.T).topk(n_rows + 1, dim=0).values[-1] for block in blocks])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .jumprelu import JumpReLU
+from .jumprelu import JumpReLU, exceeded_by
 from .latents import above_threshold, count, encoded_bias, gradients_of, squared
 from .standard import fold_decoder_norms
 
@@ -18,7 +18,6 @@ _BANDWIDTH = 2.0
 _TANH_SCALE = 4.0
 _PRE_ACT_COEFFICIENT = 3e-6
 _FIRST_ACTIVE_LATENTS = 10_000
-_LATENT_BLOCK = 1024
 # The rectangle's edge is looked for a little outside, where rounding to the compute dtype may have put it.
 _EDGE = 0.51
 
@@ -67,13 +66,9 @@ class TanhJumpReLU(JumpReLU):
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the encoder's biases so that each latent fires on 10,000 / d_sae of the first batch, at most on half."""
         rows = len(batch.x)
-        n_active = min(max(1, round(rows * _FIRST_ACTIVE_LATENTS / self.d_sae)), max(1, rows // 2))
-        for first in range(0, self.d_sae, _LATENT_BLOCK):
-            block = slice(first, first + _LATENT_BLOCK)
-            pre_acts = (batch.x - parameters["b_dec"]) @ parameters["W_enc"][block].T
-            theta = parameters["log_threshold"][block].exp()
-            lowest = pre_acts.topk(min(n_active + 1, rows), dim=0).values[-1]
-            parameters["b_enc"][block] = theta - lowest
+        n_active = min(round(rows * _FIRST_ACTIVE_LATENTS / self.d_sae), rows // 2)
+        lowest = exceeded_by(parameters, batch.x, n_active)
+        parameters["b_enc"].copy_(parameters["log_threshold"].exp() - lowest)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
