@@ -58,11 +58,12 @@ class Variant(NamedTuple):
 def variants() -> Iterator[Variant]:
     """Yield what the launches use at the sizes that matter."""
     tile = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
-    for n_candidates in (4, 16):
+    # All that `select_tiling` may choose, 24,576 latents' choice for k = 32 first.
+    for n_candidates in (8, 4, 2, 16, 32):
         yield Variant(select.candidates_kernel, {"N_CANDIDATES": n_candidates} | tile, 8, limit_registers=True)
-    for k in (32, 64):
+    for k in (32, 64, 128):
         for redo in (False, True):
-            constants = {"N_CANDIDATES": 4, "K_PADDED": k, "CHUNK": select.merge_chunk(4096, k), "REDO": redo}
+            constants = {"N_CANDIDATES": 8, "K_PADDED": k, "CHUNK": select.merge_chunk(4096, k), "REDO": redo}
             yield Variant(select.merge_kernel, constants, select.merge_warps(redo))
         yield Variant(select.recompute_kernel, {"K_PADDED": k} | tile | {"BLOCK_ROWS": 16}, 4)
     for fill in (False, True):
@@ -70,12 +71,15 @@ def variants() -> Iterator[Variant]:
     # In float32 products are no tensor cores'.
     small = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 64, "BLOCK_D": 32}
     exact = (("x_ptr", "*fp32"), ("W_ptr", "*fp32"))
-    yield Variant(select.candidates_kernel, {"N_CANDIDATES": 8} | small, 8, limit_registers=True, types=exact)
+    for n_candidates in (4, 8):
+        constants = {"N_CANDIDATES": n_candidates} | small
+        yield Variant(select.candidates_kernel, constants, 8, limit_registers=True, types=exact)
     for k in (32, 128):
         constants = {"K_PADDED": k} | small | {"BLOCK_ROWS": 16, "BLOCK_LATENTS": max(64, k)}
         yield Variant(select.recompute_kernel, constants, 4, types=exact)
     for fill in (False, True):
         yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | small, 8, types=exact)
+    shadows = (("x_ptr", "*fp32"), ("W_enc_shadow_ptr", "*fp32"), ("W_dec_shadow_ptr", "*fp32"))
     for d_in in (768, 4096):
         tiling = token_major.row_tiling(d_in)
         rows = {"ENTRIES": tiling.entries, "D": tiling.d}
@@ -84,11 +88,16 @@ def variants() -> Iterator[Variant]:
         yield Variant(token_major.decode_kernel, rows, tiling.num_warps)
         yield Variant(token_major.grad_values_kernel, rows, tiling.num_warps)
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps)
+        # Architectures that use the ops one at a time decode from the float32 weights; AuxK's target is float32.
+        for kernel in (token_major.decode_kernel, token_major.grad_values_kernel):
+            yield Variant(kernel, rows, tiling.num_warps, types=exact[1:])
+        yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps, types=(("target_ptr", "*fp32"),))
         yield Variant(feature_major.segments_kernel, latents, tiling.num_warps, types=bfloat16_matrix)
         yield Variant(feature_major.grad_weights_kernel, latents, tiling.num_warps)
         for norm_only in (False, True):
-            constants = latents | {"UNIT_NORM": True, "NORM_ONLY": norm_only}
+            constants = latents | {"NORM_ONLY": norm_only}
             yield Variant(optimizer.update_kernel, constants, tiling.num_warps)
+            yield Variant(optimizer.update_kernel, constants, tiling.num_warps, types=shadows)
     for quantised in (True, False):
         constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
         kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")

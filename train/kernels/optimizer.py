@@ -50,7 +50,6 @@ class Hyperparameters:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
-    unit_norm: bool = True
 
 
 @triton.jit
@@ -104,7 +103,6 @@ def update_kernel(
     new2,
     eps,
     d_in,
-    UNIT_NORM: tl.constexpr,
     NORM_ONLY: tl.constexpr,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -132,10 +130,9 @@ def update_kernel(
         ENTRIES,
         D,
     )
-    if UNIT_NORM:
-        W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
-        along = tl.sum(grad_dec * W_dec, axis=0) / tl.maximum(tl.sum(W_dec * W_dec, axis=0), 1e-30)
-        grad_dec -= along * W_dec
+    W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
+    along = tl.sum(grad_dec * W_dec, axis=0) / tl.maximum(tl.sum(W_dec * W_dec, axis=0), 1e-30)
+    grad_dec -= along * W_dec
     grad_enc, grad_bias = sum_latent(
         latent,
         grad_pre_acts_ptr,
@@ -180,9 +177,8 @@ def update_kernel(
             new2,
             eps,
         )
-        if UNIT_NORM:
-            squared = tl.sum(tl.where(mask, W_dec * W_dec, 0.0), axis=0)
-            W_dec = W_dec / tl.maximum(tl.sqrt_rn(squared), 1e-15)
+        squared = tl.sum(tl.where(mask, W_dec * W_dec, 0.0), axis=0)
+        W_dec = W_dec / tl.maximum(tl.sqrt_rn(squared), 1e-15)
         tl.store(W_dec_ptr + at, W_dec, mask=mask)
         tl.store(W_dec_shadow_ptr + at, W_dec.to(W_dec_shadow_ptr.dtype.element_ty), mask=mask)
         W_enc = adam(
@@ -289,7 +285,6 @@ def update(
             1 - h.beta2,
             h.eps,
             d_in,
-            UNIT_NORM=h.unit_norm,
             NORM_ONLY=norm_only,
             MAX_SEGMENT=csc.max_segment,
             ENTRIES=tiling.entries,

@@ -7,9 +7,15 @@ accumulate in float32 at least; they are written to be read, not to be fast.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .csc import Csc
+    from .optimizer import AdamState, Hyperparameters
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -55,6 +61,24 @@ def select_threshold(
     offsets = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
     offsets[1:] = chosen.sum(1).cumsum(0)
     return pre_acts[chosen], chosen.nonzero()[:, 1], offsets
+
+
+def select_batch_topk(
+    x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], k: int
+) -> tuple[tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch+1"]], Float[Tensor, ""]]:
+    """Return, as CSR, the `batch * k` largest positive latents of the batch, and their least, 0 where there are fewer.
+
+    Ties at the least go to the earlier row, then latent.
+    """
+    pre_acts = pre_activations(x, W_enc, b_enc)
+    wanted = len(x) * k
+    largest = pre_acts.flatten().sort(descending=True, stable=True)
+    places = largest.indices[:wanted][largest.values[:wanted] > 0].sort().values
+    values, rows, latents = pre_acts.flatten()[places], places // len(W_enc), places % len(W_enc)
+    offsets = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
+    offsets[1:] = torch.bincount(rows, minlength=len(x)).cumsum(0)
+    least = values.min() if len(values) == wanted and wanted else values.new_zeros(())
+    return (values, latents, offsets), least
 
 
 def decode(
@@ -109,3 +133,83 @@ def grad_weights_and_bias(
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Return `grad_weights` and `sum_by_latent` of the same values."""
     return grad_weights(values, indices, offsets, g, d_sae), sum_by_latent(values, indices, offsets, d_sae)
+
+
+def reconstruct(
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    target: Float[Tensor, "batch d_in"],
+    scale: Float[Tensor, ""],
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_in"], Float[Tensor, " nnz"]]:
+    """Return each token's squared error, `g = scale * (x_hat - target)`, and `g . W_dec[i]` where a value is > 0."""
+    residual = decode(values, indices, offsets, W_dec) + wide(b_dec) - wide(target)
+    g = scale * residual
+    return residual.square().sum(1), g, grad_values(g, W_dec, indices, offsets) * (values > 0)
+
+
+def update(
+    acts: Float[Tensor, " nnz"],
+    grad_pre_acts: Float[Tensor, " nnz"],
+    csc: Csc,
+    x: Float[Tensor, "x_rows d_in"],
+    g: Float[Tensor, "g_rows d_in"],
+    W_enc: AdamState,
+    b_enc: AdamState,
+    W_dec: AdamState,
+    hyperparameters: Hyperparameters,
+    centre: Float[Tensor, " d_in"],
+    max_norm: float | None = None,
+    other_squared_norm: Float[Tensor, ""] | None = None,
+) -> Tensor | None:
+    """Update the encoder and the decoder, in place, from a step's sparse entries; return the norm if it is clipped."""
+    n_entries = int(csc.starts[-1])
+    order, rows = csc.order[:n_entries], csc.rows[:n_entries].long()
+    latents = torch.repeat_interleave(torch.arange(len(csc.starts) - 1, device=x.device), csc.starts.diff())
+
+    def summed(terms: Tensor, state: AdamState) -> Tensor:
+        return terms.new_zeros(state.weight.shape).index_add(0, latents, terms)
+
+    by_dec = summed(wide(acts)[order, None] * wide(g)[rows % len(g)], W_dec)
+    by_enc = summed(wide(grad_pre_acts)[order, None] * wide(x)[rows % len(x)], W_enc)
+    by_bias = summed(wide(grad_pre_acts)[order], b_enc)
+    by_enc -= by_bias[:, None] * centre
+    # A decoder row's length is not trained (2406.04093, A.1).
+    along = (by_dec * W_dec.weight).sum(1, keepdim=True) / W_dec.weight.square().sum(1, keepdim=True)
+    by_dec -= along * W_dec.weight
+    gradients = ((W_enc, by_enc), (b_enc, by_bias), (W_dec, by_dec))
+    norm = None
+    if max_norm is not None:
+        squares = torch.stack([gradient.double().square().sum() for _, gradient in gradients]).sum()
+        norm = (squares if other_squared_norm is None else squares + other_squared_norm).sqrt()
+        hyperparameters.schedule[3] = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    lr, correction1, correction2, clip = hyperparameters.schedule
+    for state, gradient in gradients:
+        state.mean.lerp_(gradient * clip, 1 - hyperparameters.beta1)
+        state.square.lerp_((gradient * clip).square(), 1 - hyperparameters.beta2)
+        denominator = (state.square / correction2).sqrt() + hyperparameters.eps
+        state.weight.sub_(lr / correction1 * state.mean / denominator)
+    W_dec.weight.div_(W_dec.weight.norm(dim=1, keepdim=True))
+    for state in (W_enc, W_dec):
+        state.shadow.copy_(state.weight)
+    return norm
+
+
+def dequantise(
+    values: Int8[Tensor, "rows d_in"],
+    scales: Float[Tensor, " rows"],
+    places: Int[Tensor, " batch"],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "batch d_in"]:
+    """Return rows `places` of `scales * values`."""
+    return (values[places].float() * scales[places, None]).to(dtype)
+
+
+def normalise(
+    rows: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"], factor: float, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
+    """Return `(rows - mean) * factor` in float32, and in the `dtype` that products read."""
+    x = (rows.float() - mean) * factor
+    return x, x.to(dtype)

@@ -151,8 +151,7 @@ def reconstruct_kernel(
     residual = tl.where(d < d_in, x_hat - target, 0.0)
     tl.store(loss_ptr + row, tl.sum(residual * residual, axis=0))
     g = residual * tl.load(scale_ptr)
-    g_stored = g.to(g_ptr.dtype.element_ty)
-    tl.store(g_ptr + row * d_in + d, g_stored, mask=d < d_in)
+    tl.store(g_ptr + row * d_in + d, g, mask=d < d_in)
     store_grad_values(
         g, values_ptr, indices_ptr, grad_values_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D, RELU=True
     )
@@ -174,7 +173,6 @@ def reconstruct(
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
     scale: Float[Tensor, ""],
-    g_dtype: torch.dtype = torch.float32,
 ) -> Reconstruction:
     """Return each token's squared error, `g = scale * (x_hat - target)`, and `g . W_dec[i]` where a value is positive.
 
@@ -184,7 +182,7 @@ def reconstruct(
     assert W_dec.stride(1) == target.stride(1) == 1
     tiling = row_tiling(d_in)
     squared_error = torch.empty(n_rows, dtype=torch.float32, device=target.device)
-    g = torch.empty(n_rows, d_in, dtype=g_dtype, device=target.device)
+    g = torch.empty(n_rows, d_in, dtype=torch.float32, device=target.device)
     grad_pre_acts = torch.empty(len(values), dtype=torch.float32, device=target.device)
     if n_rows:
         reconstruct_kernel[(n_rows,)](
