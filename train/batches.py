@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from ..shared.hook_points import canonical_hook_point
 from .buffers import Buffers
-from .order import Epoch, locate, order_epoch, order_window
+from .order import ORDER_VERSION, Epoch, locate, order_epoch, place_window
 from .staging import Rows, Staging, take_rows, used_here
 from .usable import UsableRows
 
@@ -95,6 +96,7 @@ class ShuffledBatches:
         self._buffers: dict[str, Buffers] = {}
         self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-window")
+        self._orderers = ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="order-window")
 
     def __iter__(self) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
         return self
@@ -106,17 +108,23 @@ class ShuffledBatches:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state: rows taken, and the seed that the order depends on."""
-        return {"rows_taken": self._rows_taken, "seed": self.seed}
+        """Return the state: rows taken, and what the order depends on, the seed and the version of its computation."""
+        return {"rows_taken": self._rows_taken, "seed": self.seed, "order": ORDER_VERSION}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved place in the stream.
 
         Raises:
-            ConfigError: the state is of a stream with another seed.
+            ConfigError: the state is of a stream with another seed, or of a release that ordered rows otherwise.
         """
         if state["seed"] != self.seed:
             raise ConfigError(f"the saved stream has seed {state['seed']}, this one {self.seed}; use the same")
+        version = state.get("order", 1)
+        if version != ORDER_VERSION:
+            raise ConfigError(
+                f"the saved stream has its rows in order {version}, this release in order {ORDER_VERSION}, so some "
+                "would come twice; go on with the release that saved it, or train again in another output"
+            )
         self._rows_taken = int(state["rows_taken"])
 
     def close(self) -> None:
@@ -124,6 +132,7 @@ class ShuffledBatches:
         self._windows.clear()
         self._buffers.clear()
         self._decoder.shutdown(wait=True, cancel_futures=True)
+        self._orderers.shutdown()
 
     def __enter__(self) -> ShuffledBatches:
         return self
@@ -178,25 +187,30 @@ class ShuffledBatches:
         There a row is copied once, from the decoded chunk to its place, and batches are views.
         """
         chunks = self._epochs[epoch].window(index)
-        usable = np.flatnonzero(self._usable.of(chunks))
-        order = order_window(self._rows_per_chunk[chunks], self.seed, epoch, index)
+        n_rows = self._rows_per_chunk[chunks]
+        places = place_window(n_rows, self.seed, epoch, index, self._orderers.map)
+        usable = self._usable.of(chunks).reshape(-1) if n_rows.min() < self.store.chunk_rows else None
         if self._staging is not None:
             rows = {name: self._staging.read_chunks(name, chunks) for name in self.hook_points}
-            return Window(rows, self._staging.to_device(torch.from_numpy(usable[order])))
-        places = np.full(len(chunks) * self.store.chunk_rows, -1, dtype=np.int64)
-        places[usable[order]] = np.arange(len(order))
-        return Window({name: self._ordered(name, chunks, places, len(order)) for name in self.hook_points}, None)
+            order = np.empty_like(places)
+            order[places] = np.arange(len(places)) if usable is None else np.flatnonzero(usable)
+            return Window(rows, self._staging.to_device(torch.from_numpy(order)))
+        if usable is not None:
+            of_training, places = places, np.full(len(usable), -1, dtype=np.int64)
+            places[usable] = of_training
+        n = int(n_rows.sum())
+        return Window({name: self._ordered(name, chunks, places, n) for name in self.hook_points}, None)
 
     def _ordered(self, hook_point: str, chunks: np.ndarray, places: np.ndarray, n_rows: int) -> Tensor:
         """Return a window's rows of a hook point in the order in which they are taken."""
         d_in = self.store.d_in(hook_point)
         if hook_point not in self._buffers:
             n_chunks = min(self._chunks_per_window(), len(self._rows_per_chunk))
-            n_bytes = n_chunks * self.store.chunk_rows * d_in * self.store.dtype.itemsize
+            n_bytes = (n_chunks * self.store.chunk_rows + 1) * d_in * self.store.dtype.itemsize
             self._buffers[hook_point] = Buffers(n_bytes, _WINDOWS_IN_MEMORY)
-        rows = self._buffers[hook_point].take((n_rows, d_in), self.store.dtype)
+        rows = self._buffers[hook_point].take((n_rows + 1, d_in), self.store.dtype)
         self.store.place_rows(hook_point, chunks, places, rows)
-        return rows
+        return rows[:n_rows]
 
 
 def _take(window: Window, part: slice, copy: bool) -> dict[str, Tensor]:

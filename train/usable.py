@@ -28,14 +28,16 @@ class UsableRows:
         blocks, within = np.divmod(chunks, self._per_block)
         for block in np.unique(blocks).tolist():
             here = np.flatnonzero(blocks == block)
-            found[here] = self._block(block)[within[here]]
+            packed = self._block(block)[within[here]]
+            found[here] = np.unpackbits(packed, axis=1, count=self._store.chunk_rows).view(bool)
         return found
 
     def _block(self, block: int) -> np.ndarray:
-        rows = self._store.chunk_rows
+        """Return a block's chunks as packed bits, a chunk a line."""
         if block not in self._blocks:
-            start = block * self._per_block * rows
-            mask = self._store.training_mask(start, min(start + self._per_block * rows, self._store.n_rows))
-            self._blocks[block] = np.packbits(mask)
-        bits = np.unpackbits(self._blocks[block], count=self._per_block * rows)  # zeros beyond the store's last row
-        return bits.view(bool).reshape(self._per_block, rows)
+            usable = np.zeros((self._per_block, self._store.chunk_rows), dtype=bool)
+            start = block * usable.size
+            mask = self._store.training_mask(start, min(start + usable.size, self._store.n_rows))
+            usable.reshape(-1)[: len(mask)] = mask
+            self._blocks[block] = np.packbits(usable, axis=1)
+        return self._blocks[block]

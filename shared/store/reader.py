@@ -23,7 +23,7 @@ from .manifest import Manifest
 from .moments import Moments
 from .provenance import decode_segments, expand_segments
 from .quantise import dequantise
-from .rows import TORCH_DTYPES
+from .rows import TORCH_DTYPES, piece_bytes
 from .statistics import Statistics, merge_statistics
 from .verify import find_faults
 
@@ -164,7 +164,8 @@ class ActivationStore:
     ) -> None:
         """Decode whole chunks, in parallel, and put each row where it is wanted: the i-th at `out[places[i]]`.
 
-        `places` has `chunk_rows` numbers for each chunk, no number twice; rows whose number is negative are left out.
+        `places` has `chunk_rows` numbers for each chunk. Rows that are not wanted are numbered -1: what the last row of
+        `out` then holds is of no use. No other number may come twice.
         """
         d_in = self.d_in(hook_point)
         indices = np.asarray(chunk_indices, dtype=np.int64)
@@ -175,8 +176,10 @@ class ActivationStore:
             raise ConfigError(f"expected a contiguous {self.dtype} CPU tensor of width {d_in} to put rows into")
         for name in (hook_point, scales_name(hook_point)) if self.codec == "int8" else (hook_point,):
             self._caches[name].prepare(indices)
-        row = np.dtype((np.void, d_in * self.dtype.itemsize))
-        target = out.view(torch.uint8).numpy().reshape(-1).view(row)
+        row_bytes = d_in * self.dtype.itemsize
+        piece = np.dtype((np.void, piece_bytes(row_bytes)))
+        pieces = np.arange(row_bytes // piece.itemsize)
+        target = out.view(torch.uint8).numpy().reshape(-1).view(piece)
         scratch = threading.local()
 
         def place(i: int) -> None:
@@ -187,13 +190,10 @@ class ActivationStore:
                 self._dequantise_chunk(hook_point, int(indices[i]), scratch.rows)
             else:
                 rows = self._caches[hook_point].view(int(indices[i]), rows, self._verify)
-            rows = rows.view(row)
             wanted = places[i * self.chunk_rows : (i + 1) * self.chunk_rows]
-            kept = wanted >= 0
-            if kept.all():
-                target[wanted] = rows
-            else:
-                target[wanted[kept]] = rows[kept]
+            if len(pieces) > 1:
+                wanted = (wanted[:, None] * len(pieces) + pieces).reshape(-1)
+            target[wanted] = rows.view(piece)
 
         if len(indices):
             self._parallel(place, len(indices))

@@ -86,17 +86,17 @@ def test_9_every_epoch_and_window_has_an_order_of_its_own(array_store):
 
 @pytest.mark.parametrize("mistake", ["never read", "the same in every window"])
 def test_9_an_order_that_does_not_change_is_noticed(array_store, monkeypatch, mistake):
-    order_epoch, order_window = batches_module.order_epoch, batches_module.order_window
+    order_epoch, place_window = batches_module.order_epoch, batches_module.place_window
 
     def unshuffled_chunks(rows, per_window, seed, epoch):
         order = order_epoch(rows, per_window, seed, 0)
         return order._replace(chunks=np.arange(len(order.chunks)))
 
-    def one_order(rows, seed, epoch, window):
-        return np.arange(rows.sum()) if mistake == "never read" else order_window(rows, seed, 0, 0)
+    def one_order(rows, seed, epoch, window, run):
+        return np.arange(rows.sum()) if mistake == "never read" else place_window(rows, seed, 0, 0)
 
     monkeypatch.setattr(batches_module, "order_epoch", unshuffled_chunks)
-    monkeypatch.setattr(batches_module, "order_window", one_order)
+    monkeypatch.setattr(batches_module, "place_window", one_order)
     with pytest.raises(AssertionError):
         check_shuffle(array_store)
 
