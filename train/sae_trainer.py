@@ -92,7 +92,6 @@ class SaeTrainer:
             self.W_dec_compute = self.parameters["W_dec"].to(compute_dtype)
             if self.W_dec_compute is not self.parameters["W_dec"]:
                 self.optimizer.copies["W_dec"] = self.W_dec_compute
-        self.on_cores = self.device.type == "cpu" and across is ALONE and self.architecture.on_cores
         self.tokens_since_fired = torch.zeros(len(self.W_enc_compute), dtype=torch.int64, device=device)
         n_tokens = schedule.n_steps * schedule.batch_size
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))

@@ -11,6 +11,7 @@ from .architectures.base import Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
 from .normalization import Normalization, normalization_across, normalization_of
+from .parallel.across import ALONE
 from .parallel.layout import Layout
 from .plan import Plan
 from .sae_trainer import SaeTrainer
@@ -43,16 +44,21 @@ Prepared = dict[tuple[tuple[str, ...], str | None], Batch]
 def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
     """Let every SAE that has not diverged take a step; return their metrics by name.
 
-    On a CPU those whose step works in blocks go side by side; the others use all cores within their operators.
+    On a CPU steps go side by side, except where several processes train an SAE together: those meet within each
+    step, and so take the SAEs in order.
     """
 
     def step(trainer: SaeTrainer) -> dict[str, Number]:
         return trainer.step(prepared[trainer.config.inputs, trainer.config.hook_point_out])
 
     there = [trainer for trainer in trainers if not trainer.diverged]
-    side_by_side = [trainer for trainer in there if trainer.on_cores]
-    found = {t.name: taken for t, taken in zip(side_by_side, on_cores(step, side_by_side), strict=True)}
-    return {t.name: found[t.name] if t.on_cores else step(t) for t in there}
+    if all(trainer.device.type == "cpu" for trainer in there):
+        alone = all(trainer.across is ALONE for trainer in there)
+        at_once = [there] if alone else [[trainer] for trainer in there]
+        taken = [metrics for some in at_once for metrics in on_cores(step, some)]
+    else:
+        taken = [step(trainer) for trainer in there]
+    return {trainer.name: metrics for trainer, metrics in zip(there, taken, strict=True)}
 
 
 def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:

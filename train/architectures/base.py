@@ -86,8 +86,7 @@ class Architecture:
 
     One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told. One that says
     `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room,
-    nor does anything there that the next step may do otherwise, but for what `decided_at` says. On a CPU a step whose
-    work is in blocks is `on_cores`: it runs beside other SAEs' steps, with operators of one thread.
+    nor does anything there that the next step may do otherwise, but for what `decided_at` says.
     """
 
     name: ClassVar[str]
@@ -98,7 +97,6 @@ class Architecture:
     default_lr: ClassVar[float | None] = None
     revives_dead: ClassVar[bool] = True
     capturable: ClassVar[bool] = False
-    on_cores: ClassVar[bool] = False
     sparsity_warmup_fraction: ClassVar[float] = 1 / 20
 
     def __init__(self, config: SaeConfig, d_in: int):

@@ -123,15 +123,15 @@ class DenseLatents:
 
     def decode(self, values: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
         """Return the reconstruction, without bias."""
-        return (values @ W_dec.to(values.dtype)).to(self.precise)
+        return product(values, W_dec.to(values.dtype)).to(self.precise)
 
     def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
         """Return the gradient by each entry's value."""
-        return g.to(self.pre_acts.dtype) @ W_dec.to(self.pre_acts.dtype).T
+        return product(g.to(self.pre_acts.dtype), W_dec.to(self.pre_acts.dtype).T)
 
     def grad_weights(self, values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d"]) -> Tensor:
         """Return `values^T g`."""
-        return (values.T @ g.to(values.dtype)).to(self.precise)
+        return product(values.T, g.to(values.dtype)).to(self.precise)
 
     def grad_weights_and_bias(
         self, values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d"]
@@ -192,18 +192,18 @@ def above_threshold(
     How many there are is asked of the device, unless the step has room for them.
     """
     room = step.room
+    x, W_enc = batch.x_compute, step.W_enc_compute
     if room is not None and room.capacity is not None:
-        x, W_enc = batch.x_compute, step.W_enc_compute
         found = step.kernels.select_threshold(x, W_enc, bias, threshold, room.capacity)
         room.found(found.offsets[-1])
         return sparse_within(step, parameters, batch.x, bias, found)
-    pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
+    if hasattr(step.kernels, "entries_above"):
+        entries = step.kernels.entries_above(x, W_enc, bias, threshold, SPARSE_BELOW)
+        if entries is not None:
+            return sparse_at(step, parameters, batch.x, bias, *entries)
+    pre_acts = step.kernels.pre_activations(x, W_enc, bias)
     if isinstance(threshold, Tensor):
         threshold = threshold.to(pre_acts.dtype)
-    elif threshold == 0.0 and hasattr(step.kernels, "entries_at_least"):
-        entries = step.kernels.entries_at_least(pre_acts, torch.finfo(pre_acts.dtype).smallest_normal)
-        if entries is not None and len(entries[0]) < SPARSE_BELOW * pre_acts.numel():
-            return sparse_at(step, parameters, batch.x, bias, *entries)
     chosen = pre_acts > threshold
     n_chosen = int(torch.count_nonzero(chosen))
     if room is not None:
@@ -227,6 +227,15 @@ def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: 
         out.index_put_((indices.long(),), rows, accumulate=True)
     else:
         out.index_add_(0, indices, rows)
+
+
+def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
+    """Return `a b`; on a CPU block of rows by block of rows."""
+    if not a.is_cpu:
+        return a @ b
+    out = a.new_empty(len(a), b.shape[1])
+    on_cores(lambda rows: torch.mm(a[rows], b, out=out[rows]), even_blocks(len(a), _ROWS_AT_ONCE))
+    return out
 
 
 def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:

@@ -18,7 +18,6 @@ class TopK(Architecture):
 
     name = "topk"
     capturable = True
-    on_cores = True
     required = ("k",)
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:

@@ -18,14 +18,14 @@ from torch import Tensor
 from ...shared.cores import even_blocks, on_cores
 from .cpu_csc import Csc, row_of_entry, to_csc
 from .cpu_gradient import WeightGradient, weighted_sums
-from .cpu_threshold import entries_at_least, largest_of_batch
+from .cpu_threshold import Entries, entries_at_least, largest_of_batch
 from .cpu_topk import topk_of_rows
 
 __all__ = [
     "Csc",
     "WeightGradient",
     "decode",
-    "entries_at_least",
+    "entries_above",
     "grad_values",
     "grad_weights",
     "grad_weights_and_bias",
@@ -67,6 +67,39 @@ def select_topk(
 
     on_cores(select, row_blocks(len(x), len(W_enc)))
     return acts, indices
+
+
+def entries_above(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"] | float,
+    most: float,
+) -> Entries | None:
+    """Return indices and offsets of the pre-activations above a threshold, in no order within a row.
+
+    None is returned where more than a share `most` of a block of rows is above, or where the latents do not group.
+    """
+    bias = (b_enc - threshold).to(x.dtype)
+    smallest = torch.finfo(x.dtype).smallest_normal
+    some_refused = False
+
+    def search(rows: slice) -> Entries | None:
+        nonlocal some_refused
+        if some_refused:
+            return None
+        found = entries_at_least(_linear(x[rows], W_enc, bias), smallest)
+        if found is None or len(found[0]) > most * (rows.stop - rows.start) * len(W_enc):
+            some_refused = True
+            return None
+        return found
+
+    parts = on_cores(search, row_blocks(len(x), len(W_enc)))
+    there = [part for part in parts if part is not None]
+    if len(there) < len(parts):
+        return None
+    counts = torch.cat([offsets.diff() for _, offsets in there])
+    return torch.cat([indices for indices, _ in there]), F.pad(counts.cumsum(0), (1, 0))
 
 
 def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
@@ -159,8 +192,13 @@ def grad_weights(
     Pass `csc` from `to_csc` to sort once for several calls.
     """
     csc = csc or to_csc(indices, offsets, d_sae)
-    weights = values[csc.order]
-    return F.embedding_bag(csc.rows, g, csc.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    weights, sums = values[csc.order], g.new_empty(d_sae, g.shape[1])
+
+    def sum_rows(part: slice) -> None:
+        sums[part] = weighted_sums(g, csc.rows, csc.offsets[part.start : part.stop + 1], weights)
+
+    on_cores(sum_rows, even_blocks(d_sae, _ROWS_AT_ONCE))
+    return sums
 
 
 def sum_by_latent(

@@ -9,6 +9,7 @@ import torch
 
 from thresher.train.architectures.batch_topk import batch_threshold
 from thresher.train.architectures.latents import csr_of
+from thresher.train.kernels import cpu
 from thresher.train.kernels.cpu_threshold import entries_at_least, largest_of_batch
 
 
@@ -58,3 +59,28 @@ def test_a_sample_that_misses_the_largest_is_made_up_for():
     found = largest_of_batch(pre_acts, 64 * 8)
     expected = csr_of(pre_acts >= batch_threshold(pre_acts, 64 * 8))
     assert found is None or sorted_within_rows(*found) == sorted_within_rows(*expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("by_latent", [True, False])
+def test_entries_of_a_product_are_those_of_all_pre_activations_block_by_block(dtype, by_latent):
+    """Over several blocks of rows, of which one has no entry."""
+    generator = torch.Generator().manual_seed(3)
+    x, W, bias = (torch.randn(size, generator=generator) for size in ((1300, 24), (160, 24), (160,)))
+    x[500:530] = 0
+    bias -= 12
+    threshold = torch.rand(160, generator=generator) - 1.5 if by_latent else -0.5
+    found = cpu.entries_above(x.to(dtype), W.to(dtype), bias, threshold, 1 / 16)
+    exact = x.to(dtype).double() @ W.to(dtype).double().T + (bias - threshold).to(dtype).double()
+    expected = csr_of(exact > 0)
+    assert 0 < len(expected[0]) < x.shape[0] * 160 / 16
+    assert sorted_within_rows(*found) == sorted_within_rows(*expected)
+
+
+def test_a_product_with_many_entries_in_one_block_of_rows_is_refused():
+    x, W = torch.zeros(1300, 8), torch.eye(8).repeat(20, 1)
+    assert len(cpu.entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16)[0]) == 0
+    x[1100] = 2.0
+    assert len(cpu.entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16)[0]) == 160
+    x[1100:] = 2.0
+    assert cpu.entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16) is None
