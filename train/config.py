@@ -54,6 +54,10 @@ class SaeConfig(Config, frozen=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Peak learning rate; the architecture's own if not given."),
     ] = None
+    beta1: Annotated[
+        Annotated[float, Meta(ge=0, lt=1)] | None,
+        Meta(description="Adam's decay of gradients; the architecture's own if not given."),
+    ] = None
     beta2: Annotated[
         Annotated[float, Meta(ge=0, lt=1)] | None,
         Meta(

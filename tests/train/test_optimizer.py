@@ -20,6 +20,8 @@ from thresher.train.schedule import lr_factor, sparsity_factor
         {"architecture": "standard", "l1_coefficient": 1.0},
         {"architecture": "standard", "l1_coefficient": 1.0, "weight_decay": 0.3},
         {"k": 2, "weight_decay": 0.3},
+        {"k": 2, "beta2": 0.7},
+        {"architecture": "gated", "l1_coefficient": 1.0, "beta1": 0.8},
         {"architecture": "jumprelu", "l0_coefficient": 1.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "threshold_lr_scale": 0.3},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 2.0},
@@ -33,8 +35,9 @@ def test_equals_adam(kind, clip, block, monkeypatch):
     decay = kind.get("weight_decay", 0.0)
     groups = [{"params": [p], "weight_decay": decay if p.dim() > 1 else 0.0} for p in expected.values()]
     of_thresholds = kind.get("threshold_lr_scale", 4.0 if "target_l0" in kind else 1.0)
+    betas = kind.get("beta1", architecture.betas[0]), kind.get("beta2", architecture.betas[1])
     scales = [of_thresholds if name == "log_threshold" else 1.0 for name in expected]
-    adam = torch.optim.AdamW(groups, lr=1, betas=architecture.betas, eps=architecture.eps)
+    adam = torch.optim.AdamW(groups, lr=1, betas=betas, eps=architecture.eps)
     ours = optimizer_module.Optimizer(parameters, architecture, clip)
     torch.manual_seed(1)
     for lr in (0.1, 0.03, 0.01):

@@ -117,7 +117,9 @@ class Architecture:
     @property
     def adam_betas(self) -> tuple[float, float]:
         """Return Adam's decay rates."""
-        return self.betas[0], self.betas[1] if self.config.beta2 is None else self.config.beta2
+        given = self.config.beta1, self.config.beta2
+        beta1, beta2 = (own if beta is None else beta for beta, own in zip(given, self.betas, strict=True))
+        return beta1, beta2
 
     @property
     def lr_scales(self) -> dict[str, float]:
