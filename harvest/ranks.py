@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ..shared.device import choose_device
+from ..shared.device import choose_device, device_among
 from ..shared.errors import ConfigError, RankError, ThresherError
 from ..shared.store.presence import Presence
 from .launch import n_ranks
@@ -196,23 +196,13 @@ def _quiet(quiet: bool) -> Iterator[None]:
 
 
 def rank_device(device: str, ranks: Ranks) -> str:
-    """Return this rank's device: where CUDA is chosen without a number, the GPU of its number on its machine."""
-    chosen = choose_device(device)
-    if ranks.world == 1 or torch.device(chosen).type != "cuda":
-        return chosen
-    if torch.device(chosen).index is not None:
-        if ranks.local_world > 1:
-            raise ConfigError(
-                f"device is '{device}', but each of {ranks.local_world} processes needs its own; use device = 'cuda'"
-            )
-        return chosen
-    if ranks.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"{ranks.local_world} processes were started on a machine with {torch.cuda.device_count()} CUDA devices; "
-            "start one for each device at most"
-        )
-    torch.cuda.set_device(ranks.local_rank)  # so that nothing of this rank's lands on the first GPU
-    return f"cuda:{ranks.local_rank}"
+    """Return this rank's device, which is then the one that CUDA uses."""
+    if ranks.world == 1:
+        return choose_device(device)
+    own = device_among(device, ranks.local_rank, ranks.local_world)
+    if torch.device(own).type == "cuda":
+        torch.cuda.set_device(own)  # so that nothing of this rank's lands on the first GPU
+    return own
 
 
 def _told(error: BaseException) -> str:

@@ -20,6 +20,29 @@ def choose_device(device: str) -> str:
     return device
 
 
+def device_among(device: str, local_rank: int, local_n: int) -> str:
+    """Return the device of one of a machine's processes: where CUDA is chosen without a number, a GPU of its own.
+
+    Raises:
+        ConfigError: the device is not there for each of them.
+    """
+    chosen = torch.device(choose_device(device))
+    if chosen.type != "cuda":
+        return str(chosen)
+    if chosen.index is not None:
+        if local_n > 1:
+            raise ConfigError(
+                f"device is '{device}', but each of {local_n} processes needs its own; use device = 'cuda'"
+            )
+        return str(chosen)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_n} processes were started on a machine with {torch.cuda.device_count()} CUDA devices; "
+            "start one for each device at most"
+        )
+    return f"cuda:{local_rank}"
+
+
 def describe_device(device: str) -> str:
     """Return the device and, for a GPU, what it is."""
     if torch.device(device).type == "cuda":

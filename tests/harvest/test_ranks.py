@@ -88,7 +88,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[int] = []
+    chosen: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -98,7 +98,7 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         ranks.append(Ranks(4 + local_rank, 8, HashStore(), None))
     assert [rank_device(device, ranks[1]) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    assert chosen == [1, 1]
+    assert chosen == ["cuda:1", "cuda:1"]
     with pytest.raises(
         ConfigError, match="3 processes were started on a machine with 2 CUDA devices; start one for each"
     ):

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ...shared.device import choose_device
-from ...shared.errors import ConfigError, RankError
+from ...shared.device import choose_device, device_among
+from ...shared.errors import RankError
 
 T = TypeVar("T")
 _LAG = 4
@@ -187,19 +187,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
 def _among_others(device: str) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     local_n = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    chosen = torch.device(choose_device(device))
-    if chosen.type == "cuda":
-        if chosen.index is not None:
-            raise ConfigError(
-                f"device is '{device}', but each of {local_n} processes needs its own; use device = 'cuda'"
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"{local_n} processes were started on a machine with {torch.cuda.device_count()} CUDA devices; "
-                "start one for each device at most"
-            )
-        chosen = torch.device("cuda", local_rank)
-    return Ranks(str(chosen), dist.get_rank(), dist.get_world_size(), local_n)
+    return Ranks(device_among(device, local_rank, local_n), dist.get_rank(), dist.get_world_size(), local_n)
 
 
 @contextmanager
