@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .architectures.base import Architecture, Parameters
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Random numbers and norms as shapes alone: to prepare them for tensors without memory takes PyTorch a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.randn, torch.rand):
+            func = torch.empty
+            kwargs.pop("generator", None)
+        if func is Tensor.norm:
+            return args[0].amax(kwargs["dim"], kwargs["keepdim"])
+        return func(*args, **kwargs)
+
+
 def parameter_shapes(architecture: Architecture) -> Parameters:
     """Return the initial parameters without values or memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return architecture.initial_parameters(torch.Generator("cpu"))
 
 

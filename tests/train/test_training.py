@@ -123,6 +123,27 @@ def test_an_sae_in_a_sweep_equals_the_same_sae_alone(config, tmp_path):
         shutil.rmtree(tmp_path / "alone")
 
 
+def test_the_number_of_threads_changes_no_bit(config, tmp_path):
+    """At sizes at which operators and blocks of work would be shared between threads."""
+    saes = [sae | {"d_sae": 640, "ema_decay": 0.5, "resample_every_tokens": 3072} for sae in EVERY_ARCHITECTURE]
+    saes += [{**TOPK, "architecture": "skip_transcoder", "hook_point_out": "blocks.0.mlp_out", "l1_coefficient": 0.1}]
+    saes += [{"architecture": "crosscoder", "hook_points": [TOPK["hook_point"], STANDARD["hook_point"]]}]
+    saes[-1] |= {"d_sae": 640, "l1_coefficient": 0.1, "lr": 1e-3}
+    saes = [sae | {"prefix_sizes": [80, 640]} if "prefix_sizes" in sae else sae for sae in saes]
+    before, found = torch.get_num_threads(), []
+    for n_threads in (1, 2, 5):
+        torch.set_num_threads(n_threads)
+        try:
+            output = str(tmp_path / f"{n_threads}-threads")
+            folders = train(change(config, output=output, sae=saes, batch_size=1536, tokens=1536 * 6))
+        finally:
+            torch.set_num_threads(before)
+        found.append({folder.name: weights(folder) for folder in folders})
+        assert len(folders) == len(saes)
+    for other in found[1:]:
+        assert [name for name, bits in other.items() if bits != found[0][name]] == []
+
+
 @pytest.mark.parametrize("at_step", [3, 10, 25, 40])
 def test_a_killed_run_resumes_to_the_same_end(config, tmp_path, monkeypatch, at_step):
     whole = train(config)
