@@ -157,29 +157,36 @@ class ShuffledBatches:
             epoch, row = locate(position, self.rows_per_epoch)
             starts = self._epoch(epoch).row_starts
             index = int(np.searchsorted(starts, row, side="right")) - 1
-            window = self._window(epoch, index)
             first = row - int(starts[index])
             n_taken = min(n_rows, int(starts[index + 1]) - row)
-            # Whoever holds one of a window's last batches when the next window begins must not hold the whole window.
-            is_last = first + n_taken + self.batch_size > int(starts[index + 1] - starts[index])
-            parts.append(_take(window, slice(first, first + n_taken), is_last))
-            del window
+            parts.append(_take(self._window(epoch, index), slice(first, first + n_taken)))
+            if first:
+                self._decode_ahead(epoch, index)
             position += n_taken
             n_rows -= n_taken
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _window(self, epoch: int, index: int) -> Window:
-        """Return one window, and start decoding the one after it."""
-        here = (epoch, index)
-        after = (epoch, index + 1) if index + 1 < self._epoch(epoch).n_windows else (epoch + 1, 0)
-        self._windows = {place: window for place, window in self._windows.items() if place in (here, after)}
-        if here not in self._windows:
-            self._windows[here] = self._decoder.submit(self._decode, *here)
-        window = self._windows[here].result()
+        """Return one window; forget all but it and the one after it."""
+        places = (epoch, index), self._after(epoch, index)
+        self._windows = {place: window for place, window in self._windows.items() if place in places}
+        if places[0] not in self._windows:
+            self._windows[places[0]] = self._decoder.submit(self._decode, epoch, index)
+        return self._windows[places[0]].result()
+
+    def _decode_ahead(self, epoch: int, index: int) -> None:
+        """Start decoding the window after one.
+
+        Not before its second batch is taken: while the first was, whoever takes them may have held the last batch of
+        the window before, and with it the memory that is now to be used again.
+        """
+        after = self._after(epoch, index)
         if after not in self._windows:
             self._epoch(after[0])
             self._windows[after] = self._decoder.submit(self._decode, *after)
-        return window
+
+    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self._epoch(epoch).n_windows else (epoch + 1, 0)
 
     def _decode(self, epoch: int, index: int) -> Window:
         """Read a window: on a GPU its chunks and the order of their rows, on the CPU its rows, put in order.
@@ -213,11 +220,10 @@ class ShuffledBatches:
         return rows[:n_rows]
 
 
-def _take(window: Window, part: slice, copy: bool) -> dict[str, Tensor]:
-    """Return rows of a window, in the window's order; as views where they lie in it, unless asked to `copy`."""
+def _take(window: Window, part: slice) -> dict[str, Tensor]:
+    """Return rows of a window, in the window's order; as views where they lie in it."""
     if window.order is None:
-        views = {name: rows[part] for name, rows in window.rows.items() if isinstance(rows, Tensor)}
-        return {name: rows.clone() for name, rows in views.items()} if copy else views
+        return {name: rows[part] for name, rows in window.rows.items() if isinstance(rows, Tensor)}
     for tensor in (*window.rows.values(), window.order):
         used_here(tensor)
     return {name: take_rows(rows, window.order[part]) for name, rows in window.rows.items()}

@@ -11,7 +11,6 @@ to each stratum in turn, which memory does half again as fast as it takes rows i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,9 @@ ORDER_VERSION = 2
 """Counts the orders that releases had for the same seed: a run goes on only in the one it began in."""
 
 _CHUNKS, _ROWS, _STRATA = 0, 1, 2
-_GOLDEN_RATIO = 0.6180339887498949
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+"""Of the golden ratio, what is behind the point, in units of 2^-64: what sums are above 1 falls away by itself."""
+
 _BLOCK_ROWS = 32 << 10
 """Rows that are ordered at once: what is computed of them stays in a core's cache."""
 
@@ -123,17 +124,14 @@ def order_window(
 def _strata(n_rows: int, n_strata: int, generator: np.random.Generator) -> _Strata:
     """Lay out a window's strata.
 
-    Rows go to stratum after stratum by number, and round again. By number, the strata come in the order of multiples of
-    the golden ratio: any run of numbers, such as a chunk's that has fewer rows than there are strata, is spread evenly.
+    Rows go to stratum after stratum by number, and round again. The strata lie in the order of multiples of the golden
+    ratio: any run of numbers, such as that of a chunk with fewer rows than there are strata, is spread evenly.
     """
-    step = round(n_strata * _GOLDEN_RATIO)
-    while gcd(step, n_strata) != 1:
-        step += 1
-    turn = (np.arange(n_strata) * step + generator.integers(n_strata)) % n_strata
+    multiples = np.arange(n_strata, dtype=np.uint64) * _GOLDEN_RATIO + generator.integers(1 << 64, dtype=np.uint64)
+    by_turn = np.argsort(multiples)
     sizes = (n_rows - np.arange(n_strata) + n_strata - 1) // n_strata
-    by_turn = np.empty_like(sizes)
-    by_turn[turn] = sizes
-    end = np.cumsum(by_turn)[turn]
+    end = np.empty_like(sizes)
+    end[by_turn] = np.cumsum(sizes[by_turn])
     return _Strata(end - generator.integers(1, sizes + 1), end, sizes)
 
 

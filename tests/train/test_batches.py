@@ -108,9 +108,8 @@ store.read("a", 0, 1)  # loads what decoding needs
 with ShuffledBatches(store, batch_size=512, window_bytes=32 << 20) as batches:
     before, peak = anonymous(), 0
     for _ in range(3 * batches.rows_per_epoch // 512):
-        batch = next(batches)
+        batch = next(batches)  # the one before is held until this one has come
         peak = max(peak, anonymous() - before)
-        del batch
 print(peak)
 """
 

