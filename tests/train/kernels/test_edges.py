@@ -12,7 +12,6 @@ from thresher.train.kernels.threshold import ThresholdTiling
 
 SMALL = SelectTiling(n_candidates=2, rows=16, latents=16, d=16, redo_latents=16)
 SMALL_THRESHOLD = ThresholdTiling(n_slots=2, rows=16, latents=16, d=16)
-FAR = (1 << 27) + 16
 
 
 def whole_numbers(device, batch, d_sae, d_in, dtype):
@@ -25,8 +24,9 @@ def whole_numbers(device, batch, d_sae, d_in, dtype):
     return x.to(dtype), W_enc.to(dtype), b_enc.float()
 
 
-def far_apart(tensor, stride=FAR):
-    """Return a copy whose rows start so far apart that the last are past 2^31 elements; the gaps cost no memory."""
+def far_apart(tensor):
+    """Return a copy whose last row starts just past 2^31 elements, by a stride below; the gaps cost no memory."""
+    stride = (1 << 31) // (len(tensor) - 1) + 16
     storage = tensor.new_zeros(1).new_empty((len(tensor) - 1) * stride + tensor.shape[1])
     return storage.as_strided(tensor.shape, (stride, 1)).copy_(tensor)
 
@@ -90,11 +90,11 @@ def test_a_row_that_is_not_a_number_stays_so_and_no_other_is(device):
 
 
 def test_selections_read_beyond_what_32_bits_can_address(device):
-    """Latents 16 and 17 lie past 2^31 elements; four of the first tile's latents fail the certificate."""
-    x, W_enc, b_enc = whole_numbers(device, 2, 18, 16, torch.bfloat16)
+    """Latent 17 and row 2 lie past 2^31 elements; four of the first tile's latents fail the certificate."""
+    x, W_enc, b_enc = whole_numbers(device, 3, 18, 16, torch.bfloat16)
     b_enc[[3, 5, 7, 9]] += 300.0
     b_enc[17] += 400.0
-    far_x, far_W = far_apart(x, 1 << 31), far_apart(W_enc)
+    far_x, far_W = far_apart(x), far_apart(W_enc)
     expected = select_topk_certified(x, W_enc, b_enc, 4, SMALL)
     assert expected[2].all()
     assert set(expected[1][0].tolist()) < {3, 5, 7, 9, 17}
@@ -106,10 +106,10 @@ def test_selections_read_beyond_what_32_bits_can_address(device):
 
 def test_rows_of_gradients_and_stores_start_beyond_what_32_bits_can_address(device):
     generator = torch.Generator().manual_seed(0)
-    values, rows = torch.randn(6, generator=generator).to(device), torch.randn(2, 16, generator=generator).to(device)
+    values, rows = torch.randn(6, generator=generator).to(device), torch.randn(3, 16, generator=generator).to(device)
     indices = torch.tensor([0, 1, 2, 2, 1, 2], dtype=torch.int32, device=device)
-    offsets = torch.tensor([0, 3, 6], device=device)
-    W_dec, far = torch.randn(3, 16, generator=generator).to(device), far_apart(rows.bfloat16(), 1 << 31)
+    offsets = torch.tensor([0, 2, 4, 6], device=device)
+    W_dec, far = torch.randn(3, 16, generator=generator).to(device), far_apart(rows.bfloat16())
     near, b_dec, scale = far.contiguous(), rows[0], torch.ones((), device=device)
     csc = to_csc(indices, offsets, 3, max_segment=1)
     for matrix in (csc, None):
@@ -118,10 +118,9 @@ def test_rows_of_gradients_and_stores_start_beyond_what_32_bits_can_address(devi
     found = fused.reconstruct(values, indices, offsets, W_dec, b_dec, far, scale)
     assert_same(found, fused.reconstruct(values, indices, offsets, W_dec, b_dec, near, scale))
     assert_same(fused.normalise(far, b_dec, 0.5), fused.normalise(near, b_dec, 0.5))
-    stored, places = near.to(torch.int8), torch.tensor([1, 0, 1], device=device)
-    far_stored = far_apart(stored, 1 << 31)
-    again = fused.dequantise(far_stored, values[:2], places, torch.float32)
-    assert torch.equal(again, fused.dequantise(stored, values[:2], places, torch.float32))
+    stored, places = near.to(torch.int8), torch.tensor([2, 0, 1], device=device)
+    again = fused.dequantise(far_apart(stored), values[:3], places, torch.float32)
+    assert torch.equal(again, fused.dequantise(stored, values[:3], places, torch.float32))
 
 
 def latents_of(device, batch, d_sae, k, d_in):
