@@ -127,8 +127,7 @@ def _strata(n_rows: int, n_strata: int, generator: np.random.Generator) -> _Stra
     Rows go to stratum after stratum by number, and round again. The strata lie in the order of multiples of the golden
     ratio: any run of numbers, such as that of a chunk with fewer rows than there are strata, is spread evenly.
     """
-    multiples = np.arange(n_strata, dtype=np.uint64) * _GOLDEN_RATIO + generator.integers(1 << 64, dtype=np.uint64)
-    by_turn = np.argsort(multiples)
+    by_turn = np.roll(np.argsort(np.arange(n_strata, dtype=np.uint64) * _GOLDEN_RATIO), generator.integers(n_strata))
     sizes = (n_rows - np.arange(n_strata) + n_strata - 1) // n_strata
     end = np.empty_like(sizes)
     end[by_turn] = np.cumsum(sizes[by_turn])
