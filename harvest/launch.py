@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..shared.errors import ConfigError
 from ..shared.store.format import STAGED_FOLDER
 from ..shared.store.location import StoreUrl
 
@@ -22,11 +21,4 @@ def quiet_network() -> None:
 
 def needs_ranks(store: Path | StoreUrl) -> bool:
     """Tell whether several processes harvest, or shards that such processes finished wait in the store."""
-    if not isinstance(store, Path):
-        if n_ranks() > 1:
-            raise ConfigError(
-                f"several ranks cannot write to '{store}'; harvest into a folder that they share and copy it there, "
-                "or harvest with one process"
-            )
-        return False
-    return n_ranks() > 1 or (store / STAGED_FOLDER).is_dir()
+    return n_ranks() > 1 or (isinstance(store, Path) and (store / STAGED_FOLDER).is_dir())

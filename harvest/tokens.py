@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,7 +94,7 @@ def read_contexts(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, gro
     if first is None:
         raise DataError(f"no text in '{config.dataset}'; every document is empty, or there is none")
     for context in pack(
-        _chain(first, documents),
+        chain([first], documents),
         context_size=config.context_size,
         bos=bos_token_id(tokenizer, config.bos_token),
         holdout_fraction=config.holdout_fraction,
@@ -110,11 +110,6 @@ def read_contexts(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, gro
             f"{n_wanted * config.context_size:,} tokens asked for; the store holds those",
             file=sys.stderr,
         )
-
-
-def _chain(first: TokenizedDocument, rest: Iterator[TokenizedDocument]) -> Iterator[TokenizedDocument]:
-    yield first
-    yield from rest
 
 
 def batch_contexts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,14 +76,12 @@ def capturing(
         yield read
 
 
-@contextmanager
 def splice(
     model: nn.Module,
     hook_point: ResolvedHookPoint,
     replace: Callable[[Float[Tensor, "batch context d_in"]], Float[Tensor, "batch context d_in"]],
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Within this context, the model's forward passes use `replace(activation)` in place of it."""
-    module = model.get_submodule(hook_point.module_path)
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         place = _input_place(args, kwargs)
@@ -96,14 +94,7 @@ def splice(
             return replace(output)
         return (replace(output[0]), *output[1:])
 
-    if hook_point.kind == "input":
-        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(on_output)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return _hooked(model, hook_point, on_input, on_output)
 
 
 def resolve_hook_points(model: nn.Module, names: Iterable[str]) -> dict[str, ResolvedHookPoint]:
@@ -144,10 +135,9 @@ def _forward(model: nn.Module, input_ids: Tensor) -> None:
     base(input_ids=input_ids, **({"use_cache": False} if hasattr(config, "use_cache") else {}))
 
 
-@contextmanager
-def _reading(model: nn.Module, hook_point: ResolvedHookPoint, reader: Callable[[Any], None]) -> Iterator[None]:
-    module = model.get_submodule(hook_point.module_path)
-
+def _reading(
+    model: nn.Module, hook_point: ResolvedHookPoint, reader: Callable[[Any], None]
+) -> AbstractContextManager[None]:
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         place = _input_place(args, kwargs)
         reader(kwargs[place] if isinstance(place, str) else args[place])
@@ -155,6 +145,15 @@ def _reading(model: nn.Module, hook_point: ResolvedHookPoint, reader: Callable[[
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         reader(output if isinstance(output, Tensor) else output[0])
 
+    return _hooked(model, hook_point, on_input, on_output)
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, hook_point: ResolvedHookPoint, on_input: Callable[..., Any], on_output: Callable[..., Any]
+) -> Iterator[None]:
+    """Within this context, call one of the hooks, as the hook point is a module's input or its output."""
+    module = model.get_submodule(hook_point.module_path)
     if hook_point.kind == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
