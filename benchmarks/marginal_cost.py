@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/marginal_cost.py [--d-in 256 --d-sae 2048 --k 32 --batch-size 2048] [--most 8]
 
-TopK SAEs of one hook point share the batch's preparation and each takes a step of its own. Grouped, their encoders lie
-in one matrix `[n d_sae, d_in]`, one product gives the pre-activations of all, and each selects from its part. A step of
-each is compared first, and nothing is timed if they differ. Rounds alternate; the median of each is kept, and CPU
-seconds beside the wall's, which are steadier on a machine with other work.
+TopK SAEs of one hook point share the batch's preparation and take steps of their own side by side. Grouped, their
+encoders lie in one matrix `[n d_sae, d_in]`, one product gives the pre-activations of all, and each selects from its
+part. A step of each is compared first, and nothing is timed if they differ. Rounds alternate; the median of each is
+kept, and CPU seconds beside the wall's, which are steadier on a machine with other work.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from thresher.shared.cores import on_cores
 from thresher.train.architectures.latents import encoded_bias
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
@@ -29,7 +30,7 @@ from thresher.train.kernels.cpu import row_blocks
 from thresher.train.kernels.cpu_topk import topk_of_rows
 from thresher.train.normalization import Normalization
 from thresher.train.sae_trainer import SaeTrainer, Schedule
-from thresher.train.trainers import prepare
+from thresher.train.trainers import prepare, step_all
 
 OUTPUT = Path("runs/bench/marginal_cost.json")
 
@@ -56,10 +57,13 @@ class Grouped:
         bias = torch.cat([encoded_bias(trainer.parameters) for trainer in self.trainers]).to(x.dtype)
         acts = x.new_empty(len(self.trainers), len(x), k)
         indices = torch.empty(len(self.trainers), len(x), k, dtype=torch.int64)
-        for rows in row_blocks(len(x), len(self.W_enc)):
+
+        def select(rows: slice) -> None:
             pre_acts = F.linear(x[rows], self.W_enc, bias)
             for index, part in enumerate(self.parts):
                 acts[index, rows], indices[index, rows] = topk_of_rows(pre_acts[:, part], k)
+
+        on_cores(select, row_blocks(len(x), len(self.W_enc)))
         self.chosen = list(zip(acts.relu_(), indices, strict=True))
 
     def select_topk(self, index: int, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,17 +75,17 @@ def trainers_for(options: argparse.Namespace, n: int, dtype: torch.dtype = torch
     """Return n trainers that differ in their seeds."""
     schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
     normalization = Normalization(torch.zeros(options.d_in), 1.0, float(options.d_in))
-    configs = [SaeConfig(hook_point="h", d_sae=options.d_sae, k=options.k, lr=1e-3, seed=seed) for seed in range(n)]
+    keys = {"hook_point": "h", "d_sae": options.d_sae, "k": options.k, "lr": 1e-3}
+    configs = [SaeConfig(**keys, seed=seed, name=str(seed)) for seed in range(n)]
     return [SaeTrainer(c, options.d_in, normalization, schedule, kernels_for("cpu"), dtype) for c in configs]
 
 
 def step(trainers: list[SaeTrainer], group: Grouped | None, rows: torch.Tensor) -> list[dict[str, Any]]:
     """Take a step of every SAE on a batch."""
     prepared = prepare({"h": rows}, trainers)
-    batch = prepared[("h",), None]
     if group is not None:
-        group.encode(batch.x_compute, int(trainers[0].config.k or 0))
-    return [trainer.step(batch) for trainer in trainers]
+        group.encode(prepared[("h",), None].x_compute, int(trainers[0].config.k or 0))
+    return list(step_all(trainers, prepared).values())
 
 
 def check(options: argparse.Namespace, rows: torch.Tensor) -> None:
