@@ -151,6 +151,12 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
             4 * B * k * d,
             B * d * 6 + min(B * k, F) * d * 2,
         ),
+        "decode": (lambda: fused.decode(values, latents, offsets, W), 2 * B * k * d, B * d * 4 + min(B * k, F) * d * 2),
+        "grad_values": (
+            lambda: fused.grad_values(found.g, W, latents, offsets),
+            2 * B * k * d,
+            B * d * 4 + min(B * k, F) * d * 2,
+        ),
         "sort": (lambda: fused.to_csc(latents, offsets, F), 0, 32 * B * k),
         "grad_weights": (
             lambda: fused.grad_weights(values, latents, offsets, found.g, F, csc),
@@ -173,7 +179,8 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     for name, (call, operations, n_bytes) in calls.items():
         floor_ms = max(operations / options.flops, n_bytes / options.bandwidth) * 1e3
         taken = milliseconds(call)
-        table[name] = {"ms": taken, "floor_ms": floor_ms, "ratio": taken / floor_ms}
+        bound = "operations" if operations / options.flops > n_bytes / options.bandwidth else "bytes"
+        table[name] = {"ms": taken, "floor_ms": floor_ms, "bound": bound, "ratio": taken / floor_ms}
     return table
 
 
@@ -270,6 +277,8 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
             if options.rehearse:
                 raise
             table[name] = {"error": repr(error)[:300]}
+        # The next one's memory is not to come on top.
+        trainer = None
     return table
 
 

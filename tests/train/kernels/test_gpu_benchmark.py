@@ -65,8 +65,21 @@ def test_what_fails_says_so_in_its_own_row(tmp_path, monkeypatch):
     assert entry["step"] == {"error": "RuntimeError: a | b"}
     table = module.gpu_tables.markdown({"device": "none", "torch": "0", "sizes": [entry]})
     assert "| step | failed | RuntimeError: a / b |" in table
-    assert "| dense | 3.000 | nanx ours, 1.00 GiB |" in table
+    assert "| dense | 3.000 | 1.00 GiB |" in table
     assert "| other | failed |" in table
+
+
+def test_the_table_says_which_targets_are_met(monkeypatch):
+    tables = load("gpu_tables", monkeypatch)
+    times = {"ms": 1.0, "eager_ms": 1.5, "auxk_ms": 1.2, "n_dead": 9, "peak_bytes": 2 << 30}
+    size = {"d_in": 768, "d_sae": 24576, "k": 32, "batch": 4096, "floor_ms": 0.6}
+    peers = {name: {"ms": ms, "peak_bytes": 1 << 30} for name, ms in (("sparsify", 2.6), ("sae_lens", 3.9))}
+    report = {"device": "none", "torch": "0", "sizes": [{"size": size, "step": times, "peers": peers}]}
+    table = tables.markdown(report)
+    assert "1.67x the floor of 0.6; target 1.7x: met; 4,096,000 tokens/s" in table
+    assert "| sparsify | 2.600 | 2.60x ours, 1.00 GiB; target 2.5x: met |" in table
+    assert "| sae_lens | 3.900 | 3.90x ours, 1.00 GiB; target 4.0x: **missed** |" in table
+    assert "without a graph | 1.500 | 2.00 GiB at most" in table
 
 
 def test_the_dense_peer_learns(monkeypatch, capsys):
