@@ -203,3 +203,49 @@ def test_processes_share_one_copy(s3, proxy, tmp_path):
     size = stores[0].manifest.shards[0].files["a/c.0.0"].bytes
     assert proxy.bytes_down - before < 2 * size, "one of them fetched it"
     assert RemoteStore(locate(url)).size("a/c.0.0") == size
+
+
+READERS = textwrap.dedent(
+    """
+    import os, sys
+    import torch
+    from thresher.shared import ActivationStore
+
+    def read(url, local, cache_bytes, seed):
+        remote, here = ActivationStore.open(url, cache_bytes=cache_bytes), ActivationStore.open(local)
+        order = torch.randperm(here.n_chunks, generator=torch.Generator().manual_seed(seed))
+        for name in here.hook_points:
+            for chunks in order.split(3):
+                assert torch.equal(remote.read_chunks(name, chunks.numpy()), here.read_chunks(name, chunks.numpy()))
+
+    url, local, cache_bytes, n = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    gate, opened = os.pipe()
+    children = []
+    for seed in range(n):
+        if not (child := os.fork()):
+            os.close(opened)
+            os.read(gate, 1)  # ends when the parent has started all
+            read(url, local, cache_bytes, seed)
+            os._exit(0)
+        children.append(child)
+    os.close(opened)
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+    """
+)
+
+
+@pytest.mark.parametrize("n_shards", [2, 100])
+def test_processes_that_read_one_cache_folder_at_once_read_what_is_stored(s3, tmp_path, n_shards):
+    """Also where it holds fewer shards than they have open, so that each removes what the others fetched."""
+    url = s3()
+    write(url)
+    write(tmp_path / "local")
+    store = ActivationStore.open(tmp_path / "local")
+    assert len(store.manifest.shards) > 2
+    largest = max(f.bytes for shard in store.manifest.shards for f in shard.files.values())
+    command = [sys.executable, "-c", READERS, url, str(tmp_path / "local"), str(n_shards * largest), "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held = [path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir()]
+    assert sum(held) <= n_shards * largest
+    assert not list((tmp_path / "cache" / "partial").iterdir())
