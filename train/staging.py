@@ -39,7 +39,9 @@ def take_rows(rows: Rows, places: Int64[Tensor, " batch"]) -> Float[Tensor, "bat
         return rows.index_select(0, places)
     from .kernels.dequantise import dequantise
 
-    return dequantise(rows.values, rows.scales, places, rows.dtype)
+    # Triton launches on the current device, which need not be the batches'.
+    with torch.cuda.device_of(rows.values):
+        return dequantise(rows.values, rows.scales, places, rows.dtype)
 
 
 def used_here(rows: Rows | Tensor) -> None:
