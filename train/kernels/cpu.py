@@ -149,7 +149,7 @@ def grad_values(
     gathered. Pass `csc` from `to_csc` to sort once for several calls.
     """
     _accept_sparse_tensors()
-    if len(g) > len(W_dec):
+    if len(g) >= len(W_dec):
         return _dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
     by_latent = _dot_products(W_dec, g, csc.offsets, csc.rows)
