@@ -55,6 +55,11 @@ def even_blocks(n: int, most: int) -> list[slice]:
     return [slice(n * i // n_blocks, n * (i + 1) // n_blocks) for i in range(n_blocks)]
 
 
+def by_blocks(work: Callable[[slice], Result], n: int, most: int = 512) -> list[Result]:
+    """Do work on n rows block by block on cores; return what it did on each, in order."""
+    return on_cores(work, even_blocks(n, most))
+
+
 class _Here(threading.local):
     """Whether this thread is at work as a core, and of how many."""
 

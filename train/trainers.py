@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..shared.cores import even_blocks, on_cores
+from ..shared.cores import by_blocks, on_cores
 from ..shared.store import ActivationStore
 from .architectures.base import Batch, Number
 from .config import TrainConfig
@@ -34,8 +34,6 @@ def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore, layou
         for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in saes)
     ]
 
-
-_ROWS_AT_ONCE = 512
 
 Prepared = dict[tuple[tuple[str, ...], str | None], Batch]
 """A batch for every combination of inputs and target that an SAE of the sweep has."""
@@ -91,5 +89,5 @@ def _normalise(rows: Tensor, normalization: Normalization, dtype: torch.dtype) -
         x[block] = normalization.apply(rows[block])
         x_compute[block] = x[block]
 
-    on_cores(normalise, even_blocks(len(rows), _ROWS_AT_ONCE))
+    by_blocks(normalise, len(rows))
     return x, x_compute

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..config import SaeConfig
 from .base import Batch, Number, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at, squared
+from .dense import squared
+from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at
 from .topk import TopK
 
 _WIDER = 4

@@ -14,7 +14,8 @@ from ...shared.cores import even_blocks, on_cores
 from ..kernels.cpu_topk import topk_of_rows
 from ..parallel.across import ALONE, Across
 from .base import Batch, Number, Parameters
-from .latents import add_to_rows, squared
+from .dense import squared
+from .latents import add_to_rows
 
 _ROW_BLOCK = 1024
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .latents import above_threshold, count, encoded_bias, gradients_of, squared
+from .dense import squared
+from .latents import above_threshold, count, encoded_bias, gradients_of
 
 
 class Gated(Architecture):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, add_rows, encoded_bias, sparse_at, squared
+from .dense import squared
+from .latents import SparseLatents, add_rows, encoded_bias, sparse_at
 from .topk import TopK
 
 

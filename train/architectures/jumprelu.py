@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .latents import above_threshold, count, encoded_bias, gradients_of, squared
+from .dense import squared
+from .latents import above_threshold, count, encoded_bias, gradients_of
 
 _BANDWIDTH = 0.001
 # With a target L0: no bandwidth is published, and this is about half of a threshold that few latents of unit norm pass.

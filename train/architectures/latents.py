@@ -15,15 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ...shared.cores import even_blocks, on_cores
 from ..parallel.across import ALONE, Across
 from .base import Batch, Parameters, StepInput
+from .dense import less_encoded, product, rounded, sum_of_rows, through_encoder
 
 SPARSE_BELOW = 1 / 16
 # Where there is room for more entries than there are, this is below every threshold and yet a number.
 _NO_ENTRY = -1e20
-_ROWS_AT_ONCE = 512
-_LATENTS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -145,20 +143,7 @@ Latents = SparseLatents | DenseLatents
 
 def encoded_bias(parameters: Parameters, bias: str = "b_enc") -> Float[Tensor, " d_sae"]:
     """Return the bias that turns `W_enc (x - b_dec) + b_enc` into `W_enc x + bias`."""
-    W_enc, b_dec = parameters["W_enc"], parameters["b_dec"]
-    if not W_enc.is_cpu:
-        return parameters[bias] - W_enc @ b_dec
-    encoded = parameters[bias].clone()
-    on_cores(lambda part: encoded[part].addmv_(W_enc[part], b_dec, alpha=-1), even_blocks(len(W_enc), _LATENTS_AT_ONCE))
-    return encoded
-
-
-def through_encoder(W_enc: Float[Tensor, "d_sae d_in"], by_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_in"]:
-    """Return `W_enc^T by_latent`; on a CPU the sum of sums over blocks of latents."""
-    if not W_enc.is_cpu:
-        return W_enc.T @ by_latent
-    blocks = even_blocks(len(W_enc), _LATENTS_AT_ONCE)
-    return torch.stack(on_cores(lambda block: W_enc[block].T @ by_latent[block], blocks)).sum(0)
+    return less_encoded(parameters[bias], parameters["W_enc"], parameters["b_dec"])
 
 
 def sparse_at(
@@ -227,50 +212,6 @@ def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: 
         out.index_put_((indices.long(),), rows, accumulate=True)
     else:
         out.index_add_(0, indices, rows)
-
-
-def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
-    """Return `a b`; on a CPU block of rows by block of rows."""
-    if not a.is_cpu:
-        return a @ b
-    out = a.new_empty(len(a), b.shape[1])
-    on_cores(lambda rows: torch.mm(a[rows], b, out=out[rows]), even_blocks(len(a), _ROWS_AT_ONCE))
-    return out
-
-
-def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    """Return the sum of squares, on the device, in float64 as a Python number would be."""
-    if error.is_cpu:
-        blocks = even_blocks(len(error), _ROWS_AT_ONCE)
-        norms = on_cores(lambda rows: torch.linalg.vector_norm(error[rows], dim=1), blocks)
-        return torch.cat(norms).square_().sum(dtype=torch.float64)
-    return error.square().sum().double()
-
-
-def error_of(
-    decoded: Float[Tensor, "batch d"], b_dec: Float[Tensor, " d"], x: Float[Tensor, "batch d"]
-) -> Float[Tensor, "batch d"]:
-    """Return `decoded + b_dec - x`, in the memory of `decoded`."""
-    if not decoded.is_cpu:
-        return decoded.add_(b_dec).sub_(x)
-    on_cores(lambda rows: decoded[rows].add_(b_dec).sub_(x[rows]), even_blocks(len(x), _ROWS_AT_ONCE))
-    return decoded
-
-
-def sum_of_rows(g: Float[Tensor, "batch d"]) -> Float[Tensor, " d"]:
-    """Return the sum of all rows; on a CPU the sum of sums over blocks."""
-    if not g.is_cpu:
-        return g.sum(0)
-    return torch.stack(on_cores(lambda rows: g[rows].sum(0), even_blocks(len(g), _ROWS_AT_ONCE))).sum(0)
-
-
-def rounded(x: Float[Tensor, "batch d"], dtype: torch.dtype) -> Float[Tensor, "batch d"]:
-    """Return a copy in another precision, or what is given if it has it."""
-    if not x.is_cpu or x.dtype is dtype:
-        return x.to(dtype)
-    copy = torch.empty(x.shape, dtype=dtype)
-    on_cores(lambda rows: copy[rows].copy_(x[rows]), even_blocks(len(x), _ROWS_AT_ONCE))
-    return copy
 
 
 def count(mask: Tensor) -> Float[Tensor, ""]:

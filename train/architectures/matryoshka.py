@@ -8,7 +8,8 @@ from ...shared.errors import ConfigError
 from ..config import SaeConfig
 from .base import Batch, Number, Parameters, StepInput, StepOutput
 from .batch_topk import BatchTopK
-from .latents import gradients_of, squared
+from .dense import squared
+from .latents import gradients_of
 
 _DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 

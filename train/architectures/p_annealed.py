@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .latents import above_threshold, count, encoded_bias, gradients_of, squared
+from .dense import squared
+from .latents import above_threshold, count, encoded_bias, gradients_of
 from .standard import Standard
 
 _EPSILON = 1e-3

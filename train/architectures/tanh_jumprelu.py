@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .dense import squared
 from .jumprelu import JumpReLU, exceeded_by
-from .latents import above_threshold, count, encoded_bias, gradients_of, squared
+from .latents import above_threshold, count, encoded_bias, gradients_of
 from .standard import fold_decoder_norms
 
 _FIRST_THRESHOLD = 0.1

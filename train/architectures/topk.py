@@ -6,7 +6,8 @@ import torch
 
 from .auxk import add_auxk
 from .base import Architecture, Batch, Number, Parameters, StepInput, StepOutput
-from .latents import SparseLatents, count, encoded_bias, error_of, gradients_of, sparse_at, squared
+from .dense import error_of, squared
+from .latents import SparseLatents, count, encoded_bias, gradients_of, sparse_at
 
 
 class TopK(Architecture):

@@ -12,7 +12,8 @@ from ...shared.sae import Sae
 from ...shared.sae.files import saelens_hook_name
 from ..normalization import Normalization
 from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .latents import above_threshold, count, squared
+from .dense import squared
+from .latents import above_threshold, count
 
 
 class Transcoder(Architecture):

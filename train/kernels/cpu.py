@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ...shared.cores import even_blocks, on_cores
+from ...shared.cores import by_blocks, even_blocks, on_cores
 from .cpu_csc import Csc, row_of_entry, to_csc
 from .cpu_gradient import WeightGradient, weighted_sums
 from .cpu_threshold import Entries, entries_at_least, largest_of_batch
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 256, 512, 1 << 21
-_ROWS_AT_ONCE = 512
 
 
 def pre_activations(
@@ -46,7 +45,7 @@ def pre_activations(
 ) -> Float[Tensor, "batch d_sae"]:
     """Return `x W_enc^T + b_enc` in the dtype of `x`."""
     bias, out = b_enc.to(x.dtype), x.new_empty(len(x), len(W_enc))
-    on_cores(lambda rows: torch.addmm(bias, x[rows], W_enc.T, out=out[rows]), even_blocks(len(x), _ROWS_AT_ONCE))
+    by_blocks(lambda rows: torch.addmm(bias, x[rows], W_enc.T, out=out[rows]), len(x))
     return out
 
 
@@ -132,7 +131,7 @@ def decode(
     def sum_rows(rows: slice) -> None:
         x_hat[rows] = weighted_sums(W_dec, indices, offsets[rows.start : rows.stop + 1], weights)
 
-    on_cores(sum_rows, even_blocks(len(x_hat), _ROWS_AT_ONCE))
+    by_blocks(sum_rows, len(x_hat))
     return x_hat
 
 
@@ -167,7 +166,7 @@ def _dot_products(a: Tensor, b: Tensor, offsets: Tensor, indices: Tensor) -> Flo
         entries = torch.sparse_csr_tensor(part, indices[first:last], zeros, (len(part) - 1, len(b)))
         torch.sparse.sampled_addmm(entries, a[rows], b.T, beta=0, out=entries)
 
-    on_cores(multiply, even_blocks(len(a), _ROWS_AT_ONCE))
+    by_blocks(multiply, len(a))
     return products
 
 
@@ -197,7 +196,7 @@ def grad_weights(
     def sum_rows(part: slice) -> None:
         sums[part] = weighted_sums(g, csc.rows, csc.offsets[part.start : part.stop + 1], weights)
 
-    on_cores(sum_rows, even_blocks(d_sae, _ROWS_AT_ONCE))
+    by_blocks(sum_rows, d_sae)
     return sums
 
 

@@ -17,7 +17,6 @@ from .cpu_topk import BITS
 _GROUP = 8
 _SAMPLE = 1 << 16
 _MOST_HITS = 1 / 2
-_ROWS_AT_ONCE = 512
 
 Entries = tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch_plus_1"]]
 
@@ -64,7 +63,7 @@ def _search(pre_acts: Tensor, floor: float, most_hits: float) -> tuple[Tensor, T
     bits = pre_acts.view(BITS[pre_acts.dtype])
     least = int(pre_acts.new_tensor(floor).view(bits.dtype))
     stride = d_sae // _GROUP
-    blocks = even_blocks(n_rows, _ROWS_AT_ONCE)
+    blocks = even_blocks(n_rows, 512)
     above = on_cores(lambda block: bits[block].unflatten(1, (_GROUP, stride)).amax(1) >= least, blocks)
     if sum(on_cores(lambda groups: int(torch.count_nonzero(groups)), above)) > most_hits * n_rows * stride:
         return None
