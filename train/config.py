@@ -24,6 +24,13 @@ class SaeConfig(Config, frozen=True):
     target_l0: Annotated[
         Annotated[float, Meta(gt=0)] | None, Meta(description="L0 to aim at, which the L0 penalty is then about.")
     ] = None
+    initial_l0: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Latents per row to fire on the first batch, which sets a JumpReLU's thresholds, or a gated "
+            "SAE's biases, to it; a JumpReLU's target_l0 if not given."
+        ),
+    ] = None
     sparsity_loss: Annotated[
         Literal["l0", "tanh"] | None,
         Meta(description="A JumpReLU SAE's penalty: l0, or tanh with the pre-activation loss; l0 if not given."),
@@ -45,7 +52,7 @@ class SaeConfig(Config, frozen=True):
     ] = None
     threshold_lr_scale: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Factor of the learning rate of a JumpReLU's log thresholds; 4 with target_l0, or else 1."),
+        Meta(description="Factor of the learning rate of a JumpReLU's log thresholds; 4 if started at an L0, or 1."),
     ] = None
     prefix_sizes: Annotated[
         tuple[int, ...] | None, Meta(description="Sizes of a Matryoshka SAE's prefixes, growing to d_sae.")

@@ -222,9 +222,9 @@ def test_jumprelu(bias, noise, target, monkeypatch):
     check(output, parameters, loss_of)
 
 
-@pytest.mark.parametrize(("keys", "fires"), [({}, 6), ({"initial_threshold": 0.7}, None)])
+@pytest.mark.parametrize(("keys", "fires"), [({}, 6), ({"initial_l0": 250.0}, 12), ({"initial_threshold": 0.7}, None)])
 def test_jumprelu_with_a_target_starts_at_it(keys, fires):
-    """Each latent fires on target_l0 / d_sae of the first batch, unless the thresholds' start is given."""
+    """Each latent fires on target_l0, or initial_l0, / d_sae of the first batch, unless thresholds are given."""
     config = {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 125.0, **keys}
     architecture, parameters, x = problem(d_sae=2500, batch=120, noise=0.0, **config)
     parameters["b_dec"] += 0.3
@@ -239,6 +239,20 @@ def test_jumprelu_with_a_target_starts_at_it(keys, fires):
     counts = (pre_activations(parameters, x) > theta * (1 + 1e-12)).sum(0).tolist()
     assert counts == [0] * 3 + [fires] * 2497
     assert theta.min() > 0
+
+
+@pytest.mark.parametrize(("initial_l0", "fires"), [(125.0, 6), (1.0, 1)])
+def test_gated_starts_at_a_given_l0(initial_l0, fires):
+    """Each gate opens on initial_l0 / d_sae of the first batch, at least once; at half of it biases stay zero."""
+    config = {"architecture": "gated", "l1_coefficient": 1.0, "initial_l0": initial_l0}
+    architecture, parameters, x = problem(d_sae=2500, batch=120, noise=0.0, **config)
+    parameters["b_dec"] += 0.3
+    architecture.start(parameters, Batch(x + 0.3, x + 0.3))
+    gates = x @ parameters["W_enc"].T + parameters["b_gate"]
+    assert (gates > 1e-12).sum(0).tolist() == [fires] * 2500
+    wide, parameters, x = problem(d_sae=20, batch=120, noise=0.0, **config | {"initial_l0": 19.0})
+    wide.start(parameters, Batch(x, x))
+    assert parameters["b_gate"].tolist() == [0.0] * 20
 
 
 class TanhStraightThrough(torch.autograd.Function):

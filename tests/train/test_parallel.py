@@ -37,7 +37,7 @@ SWEEP = [
     TOPK | {"architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 97]},
     TOPK | {"architecture": "hierarchical_topk"},
     L1 | {"architecture": "jumprelu", "l0_coefficient": 0.02, "l1_coefficient": None, "target_l0": 5.0},
-    L1 | {"architecture": "gated"},
+    L1 | {"architecture": "gated", "initial_l0": 6.0},
     L1 | {"architecture": "standard"},
     L1 | {"name": "standard-p", "architecture": "standard", "p_final": 0.5, "p_anneal_steps": 12},
     L1 | {"architecture": "transcoder", "hook_point_out": OUT},

@@ -163,7 +163,7 @@ EVERY_ARCHITECTURE = [
     TOPK | {"architecture": "jumprelu", "l0_coefficient": 0.02},
     TOPK | {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 4.0, "name": "jumprelu-target"},
     TOPK | {"architecture": "jumprelu", "sparsity_loss": "tanh", "l0_coefficient": 0.3, "name": "tanh"},
-    TOPK | {"architecture": "gated", "l1_coefficient": 0.3},
+    TOPK | {"architecture": "gated", "l1_coefficient": 0.3, "initial_l0": 8.0},
     STANDARD,
 ]
 

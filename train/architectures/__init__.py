@@ -34,18 +34,19 @@ _KNOWN = (
 )
 ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in _KNOWN}
 
-_OWN_OPTIONS = {
-    "k_anneal_steps": TopK.name,
-    "multi_topk_coefficient": TopK.name,
-    "p_final": Standard.name,
-    "p_anneal_steps": Standard.name,
-    "target_l0": JumpReLU.name,
-    "sparsity_loss": JumpReLU.name,
-    "bandwidth": JumpReLU.name,
-    "initial_threshold": JumpReLU.name,
-    "threshold_lr_scale": JumpReLU.name,
+_OWN_OPTIONS: dict[str, tuple[type[Architecture], ...]] = {
+    "k_anneal_steps": (TopK,),
+    "multi_topk_coefficient": (TopK,),
+    "p_final": (Standard,),
+    "p_anneal_steps": (Standard,),
+    "target_l0": (JumpReLU,),
+    "sparsity_loss": (JumpReLU,),
+    "bandwidth": (JumpReLU,),
+    "initial_threshold": (JumpReLU,),
+    "threshold_lr_scale": (JumpReLU,),
+    "initial_l0": (JumpReLU, Gated),
 }
-"""Options that one architecture alone has."""
+"""Options that not every architecture has, and which do."""
 
 
 def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) -> Architecture:
@@ -77,7 +78,7 @@ def _check_options(config: SaeConfig) -> None:
         if getattr(config, key) is not None and key not in ARCHITECTURES[config.architecture].required:
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
     for key, only in _OWN_OPTIONS.items():
-        if getattr(config, key) is not None and config.architecture != only:
+        if getattr(config, key) is not None and config.architecture not in {cls.name for cls in only}:
             raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
     if (config.p_final is None) != (config.p_anneal_steps is None):
         raise ConfigError("p-annealing needs both 'p_final' and 'p_anneal_steps'; give both or neither")
@@ -87,5 +88,8 @@ def _check_options(config: SaeConfig) -> None:
             raise ConfigError(f"'{key}' is given, but only a jumprelu SAE with sparsity_loss = 'tanh' uses it")
     if tanh and config.target_l0 is not None:
         raise ConfigError("'target_l0' is for sparsity_loss = 'l0', and this SAE's is 'tanh'; leave one out")
+    if config.initial_l0 is not None and (tanh or config.initial_threshold is not None):
+        other = "sparsity_loss = 'tanh'" if tanh else "'initial_threshold'"
+        raise ConfigError(f"{other} starts the thresholds otherwise than 'initial_l0' does; leave one out")
     if config.unit_norm_decoder is not None and (tanh or issubclass(cls, (Standard, Transcoder))):
         raise ConfigError(f"architecture '{config.architecture}' penalises decoder norms; leave unit_norm_decoder out")

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..normalization import Normalization
 from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .dense import squared
+from .first_batch import exceeded_by
 from .latents import above_threshold, count, encoded_bias, gradients_of
 
 
@@ -31,6 +32,12 @@ class Gated(Architecture):
         parameters = super().initial_parameters(generator)
         del parameters["b_enc"]
         return parameters | {name: torch.zeros(self.d_sae) for name in ("b_gate", "b_mag", "r_mag")}
+
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """Set the gates' biases so that each latent fires on initial_l0 / d_sae of the first batch, if given."""
+        if self.config.initial_l0 is not None:
+            n_active = round(len(batch.x) * self.config.initial_l0 / self.config.d_sae)
+            parameters["b_gate"].copy_(-exceeded_by(parameters, batch.x, n_active).clamp_min_(0.0))
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .dense import squared
+from .first_batch import exceeded_by
 from .latents import above_threshold, count, encoded_bias, gradients_of
 
 _BANDWIDTH = 0.001
-# With a target L0: no bandwidth is published, and this is about half of a threshold that few latents of unit norm pass.
-_TARGET_BANDWIDTH = 0.5
-_TARGET_LR_SCALE = 4.0
-_LATENT_BLOCK = 1024
+# From a start at a given L0: this is about a third of a threshold that few latents of unit norm pass.
+_WIDE_BANDWIDTH = 0.5
+_FAST_LR_SCALE = 4.0
 _SMALLEST_THRESHOLD = 1e-3
 
 
@@ -28,9 +27,9 @@ class JumpReLU(Architecture):
     `df/dtheta = -(theta / epsilon) [|z - theta| < epsilon / 2]` and `dL0/dtheta = -(1 / epsilon) [same]`. The
     published epsilon and first theta, 0.001 on inputs of unit mean square norm, are scaled to ours.
 
-    With a target the first batch sets the thresholds, so that each latent fires on L0* / d_sae of it, epsilon is wide
-    and thresholds learn faster: by Adam a logarithm moves at most by the learning rate a step, and a run of a thousand
-    steps would end before small thresholds were large.
+    With `initial_l0`, or else a target, the first batch sets the thresholds, so that each latent fires on L0 / d_sae of
+    it, epsilon is wide and thresholds learn faster: by Adam a logarithm moves at most by the learning rate a step, and
+    a run of a thousand steps would end before small thresholds were large.
     """
 
     name = "jumprelu"
@@ -52,13 +51,17 @@ class JumpReLU(Architecture):
         return self.config.initial_threshold or self._first_length
 
     @property
+    def _first_l0(self) -> float | None:
+        return self.config.initial_l0 or self.config.target_l0
+
+    @property
     def _first_length(self) -> float:
-        return _BANDWIDTH * math.sqrt(self.d_in) if self.config.target_l0 is None else _TARGET_BANDWIDTH
+        return _BANDWIDTH * math.sqrt(self.d_in) if self._first_l0 is None else _WIDE_BANDWIDTH
 
     @property
     def lr_scales(self) -> dict[str, float]:
         """Return the factor of the thresholds' learning rate, where it is not one."""
-        default = 1.0 if self.config.target_l0 is None else _TARGET_LR_SCALE
+        default = 1.0 if self._first_l0 is None else _FAST_LR_SCALE
         scale = self.config.threshold_lr_scale or default
         return {} if scale == 1.0 else {"log_threshold": scale}
 
@@ -68,10 +71,10 @@ class JumpReLU(Architecture):
         return super().initial_parameters(generator) | {"log_threshold": log_threshold}
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
-        """With a target, set the thresholds so that each latent fires on L0* / d_sae of the first batch."""
-        if self.config.target_l0 is None or self.config.initial_threshold is not None:
+        """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, where an L0 is given."""
+        if self._first_l0 is None or self.config.initial_threshold is not None:
             return
-        n_active = round(len(batch.x) * self.config.target_l0 / self.config.d_sae)
+        n_active = round(len(batch.x) * self._first_l0 / self.config.d_sae)
         thresholds = exceeded_by(parameters, batch.x, n_active) + parameters["b_enc"]
         parameters["log_threshold"].copy_(thresholds.clamp_min_(_SMALLEST_THRESHOLD).log_())
 
@@ -110,10 +113,3 @@ class JumpReLU(Architecture):
         """Add the thresholds, in raw activation units."""
         architecture, tensors = super().exported(parameters, buffers, normalization)
         return architecture, tensors | {"threshold": parameters["log_threshold"].exp() / normalization.scale}
-
-
-def exceeded_by(parameters: Parameters, x: Float[Tensor, "batch d_in"], n_rows: int) -> Float[Tensor, " d_sae"]:
-    """Return for each latent the value that `W_enc (x - b_dec)` exceeds in so many rows: at least one, not in all."""
-    centred, n_rows = x - parameters["b_dec"], min(max(1, n_rows), len(x) - 1)
-    blocks = parameters["W_enc"].split(_LATENT_BLOCK)
-    return torch.cat([(centred @ block.T).topk(n_rows + 1, dim=0).values[-1] for block in blocks])

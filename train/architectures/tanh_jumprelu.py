@@ -10,7 +10,8 @@ from torch import Tensor
 from ..normalization import Normalization
 from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .dense import squared
-from .jumprelu import JumpReLU, exceeded_by
+from .first_batch import exceeded_by
+from .jumprelu import JumpReLU
 from .latents import above_threshold, count, encoded_bias, gradients_of
 from .standard import fold_decoder_norms
 
