@@ -78,6 +78,18 @@ def test_batch_topk_with_many_ties_equals_the_reference(device, batch, d_sae, d_
     assert least == expected_least
 
 
+def test_latents_past_the_last_are_never_chosen(device):
+    """Were they the last one again, without its bias, they would be the largest."""
+    x, W_enc, b_enc = whole_numbers(device, 2, 37, 16, torch.float32)
+    W_enc[-1], b_enc[-1] = 50 * x[0], -1e6
+    expected = reference.pre_activations(x, W_enc, b_enc).sort(dim=1, descending=True, stable=True)
+    top_acts, top_indices, _ = select_topk_certified(x, W_enc, b_enc, 4, SMALL)
+    assert torch.equal(top_acts, expected.values[:, :4])
+    assert torch.equal(top_indices.long(), expected.indices[:, :4])
+    found = fused.select_threshold(x, W_enc, b_enc, 0.0, tiling=SMALL_THRESHOLD)
+    assert_same(found, reference.select_threshold(x, W_enc, b_enc, 0.0))
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_a_row_that_is_not_a_number_stays_so_and_no_other_is(device):
     x, W_enc, b_enc = whole_numbers(device, 3, 37, 16, torch.float32)
