@@ -192,9 +192,7 @@ def sum_segments(
         len(csc.starts) - 1,
         d_in,
         MAX_SEGMENT=csc.max_segment,
-        ENTRIES=tiling.entries,
-        D=tiling.d,
-        num_warps=tiling.num_warps,
+        **tiling.launch,
     )
     return partial, partial_values
 
@@ -228,9 +226,7 @@ def grad_weights_and_bias(
         out_values,
         d_in,
         MAX_SEGMENT=csc.max_segment,
-        ENTRIES=tiling.entries,
-        D=tiling.d,
-        num_warps=tiling.num_warps,
+        **tiling.launch,
     )
     return out, out_values
 

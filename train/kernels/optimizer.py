@@ -287,9 +287,7 @@ def update(
             d_in,
             NORM_ONLY=norm_only,
             MAX_SEGMENT=csc.max_segment,
-            ENTRIES=tiling.entries,
-            D=tiling.d,
-            num_warps=tiling.num_warps,
+            **tiling.launch,
         )
 
     norm = None

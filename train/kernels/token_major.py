@@ -23,6 +23,11 @@ class RowTiling(NamedTuple):
     d: int
     num_warps: int
 
+    @property
+    def launch(self) -> dict[str, int]:
+        """Return what a launch is told of it, as keywords."""
+        return {"ENTRIES": self.entries, "D": self.d, "num_warps": self.num_warps}
+
 
 def row_tiling(d_in: int) -> RowTiling:
     """Hold the whole row, and as many rows at once as leave the registers unspilled."""
@@ -200,9 +205,7 @@ def reconstruct(
             d_in,
             W_dec.stride(0),
             target.stride(0),
-            ENTRIES=tiling.entries,
-            D=tiling.d,
-            num_warps=tiling.num_warps,
+            **tiling.launch,
         )
     return Reconstruction(squared_error, g, grad_pre_acts)
 
@@ -228,9 +231,7 @@ def decode(
             len(values),
             d_in,
             W_dec.stride(0),
-            ENTRIES=tiling.entries,
-            D=tiling.d,
-            num_warps=tiling.num_warps,
+            **tiling.launch,
         )
     return x_hat
 
@@ -257,8 +258,6 @@ def grad_values(
             d_in,
             g.stride(0),
             W_dec.stride(0),
-            ENTRIES=tiling.entries,
-            D=tiling.d,
-            num_warps=tiling.num_warps,
+            **tiling.launch,
         )
     return out
