@@ -1,4 +1,4 @@
-"""An S3 server on this machine, and a proxy in front of it that cuts connections."""
+"""An S3 server on this machine, and a proxy in front of it that cuts connections; no waiting for disks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_flush() -> Iterator[None]:
+    """Leave out the flushes: they are slow, and matter for power cuts alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("thresher.shared.store.durable.flush", lambda handle: None)
+        yield
 
 
 class Proxy:

@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.store import durable
 from thresher.shared.store.buffers import ChunkBuffers
 
 CONTEXT, N = 8, 61
 HOOK_POINTS = {"a": 6, "b": 3}
-
-
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "flush", lambda handle: None)
 
 
 def rows_of(start: int, stop: int) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import StoreError, ThresherError
-from thresher.shared.store import durable
 from thresher.shared.store.command import main
 
 HOOKS = {"a": 12, "b": 5}
@@ -21,20 +19,18 @@ CONTEXT, N = 8, 40
 
 
 @pytest.fixture(scope="module", params=["lz4", "none"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield a good store of three shards; in the raw one all shards have the same index."""
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a good store of three shards; in the raw one all shards have the same index."""
     path = tmp_path_factory.mktemp("whole") / "s"
     generator = torch.Generator().manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable, "flush", lambda handle: None)
-        settings = {"chunk_bytes": 200, "shard_bytes": 3000, "codec": request.param, "metadata": {"model": "m"}}
-        with ActivationStoreWriter(path, HOOKS, CONTEXT, **settings) as writer:
-            for i in range(0, N, 10):
-                rows = {name: torch.randn(10, CONTEXT, d, generator=generator) for name, d in HOOKS.items()}
-                documents = torch.arange(i, i + 10)[:, None].expand(-1, CONTEXT)
-                tokens = torch.randint(0, 9, (10, CONTEXT), generator=generator)
-                writer.append(rows, tokens, documents=documents, held_out=documents[:, 0] % 7 == 0)
-        yield path
+    settings = {"chunk_bytes": 200, "shard_bytes": 3000, "codec": request.param, "metadata": {"model": "m"}}
+    with ActivationStoreWriter(path, HOOKS, CONTEXT, **settings) as writer:
+        for i in range(0, N, 10):
+            rows = {name: torch.randn(10, CONTEXT, d, generator=generator) for name, d in HOOKS.items()}
+            documents = torch.arange(i, i + 10)[:, None].expand(-1, CONTEXT)
+            tokens = torch.randint(0, 9, (10, CONTEXT), generator=generator)
+            writer.append(rows, tokens, documents=documents, held_out=documents[:, 0] % 7 == 0)
+    return path
 
 
 def everything(path: Path) -> dict[str, np.ndarray]:

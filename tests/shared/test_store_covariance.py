@@ -13,18 +13,12 @@ import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import StoreError
-from thresher.shared.store import durable
 from thresher.shared.store.covariance import Products, merge_co_moments
 from thresher.shared.store.inspect import describe
 from thresher.shared.store.moments import Moments
 
 CONTEXT = 16
 HOOK_POINTS = {"a": 70, "b": 5}
-
-
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "flush", lambda handle: None)
 
 
 def write(path: Path, codec: str = "lz4", batch: int = 7, n: int = 53, **settings) -> ActivationStore:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,6 @@ from thresher.shared.store import durable
 
 HOOKS = {"a": 12, "b": 5}
 SMALL = {"chunk_bytes": 200, "shard_bytes": 2000}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    """Leave out the flushes: they are slow, and matter for power cuts alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable, "flush", lambda handle: None)
-        yield
 
 
 def batch(n: int = 41, value: float = 1.0) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.store import durable
 from thresher.shared.store.moments import Moments, merge
 from thresher.shared.store.provenance import decode_segments, encode_segments, expand_segments, find_segments
 from thresher.shared.store.rows import TORCH_DTYPES, float64_blocks, to_bits
 
 CONTEXT = 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    """Leave out the flushes: they are slow, and matter for power cuts alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable, "flush", lambda handle: None)
-        yield
 
 
 def write(path: Path, codec: str = "lz4", n: int = 53, dtype: str = "bfloat16") -> ActivationStore:

@@ -11,17 +11,11 @@ import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import ConfigError, MissingFileError, StoreBusyError, StoreError
-from thresher.shared.store import durable
 from thresher.shared.store.command import main
 from thresher.shared.store.location import cache_limit, locate
 from thresher.shared.store.remote_files import RemoteShardCache
 
 N, CONTEXT, WIDTHS = 41, 8, {"a": 12, "b": 5}
-
-
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr(durable, "flush", lambda handle: None)
 
 
 def write(place, codec="lz4", stop=N, **settings):

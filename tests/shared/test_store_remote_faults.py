@@ -16,7 +16,7 @@ import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import StoreBusyError, UnreachableError
-from thresher.shared.store import durable, remote
+from thresher.shared.store import remote
 from thresher.shared.store.location import locate
 from thresher.shared.store.remote import RemoteStore
 from thresher.shared.store.remote_lease import LEASE
@@ -52,11 +52,6 @@ KILLED = WRITER + textwrap.dedent(
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr(durable, "flush", lambda handle: None)
 
 
 def tree(path: Path) -> dict[str, bytes]:

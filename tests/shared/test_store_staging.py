@@ -35,11 +35,6 @@ class Place:
         return self._told[-1]
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch):
-    monkeypatch.setattr(durable, "flush", lambda handle: None)
-
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     path = tmp_path_factory.mktemp("plain") / "store"

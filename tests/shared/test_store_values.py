@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import dask.array
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import ConfigError, HookPointError
-from thresher.shared.store import durable
 from thresher.shared.store.bfloat16 import register_bfloat16
 from thresher.shared.store.format import choose_chunk_rows, choose_shard_rows
 
@@ -28,14 +26,6 @@ register_bfloat16()
 HOOK_POINTS = {"blocks.0.resid_post": 20, "blocks.11.mlp_out": 7}
 CONTEXT = 24
 N = 37
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_flush() -> Iterator[None]:
-    """Leave out the flushes: they are slow, and matter for power cuts alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable, "flush", lambda handle: None)
-        yield
 
 
 def activations(n: int = N, context: int = CONTEXT, hook_points: dict[str, int] = HOOK_POINTS, seed: int = 0):
