@@ -70,3 +70,29 @@ def sparse_activations():
     directions = torch.randn(64, 32, generator=generator)
     codes = torch.rand(6000, 64, generator=generator) * (torch.rand(6000, 64, generator=generator) < 0.05)
     return (codes @ directions + 1).bfloat16()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program catches it."""
+
+
+@pytest.fixture
+def train_killed(monkeypatch):
+    """The function that trains until just after a step, then dies without writing anything more."""
+    from thresher.train import run, train
+
+    def train_until(config, at_step):
+        prepare, calls = run.prepare, []
+
+        def dying(*arguments):
+            calls.append(None)
+            if len(calls) > at_step:
+                raise Killed
+            return prepare(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "prepare", dying)
+            with pytest.raises(Killed):
+                train(config)
+
+    return train_until

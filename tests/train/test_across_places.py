@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import thresher.train.run as run_module
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.shared.errors import ConfigError, HookPointError
 from thresher.train import TrainConfig, train
@@ -151,7 +150,7 @@ def test_a_sweep_across_places(store, tmp_path):
             assert float(explained) == pytest.approx(logged, abs=0.05), folder.name
 
 
-def test_every_recipe_resumes_to_the_same_end(store, tmp_path, monkeypatch):
+def test_every_recipe_resumes_to_the_same_end(store, tmp_path, train_killed):
     """Averages, powers and resampling are part of the checkpoint, as is what reads several hook points."""
     tables = [
         {"architecture": "skip_transcoder", "hook_point": IN, "hook_point_out": OUT, "ema_decay": 0.9},
@@ -163,18 +162,7 @@ def test_every_recipe_resumes_to_the_same_end(store, tmp_path, monkeypatch):
     config = msgspec.structs.replace(config, checkpoint_every_tokens=128 * 10)
     whole = train(config)
     cut = msgspec.structs.replace(config, output=str(tmp_path / "cut"))
-    prepare, calls = run_module.prepare, []
-
-    def dying(*arguments):
-        calls.append(None)
-        if len(calls) == 18:
-            raise MemoryError
-        return prepare(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "prepare", dying)
-        with pytest.raises(MemoryError):
-            train(cut)
+    train_killed(cut, 17)
     for before, after in zip(whole, train(cut), strict=True):
         weights = [(folder / "sae_weights.safetensors").read_bytes() for folder in (before, after)]
         assert weights[0] == weights[1], before.name

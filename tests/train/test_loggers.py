@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import pytest
 
-import thresher.train.run as run_module
 from thresher.shared import ActivationStoreWriter
 from thresher.shared.errors import ConfigError
 from thresher.train import TrainConfig, train
@@ -36,28 +35,21 @@ def config(tmp_path, sparse_activations):
     )
 
 
-def kill_and_resume(config, monkeypatch):
-    prepare, calls = run_module.prepare, []
+@pytest.fixture
+def kill_and_resume(train_killed):
+    def run(config):
+        train_killed(config, 8)
+        return train(config)
 
-    def dying(*arguments):
-        calls.append(None)
-        if len(calls) == 9:
-            raise MemoryError
-        return prepare(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "prepare", dying)
-        with pytest.raises(MemoryError):
-            train(config)
-    return train(config)
+    return run
 
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_jsonl_has_every_number(config, monkeypatch):
-    a, b = kill_and_resume(config, monkeypatch)
+def test_jsonl_has_every_number(config, kill_and_resume):
+    a, b = kill_and_resume(config)
     for folder, own in ((a, set()), (b, {"l1_loss"})):
         assert [line["step"] for line in lines(folder)] == [2, 4, 6, 8, 10, 12]
         for line in lines(folder):
@@ -66,13 +58,13 @@ def test_jsonl_has_every_number(config, monkeypatch):
     assert not list(a.glob("tensorboard")) + list(a.glob("wandb*"))
 
 
-def test_tensorboard(config, monkeypatch):
+def test_tensorboard(config, kill_and_resume):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        a, _ = kill_and_resume(msgspec.structs.replace(config, tensorboard=True), monkeypatch)
+        a, _ = kill_and_resume(msgspec.structs.replace(config, tensorboard=True))
         events = EventAccumulator(str(a / "tensorboard")).Reload()
     for name in LOGGED - {"tokens_per_second"}:
         points = {event.step: event.value for event in events.Scalars(name)}
@@ -93,12 +85,12 @@ def wandb_records(data):
         at += left if left < 7 else 0
 
 
-def test_wandb_offline(config, monkeypatch):
+def test_wandb_offline(config, kill_and_resume):
     """A run for each SAE and each start, with the SAE's id; the last line of each is read back from its own file."""
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
-    folders = kill_and_resume(msgspec.structs.replace(config, wandb="offline"), monkeypatch)
+    folders = kill_and_resume(msgspec.structs.replace(config, wandb="offline"))
     for folder in folders:
         run_id = (folder / "wandb-id.txt").read_text().strip()
         files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))

@@ -74,26 +74,6 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait_fraction")} for line in lines]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the program catches it."""
-
-
-def train_killed(monkeypatch, config, at_step):
-    """Train until just after a step, then die without writing anything more."""
-    prepare, calls = run_module.prepare, []
-
-    def dying(*arguments):
-        calls.append(None)
-        if len(calls) > at_step:
-            raise Killed
-        return prepare(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "prepare", dying)
-        with pytest.raises(Killed):
-            train(config)
-
-
 def test_a_sweep_trains_each_sae_to_its_hook_point(config, store):
     folders = train(change(config, tokens=128 * 200))
     x = ActivationStore.open(store).read("blocks.0.resid_post", 0, 16).float()
@@ -145,11 +125,11 @@ def test_the_number_of_threads_changes_no_bit(config, tmp_path):
 
 
 @pytest.mark.parametrize("at_step", [3, 10, 25, 40])
-def test_a_killed_run_resumes_to_the_same_end(config, tmp_path, monkeypatch, at_step):
+def test_a_killed_run_resumes_to_the_same_end(config, tmp_path, train_killed, at_step):
     whole = train(config)
     cut = change(config, output=str(tmp_path / "cut"))
     if at_step < 40:
-        train_killed(monkeypatch, cut, at_step)
+        train_killed(cut, at_step)
     resumed = train(cut)
     assert [weights(folder) for folder in resumed] == [weights(folder) for folder in whole]
     assert [metrics(folder) for folder in resumed] == [metrics(folder) for folder in whole]
@@ -168,11 +148,13 @@ EVERY_ARCHITECTURE = [
 ]
 
 
-def test_a_mixed_sweep_of_every_architecture_resumes_to_the_same_end(config, tmp_path, monkeypatch, sparse_activations):
+def test_a_mixed_sweep_of_every_architecture_resumes_to_the_same_end(
+    config, tmp_path, train_killed, sparse_activations
+):
     config = change(config, sae=EVERY_ARCHITECTURE, tokens=128 * 100, checkpoint_every_tokens=128 * 30)
     whole = train(config)
     cut = change(config, output=str(tmp_path / "cut"))
-    train_killed(monkeypatch, cut, 70)
+    train_killed(cut, 70)
     resumed = train(cut)
     assert [weights(folder) for folder in resumed] == [weights(folder) for folder in whole]
     x = sparse_activations[:2000].float()
@@ -266,8 +248,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_end(config, tmp_path):
         driver.stdin.close()
 
 
-def test_only_the_last_checkpoints_are_kept(config, monkeypatch):
-    train_killed(monkeypatch, config, 35)
+def test_only_the_last_checkpoints_are_kept(config, train_killed):
+    train_killed(config, 35)
     kept = sorted(path.name for path in run_module.Path(config.output).glob("topk-*k4/checkpoints/*"))
     assert kept == ["step-000000020.safetensors", "step-000000030.safetensors"]
 
@@ -280,8 +262,8 @@ def test_a_finished_run_says_so_and_does_nothing(config, capsys):
     assert weights(folders[0]) == before
 
 
-def test_a_changed_configuration_is_refused_with_its_keys(config, monkeypatch):
-    train_killed(monkeypatch, config, 12)
+def test_a_changed_configuration_is_refused_with_its_keys(config, train_killed):
+    train_killed(config, 12)
     other = change(config, seed=1, tokens=999, sae=[{**TOPK, "k": [4, 8]}, STANDARD | {"lr": 0.1}])
     with pytest.raises(ConfigError, match=r"differing: seed, sae 'standard-blocks.0.mlp_out-64-l1-0.3'\.lr, n_steps"):
         train(other)
@@ -301,7 +283,7 @@ def test_an_sae_that_diverges_is_recorded_and_harms_no_other(config, tmp_path, c
 
 
 @pytest.mark.parametrize(("loss", "mse"), [(float("nan"), 1.0), (1.0, 1e9)])
-def test_nan_and_explosion_stop_one_sae_at_their_step(config, tmp_path, monkeypatch, loss, mse):
+def test_nan_and_explosion_stop_one_sae_at_their_step(config, tmp_path, monkeypatch, train_killed, loss, mse):
     """In the middle of the run and after a checkpoint; the one that diverged is not taken up again by a resumed run."""
     expected = train(config)
     step = TopK.step
@@ -315,7 +297,7 @@ def test_nan_and_explosion_stop_one_sae_at_their_step(config, tmp_path, monkeypa
     mixed = change(config, output=str(tmp_path / "mixed"), sae=[TOPK | {"k": 6}, *config.sae])
     with monkeypatch.context() as patch:
         patch.setattr(TopK, "step", failing)
-        train_killed(patch, mixed, 25)
+        train_killed(mixed, 25)
     assert [weights(folder) for folder in train(mixed)] == [weights(folder) for folder in expected]
     folder = tmp_path / "mixed" / "topk-blocks.0.resid_post-96-k6"
     assert json.loads((folder / "diverged.json").read_text())["reason"].endswith("at step 15")
