@@ -32,6 +32,16 @@ SWEEP = [
     TOPK | {"architecture": "gated", "l1_coefficient": 0.3, "k": None},
     TOPK | {"architecture": "standard", "l1_coefficient": 0.3, "k": None},
 ]
+# What changes from step to step in these the host must not hand to a captured step.
+ANNEALED = [
+    TOPK | {"k_anneal_steps": 20, "multi_topk_coefficient": 0.125},
+    SWEEP[-1] | {"p_final": 0.5, "p_anneal_steps": 80},
+    SWEEP[-3] | {"sparsity_loss": "tanh", "bandwidth": 0.2, "sparsity_warmup_steps": 80},
+]
+
+
+def tables_of(saes):
+    return [{key: value for key, value in table.items() if value is not None} for table in saes]
 
 
 @pytest.fixture
@@ -39,7 +49,6 @@ def config(tmp_path, sparse_activations):
     x = sparse_activations[: 372 * 16].view(372, 16, 32)
     with ActivationStoreWriter(tmp_path / "store", {"blocks.0.resid_post": 32}, 16) as writer:
         writer.append({"blocks.0.resid_post": x}, held_out=np.arange(372) % 5 == 0)
-    tables = [{key: value for key, value in table.items() if value is not None} for table in SWEEP]
     return TrainConfig(
         store=str(tmp_path / "store"),
         output=str(tmp_path / "saes"),
@@ -49,7 +58,7 @@ def config(tmp_path, sparse_activations):
         checkpoint_every_tokens=128 * 30,
         log_every_steps=10,
         window_bytes=1 << 18,
-        sae=tables,
+        sae=tables_of(SWEEP),
     )
 
 
@@ -100,6 +109,7 @@ def test_every_path_learns_as_much_as_a_cpu(config, tmp_path):
 
 
 def test_steps_replayed_as_graphs_train_the_same_bits(config, tmp_path):
+    config = msgspec.structs.replace(config, sae=tables_of(SWEEP + ANNEALED))
     graphs = train(config)
     kernel_by_kernel = train(to(config, tmp_path, "eager", cuda_graphs=False))
     assert weights(graphs) == weights(kernel_by_kernel)
@@ -115,10 +125,10 @@ def test_lines_of_metrics_are_those_of_a_run_that_reads_each(config, tmp_path, m
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
-@pytest.mark.parametrize("table", SWEEP, ids=lambda table: table["architecture"])
+@pytest.mark.parametrize("table", tables_of(SWEEP + ANNEALED), ids=lambda table: table["architecture"])
 @pytest.mark.parametrize("capture", [None, capture_on_cuda])
 def test_a_step_waits_for_the_device_only_to_look(table, capture):
-    config = SaeConfig(**{key: value for key, value in table.items() if value is not None}, dead_after_tokens=128)
+    config = SaeConfig(**table, dead_after_tokens=128)
     normalization = Normalization(torch.zeros(32), 1.0, 32.0)
     schedule = Schedule(1000, 128, 1, 0.5)
     trainer = SaeTrainer(config, 32, normalization, schedule, fused, device="cuda", capture=capture)
