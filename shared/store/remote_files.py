@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MissingFileError, StoreError
+from .codecs import decode_chunk
 from .files import read_named
 from .format import MANIFEST, ArrayLayout, Header, arrays_of
 from .location import StoreUrl
@@ -80,8 +81,11 @@ class RemoteShardCache(ShardCache):
         return scratch
 
     def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
-        """Decode a chunk; a copy that went bad in the cache is fetched again."""
-        number = chunk // self.array.chunks_per_shard
+        """Decode a chunk; a copy that went bad in the cache is removed, and what is wanted of it read anew.
+
+        From the shard as it is opened then: threads that had found the same copy may yet keep it for others to use.
+        """
+        number, within = divmod(chunk, self.array.chunks_per_shard)
         shard = self.shard(number)
         if isinstance(shard, RangedShard):
             super().decode(chunk, out, "always")
@@ -93,7 +97,10 @@ class RemoteShardCache(ShardCache):
                 self._mapped.pop(number, None)
             assert isinstance(shard, MappedShard)
             shard.path.unlink(missing_ok=True)
-            super().decode(chunk, out, verify)
+            shard = self._keep(number, self._open(number))
+            stored = shard.stored(within)
+            shard.check(within, stored)
+            decode_chunk(self.array, stored, out)
 
     def _open(self, number: int) -> Shard:
         record, n_chunks = self.records[number], self.n_chunks(number)

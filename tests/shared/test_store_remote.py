@@ -122,6 +122,26 @@ def test_a_copy_that_went_bad_is_fetched_again(s3, tmp_path):
     assert torch.equal(ActivationStore.open(url).read("a", 0, 328), expected)
 
 
+def test_a_copy_that_went_bad_is_not_taken_from_another_thread(s3, tmp_path, monkeypatch):
+    """Threads that begin together each open the copy; one that is slow keeps it after another had let go of it."""
+    url = s3()
+    write(url, "none")
+    store = ActivationStore.open(url)
+    expected = store.read("a", 0, store.chunk_rows)
+    copy = next(path for path in (tmp_path / "cache" / "shards").iterdir() if path.name.endswith("a~c.0.0"))
+    content = bytearray(copy.read_bytes())
+    content[3] ^= 1
+    copy.write_bytes(content)
+    store = ActivationStore.open(url, threads=1)
+    cache = store._caches["a"]
+    assert isinstance(cache, RemoteShardCache)
+    cache.prepare(np.array([0]))
+    bad = cache.shard(0)
+    monkeypatch.setattr(cache, "shard", lambda number: bad)
+    assert torch.equal(store.read("a", 0, store.chunk_rows), expected)
+    assert not copy.exists() or copy.read_bytes() != bytes(content)
+
+
 @pytest.mark.parametrize("cache_bytes", [None, 0])
 def test_an_object_that_was_changed_is_named_and_never_read(s3, objects, tmp_path, cache_bytes, capsys):
     url = s3()
