@@ -98,6 +98,18 @@ def variants() -> Iterator[Variant]:
             constants = latents | {"NORM_ONLY": norm_only}
             yield Variant(optimizer.update_kernel, constants, tiling.num_warps)
             yield Variant(optimizer.update_kernel, constants, tiling.num_warps, types=shadows)
+    # Triton makes constants of arguments that are 1; in `sum_by_latent`, of which every step has one, all sizes are.
+    tiling = token_major.row_tiling(1)
+    ones = {
+        "ENTRIES": tiling.entries,
+        "D": tiling.d,
+        "MAX_SEGMENT": MAX_SEGMENT,
+        "n_matrix_rows": 1,
+        "stride": 1,
+        "d_in": 1,
+    }
+    yield Variant(feature_major.segments_kernel, ones, tiling.num_warps)
+    yield Variant(feature_major.grad_weights_kernel, ones, tiling.num_warps)
     for quantised in (True, False):
         constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
         kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")
@@ -118,7 +130,8 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     names = variant.kernel.arg_names
     types = {name: argument_type(name) for name in names} | dict(variant.types)
     types |= dict.fromkeys(variant.constants, "constexpr")
-    aligned = [place for place, name in enumerate(names) if types[name].startswith("*") or name in MULTIPLES_OF_16]
+    multiples = MULTIPLES_OF_16 - set(variant.constants)
+    aligned = [place for place, name in enumerate(names) if types[name].startswith("*") or name in multiples]
     source = ASTSource(
         variant.kernel, types, variant.constants, {(place,): [["tt.divisibility", 16]] for place in aligned}
     )
