@@ -25,18 +25,10 @@ _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """Of the golden ratio, what is behind the point, in units of 2^-64: what sums are above 1 falls away by itself."""
 
 _BLOCK_ROWS = 32 << 10
-"""Rows that are ordered at once: what is computed of them stays in a core's cache."""
+"""Rows that are ordered at once, and so part of the order: what is computed of them stays in a core's cache."""
 
 _MAX_SHORT_BITS = 12
 """Rows of a chunk, as a power of two, up to which 32 bits are enough to draw their order."""
-
-
-class Place(NamedTuple):
-    """Where in the stream a row is."""
-
-    epoch: int
-    window: int
-    row: int
 
 
 class Epoch(NamedTuple):

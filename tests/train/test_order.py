@@ -120,5 +120,7 @@ def test_the_order_is_the_one_that_runs_began_in():
     assert order_module.ORDER_VERSION == 2
     long = order_window(np.array([4100, 4097]), 0, 0, 0)
     assert long[:6].tolist() == [7895, 2237, 3357, 4674, 6764, 2673]
+    in_blocks = order_window(np.full(4, 10_000), 0, 0, 0)
+    assert in_blocks[:5].tolist() == [32702, 3746, 17900, 27388, 34465]
     assert order_window(np.array([3, 5, 4]), 1, 2, 3).tolist() == [7, 11, 1, 2, 6, 9, 4, 0, 3, 10, 8, 5]
     assert order_epoch(np.array([3, 0, 5, 4]), 2, 1, 2).chunks.tolist() == [0, 2, 3]
