@@ -79,6 +79,16 @@ def release(writers: list[RankWriter]) -> None:
         writer.release()
 
 
+def write_all(writers: list[RankWriter]) -> None:
+    """Write every rank's share, in the order given, and complete the store."""
+    for writer in writers:
+        write_share(writer)
+    first = min(writers, key=lambda writer: writer.share.rank)
+    assert first.adopt() == N
+    first.complete()
+    release(writers)
+
+
 def stage_all_but(path: Path, ranks: tuple[int, ...], world: int) -> None:
     """Let the other ranks write their shares, and all end before the rest is there."""
     writers = open_ranks(path, world)
@@ -95,11 +105,7 @@ def staged(path: Path) -> list[int]:
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
 def test_ranks_in_any_order_leave_the_bytes_of_one_writer(tmp_path, expected, world):
     writers = open_ranks(tmp_path / "store", world)
-    for writer in reversed(writers):
-        write_share(writer)
-    assert writers[0].adopt() == N
-    writers[0].complete()
-    release(writers)
+    write_all(writers[::-1])
     assert tree(tmp_path / "store") == expected
     assert ActivationStore.open(tmp_path / "store").verify() == []
     (tmp_path / "store/.staged").mkdir()
@@ -124,11 +130,7 @@ def test_a_lost_part_is_made_by_another_number_of_ranks(tmp_path, expected, worl
     done = writers[0].share.n_done
     assert done == N - sum(min(3, N - 3 * shard) for shard in range(8) if shard % world in lost)
     assert sum(len(part) for writer in writers for part in writer.share.parts(0, N)) == N - done
-    for writer in writers:
-        write_share(writer)
-    assert writers[0].adopt() == N
-    writers[0].complete()
-    release(writers)
+    write_all(writers)
     assert tree(path) == expected
 
 
@@ -143,11 +145,7 @@ def test_ranks_go_on_where_one_writer_was_cut_off(tmp_path, expected):
         range(15, 18),
         range(9, 12),
     ]
-    for writer in writers:
-        write_share(writer)
-    assert writers[0].adopt() == N
-    writers[0].complete()
-    release(writers)
+    write_all(writers)
     assert tree(path) == expected
 
 
