@@ -10,10 +10,9 @@ from typing import Any
 from ..shared.errors import HookPointError, MissingFileError, SaeError
 from ..shared.hook_points import canonical_hook_point
 from ..shared.sae import Sae
+from ..shared.sae.files import CONFIG_NAME
 from ..shared.store import ActivationStore
 from .places import places, together, width
-
-CONFIG_NAME = "cfg.json"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from .labels import point_labels
 SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js")
 BROWSER_SCRIPTS = ("blocks.js", "latent.js", "browser.js")
 CURVE_POINTS = 400
-NOT_CURVES = ("step", "tokens", "name", "time")
 
 
 def write_report(

@@ -29,11 +29,6 @@ def rows_of(offsets: Int[Tensor, " batch+1"], nnz: int) -> Int[Tensor, " nnz"]:
     return torch.repeat_interleave(rows, offsets.diff().long(), output_size=nnz)
 
 
-def uniform_offsets(batch: int, k: int, device: torch.device | str = "cpu") -> Int[Tensor, " batch+1"]:
-    """Return the row starts of a CSR matrix with `k` entries in every row."""
-    return torch.arange(0, batch * k + 1, max(k, 1), device=device) if k else torch.zeros(batch + 1, dtype=torch.long)
-
-
 def pre_activations(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "batch d_sae"]:
