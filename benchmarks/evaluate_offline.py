@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=256)
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--saes", type=int, default=8)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/evaluate_offline.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -136,9 +136,8 @@ def main() -> None:
     }
     text = json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in result.items()}, indent=2)
     print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@
 
 The design effect is the variance of a batch's mean activation, summed over channels, over that of a
 simple random sample of the epoch without replacement: 1 is ideal, more is worse. `--window-bytes` takes
-several budgets. The intra-context correlation tells what an order without shuffling would cost.
+several budgets. The intra-context correlation tells what an order without shuffling would cost. What is printed is
+written to `--output` too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,23 +57,25 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--window-bytes", type=int, nargs="+", default=[2 << 30, 64 << 20, 16 << 20])
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/train_shuffle.json"))
     options = parser.parse_args()
     store = ActivationStore.open(options.store)
     correlation = intra_context_correlation(store, options.hook_point)
+    found = []
     for window_bytes in options.window_bytes:
         effect = design_effect(store, options.hook_point, options.batch_size, window_bytes, options.epochs)
-        print(
-            json.dumps(
-                {
-                    "window_bytes": window_bytes,
-                    "chunk_rows": store.chunk_rows,
-                    "design_effect": round(effect, 4),
-                    "intra_context_correlation": round(correlation, 4),
-                    "design_effect_without_shuffling": round(1 + (store.context_size - 1) * correlation, 1),
-                }
-            ),
-            flush=True,
+        found.append(
+            {
+                "window_bytes": window_bytes,
+                "chunk_rows": store.chunk_rows,
+                "design_effect": round(effect, 4),
+                "intra_context_correlation": round(correlation, 4),
+                "design_effect_without_shuffling": round(1 + (store.context_size - 1) * correlation, 1),
+            }
         )
+        print(json.dumps(found[-1]), flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
