@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 HOOK = "blocks.2.resid_post"
 D_SAE, BATCH, WARMUP, TEST_ROWS = 2048, 2048, 50, 65_536
 BETA2 = {"topk": 0.95}  # ours only; 0.99 elsewhere: a run of a thousand steps is short for Adam's usual 0.999
-MORE = {"jumprelu": {"l0_coefficient": 1.0}, "gated": {"initial_l0": 100.0, "beta1": 0.9}}
+MORE = {"jumprelu": {"l0_coefficient": 1.0}, "gated": {"initial_l0": 100.0, "beta1": 0.9, "unit_norm_decoder": False}}
 KEYS = {"jumprelu": "target_l0", "gated": "l1_coefficient", "standard": "l1_coefficient"}
 LRS = {
     "topk": (1e-3, 3e-3),
@@ -47,7 +47,7 @@ SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
     "topk": {"thresher": (32,), "sae_lens": (32,), "dictionary_learning": (32,), "sparsify": (32,)},
     "batch_topk": {"thresher": (26, 32, 40), "sae_lens": (32,), "dictionary_learning": (32,)},
     "jumprelu": {"thresher": (20, 27, 35), "sae_lens": (0.5,), "dictionary_learning": (32,)},
-    "gated": {"thresher": (1.0, 2.0), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
+    "gated": {"thresher": (0.8, 1.25), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
     "standard": {"thresher": (1.0, 1.5, 2.5, 4.0), "sae_lens": (1.5, 2.5), "dictionary_learning": (0.1,)},
 }
 

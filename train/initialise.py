@@ -102,7 +102,7 @@ def parameters_of(architecture: Architecture, sae: Sae, normalization: Normaliza
                 f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, expected 1, and "
                 "scaling them would change which latents are the top k; give unit_norm_decoder = false"
             )
-        tensors = _fold(tensors, sae.architecture, norms)
+        tensors = fold_decoder_norms(dict(tensors))
     W_enc = tensors["W_enc"].T.contiguous()
     bias = tensors["b_gate" if sae.architecture == "gated" else "b_enc"]
     if not sae.apply_b_dec_to_input:
@@ -120,14 +120,6 @@ def parameters_of(architecture: Architecture, sae: Sae, normalization: Normaliza
     if isinstance(architecture, BatchTopK):
         return parameters, architecture.initial_buffers() | {"threshold": (tensors["threshold"] * scale).mean()}
     return parameters, architecture.initial_buffers()
-
-
-def _fold(tensors: Mapping[str, Tensor], architecture: str, norms: Tensor) -> dict[str, Tensor]:
-    """Give decoder rows unit norm; only TopK's selection would notice."""
-    folded = fold_decoder_norms(dict(tensors))
-    if architecture == "gated":
-        folded |= {name: tensors[name] * norms for name in ("b_gate", "b_mag")}
-    return folded
 
 
 def _across_places(
