@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 HOOK = "blocks.2.resid_post"
 D_SAE, BATCH, WARMUP, TEST_ROWS = 2048, 2048, 50, 65_536
 BETA2 = {"topk": 0.95}  # ours only; 0.99 elsewhere: a run of a thousand steps is short for Adam's usual 0.999
-MORE = {"jumprelu": {"l0_coefficient": 1.0}, "gated": {"initial_l0": 100.0, "beta1": 0.9, "unit_norm_decoder": False}}
+MORE = {"jumprelu": {"l0_coefficient": 1.0}, "gated": {"initial_l0": 100.0, "beta1": 0.9}}
 KEYS = {"jumprelu": "target_l0", "gated": "l1_coefficient", "standard": "l1_coefficient"}
 LRS = {
     "topk": (1e-3, 3e-3),

@@ -155,22 +155,3 @@ def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
 def test_an_option_without_effect_is_refused(keys):
     with pytest.raises(ConfigError, match=next(reversed(keys))):
         make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)
-
-
-def test_free_norms_of_a_gated_sae_are_folded_on_saving():
-    """What is saved has unit-norm rows and computes what the parameters do on normalised inputs."""
-    config = SaeConfig(hook_point="h", d_sae=D_SAE, architecture="gated", l1_coefficient=1.0, unit_norm_decoder=False)
-    architecture = make_architecture(config, D_IN)
-    torch.manual_seed(0)
-    p = {
-        name: tensor + 0.2 * torch.randn(tensor.shape)
-        for name, tensor in architecture.initial_parameters(torch.Generator().manual_seed(0)).items()
-    }
-    kind = Normalization(torch.randn(D_IN), 2.5, float(D_IN))
-    sae = architecture.to_sae(p, {}, kind, {})
-    x = torch.randn(50, D_IN)
-    linear = (kind.apply(x) - p["b_dec"]) @ p["W_enc"].T
-    values = (linear + p["b_gate"] > 0) * (linear * p["r_mag"].exp() + p["b_mag"]).relu()
-    torch.testing.assert_close(sae(x), (values @ p["W_dec"] + p["b_dec"]) / 2.5 + kind.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
-    assert 0 < (values > 0).float().mean() < 1

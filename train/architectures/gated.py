@@ -10,9 +10,6 @@ from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, S
 from .dense import squared
 from .first_batch import exceeded_by
 from .latents import above_threshold, count, encoded_bias, gradients_of
-from .standard import fold_decoder_norms
-
-_FREE_NORM = 0.1
 
 
 class Gated(Architecture):
@@ -20,9 +17,6 @@ class Gated(Architecture):
 
     Loss: `||x - x_hat||^2 + lambda ||ReLU(pi)||_1 + ||x - x_hat'||^2`, where `x_hat'` decodes `ReLU(pi)` with the
     decoder held constant.
-
-    Decoder rows have unit norm. With `unit_norm_decoder` false their norms are free, weight the L1 penalty, and are
-    folded on saving; rows then start at a norm of 0.1, at which a step of the same learning rate turns them further.
     """
 
     name = "gated"
@@ -34,17 +28,10 @@ class Gated(Architecture):
     default_lr = 5e-5
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return the base's weights, smaller where norms are free, and zero for both biases and the rescaling."""
+        """Return the base's weights, and zero for both biases and the rescaling."""
         parameters = super().initial_parameters(generator)
         del parameters["b_enc"]
-        if self._free_norms:
-            parameters["W_dec"] *= _FREE_NORM
-            parameters["W_enc"] *= _FREE_NORM
         return parameters | {name: torch.zeros(self.d_sae) for name in ("b_gate", "b_mag", "r_mag")}
-
-    @property
-    def _free_norms(self) -> bool:
-        return self.config.unit_norm_decoder is False
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the gates' biases so that each latent fires on initial_l0 / d_sae of the first batch, if given."""
@@ -63,26 +50,21 @@ class Gated(Architecture):
         active = (gate > 0) & (magnitude > 0)
         values = magnitude * active
         penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
-        norms = W_dec.norm(dim=1) if self._free_norms else None
-        by_l1 = penalty if norms is None else latents.spread(norms * penalty)
 
         error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
         auxiliary = (latents.decode(gate, W_dec) + parameters["b_dec"]).sub_(x)
         g = error * (2 / len(x))
         by_magnitude = latents.grad_values(g, W_dec) * active
-        by_gate = (latents.grad_values(auxiliary * (2 / len(x)), W_dec) + by_l1) * (gate > 0)
+        by_gate = (latents.grad_values(auxiliary * (2 / len(x)), W_dec) + penalty) * (gate > 0)
         gradients = gradients_of(parameters, latents, x, g, values, by_magnitude * rescale + by_gate)
         del gradients["b_enc"]
-        opened = latents.sum(gate)
-        if norms is not None:
-            gradients["W_dec"].addcmul_((opened * penalty / norms.clamp_min(1e-12))[:, None], W_dec)
         gradients["b_gate"] = latents.sum(by_gate)
         gradients["b_mag"] = latents.sum(by_magnitude)
         gradients["r_mag"] = latents.sum(by_magnitude * linear * rescale)
         mse = squared(error) / len(x)
         terms: dict[str, Number] = {
             "mse_loss": mse,
-            "l1_loss": (opened if norms is None else opened * norms).sum().double() * penalty,
+            "l1_loss": latents.sum(gate).sum().double() * penalty,
             "auxiliary_loss": squared(auxiliary) / len(x),
         }
         l0 = count(active) / len(x)
@@ -91,11 +73,8 @@ class Gated(Architecture):
     def exported(
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization
     ) -> tuple[str, dict[str, Tensor]]:
-        """Scale both biases to raw activation units, and fold decoder norms that are free."""
+        """Scale both biases to raw activation units."""
         _, tensors = super().exported(parameters | {"b_enc": parameters["b_gate"]}, buffers, normalization)
         b_gate = tensors.pop("b_enc")
         b_mag = parameters["b_mag"] / normalization.scale
-        tensors |= {"b_gate": b_gate, "b_mag": b_mag}
-        if self._free_norms:
-            tensors = fold_decoder_norms(tensors)
-        return self.name, tensors | {"r_mag": parameters["r_mag"]}
+        return self.name, tensors | {"b_gate": b_gate, "b_mag": b_mag, "r_mag": parameters["r_mag"]}
