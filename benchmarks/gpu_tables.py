@@ -72,7 +72,9 @@ def _stream(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
 def _peers(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     lines, ours = [], _ours(entry)
     for name, row in rows.items():
-        if "ms" not in row:
+        if "rehearsed" in row:
+            lines.append(f"| {name} | | rehearsed |")
+        elif "ms" not in row:
             lines += _failed(name, {"error": "no times", **row})
         else:
             peak = f"{row['peak_bytes'] / 2**30:.2f} GiB"

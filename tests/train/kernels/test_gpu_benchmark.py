@@ -61,12 +61,13 @@ def test_what_fails_says_so_in_its_own_row(tmp_path, monkeypatch):
 
     monkeypatch.setitem(module.SECTIONS, "step", broken)
     entry = {"size": size._asdict(), "step": module.run_section("step", size, options)}
-    entry["peers"] = {"dense": json.loads(PEER), "other": {"error": failed}}
+    entry["peers"] = {"dense": json.loads(PEER), "other": {"error": failed}, "third": {"rehearsed": "third"}}
     assert entry["step"] == {"error": "RuntimeError: a | b"}
     table = module.gpu_tables.markdown({"device": "none", "torch": "0", "sizes": [entry]})
     assert "| step | failed | RuntimeError: a / b |" in table
     assert "| dense | 3.000 | 1.00 GiB |" in table
     assert "| other | failed |" in table
+    assert "| third | | rehearsed |" in table
 
 
 def test_the_table_says_which_targets_are_met(monkeypatch):
