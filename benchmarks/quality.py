@@ -35,6 +35,8 @@ HOOK = "blocks.2.resid_post"
 D_SAE, BATCH, WARMUP, TEST_ROWS = 2048, 2048, 50, 65_536
 BETA2 = {"topk": 0.95}  # ours only; 0.99 elsewhere: a run of a thousand steps is short for Adam's usual 0.999
 MORE = {"jumprelu": {"l0_coefficient": 1.0}, "gated": {"initial_l0": 100.0, "beta1": 0.9}}
+# Ours starts with decoder rows of norm 1, SAELens's of 0.1, at which the same rate turns them ten times as far.
+OWN_LRS = {"gated": (1e-2,)}
 KEYS = {"jumprelu": "target_l0", "gated": "l1_coefficient", "standard": "l1_coefficient"}
 LRS = {
     "topk": (1e-3, 3e-3),
@@ -43,11 +45,12 @@ LRS = {
     "gated": (3e-3, 1e-3),
     "standard": (1e-3,),
 }
+BY_K = ("topk", "batch_topk", ("jumprelu", "dictionary_learning"))
 SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
     "topk": {"thresher": (32,), "sae_lens": (32,), "dictionary_learning": (32,), "sparsify": (32,)},
     "batch_topk": {"thresher": (26, 32, 40), "sae_lens": (32,), "dictionary_learning": (32,)},
     "jumprelu": {"thresher": (20, 27, 35), "sae_lens": (0.5,), "dictionary_learning": (32,)},
-    "gated": {"thresher": (0.8, 1.25), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
+    "gated": {"thresher": (0.8, 1.0, 1.25), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
     "standard": {"thresher": (1.0, 1.5, 2.5, 4.0), "sae_lens": (1.5, 2.5), "dictionary_learning": (0.1,)},
 }
 
@@ -132,6 +135,12 @@ def result_of(options: argparse.Namespace, library: str, architecture: str, lr: 
     return msgspec.json.decode(path.read_bytes())
 
 
+def lrs_of(library: str, architecture: str) -> tuple[float, ...]:
+    """Return the learning rates that a library's SAEs are trained at."""
+    own = library == "thresher" and architecture in OWN_LRS
+    return (OWN_LRS if own else LRS)[architecture]
+
+
 def at_l0(runs: list[dict[str, Any]], l0: float) -> float | None:
     """Return the best learning rate's explained variance at an L0, interpolated; None where no runs enclose it."""
     values = []
@@ -145,15 +154,20 @@ def at_l0(runs: list[dict[str, Any]], l0: float) -> float | None:
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
-    """Return a row for each architecture, peer and sparsity: the peer's best learning rate beside ours at its L0."""
+    """Return a row for each architecture, peer and sparsity: the peer's best learning rate beside ours at its L0.
+
+    Where the sparsity is a coefficient, each rate has an L0 of its own, and so a row.
+    """
     lines = ["| architecture | peer | lr | L0 | its explained variance | ours at that L0 | difference |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for architecture, by_library in results.items():
         for library, runs in by_library.items():
             if library == "thresher":
                 continue
-            for sparsity in sorted({run["sparsity"] for run in runs}):
-                best = max((r for r in runs if r["sparsity"] == sparsity), key=lambda r: r["explained_variance"])
+            by_k = architecture in BY_K or (architecture, library) in BY_K
+            for sparsity, lr in sorted({(run["sparsity"], None if by_k else run["lr"]) for run in runs}):
+                alike = (r for r in runs if r["sparsity"] == sparsity and lr in (None, r["lr"]))
+                best = max(alike, key=lambda r: r["explained_variance"])
                 theirs, own = best["explained_variance"], at_l0(by_library["thresher"], best["l0"])
                 shown = "not enclosed |" if own is None else f"{own:.4f} | {own - theirs:+.4f}"
                 lines.append(
@@ -174,7 +188,11 @@ def main() -> None:
     export_rows(ActivationStore.open(options.store), options.rows, options.tokens)
     results = {
         architecture: {
-            library: [result_of(options, library, architecture, lr, s) for lr in LRS[architecture] for s in sparsities]
+            library: [
+                result_of(options, library, architecture, lr, s)
+                for lr in lrs_of(library, architecture)
+                for s in sparsities
+            ]
             for library, sparsities in SPARSITIES[architecture].items()
             if library == "thresher" or options.peers
         }
