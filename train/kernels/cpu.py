@@ -37,7 +37,7 @@ __all__ = [
     "to_csc",
 ]
 
-_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 256, 512, 1 << 21
+_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 128, 512, 1 << 23
 
 
 def pre_activations(
@@ -102,7 +102,7 @@ def entries_above(
 
 
 def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
-    """Return blocks of rows whose pre-activations stay in cache until they are chosen from."""
+    """Return blocks of rows: many enough for the product, few enough for their pre-activations to be in cache after it."""
     return even_blocks(n_rows, max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae)))
 
 
