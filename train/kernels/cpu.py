@@ -102,7 +102,7 @@ def entries_above(
 
 
 def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
-    """Return blocks of rows: many enough for the product, few enough for their pre-activations to be in cache after it."""
+    """Return blocks of rows: enough for the product, and few enough for their pre-activations to stay in cache."""
     return even_blocks(n_rows, max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae)))
 
 
