@@ -50,7 +50,7 @@ SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
     "topk": {"thresher": (32,), "sae_lens": (32,), "dictionary_learning": (32,), "sparsify": (32,)},
     "batch_topk": {"thresher": (26, 32, 40), "sae_lens": (32,), "dictionary_learning": (32,)},
     "jumprelu": {"thresher": (20, 27, 35), "sae_lens": (0.5,), "dictionary_learning": (32,)},
-    "gated": {"thresher": (0.8, 1.0, 1.25), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
+    "gated": {"thresher": (0.65, 0.8, 1.0, 1.25), "sae_lens": (1.0,), "dictionary_learning": (0.1,)},
     "standard": {"thresher": (1.0, 1.5, 2.5, 4.0), "sae_lens": (1.5, 2.5), "dictionary_learning": (0.1,)},
 }
 
