@@ -37,6 +37,7 @@ __all__ = [
     "to_csc",
 ]
 
+_CACHE_BYTES = 8 << 20
 _LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 128, 512, 1 << 23
 
 
@@ -144,11 +145,11 @@ def grad_values(
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry.
 
-    The larger matrix is gone through in order and rows of the smaller one, which fits the cache better, are
-    gathered. Pass `csc` from `to_csc` to sort once for several calls.
+    The rows of `g` are gone through in order and those of `W_dec` gathered, where it fits the cache or is the smaller
+    of the two; otherwise it is the other way about. Pass `csc` from `to_csc` to sort once for several calls.
     """
     _accept_sparse_tensors()
-    if len(g) >= len(W_dec):
+    if W_dec.nbytes <= max(_CACHE_BYTES, g.nbytes):
         return _dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
     by_latent = _dot_products(W_dec, g, csc.offsets, csc.rows)
