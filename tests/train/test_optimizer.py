@@ -59,6 +59,27 @@ def test_equals_adam(kind, clip, block, monkeypatch):
             torch.testing.assert_close(tensor, expected[name].data, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_a_cpus_blocks_go_to_other_threads(device, monkeypatch):
+    """On a GPU another thread would launch on a device and a stream of its own, and break a capture."""
+    monkeypatch.setattr(optimizer_module, "_BLOCK_ELEMENTS", 10)
+    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=64, k=2), 5)
+    initial = architecture.initial_parameters(torch.Generator().manual_seed(0))
+    parameters = {name: tensor.to(device) for name, tensor in initial.items()}
+    ours = optimizer_module.Optimizer(parameters, architecture)
+    on_cores, asked, blocks = optimizer_module.on_cores, [], []
+
+    def asking(work, items):
+        asked.append(len(items))
+        return on_cores(work, items)
+
+    monkeypatch.setattr(optimizer_module, "on_cores", asking)
+    monkeypatch.setattr(ours, "_step_block", lambda name, rows, *arguments: blocks.append((name, rows.start)))
+    ours.step({name: tensor.clone() for name, tensor in parameters.items()}, 0.1)
+    assert len(set(blocks)) == len(blocks) > 64
+    assert asked == ([len(blocks)] if device == "cpu" else [])
+
+
 def test_schedules():
     factors = [lr_factor(step, 100, 10, 0.2) for step in range(100)]
     assert factors[0] == 0.1
