@@ -87,7 +87,8 @@ def _normalise(rows: Tensor, normalization: Normalization, dtype: torch.dtype) -
 
     def normalise(block: slice) -> None:
         x[block] = normalization.apply(rows[block])
-        x_compute[block] = x[block]
+        if x_compute is not x:
+            x_compute[block] = x[block]
 
     by_blocks(normalise, len(rows))
     return x, x_compute
