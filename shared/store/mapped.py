@@ -161,7 +161,10 @@ class ShardCache:
 
     def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
         """Decode a chunk, by its number in the array, into contiguous uint8 `out`."""
-        shard, within, stored = self._checked_bytes(chunk, verify)
+        self._decode(*self._checked_bytes(chunk, verify), out)
+
+    def _decode(self, shard: Shard, within: int, stored: np.ndarray, out: np.ndarray) -> None:
+        """Decode a chunk's stored bytes; an error names the chunk."""
         try:
             decode_chunk(self.array, stored, out)
         except StoreError as error:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MissingFileError, StoreError
-from .codecs import decode_chunk
 from .files import read_named
 from .format import MANIFEST, ArrayLayout, Header, arrays_of
 from .location import StoreUrl
@@ -100,7 +99,7 @@ class RemoteShardCache(ShardCache):
             shard = self._keep(number, self._open(number))
             stored = shard.stored(within)
             shard.check(within, stored)
-            decode_chunk(self.array, stored, out)
+            self._decode(shard, within, stored, out)
 
     def _open(self, number: int) -> Shard:
         record, n_chunks = self.records[number], self.n_chunks(number)

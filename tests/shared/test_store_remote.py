@@ -11,6 +11,8 @@ import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import ConfigError, MissingFileError, StoreBusyError, StoreError
+from thresher.shared.store import encode
+from thresher.shared.store.codecs import encode_chunk
 from thresher.shared.store.command import main
 from thresher.shared.store.location import cache_limit, locate
 from thresher.shared.store.remote_files import RemoteShardCache
@@ -140,6 +142,23 @@ def test_a_copy_that_went_bad_is_not_taken_from_another_thread(s3, tmp_path, mon
     monkeypatch.setattr(cache, "shard", lambda number: bad)
     assert torch.equal(store.read("a", 0, store.chunk_rows), expected)
     assert not copy.exists() or copy.read_bytes() != bytes(content)
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 0])
+def test_a_chunk_that_has_its_checksum_and_does_not_decode_is_named(s3, monkeypatch, cache_bytes):
+    """As a writer with faulty memory leaves it: fetching it again does not help."""
+
+    def cut_short(array, rows, level):
+        return np.frombuffer(encode_chunk(array, rows, level), dtype=np.uint8)[:-1]
+
+    url = s3()
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode_chunk", cut_short)
+        write(url)
+    store = ActivationStore.open(url, cache_bytes=cache_bytes)
+    where = f"^the store '{url}' is damaged: 'a/c.0.0', chunk 0: array 'a': expected a blosc buffer of"
+    with pytest.raises(StoreError, match=where):
+        store.read("a", 0, 1)
 
 
 @pytest.mark.parametrize("cache_bytes", [None, 0])
