@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 
 from ..shared.config import to_toml
 from ..shared.device import choose_device
-from ..shared.errors import ModelError
-from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ..shared.store import ActivationStore
 from .across_places import across_places, place_columns
 from .bootstrap import confidence_intervals, estimate
@@ -21,15 +19,15 @@ from .dictionary import geometry
 from .features.build import FeatureSettings, build_feature_index
 from .features.export import export_indexes
 from .features.files import FeatureIndex
-from .held_out import HeldOut, held_out
+from .held_out import held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
-from .places import places
 from .probing import sparse_probing
 from .provenance import footer, provenance, report_title
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
 from .spliced import accumulate_losses, splice_metrics
+from .store_model import model_name, open_model, open_tokenizer, splice_points
 from .table import metrics_table
 
 
@@ -40,19 +38,22 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         MissingFileError: the store or an SAE is not there.
         StoreError: the store is damaged or holds nothing out.
         HookPointError, SaeError: an SAE does not fit the store.
-        ModelError: the model cannot be loaded or has no logits.
+        ModelError: the model cannot be loaded, has no logits, or does not fit the store.
     """
     device = choose_device(config.device)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
     saes = load_saes(sae_folders(config.saes), store, device)
     rows = held_out(store, config.max_rows)
     model = model_name(config, store)
+    language_model = open_model(config, store, device)
+    hook_points = splice_points(language_model, saes, store) if language_model is not None else {}
     output = Path(config.output)
 
     inputs, sums = accumulate(saes, rows, config.block_rows, device)
-    dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
-    language_model = load_model(model, dtype, device) if model else None
-    losses = _spliced_losses(config, language_model, saes, rows) if language_model is not None else {}
+    losses = {}
+    if language_model is not None:
+        part = rows.subset(config.model_rows)
+        losses = accumulate_losses(language_model, hook_points, saes, part, config.batch_size)
     probes = sparse_probing(saes, rows.subset(config.model_rows), config)
     metrics = []
     for sae in saes:
@@ -91,26 +92,6 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     return metrics
 
 
-def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
-    """Return the model to splice into: the one asked for, else the store's own if its tokens are stored."""
-    if config.model is False or config.model == "none":
-        return None
-    if isinstance(config.model, str):
-        return config.model
-    named = store.metadata.get("model")
-    return str(named) if named and store.has_tokens else None
-
-
-def _spliced_losses(
-    config: EvaluateConfig, model: PreTrainedModel, saes: list[EvaluatedSae], rows: HeldOut
-) -> dict[str, dict[str, Any]]:
-    if is_encoder(model.config):
-        raise ModelError(f"{type(model).__name__} predicts no next token: it has no CE loss score; set model = false")
-    named = {part for sae in saes for place in (sae.hook_point, sae.target) for part in places(place)}
-    hook_points = resolve_hook_points(model, sorted(named))
-    return accumulate_losses(model, hook_points, saes, rows.subset(config.model_rows), config.batch_size)
-
-
 def _features(
     config: EvaluateConfig,
     store: ActivationStore,
@@ -121,6 +102,6 @@ def _features(
     """Build the feature index, where one is asked for and the store has the tokens that it shows."""
     if config.feature_rows == 0 or not store.has_tokens:
         return None
-    tokenizer = load_tokenizer(str(store.metadata["tokenizer"])) if store.metadata.get("tokenizer") else None
     settings = FeatureSettings(max_rows=config.feature_rows)
+    tokenizer = open_tokenizer(store)
     return build_feature_index(store, saes, output, model=model, tokenizer=tokenizer, settings=settings)
