@@ -44,7 +44,7 @@ class EvaluatedSae:
 
 
 def sae_folders(saes: str | list[str]) -> list[Path]:
-    """Return the SAE folders of a sweep's folder (its children), or those listed; `2` sorts before `10`.
+    """Return the SAE folders of a sweep's folder (its children), or those listed, each once; `2` sorts before `10`.
 
     Raises:
         MissingFileError: a path is not there, or has no SAE in it.
@@ -60,11 +60,14 @@ def sae_folders(saes: str | list[str]) -> list[Path]:
         if not inside:
             raise MissingFileError(f"no SAE in '{path}': expected {CONFIG_NAME} in it or in one of its folders")
         found += inside
-    return list(dict.fromkeys(found))
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
+def _natural(path: Path) -> list[tuple[str, int]]:
+    return [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
 
 
 def unique_names(folders: list[Path]) -> list[str]:

@@ -34,6 +34,22 @@ def test_lists_and_single_folders(folders):
     assert unique_names(listed[1:]) == ["k8", "k16", "k128"]
 
 
+def test_a_sweep_of_several_kinds_is_sorted_by_kind_first(folders):
+    for name in ("topk-16", "topk-8", "standard-12", "standard-l1-0.5"):
+        (folders / "kinds" / name).mkdir(parents=True)
+        (folders / "kinds" / name / "cfg.json").write_text("{}")
+    names = [path.name for path in sae_folders(str(folders / "kinds"))]
+    assert names == ["standard-12", "standard-l1-0.5", "topk-8", "topk-16"]
+
+
+def test_a_folder_under_two_names_is_one_sae(folders):
+    sweep = folders / "sweep"
+    (sweep / "latest").symlink_to(sweep / "k16")
+    found = sae_folders([str(sweep), str(folders / "other" / ".." / "sweep" / "k8")])
+    assert [path.name for path in found] == ["k8", "k16", "k128"]
+    assert unique_names(found) == ["k8", "k16", "k128"]
+
+
 def test_an_empty_folder_is_refused(folders):
     with pytest.raises(MissingFileError, match=r"expected cfg\.json"):
         sae_folders(str(folders / "sweep" / "checkpoints"))
