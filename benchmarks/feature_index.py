@@ -61,7 +61,7 @@ def make_sae(architecture: str, store: ActivationStore, d_sae: int, k: int) -> S
 def check_equal(store: ActivationStore, sae: Sae, root: Path) -> None:
     """Stop unless the index of the first contexts says what a plain loop over dense latents finds."""
     n_rows = CHECKED_CONTEXTS * CONTEXT
-    part = SimpleNamespace(name="checked", sae=sae, hook_point=HOOK)
+    part = SimpleNamespace(name="checked", sae=sae, hook_point=HOOK, target=HOOK)
     small = write_store(root / f"checked-{sae.architecture}", n_rows, store.d_in(HOOK))
     index = build_feature_index(small, [part], root, settings=FeatureSettings())["checked"]
     latents = sae.encode(small.read(HOOK, 0, n_rows)).numpy() * np.asarray(small.row_mask(0, n_rows))[:, None]
@@ -107,7 +107,7 @@ def main() -> None:
         for architecture in ("topk", "standard"):
             sae = make_sae(architecture, store, options.d_sae, options.k)
             check_equal(store, sae, root)
-            named = SimpleNamespace(name=architecture, sae=sae, hook_point=HOOK)
+            named = SimpleNamespace(name=architecture, sae=sae, hook_point=HOOK, target=HOOK)
             wall, cpu = timed(lambda named=named: build_feature_index(store, [named], root / "features"))
             result[f"{architecture}_tokens_per_second"] = store.n_rows / wall
             result[f"{architecture}_tokens_per_cpu_second"] = store.n_rows / cpu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from ..encoding import rows_at_a_time
 from ..places import joined, places
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
+from .fingerprint import fingerprint
 from .logits import LogitEffects, logit_effects
 from .progress import Pace, progress_path, remove_progress, restore_progress, save_progress
 from .rows import LatentRows, VisitedRows
@@ -35,7 +34,7 @@ BLOCK_ROWS = 8192
 
 
 class NamedSae(Protocol):
-    """An SAE with its name and the hook point whose activations it reads."""
+    """An SAE with its name and the hook points whose activations it reads and reconstructs."""
 
     @property
     def name(self) -> str: ...
@@ -43,6 +42,8 @@ class NamedSae(Protocol):
     def sae(self) -> Any: ...
     @property
     def hook_point(self) -> str: ...
+    @property
+    def target(self) -> str: ...
 
 
 class FeatureSettings(NamedTuple):
@@ -108,8 +109,8 @@ def build_feature_index(
     """Write `<output>/<name>.parquet` for every SAE, reading the store once; return the opened indexes by name.
 
     With `model`, the index holds logit effects; with `tokenizer`, the text of the tokens. An index
-    that is there already, of the same SAE, store and settings, is kept; a pass that was killed goes
-    on from what it had kept, at most a minute old.
+    that is there already, of the same SAE, store, model and settings, is kept; a pass that was killed
+    goes on from what it had kept, at most a minute old.
 
     Raises:
         StoreError: the store holds no tokens.
@@ -118,14 +119,21 @@ def build_feature_index(
     if not store.has_tokens:
         raise StoreError(f"the store '{store.path}' holds no tokens, which a feature index shows; write it with tokens")
     paths = {sae.name: Path(output) / f"{sae.name.replace('/', '_')}.parquet" for sae in saes}
-    prints = {sae.name: _fingerprint(store, sae, settings, model is not None, tokenizer is not None) for sae in saes}
+    prints = {
+        sae.name: fingerprint(
+            store, sae.sae, [sae.name, sae.hook_point, sae.target, settings, BLOCK_ROWS], model, tokenizer
+        )
+        for sae in saes
+    }
     indexes = {name: index for name, path in paths.items() if (index := _existing(path, prints[name]))}
     missing = [sae for sae in saes if sae.name not in indexes]
     if missing:
         passes, visited = _walk(store, missing, settings, paths, prints)
         for one in tqdm(passes, unit="SAE", desc="write features", disable=None):
             sae = one.sae
-            effects = logit_effects(model, sae.sae.W_dec, settings.n_tokens) if model is not None else None
+            effects = None
+            if model is not None:
+                effects = logit_effects(model, sae.sae.W_dec, sae.target, settings.n_tokens)
             metadata = {
                 "name": sae.name,
                 "hook_point": sae.hook_point,
@@ -217,19 +225,3 @@ def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:
         return None
     index = FeatureIndex.open(path)
     return index if index.metadata.get("fingerprint") == fingerprint else None
-
-
-def _fingerprint(store: ActivationStore, sae: NamedSae, settings: FeatureSettings, *with_parts: bool) -> str:
-    """Return a digest of what the index depends on; of a wide SAE's decoder it samples 64 rows."""
-    digest = hashlib.blake2b(digest_size=16)
-    described = [sae.name, sae.hook_point, sae.sae.architecture, sae.sae.config, settings, with_parts, BLOCK_ROWS]
-    described += [store.path.name, store.n_rows, store.context_size, store.metadata]
-    digest.update(json.dumps(described, default=str, sort_keys=True).encode())
-    weights = sae.sae.W_dec[:: max(1, sae.sae.d_sae // 64)]
-    for tensor in (sae.sae.b_dec, weights, *(sae.sae.get_parameter(name) for name in _biases(sae.sae))):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _biases(sae: Any) -> list[str]:
-    return [name for name, value in sae.named_parameters() if value.ndim == 1]

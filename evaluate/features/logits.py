@@ -13,6 +13,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOT_RESIDUAL = ("attn_z", "mlp_in")
+"""Kinds of hook point whose directions the unembedding does not read, though they may be as wide."""
+
 FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "ln_out")
 
 
@@ -33,10 +36,15 @@ class LogitEffects:
 
 @torch.inference_mode()
 def logit_effects(
-    model: PreTrainedModel, W_dec: Float[Tensor, "d_sae d_model"], n: int = 10, step: int = 512
+    model: PreTrainedModel, W_dec: Float[Tensor, "d_sae d_model"], target: str, n: int = 10, step: int = 512
 ) -> LogitEffects | None:
-    """Return every latent's logit effects, or None where decoder rows are no directions of the residual stream."""
+    """Return every latent's logit effects, or None where decoder rows are no directions of the residual stream.
+
+    `target` is the hook point that the decoder reconstructs, by its canonical name.
+    """
     unembedding = model.get_output_embeddings()
+    if target.rpartition(".")[2] in NOT_RESIDUAL:
+        return None
     if unembedding is None or unembedding.weight.shape[1] != W_dec.shape[1]:
         return None
     norm = final_norm(model)

@@ -34,6 +34,7 @@ class Named:
     name: str
     sae: Sae
     hook_point: str = "blocks.0.resid_post"
+    target: str = "blocks.0.resid_post"
 
 
 def make_sae(architecture="topk", seed=0, k=4):
@@ -207,6 +208,27 @@ def test_an_index_of_the_same_sae_is_kept_and_another_is_not(store, tmp_path):
     assert build(0, n_top=2).st_mtime_ns != changed
 
 
+def test_an_index_of_another_model_or_of_other_rows_is_not_kept(store, tmp_path):
+    def promoted(store, model=None):
+        index = build_feature_index(store, [Named("a", make_sae())], tmp_path, model=model, settings=SETTINGS)["a"]
+        return [[effect["token"] for effect in line["promoted"]] for line in lines(index)]
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=D_IN, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
+    first, second = (GPT2LMHeadModel(config).eval() for _ in range(2))
+    ours = promoted(store, first)
+    assert promoted(store, second) != ours
+    assert promoted(store, first) == ours
+    assert promoted(store) == [[]] * D_SAE
+    with ActivationStoreWriter(tmp_path / "store", {Named.hook_point: D_IN}, CONTEXT, dtype="float32") as writer:
+        rows = store.read(Named.hook_point, 0, store.n_rows)
+        writer.append({Named.hook_point: -rows.reshape(N_CONTEXTS, CONTEXT, D_IN)}, np.ones((N_CONTEXTS, CONTEXT), int))
+    other = ActivationStore.open(tmp_path / "store")
+    firings = [line["firings"] for line in lines(FeatureIndex.open(tmp_path / "a.parquet"))]
+    promoted(other)
+    assert [line["firings"] for line in lines(FeatureIndex.open(tmp_path / "a.parquet"))] != firings
+
+
 def test_a_killed_pass_goes_on_where_it_was(store, tmp_path, monkeypatch):
     monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", CONTEXT)
     monkeypatch.setattr("thresher.evaluate.features.progress.SECONDS_BETWEEN", 0.0)
@@ -262,7 +284,7 @@ store, output, d_sae = sys.argv[1], sys.argv[2], int(sys.argv[3])
 generator = torch.Generator().manual_seed(0)
 W_enc = torch.randn(4, d_sae, generator=generator)
 tensors = {"W_enc": W_enc, "b_enc": torch.zeros(d_sae), "W_dec": W_enc.T.contiguous(), "b_dec": torch.zeros(4)}
-sae = SimpleNamespace(name="wide", sae=Sae("topk", tensors, config={"k": 16}), hook_point="h")
+sae = SimpleNamespace(name="wide", sae=Sae("topk", tensors, config={"k": 16}), hook_point="h", target="h")
 settings = FeatureSettings(n_top=4, n_sampled=4, window=16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 build_feature_index(ActivationStore.open(store), [sae], output, settings=settings)
@@ -315,7 +337,7 @@ def test_logit_effects(family):
         norm = model.model.norm
     norm.weight.data.uniform_(0.5, 2)
     rows = torch.randn(9, 16)
-    found = logit_effects(model, rows, n=3, step=4)
+    found = logit_effects(model, rows, "blocks.0.mlp_out", n=3, step=4)
     x, weight = rows.double(), norm.weight.detach().double()
     if family == "gpt2":
         x = x - x.mean(dim=1, keepdim=True)
@@ -327,7 +349,9 @@ def test_logit_effects(family):
     np.testing.assert_array_equal(found.suppressed, order.flip(1)[:, :3])
     np.testing.assert_allclose(found.promoted_effect, logits.gather(1, order[:, :3]), rtol=1e-3)
     np.testing.assert_allclose(found.peak, logits.max(dim=1).values / logits.std(dim=1, correction=0), rtol=1e-3)
-    assert logit_effects(model, torch.randn(4, 7)) is None
+    assert logit_effects(model, torch.randn(4, 7), "blocks.0.resid_post") is None
+    assert logit_effects(model, rows, "blocks.0.attn_z") is None
+    assert logit_effects(model, rows, "blocks.0.mlp_in") is None
 
 
 def test_interestingness_by_hand():

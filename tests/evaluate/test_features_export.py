@@ -25,8 +25,8 @@ FIELDS = {
 def test_batches_hold_what_the_index_holds(tiny, make_sae, tmp_path):
     sae = make_sae(k=3, d_sae=200)
     sae.b_enc.data[11] = -1e4
-    named = SimpleNamespace(name="a", sae=sae, hook_point="blocks.1.resid_post")
-    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    named = SimpleNamespace(name="a", sae=sae, hook_point="blocks.1.resid_post", target="blocks.1.resid_post")
+    tokenizer = SimpleNamespace(name_or_path="t", decode=lambda ids: f"<{ids[0]}>")
     settings = FeatureSettings(n_top=3, n_sampled=3, window=6)
     store = ActivationStore.open(tiny.store)
     index = build_feature_index(store, [named], tmp_path, model=tiny.model, tokenizer=tokenizer, settings=settings)["a"]

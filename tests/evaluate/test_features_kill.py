@@ -35,7 +35,8 @@ settings = build.FeatureSettings(n_top=3, n_sampled=3, window=4, n_neighbours=2)
 
 
 def index(output):
-    saes = [SimpleNamespace(name=name, sae=Sae.load(root / name), hook_point="h") for name in ("topk", "standard")]
+    places = {"hook_point": "h", "target": "h"}
+    saes = [SimpleNamespace(name=name, sae=Sae.load(root / name), **places) for name in ("topk", "standard")]
     build.build_feature_index(ActivationStore.open(root / "store"), saes, output, settings=settings)
 
 

@@ -153,13 +153,19 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def indexes(tiny, make_sae, tmp_path_factory):
     class Letters:
+        name_or_path = "letters"
+
         def decode(self, ids):
             return f" word{ids[0]}"
 
+    made = (
+        (make_sae(k=4, d_sae=300), "blocks.1.resid_post"),
+        (make_sae(k=2, seed=1), "blocks.1.resid_post"),
+        (make_sae("standard", seed=2), "blocks.0.resid_post"),
+    )
     saes = [
-        SimpleNamespace(name=NAMES[0], sae=make_sae(k=4, d_sae=300), hook_point="blocks.1.resid_post"),
-        SimpleNamespace(name=NAMES[1], sae=make_sae(k=2, seed=1), hook_point="blocks.1.resid_post"),
-        SimpleNamespace(name=NAMES[2], sae=make_sae("standard", seed=2), hook_point="blocks.0.resid_post"),
+        SimpleNamespace(name=name, sae=sae, hook_point=place, target=place)
+        for name, (sae, place) in zip(NAMES, made, strict=True)
     ]
     settings = FeatureSettings(n_top=4, n_sampled=4, window=8)
     output = tmp_path_factory.mktemp("indexes")
