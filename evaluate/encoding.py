@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -60,6 +61,11 @@ def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
     if "W_skip" in sae._parameters:
         x_hat = x_hat + x @ sae.get_parameter("W_skip").T
     return Encoded(latents, None, x_hat)
+
+
+def reconstruct(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+    """Return the reconstruction of any number of rows, so many at a time that memory stays bounded."""
+    return torch.cat([encode(sae, part).x_hat for part in x.split(rows_at_a_time(sae))])
 
 
 def rows_at_a_time(sae: Sae) -> int:

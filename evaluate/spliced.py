@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import splice
-from .encoding import encode
+from .encoding import reconstruct
 from .held_out import HeldOut
 from .places import joined, places
 from .sae_folders import EvaluatedSae
@@ -171,7 +171,7 @@ def accumulate_losses(
                 with splice(model, hook_points[place], replace):
                     sums[kind, place].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
             for sae in saes:
-                x_hat = encode(sae.sae, joined(seen, sae.hook_point)[usable].float()).x_hat
+                x_hat = reconstruct(sae.sae, joined(seen, sae.hook_point)[usable].float())
                 parts = places(sae.target)
                 for place, part in zip(parts, x_hat.chunk(len(parts), dim=1), strict=True):
                     with splice(model, hook_points[place], replacement(part, usable)):

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from thresher.evaluate import encoding
 from thresher.evaluate import spliced as module
 from thresher.evaluate.bootstrap import estimate
 from thresher.evaluate.held_out import HeldOut
@@ -160,3 +161,15 @@ def test_a_transcoder_reads_one_place_and_replaces_another(model, rows):
     second.remove()
     kl = F.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)[usable].mean()
     assert metrics["skip"]["kl_sae"] == pytest.approx(float(kl), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard"])
+def test_reconstructions_are_made_a_few_rows_at_a_time(make_sae, monkeypatch, architecture):
+    sae = make_sae(architecture)
+    x = torch.randn(11, 16, generator=torch.Generator().manual_seed(0))
+    seen, encode = [], encoding.encode
+    monkeypatch.setattr(encoding, "rows_at_a_time", lambda sae: 4)
+    monkeypatch.setattr(encoding, "encode", lambda sae, rows: seen.append(len(rows)) or encode(sae, rows))
+    torch.testing.assert_close(encoding.reconstruct(sae, x), sae(x))
+    assert seen == [4, 4, 3]
+    assert encoding.reconstruct(sae, x[:0]).shape == (0, 16)
