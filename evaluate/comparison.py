@@ -17,11 +17,11 @@ Kind = Literal["widths", "seeds", "other"]
 
 
 def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
-    """Say what sets two SAEs of a hook point apart, by their rows of `metrics.json`."""
-    same = all(a.get(key) == b.get(key) for key in ("architecture", "k", "l1_coefficient"))
+    """Say what sets two SAEs of a hook point apart, by what their files say of their training."""
     if a["d_sae"] != b["d_sae"]:
         return "widths" if a["architecture"] == b["architecture"] else "other"
-    return "seeds" if same else "other"
+    keys = (a.keys() | b.keys()) - {"name", "seed"}
+    return "seeds" if all(a.get(key) == b.get(key) for key in keys) else "other"
 
 
 @torch.inference_mode()
@@ -32,9 +32,10 @@ def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Lat
         tuple(sorted(pair, key=lambda sae: sae.sae.d_sae)) for pair in combinations(saes, 2) if _same_target(*pair)
     ]
     rows = []
+    settings = {sae.name: sae.sae.config | sae.description() for sae in saes}
     for a, b in tqdm(pairs, unit="pair", desc="compare", disable=None):
         described = {"a": a.name, "b": b.name, "hook_point": a.target}
-        described |= {"kind": pair_kind(a.description(), b.description())}
+        described |= {"kind": pair_kind(settings[a.name], settings[b.name])}
         rows.append(described | compare(directions[a.name], directions[b.name]))
     return rows
 

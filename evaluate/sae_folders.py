@@ -14,6 +14,9 @@ from ..shared.sae.files import CONFIG_NAME
 from ..shared.store import ActivationStore
 from .places import places, together, width
 
+SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
+"""The settings of training that say how sparse an SAE is to be."""
+
 
 @dataclass(frozen=True)
 class EvaluatedSae:
@@ -29,17 +32,16 @@ class EvaluatedSae:
     target: str
 
     def description(self) -> dict[str, Any]:
-        """Return what identifies the SAE in `metrics.json`."""
-        known = self.sae.metadata | self.sae.config
+        """Return what identifies the SAE in `metrics.json`, its architecture as it was trained (not as it is saved)."""
+        known = {"architecture": self.sae.architecture} | self.sae.metadata | self.sae.config
         return {
             "name": self.name,
-            "architecture": self.sae.architecture,
+            "architecture": known["architecture"],
             "hook_point": self.hook_point,
             "target_hook_point": self.target,
             "d_in": self.sae.d_in,
             "d_sae": self.sae.d_sae,
-            "k": known.get("k"),
-            "l1_coefficient": known.get("l1_coefficient"),
+            **{key: known.get(key) for key in SPARSITY_KEYS},
         }
 
 

@@ -44,7 +44,10 @@ def _cells(row: Row) -> list[str]:
 def _sparsity(row: Row) -> str:
     if row.get("k") is not None:
         return f"{row['k']}"
-    return f"λ {row['l1_coefficient']:g}" if row.get("l1_coefficient") is not None else "-"
+    if row.get("target_l0") is not None:
+        return f"L0 {row['target_l0']:g}"
+    weights = [row[key] for key in ("l1_coefficient", "l0_coefficient") if row.get(key) is not None]
+    return f"λ {weights[0]:g}" if weights else "-"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

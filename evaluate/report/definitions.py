@@ -23,7 +23,9 @@ METRICS = (
     Metric("hook_point", "Hook point", "text", "", "Where in the language model the activations were taken."),
     Metric("d_sae", "d_sae", "integer", "", "Number of latents."),
     Metric("k", "k", "integer", "", "Latents kept per token, for the TopK kinds."),
-    Metric("l1_coefficient", "L1 coefficient", "number", "", "Weight of the sparsity penalty, for the ReLU kinds."),
+    Metric("l1_coefficient", "L1 coefficient", "number", "", "Weight of the L1 penalty, for the ReLU and gated kinds."),
+    Metric("l0_coefficient", "L0 coefficient", "number", "", "Weight of the sparsity penalty, for JumpReLU."),
+    Metric("target_l0", "Target L0", "number", "", "The L0 that JumpReLU's penalty aims at, where there is one."),
     Metric("l0", "L0", "number", "lower", "Mean number of latents active per token."),
     Metric(
         "explained_variance",
@@ -95,20 +97,20 @@ METRICS = (
         "Max decoder cosine",
         "fraction",
         "lower",
-        "Mean over latents of the largest cosine of their decoder row with another's: near 1, latents are copies.",
+        "Mean over live latents of the largest cosine of their decoder row with another's: near 1, latents are copies.",
     ),
     Metric(
         "encoder_decoder_cosine_mean",
         "Encoder-decoder cosine",
         "fraction",
         "",
-        "Mean over latents of the cosine between encoder column and decoder row.",
+        "Mean over live latents of the cosine between encoder column and decoder row.",
     ),
     Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
     Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
 )
 NOT_COLUMNS = (
-    *("n_contexts", "n_documents", "d_in", "top1_agreement_zero", "top1_agreement_mean", "top1_agreement_clean"),
+    *("n_contexts", "n_documents", "d_in", "top1_agreement_zero", "top1_agreement_mean"),
     *(f"max_decoder_cosine_{part}" for part in ("p50", "p90", "p99", "max")),
 )
 ACROSS = (

@@ -21,8 +21,11 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
         parts = []
         if row.get("k") is not None:
             parts.append(f"k={format_value(row['k'], 'integer')}")
-        elif row.get("l1_coefficient") is not None:
-            parts.append(f"λ={format_value(row['l1_coefficient'], 'number')}")
+        elif row.get("target_l0") is not None:
+            parts.append(f"L0→{format_value(row['target_l0'], 'number')}")
+        for key in ("l1_coefficient", "l0_coefficient"):
+            if not parts and row.get(key) is not None:
+                parts.append(f"λ={format_value(row[key], 'number')}")
         if len(widths) > 1 and row.get("d_sae") not in (None, common_width):
             parts.append(_width(row["d_sae"]))
         if parts and str(row.get("hook_point")) != usual:

@@ -109,3 +109,20 @@ def test_pair_kinds():
     assert pair_kind(topk, topk | {"d_sae": 16, "k": 4}) == "widths"
     assert pair_kind(topk, topk | {"k": 4}) == "other"
     assert pair_kind(topk, topk | {"architecture": "standard", "d_sae": 16}) == "other"
+    assert pair_kind(topk | {"seed": 0}, topk | {"seed": 1}) == "seeds"
+    assert pair_kind(topk | {"lr": 1e-3}, topk | {"lr": 3e-3}) == "other"
+
+
+def test_jumprelu_saes_of_other_targets_or_trained_as_another_kind_are_no_seeds(make_sae):
+    jumprelu = [{"target_l0": target, "seed": seed} for target, seed in ((20, 0), (35, 0), (20, 1))]
+    saes = [EvaluatedSae(str(i), None, make_sae("standard", **config), "h", "h") for i, config in enumerate(jumprelu)]
+    saes.append(EvaluatedSae("batch", None, make_sae("standard", **jumprelu[0]), "h", "h"))
+    saes[-1].sae.config["architecture"] = "batch_topk"
+    described = [sae.description() for sae in saes]
+    assert [row["target_l0"] for row in described] == [20, 35, 20, 20]
+    assert [row["architecture"] for row in described] == [*["standard"] * 3, "batch_topk"]
+    latents = {sae.name: LatentSums(sae.sae.d_sae) for sae in saes}
+    for sums in latents.values():
+        sums.add_dense(torch.ones(1, 32), torch.ones(1, 32))
+    kinds = {(row["a"], row["b"]): row["kind"] for row in compare_dictionaries(saes, latents)}
+    assert {pair for pair, kind in kinds.items() if kind == "seeds"} == {("0", "2")}

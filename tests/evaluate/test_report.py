@@ -160,6 +160,8 @@ def test_point_labels_say_what_differs():
     assert point_labels([sae_row(), sae_row(k=64), both]) == ["k=32", "k=64", "k=32 · blocks.1 + blocks.2"]
     assert point_labels([sae_row("a"), sae_row("b")]) == ["a", "b"]
     assert point_labels([sae_row(k=None, l1_coefficient=0.003)]) == ["λ=0.003"]
+    assert point_labels([sae_row(k=None, l0_coefficient=0.5)]) == ["λ=0.5"]
+    assert point_labels([sae_row(k=None, l0_coefficient=1.0, target_l0=20.0)]) == ["L0→20"]
 
 
 def test_a_crosscoder_has_a_line_for_each_of_its_hook_points(tmp_path):
