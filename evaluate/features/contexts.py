@@ -33,6 +33,11 @@ class BestContexts:
         if not len(latent):
             return
         first, count = runs(latent)
+        if count.max() > self.n:  # more than can be kept of one latent
+            order = np.lexsort((-priority, latent))
+            chosen = np.sort(order[np.arange(len(order)) - np.repeat(first, count) < self.n])
+            latent, row, value, priority = latent[chosen], row[chosen], value[chosen], priority[chosen]
+            first, count = runs(latent)
         affected = latent[first]
         place = np.arange(len(latent)) - np.repeat(first, count)
         line = np.repeat(np.arange(len(affected)), count)

@@ -1,0 +1,28 @@
+"""Which contexts are kept, however many of a block's are offered at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from thresher.evaluate.features.contexts import BestContexts
+from thresher.evaluate.features.sparse import ActiveLatents
+
+
+def test_many_short_contexts_cost_no_more_than_are_kept(monkeypatch):
+    n_contexts, size, d_sae, n = 500, 4, 6, 3
+    rng = np.random.default_rng(0)
+    dense = np.where(rng.random((n_contexts * size, d_sae)) < 0.5, rng.integers(1, 40, (n_contexts * size, d_sae)), 0)
+    row, latent = np.nonzero(dense)
+    block = ActiveLatents(0, size, d_sae, row, latent, dense[row, latent].astype(np.float32))
+    widths, full = [], np.full
+    monkeypatch.setattr(np, "full", lambda shape, *more, **named: widths.append(shape) or full(shape, *more, **named))
+    best = BestContexts(d_sae, n, size)
+    widths.clear()
+    peaks = block.context_peaks()
+    best.add(block, *peaks, peaks[2].astype(np.float64))
+    assert max(shape[1] for shape in widths) == 2 * n
+    by_context = dense.reshape(n_contexts, size, d_sae).max(axis=1)
+    for number in range(d_sae):
+        expected = np.argsort(-by_context[:, number], kind="stable")[:n]  # of equal ones the earlier
+        assert (best.row[number] // size).tolist() == expected.tolist()
+        assert best.value[number].tolist() == by_context[expected, number].tolist()
