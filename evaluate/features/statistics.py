@@ -75,13 +75,16 @@ class CoFiring:
         self._counts = np.zeros(d_sae * d_sae, dtype=np.int32) if self._tabled else np.zeros(0, dtype=np.int64)
 
     def add(self, block: ActiveLatents, n_rows: int) -> None:
-        """Count the pairs on as many of a block's rows, evenly spaced, as the allowance covers."""
+        """Count the pairs on as many of a block's rows as the allowance covers, drawn at random by the block's place.
+
+        Rows at even steps would fall on few positions of the contexts, or on their first alone.
+        """
         self._allowance += self._pairs_per_row * n_rows
         first, count = runs(block.row - block.first_row)
         cost = (count * (count - 1) / 2).sum()
         share = min(1.0, self._allowance / cost) if cost else 1.0
-        n_taken = int(len(first) * share)
-        taken = np.arange(n_taken) * len(first) // max(n_taken, 1)
+        n_taken = max(0, int(len(first) * share))
+        taken = np.sort(np.random.default_rng(block.first_row).permutation(len(first))[:n_taken])
         first, count = first[taken], count[taken]
         self._allowance -= (count * (count - 1) / 2).sum()
         entries = _ranges(first, count)

@@ -19,7 +19,7 @@ from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.features.logits import logit_effects
 from thresher.evaluate.features.progress import restore_progress, save_progress
 from thresher.evaluate.features.rows import interestingness
-from thresher.evaluate.features.sparse import active_latents
+from thresher.evaluate.features.sparse import ActiveLatents, active_latents
 from thresher.evaluate.features.statistics import N_BINS, ActivationStatistics, CoFiring
 from thresher.shared.errors import DataError, MissingFileError, StoreError
 from thresher.shared.sae import Sae
@@ -178,6 +178,17 @@ def test_the_pair_budget_bounds_the_rows_that_are_counted(store):
     co_firing = CoFiring(D_SAE, store.n_rows, max_pairs=6 * 50)
     co_firing.add(block, store.n_rows)
     assert 0 < co_firing.firings.sum() <= 4 * 51
+
+
+def test_the_rows_that_are_counted_are_of_any_position():
+    n_contexts, k = 64, 3
+    row = np.repeat(np.arange(n_contexts * CONTEXT), k)
+    latent = (row % CONTEXT) * k + np.tile(np.arange(k), n_contexts * CONTEXT)  # each position has latents of its own
+    block = ActiveLatents(0, CONTEXT, CONTEXT * k, row, latent, np.ones(len(row), dtype=np.float32))
+    co_firing = CoFiring(CONTEXT * k, n_contexts * CONTEXT, max_pairs=3 * n_contexts)
+    co_firing.add(block, n_contexts * CONTEXT)
+    assert co_firing.firings.sum() == k * n_contexts
+    assert (co_firing.firings > 0).sum() > CONTEXT * k // 2
 
 
 def test_a_growing_maximum_keeps_the_histogram_exact(store):
