@@ -139,6 +139,7 @@ def build_feature_index(
                 "hook_point": sae.hook_point,
                 "architecture": sae.sae.architecture,
                 "n_rows": one.statistics.n_rows,
+                "n_contexts": visited.n_contexts,
                 "context_size": store.context_size,
                 "fingerprint": prints[sae.name],
                 **settings._asdict(),

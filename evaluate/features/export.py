@@ -80,7 +80,7 @@ def _feature(line: Mapping[str, Any], index: FeatureIndex, density: np.ndarray, 
         "frac_nonzero": line["density"],
         "freq_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
         "freq_hist_data_bar_heights": line["histogram"],
-        "n_prompts_total": int(index.metadata["n_rows"]) // context_size,
+        "n_prompts_total": int(index.metadata["n_contexts"]),
         "n_tokens_in_prompt": context_size,
         "dataset": dataset,
         "activations": [
@@ -103,11 +103,12 @@ def _activation(entry: Mapping[str, Any], index: FeatureIndex, interval: tuple[f
 def _interval(activation: float, line: Mapping[str, Any]) -> tuple[float, float, float]:
     """Return the fifth of [0, max] that an activation lies in, and the share of firings there, from the histogram."""
     width = line["max_activation"] / N_INTERVALS
-    low = min(int(activation / width), N_INTERVALS - 1) * width
+    fifth = min(int(activation / width), N_INTERVALS - 1)
     counts = np.array(line["histogram"])
     centre = (np.arange(len(counts)) + 0.5) * line["histogram_end"] / len(counts)
-    inside = counts[(centre >= low) & (centre < low + width)].sum()
-    return round(low, 3), round(low + width, 3), round(float(inside / max(counts.sum(), 1)), 4)
+    inside = counts[np.minimum(centre // width, N_INTERVALS - 1) == fifth].sum()
+    low, high = round(fifth * width, 3), round((fifth + 1) * width, 3)
+    return low, high, round(float(inside / max(counts.sum(), 1)), 4)
 
 
 def pearson(cosine: np.ndarray, density: float, others: np.ndarray) -> np.ndarray:

@@ -40,6 +40,11 @@ class VisitedRows:
         for name, values in (("token", tokens.numpy()), ("document", documents), ("position", positions)):
             self._parts[name].append(np.asarray(values).astype(np.int32 if name == "token" else np.int64))
 
+    @property
+    def n_contexts(self) -> int:
+        """The number of contexts that were read."""
+        return sum(map(len, self._contexts))
+
     def at(self, name: str, rows: Int64[np.ndarray, "*shape"]) -> np.ndarray:
         """Return the tokens, documents or positions of rows; -1 for row -1."""
         if not self._joined:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from thresher.evaluate.features.build import FeatureSettings, build_feature_index
-from thresher.evaluate.features.export import export_neuronpedia, pearson
+from thresher.evaluate.features.export import _interval, export_neuronpedia, pearson
 from thresher.shared.store import ActivationStore
 
 FIELDS = {
@@ -47,11 +47,21 @@ def test_batches_hold_what_the_index_holds(tiny, make_sae, tmp_path):
         assert mean == pytest.approx(line["mean_activation"], abs=line["histogram_end"] / 64)
         assert len(feature["activations"]) == len(line["top"]) + len(line["sampled"])
         best = feature["activations"][0]
+        assert feature["n_prompts_total"] == store.n_contexts
         assert best["tokens"] == [f"<{token}>" for token in line["top"][0]["tokens"]]
         assert max(best["values"]) == pytest.approx(line["max_activation"], rel=2e-3)
         assert feature["pos_str"][0] == f"<{line['promoted'][0]['token']}>"
         for sampled in feature["activations"][len(line["top"]) :]:
             assert sampled["bin_min"] - 1e-2 <= max(sampled["values"]) <= sampled["bin_max"] + 1e-2
+
+
+def test_the_fifths_of_the_range_hold_every_firing():
+    histogram = [0] * 64
+    histogram[5], histogram[20], histogram[32] = 6, 3, 1  # the last bin's centre is beyond the largest activation
+    line = {"max_activation": 1.01, "histogram_end": 2.0, "histogram": histogram}
+    found = [_interval(1.01 * (i + 0.5) / 5, line) for i in range(5)]
+    assert [share for _, _, share in found] == [0.6, 0, 0, 0.3, 0.1]
+    assert _interval(1.01, line) == found[-1] == (0.808, 1.01, 0.1)
 
 
 def test_pearson_from_the_cosine():
