@@ -50,7 +50,7 @@ class SparseLatents:
 
     def spread(self, by_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
         """Return each entry's latent's value."""
-        return by_latent[self.indices]
+        return by_latent.index_select(0, self.indices)
 
     def sum(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
         """Sum values by latent."""
@@ -153,14 +153,16 @@ def sparse_at(
     kernels = step.kernels
     csc = kernels.to_csc(indices, offsets, len(bias)) if hasattr(kernels, "WeightGradient") else None
     by_latent = () if csc is None else (csc,)
-    pre_acts = kernels.grad_values(x, parameters["W_enc"], indices, offsets, *by_latent).add_(bias[indices])
+    pre_acts = kernels.grad_values(x, parameters["W_enc"], indices, offsets, *by_latent).add_(
+        bias.index_select(0, indices)
+    )
     return SparseLatents(kernels, pre_acts, indices, offsets, len(bias), csc=csc)
 
 
 def sparse_within(step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, chosen: Any) -> SparseLatents:
     """Return entries that have room of a fixed size, with their pre-activations in the parameters' precision."""
     indices, offsets = chosen.indices, chosen.offsets
-    pre_acts = step.kernels.grad_values(x, parameters["W_enc"], indices, offsets).add_(bias[indices])
+    pre_acts = step.kernels.grad_values(x, parameters["W_enc"], indices, offsets).add_(bias.index_select(0, indices))
     there = torch.arange(len(indices), device=indices.device) < offsets[-1]
     return SparseLatents(step.kernels, pre_acts.where(there, _NO_ENTRY), indices, offsets, len(bias), fixed=True)
 

@@ -8,6 +8,7 @@ GEMM runs in bfloat16 where it is given bfloat16 copies, and gradients are check
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -19,7 +20,7 @@ from ...shared.cores import by_blocks, even_blocks, on_cores
 from .cpu_csc import Csc, row_of_entry, to_csc
 from .cpu_gradient import WeightGradient, weighted_sums
 from .cpu_threshold import Entries, entries_at_least, largest_of_batch
-from .cpu_topk import topk_of_rows
+from .cpu_topk import n_parts, topk_of_parts
 
 __all__ = [
     "Csc",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _CACHE_BYTES = 8 << 20
+_WORTH_PACKING = 8 << 20
 _LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 128, 512, 1 << 23
 
 
@@ -57,15 +59,18 @@ def select_topk(
     k: int,
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     """Return the k largest pre-activations of each row, after ReLU, and their latents (unsorted)."""
-    bias = b_enc.to(x.dtype)
     acts = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64)
+    blocks = row_blocks(len(x), len(W_enc))
+    parts = n_parts(x.dtype, len(W_enc), k)
+    weights, bias = _packed(W_enc.chunk(parts), len(x) // len(blocks)), b_enc.to(x.dtype).chunk(parts)
 
     def select(rows: slice) -> None:
-        values, indices[rows] = topk_of_rows(_linear(x[rows], W_enc, bias), k)
+        made = [_linear(x[rows], W, b) for W, b in zip(weights, bias, strict=True)]
+        values, indices[rows] = topk_of_parts(made, k)
         acts[rows] = values.relu_()
 
-    on_cores(select, row_blocks(len(x), len(W_enc)))
+    on_cores(select, blocks)
     return acts, indices
 
 
@@ -114,6 +119,15 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, W, bias)
 
 
+def _packed(weights: Sequence[Tensor], n_rows: int) -> Sequence[Tensor]:
+    """Return weights laid out once as the product wants them, for several blocks of rows, where they are large."""
+    if weights[0].dtype is not torch.bfloat16 or not _multiplies_bfloat16():
+        return weights
+    if sum(W.nbytes for W in weights) < _WORTH_PACKING:
+        return weights
+    return on_cores(lambda W: torch.ops.mkldnn._reorder_linear_weight(W, n_rows), weights)
+
+
 @cache
 def _multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -153,7 +167,7 @@ def grad_values(
         return _dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
     by_latent = _dot_products(W_dec, g, csc.offsets, csc.rows)
-    return torch.empty_like(by_latent).index_copy_(0, csc.order, by_latent)
+    return torch.empty_like(by_latent).scatter_(0, csc.order, by_latent)
 
 
 def _dot_products(a: Tensor, b: Tensor, offsets: Tensor, indices: Tensor) -> Float[Tensor, " nnz"]:
@@ -192,7 +206,7 @@ def grad_weights(
     Pass `csc` from `to_csc` to sort once for several calls.
     """
     csc = csc or to_csc(indices, offsets, d_sae)
-    weights, sums = values[csc.order], g.new_empty(d_sae, g.shape[1])
+    weights, sums = values.index_select(0, csc.order), g.new_empty(d_sae, g.shape[1])
 
     def sum_rows(part: slice) -> None:
         sums[part] = weighted_sums(g, csc.rows, csc.offsets[part.start : part.stop + 1], weights)

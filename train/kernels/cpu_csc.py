@@ -33,4 +33,4 @@ def to_csc(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " batch_plus_1
     column_offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=column_offsets[1:])
     permutation = torch.from_numpy(order)
-    return Csc(permutation, row_of_entry(offsets)[permutation], column_offsets)
+    return Csc(permutation, row_of_entry(offsets).index_select(0, permutation), column_offsets)

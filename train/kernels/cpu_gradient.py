@@ -24,7 +24,7 @@ class WeightGradient:
         self.dtype = values.dtype
         self.shape = torch.Size([len(csc.offsets) - 1, source.shape[1]])
         self._csc, self._source = csc, source
-        self._weights = values[csc.order].to(source.dtype)
+        self._weights = values.index_select(0, csc.order).to(source.dtype)
         self._outer: list[tuple[Tensor, Tensor]] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
 

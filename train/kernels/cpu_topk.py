@@ -8,6 +8,8 @@ with the processor's vector instructions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
@@ -32,6 +34,32 @@ def topk_of_rows(
     bits = pre_acts.view(BITS[pre_acts.dtype])
     values, columns = _largest(bits, k)
     return values.view(pre_acts.dtype), columns
+
+
+def n_parts(dtype: torch.dtype, d_sae: int, k: int) -> int:
+    """Return the number of equal parts in which rows of `d_sae` entries are best made for `topk_of_parts`."""
+    size = _group_size(d_sae, k) if dtype in BITS and k <= _MOST_CANDIDATES // 8 else 1
+    return size if d_sae % size == 0 else 1
+
+
+def topk_of_parts(
+    parts: Sequence[Float[Tensor, "batch width"]], k: int
+) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
+    """Do as `topk_of_rows` on rows that are given as `n_parts` parts, one after the other.
+
+    A group then has an entry of each part, and a part is compared while it is in the cache of the core that made it.
+    """
+    if len(parts) == 1:
+        return topk_of_rows(parts[0], k)
+    bits = [part.view(BITS[part.dtype]) for part in parts]
+    maxima = bits[0].clone()
+    for others in bits[1:]:
+        torch.maximum(maxima, others, out=maxima)
+    _, groups = _largest(maxima, k)
+    width = maxima.shape[1]
+    columns = (groups[:, None, :] + torch.arange(0, width * len(bits), width)[:, None]).flatten(1)
+    values, places = _partition(torch.cat([part.gather(1, groups) for part in bits], 1), k)
+    return values.view(parts[0].dtype), columns.gather(1, places)
 
 
 def _largest(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k"], Int64[Tensor, "batch k"]]:

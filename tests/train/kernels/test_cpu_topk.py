@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from thresher.train.kernels import cpu, cpu_topk, reference
-from thresher.train.kernels.cpu_topk import topk_of_rows
+from thresher.train.kernels.cpu_topk import n_parts, topk_of_parts, topk_of_rows
 
 
 def rows(batch, n, dtype, positive):
@@ -31,6 +31,36 @@ def test_values_are_a_sorts_and_columns_are_theirs(n, k, dtype, positive):
     assert np.array_equal(np.sort(values.double().relu().numpy(), axis=1), np.maximum(expected, 0))
     assert torch.equal(pre_acts.gather(1, columns), values)
     assert all(len(set(row)) == k for row in columns.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "k", "parts"), [(388, 32, 4), (3072, 32, 8), (12288, 64, 8), (9000, 500, 4)])
+@pytest.mark.parametrize("positive", [0.5, 0.001])
+def test_rows_in_parts_have_a_sorts_values_too(n, k, parts, dtype, positive):
+    assert n_parts(dtype, n, k) == parts
+    pre_acts = rows(3, n, dtype, positive)
+    pre_acts[1] = pre_acts[1, 0].abs()  # all tie
+    values, columns = topk_of_parts(pre_acts.chunk(parts, dim=1), k)
+    expected = np.sort(pre_acts.double().numpy(), axis=1)[:, n - k :]
+    assert np.array_equal(np.sort(values.double().relu().numpy(), axis=1), np.maximum(expected, 0))
+    assert torch.equal(pre_acts.gather(1, columns), values)
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+
+def test_rows_that_do_not_divide_or_are_short_are_not_parted():
+    sizes = [(torch.bfloat16, 3071), (torch.bfloat16, 300), (torch.float64, 3072)]
+    assert [n_parts(dtype, n, 32) for dtype, n in sizes] == [1, 1, 1]
+
+
+def test_weights_laid_out_for_the_product_choose_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, W, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((1100, 40), (1600, 40), (1600,)))
+    plain = cpu.select_topk(x, W, bias, 12)
+    monkeypatch.setattr(cpu, "_WORTH_PACKING", 0)
+    packed = cpu._packed(W.chunk(8), 512)
+    assert all(part.is_mkldnn for part in packed) or not cpu._multiplies_bfloat16()
+    for found, expected in zip(cpu.select_topk(x, W, bias, 12), plain, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_rows_are_grouped_where_that_pays():
