@@ -39,7 +39,7 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1)], Meta(description="Held-out tokens to run the model on, at most, spread evenly.")
     ] = 65536
     batch_size: Annotated[int, Meta(ge=1, description="Contexts per forward pass of the model.")] = 8
-    block_rows: Annotated[int, Meta(ge=1, description="Rows read from the store and encoded at a time.")] = 8192
+    block_rows: Annotated[int, Meta(ge=1, description="Rows read from the store at a time, in whole contexts.")] = 8192
     dictionary: Annotated[
         bool, Meta(description="Measure decoder directions: neighbours within each SAE, matches between SAEs.")
     ] = True
@@ -48,7 +48,8 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         int, Meta(ge=0, description="Next-token tasks for k-sparse probing, on at most `model_rows` rows; 0 for none.")
     ] = 0
     feature_rows: Annotated[
-        int, Meta(ge=0, description="Rows of the whole store that the feature index is built from; 0 for no index.")
+        int,
+        Meta(ge=0, description="Rows of the whole store that the feature index is built from; 0 for no index."),
     ] = 1_000_000
     export: Annotated[
         list[Literal["neuronpedia"]],
@@ -57,4 +58,4 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     bootstrap_samples: Annotated[
         int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
     ] = 1000
-    seed: Annotated[int, Meta(ge=0, description="Seed of the resampling.")] = 0
+    seed: Annotated[int, Meta(ge=0, description="Seed of the resampling and of the rows that probes draw.")] = 0

@@ -64,27 +64,19 @@ class HeldOut:
             yield Block(part.stop - part.start, activations, group)
 
     def token_batches(self, batch_size: int) -> Iterator[tuple[Int64[Tensor, "batch context"], slice]]:
-        """Read the tokens of `batch_size` contexts at a time, and say which contexts of `contexts` they are."""
+        """Read the tokens, which the store must hold, of `batch_size` contexts at a time, and say of which contexts."""
         size = self.store.context_size
         for first in range(0, len(self.contexts), batch_size):
             part = slice(first, min(first + batch_size, len(self.contexts)))
-            tokens = [
-                _tokens(self.store, start * size, stop * size) for start, stop in context_spans(self.contexts[part])
-            ]
-            yield torch.cat(tokens).to(torch.int64).reshape(-1, size), part
+            spans = context_spans(self.contexts[part])
+            tokens = [self.store.tokens(start * size, stop * size) for start, stop in spans]
+            yield torch.cat([rows for rows in tokens if rows is not None]).to(torch.int64).reshape(-1, size), part
 
     def subset(self, max_rows: int | None) -> HeldOut:
         """Return at most `max_rows` rows' worth of the contexts, spread evenly; documents keep their groups."""
         chosen = spread(len(self.contexts), max_rows, self.store.context_size)
         n_documents = self.n_documents
         return HeldOut(self.store, self.contexts[chosen], self.usable[chosen], self.group[chosen], n_documents)
-
-
-def _tokens(store: ActivationStore, start: int, stop: int) -> Tensor:
-    tokens = store.tokens(start, stop)
-    if tokens is None:
-        raise StoreError(f"store '{store.path}' holds no tokens, which the model needs; set model = false")
-    return tokens
 
 
 def spread(n_contexts: int, max_rows: int | None, context_size: int) -> Int64[np.ndarray, " chosen"]:

@@ -24,6 +24,7 @@ from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
 from .probing import sparse_probing
 from .provenance import footer, provenance, report_title
+from .refusals import refuse
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
 from .spliced import accumulate_losses, splice_metrics
@@ -35,6 +36,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Evaluate every SAE on the store's held-out contexts; write and return the metrics.
 
     Raises:
+        ConfigError: the settings contradict each other.
         MissingFileError: the store or an SAE is not there.
         StoreError: the store is damaged or holds nothing out.
         HookPointError, SaeError: an SAE does not fit the store.
@@ -42,6 +44,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     device = choose_device(config.device)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
+    refuse(config, store)
     saes = load_saes(sae_folders(config.saes), store, device)
     rows = held_out(store, config.max_rows)
     model = model_name(config, store)
@@ -85,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     report = write_report(output / "report.html", metrics, curves, features, title=title, provenance=facts)
     tqdm.write(metrics_table(metrics))
     tqdm.write(f"\n{footer(rows, model, losses)}\nreport  {report}")
-    if "neuronpedia" in config.export and features:
+    if config.export and features:
         dataset = str(store.metadata.get("dataset") or "")
         export_indexes(features, output / "neuronpedia", model, dataset)
         tqdm.write(f"export  {output / 'neuronpedia'}")

@@ -168,6 +168,11 @@ def test_refusals_are_one_line(tiny, sweep, make_sae, tmp_path, capsys):
     assert "16" in width
     assert "expected device" in evaluate_with(sweep, tiny.store, "--device", "gpu")
     assert "no model" in evaluate_with(sweep, tiny.store, "--model", tmp_path / "empty").lower()
+    export = evaluate_with(sweep, tiny.store, "--export", "neuronpedia", "--feature_rows", 0)
+    assert "feature_rows is 0" in export
+    (tmp_path / "file").touch()
+    blocked = refusal(capsys, "--store", tiny.store, "--saes", sweep, "--output", tmp_path / "file" / "out")
+    assert "is a file" in blocked
     assert "did you mean 'saes'" in refusal(capsys, "--store", tiny.store, "--sae", sweep, "--output", tmp_path)
     assert not (tmp_path / "out" / "metrics.json").exists()
 
@@ -180,6 +185,19 @@ def test_nothing_to_evaluate_on(sweep, tmp_path, capsys, masked):
         writer.append(batch, tokens=np.full((2, 4), 3), held_out=np.array([False, masked]))
     error = refusal(capsys, "--store", tmp_path / "store", "--saes", sweep, "--output", tmp_path / "out")
     assert "every one is masked" in error if masked else "no held-out rows" in error
+
+
+def test_a_store_without_tokens_is_judged_without_what_needs_them(sweep, tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(4, 4, 16)).astype(np.float32)
+    with ActivationStoreWriter(tmp_path / "store", dict.fromkeys(HOOKS, 16), 4, dtype="float32") as writer:
+        writer.append(dict.fromkeys(HOOKS, rows), held_out=np.array([False, True, True, True]))
+    arguments = ["--store", tmp_path / "store", "--saes", sweep, "--output", tmp_path / "out"]
+    assert "which export needs" in refusal(capsys, *arguments, "--export", "neuronpedia")
+    assert "which probe_tasks needs" in refusal(capsys, *arguments, "--probe_tasks", 2)
+    assert "set model = false" in refusal(capsys, *arguments, "--model", "gpt2")
+    assert main([str(argument) for argument in arguments]) == 0
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {row["n_rows"] for row in rows} == {12}
 
 
 @pytest.mark.gpu
