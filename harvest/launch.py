@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..shared.store.format import STAGED_FOLDER
-from ..shared.store.location import StoreUrl
+from ..shared.store.location import StoreUrl, staging_folder
 
 
 def n_ranks() -> int:
@@ -19,6 +19,7 @@ def quiet_network() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when PyTorch is loaded
 
 
-def needs_ranks(store: Path | StoreUrl) -> bool:
-    """Tell whether several processes harvest, or shards that such processes finished wait in the store."""
-    return n_ranks() > 1 or (isinstance(store, Path) and (store / STAGED_FOLDER).is_dir())
+def needs_ranks(store: Path | StoreUrl, cache: str | None) -> bool:
+    """Tell whether several processes harvest, or shards that such processes finished wait to be part of the store."""
+    folder = store if isinstance(store, Path) else staging_folder(store, cache)
+    return n_ranks() > 1 or (folder / STAGED_FOLDER).is_dir()

@@ -41,7 +41,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     gone on with, and ends with the same bytes as if it had not been.
     """
     store = locate(config.store)
-    if needs_ranks(store):
+    if needs_ranks(store, config.cache):
         quiet_network()
         from .together import harvest_together
 

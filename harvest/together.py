@@ -22,7 +22,8 @@ from ..shared.config import to_toml
 from ..shared.errors import DataError, StoreError
 from ..shared.interrupt import Interrupt
 from ..shared.store.checksum import crc32c
-from ..shared.store.rank_writer import RankWriter, shared_folder
+from ..shared.store.location import StoreUrl, locate
+from ..shared.store.rank_writer import RankWriter
 from .config import HarvestConfig
 from .forward import MAX_WORKERS
 from .identity import identity, is_complete
@@ -39,9 +40,9 @@ POLL_SECONDS = 0.1
 MAX_THREADS = 8
 
 
-def harvest_together(config: HarvestConfig) -> Path:
-    """Write the store as one of the ranks that the launcher started, and return its path."""
-    store = shared_folder(config.store)
+def harvest_together(config: HarvestConfig) -> Path | StoreUrl:
+    """Write the store as one of the ranks that the launcher started, and return its path or URL."""
+    store = locate(config.store)
     with join_ranks() as ranks:
         wanted = identity(config)
         ranks.agree(wanted | {"store": str(store)})

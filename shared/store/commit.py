@@ -34,6 +34,7 @@ from .format import (
     shard_keys,
     statistics_key,
 )
+from .location import StoreUrl
 from .manifest import Completion, FileRecord, Manifest, ShardRecord, encode_line, read_manifest
 from .provenance import encode_segments, join_segments
 from .sink import WrittenShard
@@ -249,7 +250,7 @@ def _record(content: bytes) -> FileRecord:
     return FileRecord(len(content), crc32c(content))
 
 
-def check_same(manifest: Manifest, proposed: Header, path: Path, resume: bool, free: set[str]) -> None:
+def check_same(manifest: Manifest, proposed: Header, path: Path | StoreUrl, resume: bool, free: set[str]) -> None:
     """Raise `StoreError` unless a store of the same settings, but for those left `free`, may be gone on with."""
     if not resume:
         raise StoreError(f"'{path}' already holds a store; remove it, name another path, or resume it")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, StoreBusyError, StoreError
+from .location import StoreUrl
 
 observer: Callable[[str], None] | None = None
 flush = os.fsync
@@ -98,7 +99,7 @@ def temporary_name(key: str) -> str:
     return key.replace("/", "~")
 
 
-def lock(file: IO[bytes], store: Path, shared: bool = False) -> None:
+def lock(file: IO[bytes], store: Path | StoreUrl, shared: bool = False) -> None:
     """Lock the manifest for this process, or share it with its group, until the file is closed.
 
     Raises `StoreBusyError` if another process has it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from ..errors import ConfigError
 
 SCHEMES = ("s3", "gs", "az")
 CACHE_BYTES = 64 << 30
+WRITING = "writing"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
 _SIZE = re.compile(r"(\d+)\s*(|[KMGT]i?B?)", re.IGNORECASE)
 
@@ -57,6 +59,17 @@ def cache_folder(folder: str | Path | None = None) -> Path:
     if chosen:
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thresher"
+
+
+def staging_folder(url: StoreUrl, cache: str | Path | None = None) -> Path:
+    """Return the folder in which shards of a remote store are made, below the one for copies."""
+    return cache_folder(cache) / WRITING / owner_of(url)
+
+
+def owner_of(url: StoreUrl) -> str:
+    """Return a short name for a store among others: of its URL, and the server that S3's environment names."""
+    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return hashlib.blake2b(f"{server} {url}".encode(), digest_size=8).hexdigest()
 
 
 def cache_limit(n_bytes: int | None = None) -> int:

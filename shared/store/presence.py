@@ -10,6 +10,8 @@ from typing import IO
 from ..errors import RankError
 from .durable import close, make_folder
 
+SHARED_FOLDER = "put it on a file system that all machines share: so name the store, or the cache of one that has a URL"
+
 
 class Presence:
     """This process's own lock, and the files of those it watches."""
@@ -29,7 +31,7 @@ class Presence:
             except FileNotFoundError:
                 raise RankError(
                     f"rank {rank} does not write to the same folder as this rank, '{self._folder.parent}'; "
-                    "name a store on a file system that all machines share"
+                    f"{SHARED_FOLDER}"
                 ) from None
 
     def gone(self) -> list[int]:

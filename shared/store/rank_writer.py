@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from ..errors import ConfigError, RankError
+from ..errors import RankError
 from .commit import StoreFolder, check_same, finish_shard
 from .durable import close, disk_errors, lock, remove_tree
 from .format import MANIFEST, PARTIAL_FOLDER, Header
-from .location import locate
+from .location import StoreUrl, locate, staging_folder
 from .manifest import read_manifest
-from .presence import Presence
+from .presence import SHARED_FOLDER, Presence
 from .share import Share
 from .sink import ShardSink, WrittenShard
 from .staging import stage_shard
 from .writer import ActivationStoreWriter
 
 T = TypeVar("T")
+SHARDS_AHEAD = 2
+"""Shards for each rank that may wait behind those that rank 0 has adopted, where it uploads them."""
+POLL_SECONDS = 0.1
 
 
 class Group(Protocol):
@@ -33,24 +37,36 @@ class Group(Protocol):
         """Return on every rank what the action, run by rank 0 alone, returns; on its failure every rank raises."""
         ...
 
+    def check(self) -> None:
+        """Raise `RankError` if another rank failed or is gone."""
+        ...
+
 
 class RankWriter(ActivationStoreWriter):
     """Append the contexts of this rank's share, in order; what all ranks write becomes one store.
 
     Each finished shard is staged, safe on disk, and rank 0 makes staged shards part of the store in their order. The
-    store's lock is shared by the group and held until `release`, so that no other writer comes in between.
+    store's lock is shared by the group and held until `release`, so that no other writer comes in between. A store in
+    an object store is so written in its staging folder, which all ranks share, and rank 0 uploads it.
 
     Every rank calls the constructor, then `watch` after a barrier, appends what `share.parts` names, closes the writer,
     and rank 0 at last calls `adopt` until all is there and `complete`.
     """
 
     def __init__(
-        self, path: str | Path, hook_points: Mapping[str, int], context_size: int, *, group: Group, **settings: Any
+        self,
+        path: str | Path | StoreUrl,
+        hook_points: Mapping[str, int],
+        context_size: int,
+        *,
+        group: Group,
+        **settings: Any,
     ) -> None:
         self._group = group
-        self._place = shared_folder(path)
+        place = locate(path)
+        self._place = place if isinstance(place, Path) else staging_folder(place, settings.get("cache"))
         self._store: StoreFolder | None = None
-        self._manifest_file: IO[bytes] | None = None
+        self._locked: list[IO[bytes]] = []
         self.presence: Presence | None = None
         try:
             super().__init__(path, hook_points, context_size, **settings)
@@ -68,7 +84,7 @@ class RankWriter(ActivationStoreWriter):
             self.presence = Presence(self._place / PARTIAL_FOLDER, self._group.rank)
         header = self._read_header()
         self._share = Share(header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.world)
-        return _RankFolder(self._place, header, self._group.rank, n_committed, self._store)
+        return _RankFolder(self._place, header, self._group, n_committed, self._store, isinstance(self.path, Path))
 
     @property
     def share(self) -> Share:
@@ -77,25 +93,34 @@ class RankWriter(ActivationStoreWriter):
 
     def _begin(self, proposed: Header, resume: bool, any_level: bool) -> tuple[int, dict[int, int]]:
         """Open the store, as rank 0; return the committed contexts and those of each staged shard."""
-        store = self._store = StoreFolder.open(self._place, proposed, resume, any_level, keep_staged=True)
+        if isinstance(self.path, Path):
+            store = StoreFolder.open(self.path, proposed, resume, any_level, keep_staged=True)
+        else:
+            from .remote_commit import open_remote
+
+            store = open_remote(self.path, proposed, resume, any_level, self._cache, keep_staged=True)
+        self._store = store
         if store.header is None:
             store.start(proposed)
         store.admit_ranks()
         return store.n_contexts, {number: shard.record.contexts for number, shard in store.staged.items()}
 
     def _join(self, proposed: Header, any_level: bool) -> None:
-        """Share the lock that rank 0 has, and check that this rank would write the same store."""
+        """Share the locks that rank 0 has, and check that this rank would write the same store."""
         try:
-            self._manifest_file = (self._place / MANIFEST).open("rb")
+            self._locked.append((self._place / MANIFEST).open("rb"))
         except FileNotFoundError:
             raise RankError(
-                f"rank {self._group.rank} does not see the store '{self._place}' that rank 0 has begun; "
-                "name a store on a file system that all machines share"
+                f"rank {self._group.rank} does not see the store '{self._place}' that rank 0 has begun; {SHARED_FOLDER}"
             ) from None
-        lock(self._manifest_file, self._place, shared=True)
+        lock(self._locked[0], self.path, shared=True)
+        if isinstance(self.path, StoreUrl):
+            from .remote_commit import lock_staging
+
+            self._locked.append(lock_staging(self.path, self._place, shared=True))
         manifest = read_manifest(self._place)
         assert manifest is not None
-        check_same(manifest, proposed, self._place, True, {"codec_level"} if any_level else set())
+        check_same(manifest, proposed, self.path, True, {"codec_level"} if any_level else set())
 
     def _read_header(self) -> Header:
         manifest = read_manifest(self._place)
@@ -132,33 +157,30 @@ class RankWriter(ActivationStoreWriter):
         """Let go of the store's lock, and show this rank as ended."""
         if self.presence is not None:
             self.presence.close()
-        if self._manifest_file is not None:
-            close(self._manifest_file)
+        for file in self._locked:
+            close(file)
         if self._store is not None:
             self._store.close()
 
 
-def shared_folder(path: str | Path) -> Path:
-    """Return the folder that a store is in; raise `ConfigError` where several ranks cannot write."""
-    place = locate(path)
-    if not isinstance(place, Path):
-        raise ConfigError(
-            f"several ranks cannot write to '{place}'; harvest into a folder that they share and copy it there, "
-            "or harvest with one process"
-        )
-    return place
-
-
 class _RankFolder:
-    """What the writer commits to: shards go to the staging folder, and rank 0 adopts what can follow."""
+    """What the writer commits to: shards go to the staging folder, and rank 0 adopts what can follow.
 
-    def __init__(self, path: Path, header: Header, rank: int, n_committed: int, store: StoreFolder | None) -> None:
-        self.partial = path / PARTIAL_FOLDER / f"rank-{rank}"
+    Unless `path` is the store's own folder, a shard far beyond those that are adopted holds its rank up: rank 0 adopts
+    no faster than it uploads, and what waits takes room on the disk. The rank that makes the next shard never waits.
+    """
+
+    def __init__(
+        self, path: Path, header: Header, group: Group, n_committed: int, store: StoreFolder | None, is_own: bool
+    ) -> None:
+        self.partial = path / PARTIAL_FOLDER / f"rank-{group.rank}"
         self.header = header
         self.n_contexts = n_committed
         self.may_append = True
         self._path = path
+        self._group = group
         self._store = store
+        self._is_own = is_own
 
     def start(self, header: Header) -> Header:
         return header  # rank 0 has begun the store
@@ -166,8 +188,16 @@ class _RankFolder:
     def commit(self, shard: WrittenShard) -> None:
         written, record = finish_shard(self.header, shard, self.partial)
         stage_shard(self._path, self.header, written, record, self.partial)
-        if self._store is not None:
-            self._store.adopt()
+        while True:
+            if self._store is not None:
+                self._store.adopt()
+            if self._is_own or record.shard < self._n_adopted() + SHARDS_AHEAD * self._group.world:
+                return
+            self._group.check()
+            time.sleep(POLL_SECONDS)
+
+    def _n_adopted(self) -> int:
+        return (self._path / MANIFEST).read_bytes().count(b"\n") - 1  # the first line is the header
 
     def complete(self) -> None:
         """Do nothing: that is for rank 0, when every rank is done."""

@@ -1,33 +1,31 @@
 """Write a store to an object store: shards are made safe in a local staging folder, then uploaded in order.
 
 The staging folder is an ordinary store, less the shards that were uploaded. Of a shard the files go first, and then
-the manifest that names them, put on the condition that nobody changed it since.
+the manifest that names them, put on the condition that nobody changed it since. Ranks that write together share the
+folder: rank 0 adopts in it what they stage, as in any store, and uploads what it adopted.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import IO, Any
 
 from ..errors import MissingFileError, StoreBusyError, StoreError
 from .commit import StoreFolder
-from .durable import make_folder, remove_tree
+from .durable import close, lock, make_folder, remove_tree
 from .format import MANIFEST, STATISTICS, Header, statistics_key
-from .location import StoreUrl, cache_folder
+from .location import StoreUrl, staging_folder
 from .manifest import Manifest, ShardRecord, manifest_of, parse_manifest
 from .remote import ChangedObjectError, RemoteStore
-from .remote_files import owner_of, read_object
+from .remote_files import read_object
 from .remote_lease import LEASE, Lease
 from .zarr_metadata import metadata_files
 
 SHARDS_WAITING = 2
 """Shards that may wait to be uploaded; then the writer waits."""
-WRITING = "writing"
 
 
 class RemoteStoreFolder(StoreFolder):
@@ -35,10 +33,10 @@ class RemoteStoreFolder(StoreFolder):
 
     _remote: RemoteStore | None = None
 
-    def connect(self, remote: RemoteStore, lease: Lease, lock: int, uploaded: bytes, version: Any) -> None:
+    def connect(self, remote: RemoteStore, lease: Lease, held: IO[bytes], uploaded: bytes, version: Any) -> None:
         """Begin to upload: first what an earlier writer had left to upload, `uploaded` being the remote manifest."""
         self._lease = lease
-        self._lock = lock
+        self._held = held
         self._version = version
         self._content = (self.path / MANIFEST).read_bytes()
         self._uploads = Uploads()
@@ -61,6 +59,12 @@ class RemoteStoreFolder(StoreFolder):
         self._put_manifest(self._content)
         self._put_metadata()
         return header
+
+    def admit_ranks(self) -> None:
+        """Share the locks with the processes of one group; the lease stays this process's."""
+        assert self._remote is not None
+        super().admit_ranks()
+        lock(self._held, self._remote.url, shared=True)
 
     def _append(self, line: bytes) -> None:
         super()._append(line)
@@ -131,7 +135,7 @@ class RemoteStoreFolder(StoreFolder):
         if self._is_complete:
             remove_tree(self.path)
         self._lease.release()
-        os.close(self._lock)
+        close(self._held)
 
 
 class Uploads:
@@ -179,36 +183,51 @@ class Uploads:
 
 
 def open_remote(
-    url: StoreUrl, proposed: Header, resume: bool, any_level: bool, cache: str | Path | None
+    url: StoreUrl,
+    proposed: Header,
+    resume: bool,
+    any_level: bool,
+    cache: str | Path | None,
+    keep_staged: bool = False,
 ) -> RemoteStoreFolder:
-    """Open a remote store for writing: its staging folder locked, its lease taken, both brought in line."""
+    """Open a remote store for writing: its staging folder locked, its lease taken, both brought in line.
+
+    Finished shards of ranks that wait behind a gap are kept if asked for, as by `StoreFolder.open`.
+    """
     remote = RemoteStore(url)
-    staging = cache_folder(cache) / WRITING / owner_of(url)
-    make_folder(staging.parent)
-    lock = os.open(staging.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    staging = staging_folder(url, cache)
+    held = lock_staging(url, staging)
     lease = None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreBusyError(f"another process is writing to the store '{url}'; wait until it ends") from None
         remote_manifest(remote)  # before a lease is put where no store may be
         lease = Lease(remote, staging)
         lease.acquire()
         uploaded, version = remote_manifest(remote)
         bring_in_line(staging, uploaded)
         try:
-            folder = RemoteStoreFolder.open(staging, proposed, resume, any_level)
+            folder = RemoteStoreFolder.open(staging, proposed, resume, any_level, keep_staged)
         except StoreError as error:
             raise type(error)(str(error).replace(str(staging), str(url))) from None
         assert isinstance(folder, RemoteStoreFolder)
-        folder.connect(remote, lease, lock, uploaded, version)
+        folder.connect(remote, lease, held, uploaded, version)
     except BaseException:
         if lease is not None:
             lease.release()
-        os.close(lock)
+        close(held)
         raise
     return folder
+
+
+def lock_staging(url: StoreUrl, staging: Path, shared: bool = False) -> IO[bytes]:
+    """Lock a staging folder, by a file beside it, until that is closed; raise `StoreBusyError` if another has it."""
+    make_folder(staging.parent)
+    file = staging.with_suffix(".lock").open("ab")
+    try:
+        lock(file, url, shared)
+    except BaseException:
+        close(file)
+        raise
+    return file
 
 
 def remote_manifest(remote: RemoteStore) -> tuple[bytes, Any]:

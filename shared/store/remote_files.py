@@ -6,7 +6,6 @@ Of others only the chunks that are asked for are fetched: shuffling takes a few 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ import numpy as np
 from ..errors import MissingFileError, StoreError
 from .files import read_named
 from .format import MANIFEST, ArrayLayout, Header, arrays_of
-from .location import StoreUrl
+from .location import StoreUrl, owner_of
 from .manifest import FileRecord, Manifest, ShardRecord, manifest_of
 from .mapped import MappedShard, Shard, ShardCache
 from .remote import RemoteStore
@@ -214,12 +213,6 @@ def read_object(remote: RemoteStore, key: str, files: Mapping[str, FileRecord]) 
         return read_named(remote.url, key, files, remote.get)
     except MissingFileError as error:
         raise StoreError(f"the store '{remote.url}' is damaged: {error}") from None
-
-
-def owner_of(url: StoreUrl) -> str:
-    """Return a short name for a store among others: of its URL, and the server that S3's environment names."""
-    server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return hashlib.blake2b(f"{server} {url}".encode(), digest_size=8).hexdigest()
 
 
 def stored_bytes(manifest: Manifest) -> int:

@@ -1,6 +1,7 @@
 """Harvest by several ranks, kill some, go on with other numbers of them, and compare: run as a script by test_ranks.py.
 
-One process imports torch once and forks a child for every rank; it prints one JSON line.
+One process imports torch once and forks a child for every rank; it prints one JSON line. Given a URL, the stores are
+below it and only the plain one is in a folder; whoever runs this compares them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from thresher.shared.errors import NonFiniteError
 from thresher.shared.store import durable, rank_writer
 from thresher.shared.store.format import Header
 from thresher.shared.store.manifest import ShardRecord
+from thresher.shared.store.remote import RemoteStore
 from thresher.shared.store.staging import stage_shard
 
 Before = Callable[[int], Mapping[str, object] | None]
@@ -86,9 +88,11 @@ def tree(path: Path) -> dict[str, bytes]:
 class Scene:
     """Harvests of one configuration, each in a folder of its own, held against a plain one."""
 
-    def __init__(self, toml: Path) -> None:
+    def __init__(self, toml: Path, url: str = "") -> None:
         self.folder = toml.parent
+        self.stores: list[str] = []
         self.config = load_config(HarvestConfig, str(toml), [])
+        self.url = ""
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.store = Path()
@@ -96,12 +100,16 @@ class Scene:
         self.begin("plain")
         self.go_on(1)
         self.expected = tree(self.store)
+        self.url = url
 
     def begin(self, name: str) -> None:
         """Let what follows harvest into a new store, at the same relative path: it is written into the store."""
         (self.folder / name).mkdir()
         os.chdir(self.folder / name)
-        self.store = self.folder / name / self.config.store
+        self.store = self.folder / name / "store"
+        if self.url:
+            self.stores.append(f"{self.url}/{name}")
+            self.config = msgspec.structs.replace(self.config, store=self.stores[-1])
 
     def start(self, world: int, before: Before = nothing) -> list[int]:
         """Start so many ranks; return their process ids."""
@@ -129,7 +137,7 @@ class Scene:
 
     def compare(self) -> None:
         """Note a problem unless the store is as a plain harvest leaves it."""
-        if self.store.parent.name != "plain" and (found := tree(self.store)) != self.expected:
+        if not self.url and self.store.parent.name != "plain" and (found := tree(self.store)) != self.expected:
             keys = [key for key in found.keys() | self.expected.keys() if found.get(key) != self.expected.get(key)]
             self.problems.append(f"{self.store.parent.name}: differs in {sorted(keys)[:3]}")
 
@@ -142,6 +150,24 @@ def at_step(step: int, rank: int, signal_number: int, to_all: bool = False) -> B
         if this == rank:
             target = 0 if to_all else os.getpid()
             durable.observer = lambda _: next(steps) == step and os.kill(target, signal_number)
+
+    return before
+
+
+def at_request(request: int, rank: int, to_all: bool = False) -> Before:
+    """Return what kills one rank, or all, just before its given request to the server."""
+
+    def before(this: int) -> None:
+        if this == rank:
+            requests = itertools.count(1)
+            again = RemoteStore._again
+
+            def counted(self: RemoteStore, what: str, attempt: Callable[[], object]) -> object:
+                if next(requests) == request:
+                    os.kill(0 if to_all else os.getpid(), signal.SIGKILL)
+                return again(self, what, attempt)
+
+            RemoteStore._again = counted
 
     return before
 
@@ -259,18 +285,60 @@ def random_kills(scene: Scene, count: int = 20) -> None:
         scene.go_on(rng.choice((1, 2, 3)))
 
 
+def on_a_server(scene: Scene) -> None:
+    """Write objects by 2 and 3 ranks; kill the first before a request and another in its work; go on with others."""
+    for world in (2, 3):
+        scene.begin(f"{world}-ranks")
+        scene.go_on(world)
+    for world, lost, before, then in (
+        (2, 0, at_request(45, 0), 3),  # the first one uploads; 3 shards are there
+        (3, 1, at_step(30, 1, signal.SIGKILL), 1),
+    ):
+        scene.begin(f"{world}-ranks-{lost}-killed")
+        codes = scene.run(world, before)
+        scene.expect(codes, [-signal.SIGKILL if rank == lost else 2 for rank in range(world)])
+        scene.notes.append(scene.stderr.read_text())
+        scene.go_on(then)
+
+
+def random_kills_on_a_server(scene: Scene, count: int = 8) -> None:
+    """Kill a random rank, or all, at a random step or request, twice, and then finish; note who died."""
+    rng = random.Random(8)
+    for number in range(count):
+        scene.begin(f"{number}")
+        for _ in range(2):
+            world = rng.choice((1, 2, 3))
+            lost = rng.choice((0, rng.randrange(world)))
+            to_all = rng.random() < 0.5
+            if lost == 0 and rng.random() < 0.7:
+                what, before = "request", at_request(at := rng.randrange(1, 100), 0, to_all)
+            else:
+                what, before = "step", at_step(at := rng.randrange(1, 150), lost, signal.SIGKILL, to_all)
+            codes = scene.run(world, before)
+            scene.notes.append(f"{lost} of {world} at {what} {at}: {codes}")
+        scene.go_on(rng.choice((1, 2, 3)))
+
+
 QUICK = (numbers_of_ranks, one_killed, one_interrupted, another_harvester, differences)
 
 
-def main(toml: Path, mode: str) -> None:
+MODES = {
+    "quick": QUICK,
+    "random": (random_kills,),
+    "quick-url": (on_a_server,),
+    "random-url": (random_kills_on_a_server,),
+}
+
+
+def main(toml: Path, mode: str, url: str = "") -> None:
     """Play some scenes and print what came of them."""
     durable.flush = lambda handle: None
     torch.set_num_threads(1)
-    scene = Scene(toml)
-    for play in QUICK if mode == "quick" else (random_kills,):
+    scene = Scene(toml, url)
+    for play in MODES[mode]:
         play(scene)
-    print(json.dumps({"problems": scene.problems, "notes": scene.notes}))
+    print(json.dumps({"problems": scene.problems, "notes": scene.notes, "stores": scene.stores}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

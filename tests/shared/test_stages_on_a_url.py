@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,19 @@ from thresher.train import TrainConfig, train
 from thresher.train.config import SaeConfig
 
 HOOK = "blocks.1.resid_post"
+RANKS = """
+model = "{model}"
+dataset = "{text}"
+hook_points = ["blocks.1.resid_post", "blocks.0.mlp_out"]
+store = "store"
+tokens = 661
+context_size = 8
+batch_size = 5
+holdout_fraction = 0.35
+dtype = "float32"
+chunk_bytes = 2048
+shard_bytes = 4096
+"""
 
 
 @pytest.fixture
@@ -34,6 +51,17 @@ def model(tmp_path):
     config = GPT2Config(vocab_size=len(alphabet), bos_token_id=0, eos_token_id=0, **shape)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Return a folder of random text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    words = np.random.default_rng(0).choice(["dust", "grain", "chaff ", "\n"], (40, 30))
+    for i, line in enumerate(words):
+        (folder / f"{i:02}.txt").write_text(" ".join(line))
+    return folder
 
 
 def all_stages(store, model, text, output):
@@ -62,12 +90,7 @@ def all_stages(store, model, text, output):
     )
 
 
-def test_every_stage_reads_and_writes_a_url(s3, objects, model, tmp_path):
-    text = tmp_path / "text"
-    text.mkdir()
-    words = np.random.default_rng(0).choice(["dust", "grain", "chaff ", "\n"], (40, 30))
-    for i, line in enumerate(words):
-        (text / f"{i:02}.txt").write_text(" ".join(line))
+def test_every_stage_reads_and_writes_a_url(s3, objects, model, text, tmp_path):
     url = s3()
     weights, metrics = all_stages(url, model, text, tmp_path / "remote")
     expected_weights, expected = all_stages(str(tmp_path / "store"), model, text, tmp_path / "local")
@@ -78,3 +101,37 @@ def test_every_stage_reads_and_writes_a_url(s3, objects, model, tmp_path):
     assert [row.pop("store") for row in metrics + expected] == [url, str(tmp_path / "store")]
     assert metrics == expected
     assert {"explained_variance", "ce_loss_score"} <= metrics[0].keys()
+
+
+def play(model, text, tmp_path, objects, url, mode):
+    """Let ranks write below a URL, in processes of their own; hold each store to a plain one, and return the notes."""
+    toml = tmp_path / "harvest.toml"
+    toml.write_text(RANKS.format(model=model, text=text))
+    driver = Path(__file__).parents[1] / "harvest" / "ranks_driver.py"
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(driver), str(toml), mode, url]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert result["problems"] == []
+    plain = tmp_path / "plain" / "store"
+    expected = {str(p.relative_to(plain)): p.read_bytes() for p in plain.rglob("*") if p.is_file()}
+    del expected["harvest.toml"]  # it names the store
+    for store in result["stores"]:
+        found = objects.read(store)
+        assert found.pop("harvest.toml")
+        assert found == expected, store
+    assert len({key for key in expected if key.startswith("tokens/c.")}) == 11
+    return result["notes"]
+
+
+def test_ranks_leave_the_objects_of_one_process_on_a_url(s3, objects, model, text, tmp_path):
+    first_killed, other_killed = play(model, text, tmp_path, objects, s3(), "quick-url")
+    assert "error: rank 1 stops: another rank ended or cannot be reached; what was harvested" in first_killed
+    assert "error: rank 1 is gone; what was harvested is kept: start the same command again" in other_killed
+
+
+@pytest.mark.long
+def test_kills_of_ranks_that_write_to_a_url_are_mended_by_any_number_of_them(s3, objects, model, text, tmp_path):
+    notes = play(model, text, tmp_path, objects, s3(), "random-url")
+    assert sum("-9" in note for note in notes) >= 10, notes

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.errors import ConfigError, RankError, StoreBusyError, StoreError
-from thresher.shared.store import durable
+from thresher.shared.errors import RankError, StoreBusyError, StoreError
+from thresher.shared.store import durable, rank_writer
 from thresher.shared.store.commit import StoreFolder
+from thresher.shared.store.location import locate, staging_folder
 from thresher.shared.store.rank_writer import RankWriter
 
 N, CONTEXT, HOOK_POINTS = 23, 4, {"a": 6, "b": 3}
@@ -34,6 +35,9 @@ class Place:
             self._told.append(action())
         return self._told[-1]
 
+    def check(self) -> None:
+        raise RankError("nobody adopts")
+
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
@@ -53,12 +57,12 @@ def give(writer: ActivationStoreWriter, start: int, stop: int) -> None:
     writer.append(rows, tokens, held_out=np.arange(start, stop) % 3 == 0, documents=tokens // 7, positions=tokens % 7)
 
 
-def write_plain(path: Path) -> None:
-    with ActivationStoreWriter(path, HOOK_POINTS, CONTEXT, **SETTINGS) as writer:
+def write_plain(path: Path | str, **more: object) -> None:
+    with ActivationStoreWriter(path, HOOK_POINTS, CONTEXT, **SETTINGS, **more) as writer:
         give(writer, writer.n_committed_contexts, N)
 
 
-def open_ranks(path: Path, world: int) -> list[RankWriter]:
+def open_ranks(path: Path | str, world: int) -> list[RankWriter]:
     told: list[object] = []
     writers = [RankWriter(path, HOOK_POINTS, CONTEXT, group=Place(r, world, told), **SETTINGS) for r in range(world)]
     for writer in writers:
@@ -89,7 +93,7 @@ def write_all(writers: list[RankWriter]) -> None:
     release(writers)
 
 
-def stage_all_but(path: Path, ranks: tuple[int, ...], world: int) -> None:
+def stage_all_but(path: Path | str, ranks: tuple[int, ...], world: int) -> None:
     """Let the other ranks write their shares, and all end before the rest is there."""
     writers = open_ranks(path, world)
     for writer in writers:
@@ -275,5 +279,79 @@ def test_ranks_that_do_not_write_the_same_store_are_refused(tmp_path):
     with pytest.raises(RankError, match="rank 1 does not write to the same folder"):
         first.watch()
     release([first])
-    with pytest.raises(ConfigError, match="several ranks cannot write to 's3://bucket/store'"):
-        RankWriter("s3://bucket/store", HOOK_POINTS, CONTEXT, group=Place(0, 1, told), **SETTINGS)
+
+
+def files(tree: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in tree.items() if content}
+
+
+@pytest.mark.parametrize(("world", "lost", "then"), [(2, (), 0), (3, (), 0), (3, (1,), 2), (2, (0,), 1), (2, (1,), 3)])
+def test_ranks_leave_the_objects_of_one_writer(s3, objects, tmp_path, expected, monkeypatch, world, lost, then):
+    monkeypatch.setattr(rank_writer, "SHARDS_AHEAD", N)  # each rank writes its share before the next one begins
+    url = s3()
+    if lost:
+        stage_all_but(url, lost, world)
+        store = ActivationStore.open(url)
+        assert (store.n_contexts, store.verify()) == (0 if 0 in lost else 3, [])
+    left = [shard for shard in range(8) if not lost or shard % world in lost]
+    writers = open_ranks(url, then or world)
+    assert sum(len(part) for w in writers for part in w.share.parts(0, N)) == sum(min(3, N - 3 * s) for s in left)
+    write_all(writers[::-1])
+    assert objects.read(url) == files(expected), "and no lease is left"
+    assert [path.suffix for path in (tmp_path / "cache" / "writing").iterdir()] == [".lock"]
+
+
+def test_while_one_rank_lives_every_other_writer_of_its_objects_is_refused(s3, objects, tmp_path, expected):
+    url = s3()
+    writers = open_ranks(url, 2)
+    with pytest.raises(StoreBusyError, match=f"another process is writing to the store '{url}'; wait"):
+        write_plain(url)
+    with pytest.raises(StoreBusyError, match=r"another process is writing .* start again in 1[12]\d seconds"):
+        write_plain(url, cache=tmp_path / "elsewhere")
+    release(writers[:1])
+    write_plain(url, cache=tmp_path / "elsewhere")
+    assert objects.read(url) == files(expected), "rank 1 has nothing to do with what is uploaded"
+    with pytest.raises(StoreBusyError, match=f"another process is writing to the store '{url}'; wait"):
+        write_plain(url)
+    assert (staging_folder(locate(url)) / ".partial" / "rank-1.alive").exists(), "the folder is rank 1's while it lives"
+    release(writers[1:])
+    ActivationStoreWriter(url, HOOK_POINTS, CONTEXT, **SETTINGS).close()
+    assert not staging_folder(locate(url)).exists()
+
+
+def test_a_rank_far_ahead_of_what_is_uploaded_waits_unless_the_others_end(s3, tmp_path):
+    writers = open_ranks(url := s3(), 2)
+    with pytest.raises(RankError, match="nobody adopts"):
+        write_share(writers[1])
+    assert staged(staging_folder(locate(url))) == [1, 3, 5], "2 for each rank, and one that waits"
+    release(writers)
+    writers = open_ranks(tmp_path / "store", 2)
+    write_share(writers[1])
+    assert staged(tmp_path / "store") == [1, 3, 5, 7], "in a folder they would only lie elsewhere"
+    release(writers)
+
+
+def test_a_rank_that_waits_goes_on_when_the_first_has_adopted(s3, objects, expected, monkeypatch):
+    monkeypatch.setattr(rank_writer, "SHARDS_AHEAD", 1)
+    monkeypatch.setattr(rank_writer, "POLL_SECONDS", 0.001)
+    url = s3()
+    first, second = open_ranks(url, 2)
+    parts = iter(first.share.parts(0, N))
+    checks = []
+
+    def check(self: Place) -> None:
+        """Let the first rank make its next shard when the second one is held up."""
+        if self.rank == 1 and (part := next(parts, None)) is not None:
+            checks.append(part)
+            give(first, part.start, part.stop)
+
+    monkeypatch.setattr(Place, "check", check)
+    write_share(second)
+    assert len(checks) >= 3
+    for part in parts:
+        give(first, part.start, part.stop)
+    first.close()
+    assert first.adopt() == N
+    first.complete()
+    release([first, second])
+    assert objects.read(url) == files(expected)
