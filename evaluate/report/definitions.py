@@ -121,6 +121,7 @@ ACROSS = (
     ),
 )
 """The columns of the table of crosscoders at each of their hook points."""
+PROVENANCE_LABELS = {"n_rows": "Tokens", "n_contexts": "Contexts", "n_documents": "Documents"}
 MISSING = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}
 FIRST = ("name", "l0", "explained_variance", "ce_loss_score", "kl_div_score", "dead_fraction")

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..features.files import FeatureIndex
-from .definitions import ACROSS, Metric, columns, format_value
+from .definitions import ACROSS, PROVENANCE_LABELS, Metric, columns, format_value
 from .feature_blocks import pack_features
 from .labels import point_labels
 
@@ -61,6 +61,7 @@ def write_report(
             provenance={key: value for key, value in (provenance or {}).items() if value is not None},
             across=[(str(row["name"]), part) for row in rows for part in row.get("per_hook") or ()],
             across_columns=ACROSS,
+            provenance_labels=PROVENANCE_LABELS,
             format_value=format_value,
             interval=_interval,
             sort_key=_sort_key,

@@ -178,6 +178,7 @@ def test_a_crosscoder_has_a_line_for_each_of_its_hook_points(tmp_path):
     assert [line[1] for line in cells] == ["blocks.1.resid_post", "blocks.2.resid_post"]
     assert set(cells[0][5:]) == {MISSING}
     assert 'id="across"' not in write_report(tmp_path / "b.html", [sae_row()], {}).read_text()
+    assert "ran without the language model" not in write_report(tmp_path / "c.html", [row], {}).read_text()
 
 
 def test_columns_put_unknown_numbers_last():

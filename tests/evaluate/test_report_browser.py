@@ -354,3 +354,12 @@ def test_a_phone_does_not_scroll_sideways(browser, report, fragment):
     browser.open(report, fragment, width=360, height=700)
     browser.wait("document.querySelector('#pareto-variance svg, #latent-heading')")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_latents_histogram_shrinks_with_the_window(browser, report):
+    browser.open(report, "#sae=topk-k4&latent=3", width=800)
+    width = "document.querySelector('#browser-latent .chart svg')?.getAttribute('width')"
+    browser.wait(f"{width} > 500")
+    narrow = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.call("Emulation.setDeviceMetricsOverride", browser._session, **narrow)
+    browser.wait(f"{width} < 420")
