@@ -195,9 +195,9 @@ def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "batch context"]) -> T
 
 def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray, " resamples"]]:
     """Return the losses and scores from sums over tokens, whose first axis counts resamples (or is length one)."""
-    ce = {run: sums[f"ce_{run}"] / sums["n_ce"] for run in ("clean", "zero", "mean", "sae")}
-    kl = {run: sums[f"kl_{run}"] / sums["n_kl"] for run in ("zero", "mean", "sae")}
     with np.errstate(divide="ignore", invalid="ignore"):
+        ce = {run: sums[f"ce_{run}"] / sums["n_ce"] for run in ("clean", "zero", "mean", "sae")}
+        kl = {run: sums[f"kl_{run}"] / sums["n_kl"] for run in ("zero", "mean", "sae")}
         scores = {
             "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
             "kl_div_score": (kl["zero"] - kl["sae"]) / kl["zero"],

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from thresher.evaluate import encoding
 from thresher.evaluate import spliced as module
-from thresher.evaluate.bootstrap import estimate
+from thresher.evaluate.bootstrap import confidence_intervals, estimate
 from thresher.evaluate.held_out import HeldOut
 from thresher.evaluate.sae_folders import EvaluatedSae
 from thresher.evaluate.spliced import CleanRun, accumulate_losses, splice_metrics, token_losses
@@ -173,3 +173,10 @@ def test_reconstructions_are_made_a_few_rows_at_a_time(make_sae, monkeypatch, ar
     torch.testing.assert_close(encoding.reconstruct(sae, x), sae(x))
     assert seen == [4, 4, 3]
     assert encoding.reconstruct(sae, x[:0]).shape == (0, 16)
+
+
+def test_resamples_without_a_next_token_cost_no_warning():
+    runs = {f"{name}_{run}": np.array([3.0, 2.0]) for name in ("ce", "kl", "agree") for run in ("zero", "mean", "sae")}
+    sums = runs | {"ce_clean": np.array([1.0, 0.0]), "n_ce": np.array([2.0, 0.0]), "n_kl": np.array([3.0, 1.0])}
+    low, high = confidence_intervals(splice_metrics, sums, 50, 0)["ce_clean"]  # some draw the second document alone
+    assert low == high == 0.5
