@@ -21,6 +21,7 @@ from .manifest import FileRecord, Manifest, ShardRecord, manifest_of
 from .mapped import MappedShard, Shard, ShardCache
 from .remote import RemoteStore
 from .remote_cache import CacheFolder
+from .remote_lease import LEASE
 from .verify_shard import shard_faults
 
 WHOLE_FRACTION = 4
@@ -201,7 +202,7 @@ def read_remote_manifest(remote: RemoteStore) -> Manifest | None:
     try:
         content = remote.get(MANIFEST)
     except MissingFileError:
-        if remote.is_empty():
+        if remote.is_empty(but=LEASE):  # a writer that has just begun, or was killed then
             raise MissingFileError(f"no activation store at '{url}'; harvest one, or give the URL of one") from None
         raise StoreError(f"'{url}' is not an activation store: it has no {MANIFEST}") from None
     return manifest_of(url, content)

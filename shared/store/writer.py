@@ -80,6 +80,7 @@ class ActivationStoreWriter:
         self._cache = cache
         self._folder = self._open_folder(header, resume, codec_level is None)
         self._header: Header | None = self._folder.header
+        self._beside: dict[str, str] = {}
         self._proposed = header
         self.n_committed_contexts = self._folder.n_contexts
         self._n_contexts = self.n_committed_contexts
@@ -153,7 +154,7 @@ class ActivationStoreWriter:
             self._pipeline.close()
             self._pipeline.check()
             if self._header is None:
-                self._header = self._folder.start(self._proposed)
+                self._begin_store(has_tokens=False)
             self._folder.complete()
         except BaseException:
             self.abandon()
@@ -193,21 +194,31 @@ class ActivationStoreWriter:
         return open_remote(self.path, proposed, resume, any_level, self._cache)
 
     def write_beside(self, name: str, text: str) -> None:
-        """Write a file that is not part of the store into its folder or below its URL."""
+        """Write a file that is not part of the store into its folder or below its URL.
+
+        There it waits until the store is begun: a prefix with other objects and no store is refused to a writer.
+        """
         if isinstance(self.path, Path):
             (self.path / name).write_text(text, encoding="utf-8")
+        elif self._header is None:
+            self._beside[name] = text
         else:
             from .remote import RemoteStore
 
             RemoteStore(self.path).put(name, text.encode())
 
     def _start(self, has_tokens: bool) -> Header:
-        if self._header is None:
-            self._header = self._folder.start(replace(self._proposed, has_tokens=has_tokens))
-        if self._header.has_tokens != has_tokens:
-            expected, got = ("tokens", "none") if self._header.has_tokens else ("no tokens", "tokens")
+        header = self._header or self._begin_store(has_tokens)
+        if header.has_tokens != has_tokens:
+            expected, got = ("tokens", "none") if header.has_tokens else ("no tokens", "tokens")
             raise ConfigError(f"the store '{self.path}' was begun with {expected}; got a batch with {got}")
-        return self._header
+        return header
+
+    def _begin_store(self, has_tokens: bool) -> Header:
+        header = self._header = self._folder.start(replace(self._proposed, has_tokens=has_tokens))
+        for name, text in self._beside.items():
+            self.write_beside(name, text)
+        return header
 
     def _check_room(self, n: int) -> None:
         limit = self._proposed.n_contexts

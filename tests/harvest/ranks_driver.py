@@ -301,19 +301,19 @@ def on_a_server(scene: Scene) -> None:
         scene.go_on(then)
 
 
-def random_kills_on_a_server(scene: Scene, count: int = 8) -> None:
+def random_kills_on_a_server(scene: Scene, count: int = 12) -> None:
     """Kill a random rank, or all, at a random step or request, twice, and then finish; note who died."""
     rng = random.Random(8)
     for number in range(count):
         scene.begin(f"{number}")
         for _ in range(2):
-            world = rng.choice((1, 2, 3))
+            world = rng.choice((1, 2, 2, 3, 3))
             lost = rng.choice((0, rng.randrange(world)))
             to_all = rng.random() < 0.5
             if lost == 0 and rng.random() < 0.7:
-                what, before = "request", at_request(at := rng.randrange(1, 100), 0, to_all)
+                what, before = "request", at_request(at := rng.randrange(1, 75), 0, to_all)
             else:
-                what, before = "step", at_step(at := rng.randrange(1, 150), lost, signal.SIGKILL, to_all)
+                what, before = "step", at_step(at := rng.randrange(1, 120), lost, signal.SIGKILL, to_all)
             codes = scene.run(world, before)
             scene.notes.append(f"{lost} of {world} at {what} {at}: {codes}")
         scene.go_on(rng.choice((1, 2, 3)))

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from thresher.harvest.identity import is_complete
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.errors import StoreBusyError, UnreachableError
+from thresher.shared.errors import MissingFileError, StoreBusyError, UnreachableError
 from thresher.shared.store import remote
 from thresher.shared.store.location import locate
 from thresher.shared.store.remote import RemoteStore
@@ -155,6 +156,22 @@ def test_another_machine_waits_for_the_lease_and_then_goes_on(s3, objects, tmp_p
     objects.write(url, LEASE, json.dumps(lease | {"host": "elsewhere", "expires": 1.0}).encode())
     write(url, cache=tmp_path / "other")
     assert objects.read(url) == tree(tmp_path / "local")
+
+
+def test_a_writer_killed_before_its_first_manifest_leaves_no_store_and_goes_on(s3, objects, tmp_path):
+    url, killed = s3(), s3()
+    settings = {"chunk_bytes": 5000, "shard_bytes": 40_000, "codec": "none"}
+    with ActivationStoreWriter(url, WIDTHS, CONTEXT, **settings) as writer:
+        writer.write_beside("harvest.toml", "seed = 1")
+        (lease,) = objects.read(url).values()
+    assert objects.read(url)["harvest.toml"] == b"seed = 1"
+    objects.write(killed, LEASE, json.dumps(json.loads(lease) | {"expires": 1.0}).encode())
+    assert not is_complete(locate(killed), {}), "as a harvest asks before it begins"
+    with pytest.raises(MissingFileError, match=f"no activation store at '{killed}'"):
+        ActivationStore.open(killed)
+    write(killed)
+    write(tmp_path / "local")
+    assert objects.read(killed) == tree(tmp_path / "local")
 
 
 def test_a_writer_whose_store_was_changed_by_another_stops(s3, objects):
