@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-
 from ..shared.errors import DataError, MissingFileError
 from .config import HarvestConfig
 
@@ -88,9 +86,9 @@ def _files(paths: list[Path], root: Path, seed: int) -> Iterator[Document]:
 def _folder(folder: Path, config: HarvestConfig) -> Iterator[Document]:
     """Read a folder: a dataset saved to disk, data files of one format, or else text files."""
     if (folder / "state.json").is_file():
-        return _rows(datasets.load_from_disk(folder), config)
+        return _rows(_datasets().load_from_disk(folder), config)
     if (folder / "dataset_dict.json").is_file():
-        return _rows(_split(datasets.load_from_disk(folder), config), config)
+        return _rows(_split(_datasets().load_from_disk(folder), config), config)
     hidden = (path for path in folder.rglob("*") if path.is_file())
     paths = sorted(path for path in hidden if not any(p.startswith(".") for p in path.relative_to(folder).parts))
     builders = {BUILDERS[_kind(path)] for path in paths if _kind(path) in BUILDERS}
@@ -103,14 +101,21 @@ def _folder(folder: Path, config: HarvestConfig) -> Iterator[Document]:
     return _files(paths, folder, config.seed)
 
 
+def _datasets() -> Any:
+    """Import `datasets`, a second's work that plain text needs not."""
+    import datasets
+
+    return datasets
+
+
 def _data_files(builder: str, paths: list[Path], config: HarvestConfig) -> Iterator[Document]:
     files = [str(path) for path in paths]
-    return _rows(datasets.load_dataset(builder, data_files=files, split="train", streaming=True), config)
+    return _rows(_datasets().load_dataset(builder, data_files=files, split="train", streaming=True), config)
 
 
 def _hub_dataset(config: HarvestConfig) -> Any:
     try:
-        return datasets.load_dataset(
+        return _datasets().load_dataset(
             config.dataset,
             config.dataset_config,
             split=config.split,

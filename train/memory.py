@@ -11,9 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from .architectures.base import Architecture, Parameters
 
+_ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "rdiv"}
+
 
 class _WithoutValues(TorchFunctionMode):
-    """Random numbers and norms as shapes alone: to prepare them for tensors without memory takes PyTorch a second."""
+    """Shapes alone of what PyTorch, for tensors without memory, would import its compiler for, which takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -21,7 +23,10 @@ class _WithoutValues(TorchFunctionMode):
             func = torch.empty
             kwargs.pop("generator", None)
         if func is Tensor.norm:
-            return args[0].amax(kwargs["dim"], kwargs["keepdim"])
+            first = args[0].narrow(kwargs["dim"], 0, 1)
+            return first if kwargs.get("keepdim") else first.squeeze(kwargs["dim"])
+        if func.__name__.strip("_") in _ARITHMETIC:
+            return torch.broadcast_tensors(*(arg for arg in args if isinstance(arg, Tensor)))[0]
         return func(*args, **kwargs)
 
 

@@ -21,11 +21,9 @@ from .format import STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
 from .location import StoreUrl, locate
 from .manifest import Manifest
 from .moments import Moments
-from .provenance import decode_segments, expand_segments
 from .quantise import dequantise
 from .rows import TORCH_DTYPES, piece_bytes
 from .statistics import Statistics, merge_statistics
-from .verify import find_faults
 
 Verify = Literal["first", "always", "never"]
 
@@ -300,6 +298,8 @@ class ActivationStore:
 
     def documents(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """Return each row's (document, position in it); -1 where it was not given."""
+        from .provenance import expand_segments  # here: it is PyArrow's, which training needs not
+
         self._check_rows(start, stop)
         parts = []
         for shard in range(start // self.shard_rows, -(-stop // self.shard_rows)):
@@ -324,6 +324,8 @@ class ActivationStore:
         raise StoreError(f"the store '{self.path}' has no document {document}")
 
     def _read_segments(self, shard: int) -> Any:
+        from .provenance import decode_segments
+
         key = provenance_key(shard)
         record = self.manifest.shards[shard]
         try:
@@ -339,6 +341,8 @@ class ActivationStore:
 
         `progress` is called with the bytes checked since its last call.
         """
+        from .verify import find_faults
+
         return find_faults(self, progress or (lambda _: None))
 
     def _check_rows(self, start: int, stop: int) -> None:
