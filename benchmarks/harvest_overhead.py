@@ -33,7 +33,9 @@ from pathlib import Path
 import msgspec
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from thresher.evaluate.features.logits import final_norm
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.forward import choose_workers
 from thresher.harvest.identity import identity
@@ -42,23 +44,28 @@ from thresher.harvest.progress import Progress
 from thresher.harvest.run import open_writer, run_model
 from thresher.harvest.tokens import batch_contexts, read_contexts
 from thresher.shared.config import load_config
+from thresher.shared.cores import one_thread_an_operator
 from thresher.shared.hook_points import find_blocks
 from thresher.shared.interrupt import Interrupt
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 
 @contextmanager
-def cut_after(model: nn.Module, layer: int) -> Iterator[None]:
-    """Take the blocks after `layer` out of the model."""
+def cut_after(model: PreTrainedModel, layer: int) -> Iterator[None]:
+    """Take the blocks after `layer` and the norm after them, which a harvest does not reach, out of the model."""
     found = find_blocks(model)
     assert found is not None
     path, blocks = found
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, blocks[: layer + 1])
+    norm = final_norm(model)
+    others = {name: nn.Identity() for name, module in model.named_modules() if module is norm}
+    kept = {name: model.get_submodule(name) for name in (path, *others)}
+    for name, module in ({path: blocks[: layer + 1]} | others).items():
+        model.set_submodule(name, module)
     try:
         yield
     finally:
-        setattr(model.get_submodule(parent), name, blocks)
+        for name, module in kept.items():
+            model.set_submodule(name, module)
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:
@@ -131,9 +138,8 @@ def main() -> None:
 
     sides = ("bare", "bare_side_by_side", "harvest", "text")
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    with tempfile.TemporaryDirectory(
-        dir=arguments.output.parent.resolve() if arguments.output.parent.exists() else None
-    ) as folder:
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # the stores go there: elsewhere may be no disk
+    with tempfile.TemporaryDirectory(dir=arguments.output.parent.resolve()) as folder:
         for number in range(arguments.rounds + 1):
             here = msgspec.structs.replace(config, store=f"{folder}/{number}")
             actions = (bare, bare_side_by_side, lambda here=here: whole(here), text)
@@ -157,7 +163,6 @@ def main() -> None:
             )
     shares = [t[1] / h[1] for t, h in zip(seconds["text"], seconds["harvest"], strict=True)]
     result["text_share"] = round(statistics.median(shares), 4)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
