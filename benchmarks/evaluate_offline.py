@@ -3,7 +3,7 @@
     python benchmarks/evaluate_offline.py
 
 Beside it, in the same run: the same SAEs evaluated one at a time, each reading the store again, and
-the bare encoders' matrix products, the floor. Before any time is printed, one SAE's metrics are
+the bare encoders' matrix products, the floor. Before any time is printed, every SAE's metrics are
 checked against float64 NumPy. CPU seconds tell the cost also on a machine that others use.
 """
 
@@ -77,17 +77,22 @@ def write_saes(root: Path, n: int, d_in: int, d_sae: int) -> None:
 
 
 def check_equal(root: Path, metrics: list[dict[str, Any]]) -> None:
-    """Stop unless the first SAE's metrics are those of float64 NumPy on the rows of the store."""
+    """Stop unless every SAE's metrics are those of float64 NumPy on the rows of the store."""
     store = ActivationStore.open(root / "store")
-    sae = Sae.load(root / "saes" / metrics[0]["name"])
     x = store.read(HOOK, CONTEXT, store.n_rows).float()
-    x_hat = sae.forward(x).double().numpy()
-    wide = x.double().numpy()
-    mse = np.square(wide - x_hat).sum(axis=1).mean()
-    expected = {"n_rows": len(x), "mse": mse, "explained_variance": 1 - mse / wide.var(axis=0).sum()}
-    for name, value in expected.items():
-        if not np.isclose(metrics[0][name], value, rtol=1e-5):
-            sys.exit(f"{name} is {metrics[0][name]}, float64 NumPy says {value}: no speed for a wrong result")
+    variance = x.double().numpy().var(axis=0).sum()
+    for row in metrics:
+        sae = Sae.load(root / "saes" / row["name"])
+        W_dec, b_dec = sae.W_dec.double().numpy(), sae.b_dec.double().numpy()
+        mse = l0 = 0.0
+        for part in x.split(8192):
+            latents = sae.encode(part).double().numpy()
+            mse += np.square(part.double().numpy() - latents @ W_dec - b_dec).sum() / len(x)
+            l0 += (latents > 0).sum() / len(x)
+        expected = {"n_rows": len(x), "mse": mse, "explained_variance": 1 - mse / variance, "l0": l0}
+        for name, value in expected.items():
+            if not np.isclose(row[name], value, rtol=1e-5):
+                sys.exit(f"{row['name']}: {name} is {row[name]}, NumPy says {value}: no speed for a wrong result")
 
 
 def encoder_floor(root: Path, n_saes: int, d_sae: int) -> None:
