@@ -31,13 +31,17 @@ BUDGETS_MIB = (2048, 512)
 WIDE_ROW_BYTES, WIDE_CONTEXT, BATCH = 4096 * 2, 1024, 4096
 
 
-def correlation(rows: torch.Tensor, group: int) -> float:
-    """Return the correlation of two rows of one group of consecutive rows, by analysis of variance."""
+def correlation(rows: torch.Tensor, usable: torch.Tensor, group: int) -> float:
+    """Return the correlation of two usable rows of one group of consecutive rows, by analysis of variance."""
     if group == 1:
         return 0.0
-    groups = rows[: len(rows) // group * group].unflatten(0, (-1, group)).double()
-    within = float(groups.var(1).sum(-1).mean())
-    between = max(0.0, float(groups.mean(1).var(0).sum()) - within / group)
+    n = len(rows) // group * group
+    parts = zip(rows[:n].split(group), usable[:n].split(group), strict=True)
+    groups = [part[mask].double() for part, mask in parts if mask.sum() > 1]
+    within = float(torch.stack([part.var(0).sum() for part in groups]).mean())
+    means = torch.stack([part.mean(0) for part in groups])
+    share = float(torch.tensor([1 / len(part) for part in groups]).mean())
+    between = max(0.0, float(means.var(0).sum()) - within * share)
     return between / (between + within)
 
 
@@ -85,9 +89,9 @@ def main() -> None:
     source = ActivationStore.open(arguments.store)
     hook_point, context = source.hook_points[-1], source.context_size
     rows = source.read(hook_point, 0, min(arguments.rows, source.n_rows) // context * context).clone()
-    usable = rows[torch.from_numpy(source.row_mask(0, len(rows)))]
+    usable = torch.from_numpy(source.row_mask(0, len(rows)))
     found = []
-    print(f"{hook_point}; correlation of rows of one context {correlation(usable, context):.4f}")
+    print(f"{hook_point}; correlation of rows of one context {correlation(rows, usable, context):.4f}")
     budgets = "".join(f"{f'at {mib} MiB':>15}" for mib in BUDGETS_MIB)
     print(f"chunk KiB   lz4: of raw  MB/s   zstd: of raw  MB/s   rows   rows wide{budgets}   (design effect)")
     for kib in (16, 32, 64, 128, 256, 512, 1024, 2048):
@@ -96,7 +100,7 @@ def main() -> None:
             chunk_rows, line[f"{codec} of raw"], line[f"{codec} MB/s"] = write_and_read(rows, context, codec, kib << 10)
         line["rows"] = chunk_rows
         line["rows wide"] = wide_rows = choose_chunk_rows(WIDE_ROW_BYTES, WIDE_CONTEXT, kib << 10)
-        rho = correlation(usable, min(wide_rows, context))
+        rho = correlation(rows, usable, min(wide_rows, context))
         for mib in BUDGETS_MIB:
             n_chunks = max(1, (mib << 20) // 2 // (wide_rows * WIDE_ROW_BYTES))
             line[f"design effect, {mib} MiB"] = design_effect(wide_rows, WIDE_CONTEXT, n_chunks, BATCH, rho)
