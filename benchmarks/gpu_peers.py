@@ -1,8 +1,8 @@
 """Time one library's whole TopK step on this GPU and print `{"ms": ..., "peak_bytes": ...}`.
 
 Runs in the peers' environment: `python benchmarks/gpu_peers.py LIBRARY D_IN D_SAE K BATCH`. Each does what its
-own trainer does in a step, with the inputs on the GPU; SAELens, dictionary_learning and `dense`, plain PyTorch,
-run under bfloat16 autocast, sparsify in its own kernels.
+own trainer does in a step, with the inputs on the GPU, under bfloat16 autocast: SAELens, dictionary_learning, sparsify
+with its own kernels, and `dense`, plain PyTorch.
 """
 
 from __future__ import annotations
