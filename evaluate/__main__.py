@@ -1,7 +1,6 @@
 """`python -m thresher.evaluate`: the same as `thresher evaluate`."""
 
-import sys
-
+from ..shared.cli import run_process
 from .command import main
 
-sys.exit(main(sys.argv[1:]))
+run_process(main)

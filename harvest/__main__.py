@@ -1,7 +1,6 @@
 """`python -m thresher.harvest`: the same as `thresher harvest`."""
 
-import sys
-
+from ..shared.cli import run_process
 from .command import main
 
-sys.exit(main(sys.argv[1:]))
+run_process(main)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..shared.config import to_toml
 from ..shared.interrupt import Interrupt
+from ..shared.lazy import importing
 from ..shared.store.location import StoreUrl, locate
 from .config import HarvestConfig
 from .estimate import announce, human_bytes
@@ -50,11 +51,12 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     if is_complete(store, wanted):
         tell_reuse(store)
         return store
-    from ..shared.store import ActivationStoreWriter
-    from .plan import make_plan
-    from .tokens import read_contexts
+    with importing():  # transformers imports a model's code as it loads the model
+        from ..shared.store import ActivationStoreWriter
+        from .plan import make_plan
+        from .tokens import read_contexts
 
-    plan = make_plan(config)
+        plan = make_plan(config)
     with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter) as writer:
         writer.write_beside("harvest.toml", to_toml(config))
         contexts = read_contexts(config, plan.tokenizer, plan.group)

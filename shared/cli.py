@@ -6,17 +6,48 @@ A subcommand is an entry point of the group `thresher.commands` that names a lig
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import C, describe, load_config
 from .errors import ThresherError
 
 USAGE_ERROR = 2
+
+
+def run_process(command: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command on this process's arguments and end the process with its exit code.
+
+    All that was registered since to run at the end runs. After that the process ends at once: object by object, Python
+    takes up to a second to take PyTorch and transformers apart.
+    """
+    ending = _Ending()
+    atexit.register(ending)  # the first to be registered is the last to run
+    try:
+        ending.code = command(sys.argv[1:])
+    except BaseException:
+        atexit.unregister(ending)
+        raise
+    sys.exit(ending.code)
+
+
+class _Ending:
+    """Ends the process with a code, if what it printed can still be written."""
+
+    code = 1
+
+    def __call__(self) -> None:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            return  # Python then ends the process its own way, and tells of it
+        os._exit(self.code)
 
 
 def run_guarded(action: Callable[[], Any]) -> int:
@@ -65,6 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: no command '{arguments[0]}'; expected one of: {', '.join(commands)}", file=sys.stderr)
         return USAGE_ERROR
     return commands[arguments[0]].load().main(arguments[1:])
+
+
+def run() -> NoReturn:
+    """Be the `thresher` command."""
+    run_process(main)
 
 
 def _order(entry: Any) -> tuple[int, str]:

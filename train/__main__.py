@@ -1,7 +1,6 @@
 """`python -m thresher.train`: the same as `thresher train`."""
 
-import sys
-
+from ..shared.cli import run_process
 from .command import main
 
-sys.exit(main(sys.argv[1:]))
+run_process(main)

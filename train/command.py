@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from ..shared.cli import run_stage
+from ..shared.lazy import importing
 from .config import TrainConfig
 
 SUMMARY = "Train a sweep of SAEs from one stored run."
@@ -18,7 +19,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(config: TrainConfig) -> Any:
-    from .run import train  # here, so that --help stays quick
+    with importing():
+        from .run import train  # here, so that --help stays quick
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return train(config)

@@ -70,20 +70,55 @@ def join_segments(parts: list[Segments]) -> Segments:
 
 def encode_segments(segments: Segments, info: Mapping[int, tuple[int, str]]) -> bytes:
     """Return a shard's Parquet file. `info` gives a document's hash and name where they are known."""
-    known = [info.get(int(document), (None, None)) for document in segments.document]
+    told = [info.get(int(document), (None, None)) for document in segments.document]
+    hashes = [part[0] for part in told]
     columns = [
-        pa.array(segments.context, pa.int64()),
-        pa.array(segments.held_out, pa.bool_()),
-        pa.array(segments.offset, pa.int64()),
-        pa.array(segments.length, pa.int64()),
-        pa.array(segments.document, pa.int64(), mask=segments.document < 0),
-        pa.array([part[0] for part in known], pa.uint64()),
-        pa.array([part[1] for part in known], pa.string()),
-        pa.array(segments.position, pa.int64(), mask=segments.position < 0),
+        _numbers(segments.context),
+        _packed(segments.held_out),
+        _numbers(segments.offset),
+        _numbers(segments.length),
+        _numbers(segments.document, known=segments.document >= 0),
+        _numbers(
+            [each or 0 for each in hashes], np.uint64, np.array([each is not None for each in hashes], dtype=bool)
+        ),
+        _strings([part[1] for part in told]),
+        _numbers(segments.position, known=segments.position >= 0),
     ]
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
     return buffer.getvalue()
+
+
+# Arrays are made of buffers, for `pa.array` imports pandas where it is installed.
+
+
+def _numbers(values: Any, dtype: Any = np.int64, known: np.ndarray | None = None) -> pa.Array:
+    """Return integers as an Arrow array, null where they are not known."""
+    values = np.ascontiguousarray(values, dtype=dtype)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [_bits(known), pa.py_buffer(values)])
+
+
+def _packed(values: np.ndarray) -> pa.Array:
+    """Return booleans as an Arrow array."""
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, _bits(values)])
+
+
+def _strings(texts: list[str | None]) -> pa.Array:
+    """Return texts as an Arrow array."""
+    encoded = [(text or "").encode() for text in texts]
+    offsets = np.zeros(len(texts) + 1, dtype=np.int32)
+    np.cumsum([len(each) for each in encoded], out=offsets[1:])
+    buffers = [_bits(_told(texts)), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def _told(values: list[Any]) -> np.ndarray:
+    return np.array([value is not None for value in values], dtype=bool)
+
+
+def _bits(values: np.ndarray | None) -> pa.Buffer | None:
+    """Return booleans as Arrow packs them."""
+    return None if values is None else pa.py_buffer(np.packbits(values, bitorder="little"))
 
 
 def decode_segments(content: bytes) -> pa.Table:
