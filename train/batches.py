@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ class Window(NamedTuple):
 
 
 class ShuffledBatches:
-    """Endless iterator over a store's training rows, epoch after epoch.
+    """Iterator over a store's training rows, epoch after epoch.
 
     Each batch is a dict of hook point to `[batch, d_in]` in the store's dtype; all hook points of a batch
     carry the same tokens. Held-out contexts and masked tokens never appear. Batches run across the
@@ -52,6 +53,7 @@ class ShuffledBatches:
             better. It is part of what decides the order, but which hook points are read is not.
         rank: this process's rank.
         world_size: number of ranks.
+        n_rows: rows of the stream after which it ends, so that none beyond is decoded; it never ends when not given.
 
     Raises:
         HookPointError: the store does not have one of the hook points.
@@ -69,6 +71,7 @@ class ShuffledBatches:
         window_bytes: int = 2 << 30,
         rank: int = 0,
         world_size: int = 1,
+        n_rows: int | None = None,
     ):
         names = [canonical_hook_point(name) for name in hook_points or store.hook_points]
         for name in names:
@@ -90,6 +93,7 @@ class ShuffledBatches:
         if not self.rows_per_epoch:
             raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
         self._rows_taken = 0
+        self._end = sys.maxsize if n_rows is None else n_rows
         self._epochs: dict[int, Epoch] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._usable = UsableRows(store)
@@ -102,6 +106,8 @@ class ShuffledBatches:
         return self
 
     def __next__(self) -> dict[str, Float[Tensor, "batch d_in"]]:
+        if self._rows_taken + self.batch_size > self._end:
+            raise StopIteration
         first = self._rows_taken + self._slice.start
         batch = self._gather(first, self._slice.stop - self._slice.start)
         self._rows_taken += self.batch_size
@@ -181,17 +187,24 @@ class ShuffledBatches:
         the window before, and with it the memory that is now to be used again.
         """
         after = self._after(epoch, index)
-        if after not in self._windows:
-            self._epoch(after[0])
+        if after not in self._windows and self._n_wanted(*after):
             self._windows[after] = self._decoder.submit(self._decode, *after)
 
     def _after(self, epoch: int, index: int) -> tuple[int, int]:
         return (epoch, index + 1) if index + 1 < self._epoch(epoch).n_windows else (epoch + 1, 0)
 
+    def _n_wanted(self, epoch: int, index: int) -> int:
+        """Return how many of a window's rows come before the stream's end."""
+        starts = self._epoch(epoch).row_starts
+        return int(
+            np.clip(self._end - epoch * self.rows_per_epoch - starts[index], 0, starts[index + 1] - starts[index])
+        )
+
     def _decode(self, epoch: int, index: int) -> Window:
         """Read a window: on a GPU its chunks and the order of their rows, on the CPU its rows, put in order.
 
-        There a row is copied once, from the decoded chunk to its place, and batches are views.
+        There a row is copied once, from the decoded chunk to its place, and batches are views; chunks of which no row
+        comes before the stream's end are left out.
         """
         chunks = self._epochs[epoch].window(index)
         n_rows = self._rows_per_chunk[chunks]
@@ -205,7 +218,11 @@ class ShuffledBatches:
         if usable is not None:
             of_training, places = places, np.full(len(usable), -1, dtype=np.int64)
             places[usable] = of_training
-        n = int(n_rows.sum())
+        n = self._n_wanted(epoch, index)
+        if n < n_rows.sum():
+            by_chunk = np.where(places < n, places, -1).reshape(len(chunks), -1)
+            wanted = (by_chunk >= 0).any(axis=1)
+            chunks, places = chunks[wanted], by_chunk[wanted].reshape(-1)
         return Window({name: self._ordered(name, chunks, places, n) for name in self.hook_points}, None)
 
     def _ordered(self, hook_point: str, chunks: np.ndarray, places: np.ndarray, n_rows: int) -> Tensor:

@@ -75,6 +75,7 @@ def _open_batches(config: TrainConfig, plan: Plan, store: ActivationStore, layou
         window_bytes=config.window_bytes,
         rank=part,
         world_size=n_parts,
+        n_rows=plan.schedule.n_steps * plan.schedule.batch_size,
     )
 
 

@@ -68,6 +68,32 @@ def test_resume_at_any_point_continues_the_same_stream(numbered, taken, batch_si
         assert rows_of(batches, 5) == expected
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window_bytes", [6 * CHUNK_BYTES, 1 << 20])
+@pytest.mark.parametrize("n_batches", [3, 11, 14])
+def test_a_stream_that_ends_gives_the_same_rows_and_decodes_no_chunk_beyond(
+    numbered, monkeypatch, masked, window_bytes, n_batches
+):
+    store = numbered(**({"held_out": np.arange(9) % 4 == 1, "masked": np.arange(72) % 11 == 3} if masked else {}))
+    options = {"batch_size": 6, "window_bytes": window_bytes}
+    with ShuffledBatches(store, ["a"], **options) as endless:
+        expected = rows_of(endless, n_batches)
+    decoded = []
+    place_rows = store.place_rows
+
+    def counting(hook_point, chunks, *rest):
+        decoded.extend(chunks.tolist())
+        place_rows(hook_point, chunks, *rest)
+
+    monkeypatch.setattr(store, "place_rows", counting)
+    with ShuffledBatches(store, ["a"], **options, n_rows=6 * n_batches) as batches:
+        assert [int(row) for batch in batches for row in batch["a"][:, 0]] == expected
+        assert next(batches, None) is None
+        per_epoch = batches.rows_per_epoch
+    epochs = [expected[first : first + per_epoch] for first in range(0, len(expected), per_epoch)]
+    assert sorted(decoded) == sorted(chunk for rows in epochs for chunk in {row // 4 for row in rows})
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_partition_every_batch(numbered, world_size):
     store = numbered()
