@@ -43,8 +43,11 @@ class ActiveLatents:
         """Return (latent, row, activation) of each latent's strongest row in each context, by latent."""
         n_contexts = int(self.row[-1] - self.first_row) // self.context_size + 1 if len(self.row) else 1
         group = self.latent * n_contexts + (self.row - self.first_row) // self.context_size
-        # Positive floats sort as their bits do, so one integer key sorts by group and then by activation.
-        order = np.argsort((group << 32) | self.value.view(np.uint32).astype(np.int64))
+        if self.d_sae * n_contexts <= 1 << 31:
+            # Positive floats sort as their bits do, so one integer key sorts by group and then by activation.
+            order = np.argsort((group << 32) | self.value.view(np.uint32).astype(np.int64))
+        else:  # contexts of few rows, and so many latents that the key has no room for both
+            order = np.lexsort((self.value, group))
         last = np.flatnonzero(np.diff(group[order], append=-1))
         peaks = order[last]
         return self.latent[peaks], self.row[peaks], self.value[peaks]

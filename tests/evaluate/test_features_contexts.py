@@ -26,3 +26,16 @@ def test_many_short_contexts_cost_no_more_than_are_kept(monkeypatch):
         expected = np.argsort(-by_context[:, number], kind="stable")[:n]  # of equal ones the earlier
         assert (best.row[number] // size).tolist() == expected.tolist()
         assert best.value[number].tolist() == by_context[expected, number].tolist()
+
+
+def test_peaks_of_many_latents_in_contexts_of_one_row():
+    d_sae, n_rows = 1 << 20, 4096
+    rng = np.random.default_rng(0)
+    keys = np.unique(rng.integers(0, d_sae * n_rows, 500))
+    keys = np.append(keys, d_sae * n_rows - 1)
+    row, latent = np.divmod(keys, d_sae)
+    value = rng.random(len(keys), dtype=np.float32) + 1
+    found = ActiveLatents(0, 1, d_sae, row, latent, value).context_peaks()
+    order = np.lexsort((row, latent))  # each entry is its context's only one
+    for column, expected in zip(found, (latent, row, value), strict=True):
+        np.testing.assert_array_equal(column, expected[order])
