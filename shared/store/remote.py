@@ -28,6 +28,12 @@ PIECE_BYTES = 8 << 20
 PIECES_AT_ONCE = 4
 
 T = TypeVar("T")
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and so on",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT, the path of a key file",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY and so on",
+}
+_NO_TOKEN = "token request"
 _REFUSED = re.compile(r"status code: 4(?!08|29)\d\d")
 
 
@@ -76,7 +82,9 @@ class RemoteStore:
         try:
             self._store = obstore.store.from_url(str(url), **options)
         except (errors.BaseError, ValueError) as error:
-            raise ConfigError(f"cannot connect to '{url}': {_reason(error)}") from None
+            raise ConfigError(
+                f"cannot connect to '{url}': {_reason(error)}; check the environment ({_CREDENTIALS[url.scheme]})"
+            ) from None
 
     def get(self, key: str, n_bytes: int | None = None) -> bytes:
         """Return a small object, which is not read if it does not have `n_bytes`.
@@ -206,10 +214,12 @@ class RemoteStore:
         errors = self._obstore.exceptions
         if isinstance(error, (errors.NotFoundError, FileNotFoundError)) or "NoSuchBucket" in str(error):
             return MissingFileError(f"cannot {what} in '{self.url}': there is no such object or bucket")
-        if isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError)):
+        denied = isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError))
+        if denied or _NO_TOKEN in str(error):
+            why = "access was denied" if denied else f"no access token was given ({_reason(error)})"
             return UnreachableError(
-                f"cannot {what} in '{self.url}': access was denied; check the credentials in the environment "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and so on)"
+                f"cannot {what} in '{self.url}': {why}; check the credentials in the environment "
+                f"({_CREDENTIALS[self.url.scheme]})"
             )
         told = f"after {tries} tries" if tries > 1 else "for good"
         return UnreachableError(
@@ -218,6 +228,6 @@ class RemoteStore:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error that says more than its class, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return what an error says in one line, shortened, without obstore's view of its own insides."""
+    text = " ".join(str(error).split()).partition(" Debug source:")[0] or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
