@@ -7,7 +7,6 @@ index does not hold (alignment with neurons, the histogram over all logits) is l
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...shared.hook_points import canonical_hook_point
+from ..output import write_atomically
 from .files import FeatureIndex
 
 BATCH_LATENTS = 128
@@ -48,7 +48,6 @@ def export_neuronpedia(
 ) -> list[Path]:
     """Write `<output>/batch-<n>.json` and `skipped_indexes.json`, which names the latents that never fire."""
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     density = index.columns(["density"])["density"].to_numpy()
     written, skipped = [], []
     for number, lines in enumerate(index.batches(BATCH_LATENTS)):
@@ -127,7 +126,5 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def _write(path: Path, value: Any) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(value, ensure_ascii=False).encode())
     return path

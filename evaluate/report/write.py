@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..features.files import FeatureIndex
+from ..output import write_atomically
 from .definitions import ACROSS, PROVENANCE_LABELS, Metric, columns, format_value
 from .feature_blocks import pack_features
 from .labels import point_labels
@@ -73,9 +73,7 @@ def write_report(
             data=json_for_script(data),
         )
     )
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, page.encode())
     return path
 
 
