@@ -69,8 +69,8 @@ def run_guarded(action: Callable[[], Any]) -> int:
 def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, arguments: list[str]) -> int:
     """Run one configured stage: `thresher STAGE [CONFIG.toml] [--key value ...]`."""
     if "--help" in arguments or "-h" in arguments:
-        print(f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}")
-        return 0
+        text = f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}"
+        return run_guarded(lambda: print(text, flush=True))
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
     return run_guarded(lambda: _discard(run(load_config(cls, path, arguments[1:] if path else arguments))))
 

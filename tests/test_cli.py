@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -32,6 +34,15 @@ def test_stage_help_names_every_key(stage, capsys):
     assert f"usage: thresher {stage}" in shown
     assert "--store" in shown
     assert " (required)" in shown
+
+
+def test_help_may_be_cut_off():
+    code = "from thresher.shared.cli import run; run()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-P", "-c", code, "train", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize(
