@@ -52,7 +52,14 @@ class SaeConfig(Config, frozen=True):
     ] = None
     threshold_lr_scale: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Factor of the learning rate of a JumpReLU's log thresholds; 4 if started at an L0, or 1."),
+        Meta(
+            description="Factor of the learning rate of a JumpReLU's log thresholds, 4 if started at an L0, or 1; or "
+            "of a gated SAE's two biases and rescaling, 1."
+        ),
+    ] = None
+    decoder_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Factor of the learning rate of a gated SAE's decoder; 1."),
     ] = None
     prefix_sizes: Annotated[
         tuple[int, ...] | None, Meta(description="Sizes of a Matryoshka SAE's prefixes, growing to d_sae.")

@@ -163,7 +163,7 @@ def test_hierarchical_topk(k):
     check(run(architecture, parameters, x), parameters, loss_of)
 
 
-@pytest.mark.parametrize("bias", [0.0, -3.0])
+@pytest.mark.parametrize("bias", [0.0, -2.0])
 def test_gated(bias):
     """Dense, and sparse with few gates open; the auxiliary path trains no decoder."""
     architecture, parameters, x = problem(architecture="gated", l1_coefficient=0.7, bias=bias, batch=40)
@@ -179,6 +179,7 @@ def test_gated(bias):
 
     output = run(architecture, parameters, x)
     assert output.l0 > 0
+    assert (output.l0 < 19 / 16) == (bias < 0)
     check(output, parameters, loss_of)
 
 
@@ -253,6 +254,15 @@ def test_gated_starts_at_a_given_l0(initial_l0, fires):
     wide, parameters, x = problem(d_sae=20, batch=120, noise=0.0, **config | {"initial_l0": 19.0})
     wide.start(parameters, Batch(x, x))
     assert parameters["b_gate"].tolist() == [0.0] * 20
+
+
+def test_gated_starts_with_a_small_encoder():
+    """Rows are a tenth of the decoder's, which have unit norm."""
+    _, parameters, _ = problem(architecture="gated", l1_coefficient=1.0, d_in=40, d_sae=500, noise=0.0)
+    assert parameters["W_enc"].norm(dim=1).tolist() == pytest.approx([0.1] * 500)
+    assert parameters["W_dec"].norm(dim=1).tolist() == pytest.approx([1.0] * 500)
+    cosine = (parameters["W_enc"] * parameters["W_dec"]).sum(1) / 0.1
+    assert cosine.tolist() == pytest.approx([1.0] * 500)
 
 
 class TanhStraightThrough(torch.autograd.Function):

@@ -22,6 +22,7 @@ from thresher.train.schedule import lr_factor, sparsity_factor
         {"k": 2, "weight_decay": 0.3},
         {"k": 2, "beta2": 0.7},
         {"architecture": "gated", "l1_coefficient": 1.0, "beta1": 0.8},
+        {"architecture": "gated", "l1_coefficient": 1.0, "threshold_lr_scale": 0.3, "decoder_lr_scale": 3.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "threshold_lr_scale": 0.3},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 2.0},
@@ -36,7 +37,9 @@ def test_equals_adam(kind, clip, block, monkeypatch):
     groups = [{"params": [p], "weight_decay": decay if p.dim() > 1 else 0.0} for p in expected.values()]
     of_thresholds = kind.get("threshold_lr_scale", 4.0 if "target_l0" in kind else 1.0)
     betas = kind.get("beta1", architecture.betas[0]), kind.get("beta2", architecture.betas[1])
-    scales = [of_thresholds if name == "log_threshold" else 1.0 for name in expected]
+    of_kind = dict.fromkeys(("log_threshold", "b_gate", "b_mag", "r_mag"), of_thresholds)
+    of_kind["W_dec"] = kind.get("decoder_lr_scale", 1.0)
+    scales = [of_kind.get(name, 1.0) for name in expected]
     adam = torch.optim.AdamW(groups, lr=1, betas=betas, eps=architecture.eps)
     ours = optimizer_module.Optimizer(parameters, architecture, clip)
     torch.manual_seed(1)

@@ -43,7 +43,8 @@ _OWN_OPTIONS: dict[str, tuple[type[Architecture], ...]] = {
     "sparsity_loss": (JumpReLU,),
     "bandwidth": (JumpReLU,),
     "initial_threshold": (JumpReLU,),
-    "threshold_lr_scale": (JumpReLU,),
+    "threshold_lr_scale": (JumpReLU, Gated),
+    "decoder_lr_scale": (Gated,),
     "initial_l0": (JumpReLU, Gated),
 }
 """Options that not every architecture has, and which do."""

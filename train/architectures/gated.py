@@ -11,12 +11,15 @@ from .dense import squared
 from .first_batch import exceeded_by
 from .latents import above_threshold, count, encoded_bias, gradients_of
 
+# At full size half of all random latents would fire at first, an error that a short run is busy with unlearning.
+_ENCODER_SCALE = 0.1
+
 
 class Gated(Architecture):
     """`f = [pi > 0] ReLU(exp(r) l + b_mag)` with `l = W_enc (x - b_dec)` and `pi = l + b_gate`.
 
     Loss: `||x - x_hat||^2 + lambda ||ReLU(pi)||_1 + ||x - x_hat'||^2`, where `x_hat'` decodes `ReLU(pi)` with the
-    decoder held constant.
+    decoder held constant. The encoder starts small, so that the first reconstructions are near the mean.
     """
 
     name = "gated"
@@ -27,9 +30,18 @@ class Gated(Architecture):
     revives_dead = False
     default_lr = 5e-5
 
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Return factors of the learning rate, where they are not one."""
+        by_latent = self.config.threshold_lr_scale or 1.0
+        scales = {"b_gate": by_latent, "b_mag": by_latent, "r_mag": by_latent}
+        scales["W_dec"] = self.config.decoder_lr_scale or 1.0
+        return {name: scale for name, scale in scales.items() if scale != 1.0}
+
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return the base's weights, and zero for both biases and the rescaling."""
+        """Return the base's weights, the encoder's scaled down, and zero for both biases and the rescaling."""
         parameters = super().initial_parameters(generator)
+        parameters["W_enc"] *= _ENCODER_SCALE
         del parameters["b_enc"]
         return parameters | {name: torch.zeros(self.d_sae) for name in ("b_gate", "b_mag", "r_mag")}
 
