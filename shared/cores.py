@@ -147,6 +147,9 @@ class _Helpers:
 
 _helpers = _Helpers()
 
+# In a forked process PyTorch's first caller makes its pool of threads anew, and a second at that moment finds none.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
 
 def _run(work: Callable[[Any], Any], items: Sequence[Any], n_cores: int) -> list[Any]:
     global _helpers
