@@ -23,7 +23,7 @@ from ..shared.errors import DataError, StoreError
 from ..shared.interrupt import Interrupt
 from ..shared.store.checksum import crc32c
 from ..shared.store.location import StoreUrl, locate
-from ..shared.store.rank_writer import RankWriter
+from ..shared.store.rank_writer import POLL_SECONDS, RankWriter
 from .config import HarvestConfig
 from .forward import MAX_WORKERS
 from .identity import identity, is_complete
@@ -36,7 +36,6 @@ from .tokens import read_contexts
 
 T = TypeVar("T")
 SECONDS_TO_SEE = 120
-POLL_SECONDS = 0.1
 MAX_THREADS = 8
 
 

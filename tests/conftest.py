@@ -6,12 +6,29 @@ scripts in an environment of theirs.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+RANKS_DRIVER = Path(__file__).parent / "harvest" / "ranks_driver.py"
+RANKS_CONFIG = """
+model = "{model}"
+dataset = "{text}"
+hook_points = ["blocks.1.resid_post", "blocks.0.mlp_out"]
+store = "store"
+tokens = 661
+context_size = 8
+batch_size = 5
+holdout_fraction = 0.35
+dtype = "float32"
+chunk_bytes = 2048
+shard_bytes = 4096
+model_dtype = "float32"
+"""
 PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
 
 
@@ -51,6 +68,32 @@ def run_peers():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def ranks_config(tmp_path):
+    """The function that writes the configuration of the harvests that ranks make of a model and a text."""
+
+    def write(model, text):
+        path = tmp_path / "harvest.toml"
+        path.write_text(RANKS_CONFIG.format(model=model, text=text))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def play_ranks():
+    """The function that runs the driver, which forks the ranks, in a process of its own, and returns what it found."""
+
+    def play(toml, *arguments):
+        command = [sys.executable, str(RANKS_DRIVER), str(toml), *arguments]
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    return play
 
 
 _SKIPPED = pytest.StashKey[int]()

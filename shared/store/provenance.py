@@ -78,9 +78,7 @@ def encode_segments(segments: Segments, info: Mapping[int, tuple[int, str]]) -> 
         _numbers(segments.offset),
         _numbers(segments.length),
         _numbers(segments.document, known=segments.document >= 0),
-        _numbers(
-            [each or 0 for each in hashes], np.uint64, np.array([each is not None for each in hashes], dtype=bool)
-        ),
+        _numbers([each or 0 for each in hashes], np.uint64, _told(hashes)),
         _strings([part[1] for part in told]),
         _numbers(segments.position, known=segments.position >= 0),
     ]

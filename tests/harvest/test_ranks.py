@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +19,18 @@ from thresher.harvest.run import harvest
 from thresher.shared.config import load_config
 from thresher.shared.errors import ConfigError
 
-CONFIG = """
-model = "{model}"
-dataset = "{text}"
-hook_points = ["blocks.1.resid_post", "blocks.0.mlp_out"]
-store = "store"
-tokens = 661
-context_size = 8
-batch_size = 5
-holdout_fraction = 0.35
-dtype = "float32"
-chunk_bytes = 2048
-shard_bytes = 4096
-model_dtype = "float32"
-"""
+Write = Callable[[Path, Path], Path]
+Play = Callable[..., dict[str, Any]]
 N_SHARDS = 11  # of 8 contexts, in chunks of 4, the last of 3: most of their edges are within a batch of 5
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
-def toml(tmp_path: Path, model_folder: Path, text_folder: Path) -> Path:
-    (path := tmp_path / "harvest.toml").write_text(CONFIG.format(model=model_folder, text=text_folder))
-    return path
+def toml(ranks_config: Write, model_folder: Path, text_folder: Path) -> Path:
+    return ranks_config(model_folder, text_folder)
 
 
-def play(toml: Path, mode: str) -> dict[str, Any]:
-    """Run the driver, which forks the ranks, in a process of its own."""
-    script = Path(__file__).with_name("ranks_driver.py")
-    command = [sys.executable, str(script), str(toml), mode]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUIET)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
-def test_any_number_of_ranks_leaves_the_bytes_of_one_process(toml: Path) -> None:
-    result = play(toml, "quick")
+def test_any_number_of_ranks_leaves_the_bytes_of_one_process(toml: Path, play_ranks: Play) -> None:
+    result = play_ranks(toml, "quick")
     assert result["problems"] == []
     two, three, rank_killed, first_killed, _ = result["notes"]
     for world, made in ((2, two), (3, three)):
@@ -64,18 +41,19 @@ def test_any_number_of_ranks_leaves_the_bytes_of_one_process(toml: Path) -> None
 
 
 @pytest.mark.long
-def test_kills_at_random_moments_are_mended_by_any_number_of_ranks(toml: Path) -> None:
-    result = play(toml, "random")
+def test_kills_at_random_moments_are_mended_by_any_number_of_ranks(toml: Path, play_ranks: Play) -> None:
+    result = play_ranks(toml, "random")
     assert result["problems"] == []
     assert sum("-9" in note for note in result["notes"]) >= 20
 
 
 def test_torchrun_starts_ranks(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     for name in ("one", "two"):
         (toml.parent / name).mkdir()
     options = ["--standalone", "--nproc-per-node", "2", "-m", "thresher.harvest", str(toml)]
     command = [sys.executable, "-m", "torch.distributed.run", *options]
-    done = subprocess.run(command, cwd=toml.parent / "two", capture_output=True, text=True, env=os.environ | QUIET)
+    done = subprocess.run(command, cwd=toml.parent / "two", capture_output=True, text=True, env=os.environ | quiet)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("stored 664 rows at 2 hook points in 'store'") == 1
     monkeypatch.chdir(toml.parent / "one")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,19 +19,6 @@ from thresher.train import TrainConfig, train
 from thresher.train.config import SaeConfig
 
 HOOK = "blocks.1.resid_post"
-RANKS = """
-model = "{model}"
-dataset = "{text}"
-hook_points = ["blocks.1.resid_post", "blocks.0.mlp_out"]
-store = "store"
-tokens = 661
-context_size = 8
-batch_size = 5
-holdout_fraction = 0.35
-dtype = "float32"
-chunk_bytes = 2048
-shard_bytes = 4096
-"""
 
 
 @pytest.fixture
@@ -103,16 +86,14 @@ def test_every_stage_reads_and_writes_a_url(s3, objects, model, text, tmp_path):
     assert {"explained_variance", "ce_loss_score"} <= metrics[0].keys()
 
 
-def play(model, text, tmp_path, objects, url, mode):
-    """Let ranks write below a URL, in processes of their own; hold each store to a plain one, and return the notes."""
-    toml = tmp_path / "harvest.toml"
-    toml.write_text(RANKS.format(model=model, text=text))
-    driver = Path(__file__).parents[1] / "harvest" / "ranks_driver.py"
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(driver), str(toml), mode, url]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout)
+@pytest.fixture
+def play(ranks_config, play_ranks, model, text, tmp_path, s3, objects):
+    """The function that lets ranks write below a URL, holds each store to a plain one, and returns the notes."""
+    return lambda mode: held_to_plain(play_ranks(ranks_config(model, text), mode, s3()), tmp_path, objects)
+
+
+def held_to_plain(result, tmp_path, objects):
+    """Hold each store to the plain one, and return the notes."""
     assert result["problems"] == []
     plain = tmp_path / "plain" / "store"
     expected = {str(p.relative_to(plain)): p.read_bytes() for p in plain.rglob("*") if p.is_file()}
@@ -125,13 +106,13 @@ def play(model, text, tmp_path, objects, url, mode):
     return result["notes"]
 
 
-def test_ranks_leave_the_objects_of_one_process_on_a_url(s3, objects, model, text, tmp_path):
-    first_killed, other_killed = play(model, text, tmp_path, objects, s3(), "quick-url")
+def test_ranks_leave_the_objects_of_one_process_on_a_url(play):
+    first_killed, other_killed = play("quick-url")
     assert "error: rank 1 stops: another rank ended or cannot be reached; what was harvested" in first_killed
     assert "error: rank 1 is gone; what was harvested is kept: start the same command again" in other_killed
 
 
 @pytest.mark.long
-def test_kills_of_ranks_that_write_to_a_url_are_mended_by_any_number_of_them(s3, objects, model, text, tmp_path):
-    notes = play(model, text, tmp_path, objects, s3(), "random-url")
+def test_kills_of_ranks_that_write_to_a_url_are_mended_by_any_number_of_them(play):
+    notes = play("random-url")
     assert sum("-9" in note for note in notes) >= 12, notes
