@@ -15,7 +15,16 @@ from thresher.train.normalization import Normalization
 from thresher.train.sae_trainer import SaeTrainer, Schedule
 from thresher.train.trainers import prepare, step_all
 
-OPERATIONS = ("select_topk", "select_threshold", "pre_activations", "to_csc", "grad_values", "decode", "sum_by_latent")
+OPERATIONS = (
+    "select_topk",
+    "screened_topk",
+    "select_threshold",
+    "pre_activations",
+    "to_csc",
+    "grad_values",
+    "decode",
+    "sum_by_latent",
+)
 
 
 class Thresher:

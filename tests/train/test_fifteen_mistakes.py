@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import thresher.train.architectures.jumprelu as jumprelu_module
+import thresher.train.architectures.latents as latents_module
 import thresher.train.architectures.topk as topk_module
 import thresher.train.resampling as resampling_module
 from thresher.train.architectures import ARCHITECTURES, make_architecture
@@ -397,6 +398,6 @@ def test_14_values_in_bfloat16_are_noticed(monkeypatch):
         latents = sparse_at(*arguments)
         return replace(latents, pre_acts=latents.pre_acts.bfloat16().float())
 
-    monkeypatch.setattr(topk_module, "sparse_at", rounded)
+    monkeypatch.setattr(latents_module, "sparse_at", rounded)
     with pytest.raises(AssertionError):
         check_values_are_float32_where_the_encoder_is_bfloat16()

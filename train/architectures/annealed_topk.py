@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import SaeConfig
 from .base import Batch, Number, Parameters, StepInput, StepOutput
 from .dense import squared
-from .latents import SparseLatents, encoded_bias, gradients_of, sparse_at
+from .latents import SparseLatents, gradients_of, largest_of_rows
 from .topk import TopK
 
 _WIDER = 4
@@ -59,10 +59,7 @@ class AnnealedTopK(TopK):
         self, parameters: Parameters, batch: Batch, step: StepInput, k: int
     ) -> tuple[SparseLatents, Parameters, Tensor]:
         """Return the k largest entries of each row, the gradients of their error's mean square, and that error."""
-        x, bias = batch.x, encoded_bias(parameters)
-        _, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, k)
-        offsets = torch.arange(0, top.numel() + 1, k, device=top.device)
-        latents = sparse_at(step, parameters, x, bias, top.reshape(-1), offsets)
+        x, latents = batch.x, largest_of_rows(step, parameters, batch, k)
         values = latents.pre_acts.relu()
         error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
         g = error * (2 / (len(x) * step.total_variance))

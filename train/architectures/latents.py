@@ -159,6 +159,25 @@ def sparse_at(
     return SparseLatents(kernels, pre_acts, indices, offsets, len(bias), csc=csc)
 
 
+def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: int) -> SparseLatents:
+    """Return each row's k largest pre-activations, positive or not.
+
+    They are chosen from a product in the compute dtype, or, on a CPU that finds them sooner so, among all that are in
+    the parameters' precision.
+    """
+    kernels, W_enc = step.kernels, parameters["W_enc"]
+    offsets = torch.arange(0, len(batch.x) * k + 1, k, device=batch.x.device)
+    if hasattr(kernels, "screened_topk") and batch.x_compute.dtype is not batch.x.dtype:
+        found = kernels.screened_topk(batch.x, W_enc, parameters["b_enc"], parameters["b_dec"], k)
+        if found is not None:
+            pre_acts, indices = (entries.view(-1) for entries in found)
+            csc = kernels.to_csc(indices, offsets, len(W_enc))
+            return SparseLatents(kernels, pre_acts, indices, offsets, len(W_enc), csc=csc)
+    bias = encoded_bias(parameters)
+    _, top = kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, k)
+    return sparse_at(step, parameters, batch.x, bias, top.reshape(-1), offsets)
+
+
 def sparse_within(step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, chosen: Any) -> SparseLatents:
     """Return entries that have room of a fixed size, with their pre-activations in the parameters' precision."""
     indices, offsets = chosen.indices, chosen.offsets

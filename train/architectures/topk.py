@@ -7,14 +7,14 @@ import torch
 from .auxk import add_auxk
 from .base import Architecture, Batch, Number, Parameters, StepInput, StepOutput
 from .dense import error_of, squared
-from .latents import SparseLatents, count, encoded_bias, gradients_of, sparse_at
+from .latents import SparseLatents, count, gradients_of, largest_of_rows
 
 
 class TopK(Architecture):
     """`f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, loss `||x - x_hat||^2 / Var(x)` and AuxK.
 
-    The k latents of a row are chosen from a product in the compute dtype; their values are then
-    computed in the parameters' own precision.
+    The k latents of a row are chosen from a product in the compute dtype, their values then computed in the
+    parameters' own precision; or both in that precision, where that takes less time (see `largest_of_rows`).
     """
 
     name = "topk"
@@ -23,10 +23,7 @@ class TopK(Architecture):
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, positive or not."""
-        bias = encoded_bias(parameters)
-        _, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, self.config.k)
-        offsets = torch.arange(0, top.numel() + 1, top.shape[1], device=top.device)
-        return sparse_at(step, parameters, batch.x, bias, top.reshape(-1), offsets)
+        return largest_of_rows(step, parameters, batch, int(self.config.k or 0))
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""

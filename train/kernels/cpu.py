@@ -7,7 +7,6 @@ GEMM runs in bfloat16 where it is given bfloat16 copies, and gradients are check
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from ...shared.cores import by_blocks, even_blocks, on_cores
 from .cpu_csc import Csc, row_of_entry, to_csc
+from .cpu_dots import dot_products
 from .cpu_gradient import WeightGradient, weighted_sums
+from .cpu_screen import screened_topk
 from .cpu_threshold import Entries, entries_at_least, largest_of_batch
 from .cpu_topk import n_parts, topk_of_parts
 
@@ -33,6 +34,7 @@ __all__ = [
     "largest_of_batch",
     "pre_activations",
     "row_of_entry",
+    "screened_topk",
     "select_topk",
     "sum_by_latent",
     "to_csc",
@@ -162,35 +164,11 @@ def grad_values(
     The rows of `g` are gone through in order and those of `W_dec` gathered, where it fits the cache or is the smaller
     of the two; otherwise it is the other way about. Pass `csc` from `to_csc` to sort once for several calls.
     """
-    _accept_sparse_tensors()
     if W_dec.nbytes <= max(_CACHE_BYTES, g.nbytes):
-        return _dot_products(g, W_dec, offsets, indices)
+        return dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
-    by_latent = _dot_products(W_dec, g, csc.offsets, csc.rows)
+    by_latent = dot_products(W_dec, g, csc.offsets, csc.rows)
     return torch.empty_like(by_latent).scatter_(0, csc.order, by_latent)
-
-
-def _dot_products(a: Tensor, b: Tensor, offsets: Tensor, indices: Tensor) -> Float[Tensor, " nnz"]:
-    """Return `a_i . b_j` for the entries (i, j) of a CSR matrix."""
-    products = a.new_empty(len(indices))
-
-    def multiply(rows: slice) -> None:
-        first, last = int(offsets[rows.start]), int(offsets[rows.stop])
-        part = offsets[rows.start : rows.stop + 1] - first
-        zeros = products[first:last].zero_()
-        entries = torch.sparse_csr_tensor(part, indices[first:last], zeros, (len(part) - 1, len(b)))
-        torch.sparse.sampled_addmm(entries, a[rows], b.T, beta=0, out=entries)
-
-    by_blocks(multiply, len(a))
-    return products
-
-
-@cache
-def _accept_sparse_tensors() -> None:
-    """Make PyTorch's first sparse matrix, at which it says once that they are in beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def grad_weights(

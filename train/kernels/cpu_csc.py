@@ -26,6 +26,11 @@ def row_of_entry(offsets: Int64[Tensor, " batch_plus_1"]) -> Int64[Tensor, " nnz
 
 
 def to_csc(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " batch_plus_1"], d_sae: int) -> Csc:
+    """Sort entries by latent, stably."""
+    return csc_of(indices, row_of_entry(offsets), d_sae)
+
+
+def csc_of(indices: Int64[Tensor, " nnz"], rows: Int64[Tensor, " nnz"], d_sae: int) -> Csc:
     """Sort entries by latent, stably; NumPy's 16-bit sort is a radix sort and so takes linear time."""
     keys = indices.numpy()
     order = np.argsort(keys.astype(np.uint16) if d_sae <= _RADIX_LIMIT else keys, kind="stable")
@@ -33,4 +38,4 @@ def to_csc(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " batch_plus_1
     column_offsets = torch.zeros(d_sae + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=column_offsets[1:])
     permutation = torch.from_numpy(order)
-    return Csc(permutation, row_of_entry(offsets).index_select(0, permutation), column_offsets)
+    return Csc(permutation, rows.index_select(0, permutation), column_offsets)
