@@ -20,8 +20,10 @@ def main(arguments: list[str]) -> int:
 
 def _run(config: TrainConfig) -> Any:
     with importing():
-        from .run import train  # here, so that --help stays quick
+        from .memory import keep_freed_memory  # here, so that --help stays quick
+        from .run import train
 
+    keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return train(config)
     from .parallel.voice import run_in_one_voice

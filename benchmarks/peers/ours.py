@@ -11,6 +11,7 @@ import torch
 
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
+from thresher.train.memory import keep_freed_memory
 from thresher.train.normalization import Normalization
 from thresher.train.sae_trainer import SaeTrainer, Schedule
 from thresher.train.trainers import prepare, step_all
@@ -40,6 +41,7 @@ class Thresher:
         config = SaeConfig(hook_point="h", architecture=architecture, d_sae=options.d_sae, lr=options.lr, **keys)
         normalization = Normalization(torch.zeros(d_in), 1.0, float(d_in))
         schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
+        keep_freed_memory()  # as `thresher train` does
         self.trainer = SaeTrainer(config, d_in, normalization, schedule, self._timed(kernels_for("cpu")), dtype)
         step = self.trainer.optimizer.step
         self.trainer.optimizer.step = self._timing("optimizer", step)  # type: ignore[method-assign]

@@ -1,5 +1,9 @@
-"""The memory that a plan counts is what its trainers then hold, of every architecture."""
+"""The memory that a plan counts is what its trainers then hold, of every architecture; freed memory is kept."""
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -57,3 +61,26 @@ def test_the_plan_counts_what_trainers_hold(store, config):
         assert plan.n_parameters[trainer.name] == sum(map(torch.numel, trainer.parameters.values()))
     window = 2 * min(WINDOW, 512 * 16 * 2)
     assert plan.memory_bytes == held + gradients + window + 2 * BATCH * 64
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries nothing is asked")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_has_a_say(environment, kept):
+    program = """
+import resource, torch
+from thresher.train.memory import keep_freed_memory
+keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(10 << 20)
+before = faults()
+for _ in range(5):
+    torch.zeros(10 << 20)
+print(faults() - before)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    pages_of_one_array = (40 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert (int(result.stdout) < pages_of_one_array / 10) == kept
