@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/train_step.py [--d-in 768 --d-sae 12288 --k 32 --batch-size 4096] [--peers]
     .venv/bin/python benchmarks/train_step.py --peers --architecture jumprelu --sparsity 1e-3 --start-l0 48 --lr 1e-6
 
-First the gradients are held against the reference operations', and an SAE trained in bfloat16 against one trained in
-float32; nothing is timed if either fails. With `--peers` each library takes its steps in a process of its own from
-`.venv-peers`, in turns with ours, on the same rows; the best of the rounds counts. Peak resident memory is each
-process's, imports and rows included.
+First the gradients are held against the reference operations', an SAE trained in bfloat16 against one trained in
+float32, and the choice of latents against float64's; nothing is timed if one fails. With `--peers` each library takes
+its steps in a process of its own from `.venv-peers`, in turns with ours, on the same rows; the best of the rounds
+counts. Peak resident memory is each process's, imports and rows included.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from thresher.train.architectures.base import Batch, StepInput
 from thresher.train.kernels import cpu_screen, kernels_for
+from thresher.train.kernels.cpu_int8 import multiplies_int8
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks/peers"))
@@ -33,6 +35,7 @@ PEERS = {
     "other": ("sae_lens", "sae_lens_bf16"),
 }
 MOST_LOSS_OF_PRECISION = 0.002
+MOST_CHOSEN_UNLIKE = 0.001
 
 
 class Worker:
@@ -126,6 +129,25 @@ def check_precision(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+def check_choice(rows: torch.Tensor, options: argparse.Namespace) -> dict[str, float]:
+    """Return the share of rows whose k latents are not float64's, by each way to choose; fail if the screen's are not.
+
+    The weights are random. There is no screen for small weights.
+    """
+    W, b_dec = torch.randn(options.d_sae, options.d_in), torch.zeros(options.d_in)
+    W, b_enc = W / W.norm(dim=1, keepdim=True), 0.1 * torch.randn(options.d_sae)
+    exact = torch.topk(rows.double() @ W.double().T + b_enc, options.k, dim=1).indices.sort(1).values
+    kernels = kernels_for("cpu")
+    chosen = {"bfloat16": kernels.select_topk(rows.bfloat16(), W.bfloat16(), b_enc, options.k)}
+    screened = kernels.screened_topk(rows, W, b_enc, b_dec, options.k)
+    if screened is not None:
+        chosen["screened"] = screened
+    differs = {name: (latents.sort(1).values != exact).any(1) for name, (_, latents) in chosen.items()}
+    if screened is not None and float(differs["screened"].float().mean()) > MOST_CHOSEN_UNLIKE:
+        raise SystemExit("the screen chooses other latents than float64 does")
+    return {name: round(float(rows.float().mean()), 4) for name, rows in differs.items()}
+
+
 def rows_of(options: argparse.Namespace, path: Path) -> None:
     """Write rows that sparse directions and noise make up."""
     n_rows = options.steps * options.batch_size
@@ -155,18 +177,21 @@ def report(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def floor(options: argparse.Namespace) -> dict[str, float]:
-    """Return the milliseconds of the encoder's product alone, in bfloat16 and float32."""
-    import time
-
+    """Return the milliseconds of the encoder's product alone, in each precision that it may have."""
     x, W = torch.randn(options.batch_size, options.d_in), torch.randn(options.d_sae, options.d_in)
+    linear = torch.nn.functional.linear
+    products = {torch.bfloat16: linear, torch.float32: linear}
+    if multiplies_int8():
+        products[torch.int8] = lambda a, b: torch._int_mm(a, b.T)  # pyright: ignore[reportPrivateImportUsage]
+        x, W = x * 20, W * 20
     found = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, product in products.items():
         a, b = x.to(dtype), W.to(dtype)
         times = []
         for _ in range(4):
             started = time.perf_counter()
             for rows in a.split(1024):
-                torch.nn.functional.linear(rows, b)
+                product(rows, b)
             times.append(time.perf_counter() - started)
         found[f"encoder_product_{str(dtype).removeprefix('torch.')}_ms"] = 1e3 * min(times)
     return found
@@ -197,6 +222,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
         rows_of(options, path)
+        if options.architecture == "topk":
+            unlike = check_choice(load_file(path)["test"], options)
+            print(json.dumps({"rows_chosen_unlike_float64": unlike}), flush=True)
         workers = [Worker(name, path, options) for name in ("thresher", *(peers if options.peers else ()))]
         for worker in workers:
             worker.step(1, count=False)
@@ -209,7 +237,7 @@ def main() -> None:
         theirs["thresher_is_faster"] = round(theirs["milliseconds"] / ours["milliseconds"], 2)
         theirs["thresher_takes_less_cpu"] = round(theirs["cpu_milliseconds"] / ours["cpu_milliseconds"], 2)
         theirs["thresher_takes_memory"] = round(ours["peak_mib"] / theirs["peak_mib"], 2)
-        theirs["bound_by_the_encoder"] = round(theirs["milliseconds"] / figures[0]["encoder_product_bfloat16_ms"], 2)
+        theirs["bound_by_the_encoder"] = round(theirs["milliseconds"] / min(figures[0].values()), 2)
     for line in figures:
         print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}))
     output = ROOT / "runs/bench" / f"train_step_{options.architecture}_{options.d_in}_{options.d_sae}.json"

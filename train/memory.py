@@ -14,6 +14,7 @@ from .architectures.base import Architecture, Parameters
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 256 << 20, 1 << 30
+_OF_MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_"}
 _ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "rdiv"}
 
 
@@ -76,9 +77,9 @@ def keep_freed_memory() -> None:
     """Let this process keep memory that a step has freed for the next one, where its C library is glibc.
 
     It would otherwise go back to the system now and then, which clears every page that it hands out again: 4% of a
-    step of large SAEs. Where the environment has a say in this (`MALLOC_...`), that holds.
+    step of large SAEs. Where the environment has a say in this, that holds.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    if _OF_MALLOC & set(os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -64,7 +64,14 @@ def test_the_plan_counts_what_trainers_hold(store, config):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries nothing is asked")
-@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False)])
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [
+        ({}, True),
+        ({"MALLOC_TRIM_THRESHOLD_": "65536"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=65536"}, False),
+    ],
+)
 def test_freed_memory_is_kept_unless_the_environment_has_a_say(environment, kept):
     program = """
 import resource, torch

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..normalization import Normalization
 from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .dense import squared
-from .latents import SparseLatents, add_rows, encoded_bias, sparse_at
+from .latents import SparseLatents, add_rows
 from .topk import TopK
 
 
@@ -20,11 +22,12 @@ class HierarchicalTopK(TopK):
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, largest first in every row."""
-        bias = encoded_bias(parameters)
         latents = super().select(parameters, batch, step)
         order = latents.pre_acts.view(len(batch.x), -1).argsort(dim=1, descending=True, stable=True)
-        indices = latents.indices.view_as(order).gather(1, order).reshape(-1)
-        return sparse_at(step, parameters, batch.x, bias, indices, latents.offsets)
+        pre_acts, indices = (
+            entries.view_as(order).gather(1, order).reshape(-1) for entries in (latents.pre_acts, latents.indices)
+        )
+        return replace(latents, pre_acts=pre_acts, indices=indices, csc=None)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients: latent j's is by the sum of the residuals from the j-th on."""

@@ -162,8 +162,8 @@ def sparse_at(
 def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: int) -> SparseLatents:
     """Return each row's k largest pre-activations, positive or not.
 
-    They are chosen from a product in the compute dtype, or, on a CPU that finds them sooner so, among all that are in
-    the parameters' precision.
+    They are chosen from a product in the compute dtype; or, where the backend has a faster way and it applies, they
+    are the largest in the parameters' precision, and in place of some that are not positive stand zeros of any latents.
     """
     kernels, W_enc = step.kernels, parameters["W_enc"]
     offsets = torch.arange(0, len(batch.x) * k + 1, k, device=batch.x.device)

@@ -3,7 +3,7 @@
 | backend | module | device |
 |---|---|---|
 | reference | `reference.py` | any: plain PyTorch, the oracle of the tests |
-| cpu | `cpu.py` | CPU: bf16 GEMM in row blocks, selection by groups, `embedding_bag` |
+| cpu | `cpu.py` | CPU: bf16 or int8 GEMM in row blocks, selection by groups, `embedding_bag` |
 | triton | `fused.py` | CUDA: hand-written kernels, see docs/kernels.md |
 """
 

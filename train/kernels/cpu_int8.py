@@ -4,6 +4,7 @@ Numbers are rounded with dither, which is a random fraction of a step, added bef
 each is then uniform within its step, and independent of the others' whatever the numbers are (L. Schuchman, IEEE
 Transactions on Communication Technology 12, 1964): so the error of a product, being a sum of them, has mean zero and
 a known standard deviation. Rounding to the nearest has not: weights below half a step would all be lost together.
+The dither is drawn once and is the same in every product.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from ...shared.cores import by_blocks
 
 DEVIATIONS = 3.0
-LEVELS = 126.5
-_DIGITS = (127, 127, 1)
+LEVELS = 126.5  # steps from zero to the largest magnitude: with dither, at most 127
+_DIGITS = (127, 127, 1)  # what the last columns of inputs count for: sums up to 32,000, 10 standard deviations
 _LATENTS = 256
 _LINE = 64
 
@@ -76,10 +77,11 @@ class Int8Encoder(NamedTuple):
     def scales(self, step: Float[Tensor, ""], norm: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor]:
         """Return what makes products of integer sums, `sums * scale + offset`, and the bound of their error.
 
-        The inputs have the step, and at most the norm, that are given. The bound is of three standard deviations.
+        The inputs have the step, and at most the norm, that are given. The bound is of `DEVIATIONS` standard
+        deviations, but for the products of two errors, which add less than a hundredth to the variance.
         """
-        variance = (step * self.norms).square_() + (norm * self.steps).square_()
-        return self.steps * step, self.offsets * step, variance.div_(12).sqrt_().mul_(DEVIATIONS)
+        variance = ((step * self.norms).square_() + (norm * self.steps).square_()).div_(12)
+        return self.steps * step, self.offsets * step, variance.sqrt_().mul_(DEVIATIONS)
 
 
 def sizes(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:

@@ -5,13 +5,14 @@ upper and a lower bound, and only entries whose upper bound reaches what k entri
 k largest. These, half as many again as k, are computed in full precision, and the k largest of them are those of all:
 near ties too, which pre-activations in bfloat16 decide by chance.
 
-To lose one of the k largest, its own bound of three standard deviations must fail and so must that of an entry just
-below it, the other way.
+The bounds are of three standard deviations: one of the k largest is lost only to an entry whose error differs from its
+own by six of them and by what the two entries differ, which of near ties befalls about one in 100,000.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -26,15 +27,16 @@ from .cpu_int8 import LEVELS, Int8Encoder, multiplies_int8, peaks_of, sizes
 from .cpu_topk import largest_of_few, n_parts
 
 LEAST_WEIGHTS = 1 << 22
+_MOST_K = 256
 _LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 64, 256, 1 << 22
 _ENTRIES = 1 << 14
 _GROUPS_PER_K = 6
-_MOST_PER_K = 16
+_MOST_HITS_PER_K = 4
 _MOST_CROWDED = 1 / 16
 
 
 class _Found(NamedTuple):
-    """Entries row by row: the rows, how many entries each has, their latents, and rows that have too many to list."""
+    """Entries row by row: the rows, how many entries each has, their latents, and rows with too many to list."""
 
     rows: Int64[Tensor, " n_rows"]
     counts: Int64[Tensor, " n_rows"]
@@ -51,12 +53,14 @@ def screened_topk(
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]] | None:
     """Return the k largest of each row of `W_enc (x - b_dec) + b_enc`, unsorted, and their latents.
 
-    What stands in the place of those that are not positive is left open. None is returned where a product in bfloat16
-    is the better way: without the instructions, for small weights, where too many entries are too near to the k-th
-    largest, and for numbers that are not finite.
+    In place of those that are not positive a row may have zeros, of any latents, the same ones twice. None is returned
+    where a product in bfloat16 is the better way: without the instructions, for small weights or large k, where in
+    many rows too many entries are too near to the k-th largest, and for numbers that are not finite.
     """
     parts = n_parts(torch.bfloat16, len(W_enc), k)
-    if parts == 1 or x.dtype is not torch.float32 or W_enc.numel() < LEAST_WEIGHTS or not multiplies_int8():
+    if parts == 1 or k > _MOST_K or W_enc.numel() < LEAST_WEIGHTS or not multiplies_int8():
+        return None
+    if x.dtype is not torch.float32 or not len(x):
         return None
     centred = torch.empty_like(x)
     by_column = by_blocks(lambda rows: peaks_of(torch.sub(x[rows], b_dec, out=centred[rows]).T), len(x))
@@ -64,39 +68,38 @@ def screened_topk(
     columns = torch.stack(by_column).amax(0).sqrt_()
     encoder = Int8Encoder.of(W_enc, columns)
     peaks, norms = _joined(by_blocks(lambda rows: sizes(centred[rows] / columns), len(x)))
-    if not bool(torch.isfinite(peaks.sum() + encoder.norms.sum())):
+    if not bool(torch.isfinite(peaks.sum() + encoder.norms.sum() + b_enc.sum())):
         return None
     order = peaks.argsort()
     most_rows = max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // len(W_enc)))
-    spare: list[Tensor] = []
-    refused = False
+    spare: SimpleQueue[Tensor] = SimpleQueue()
 
-    def search(block: slice) -> _Found | None:
-        nonlocal refused
-        if refused:
-            return None
+    def search(block: slice) -> _Found:
         rows = order[block]
         step = peaks[rows[-1]] / LEVELS
         inputs = encoder.inputs(centred.index_select(0, rows).div_(columns * step))
         scale, offset, error = encoder.scales(step, norms[rows].amax())
-        upper = spare.pop() if spare else torch.empty(parts, most_rows, len(W_enc) // parts, dtype=torch.int16)
+        try:
+            upper = spare.get_nowait()
+        except Empty:
+            upper = torch.empty(parts, most_rows, len(W_enc) // parts, dtype=torch.int16)
         maxima = _upper_bounds(upper[:, : len(rows)], inputs, encoder.q, scale, offset.add_(b_enc).add_(error))
         found = _reaching(upper, maxima, _floor(maxima, k, 2 * error), rows, k)
-        spare.append(upper)
-        refused = refused or found is None
+        spare.put(upper)
         return found
 
-    blocks = on_cores(search, even_blocks(len(x), most_rows))
-    there = [block for block in blocks if block is not None]
-    if len(there) < len(blocks):
-        return None
-    found = _Found(*_joined(there))
-    if len(found.crowded) > _MOST_CROWDED * len(x):
+    found = _Found(*_joined(on_cores(search, even_blocks(len(x), most_rows))))
+    if not len(found.latents) or len(found.crowded) > _MOST_CROWDED * len(x):
         return None
     values, latents = _choose(found, centred, W_enc, b_enc, k)
+
+    def compute_whole(part: slice) -> None:
+        rows = found.crowded[part]
+        pre_acts = torch.addmm(b_enc, centred.index_select(0, rows), W_enc.T)
+        values[rows], latents[rows] = torch.topk(pre_acts, k, dim=1, sorted=False)
+
     if len(found.crowded):
-        pre_acts = torch.addmm(b_enc, centred[found.crowded], W_enc.T)
-        values[found.crowded], latents[found.crowded] = torch.topk(pre_acts, k, dim=1, sorted=False)
+        by_blocks(compute_whole, len(found.crowded), _LEAST_ROWS)
     return values, latents
 
 
@@ -106,8 +109,8 @@ def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
 
 def _upper_bounds(
     out: Int16[Tensor, "parts n width"],
-    x: Int8[Tensor, "n d_in"],
-    W: Int8[Tensor, "d_sae d_in"],
+    x: Int8[Tensor, "n width_in"],
+    W: Int8[Tensor, "d_sae width_in"],
     scale: Float[Tensor, " d_sae"],
     offset: Float[Tensor, " d_sae"],
 ) -> Int16[Tensor, "n width"]:
@@ -147,23 +150,20 @@ def _reaching(
     least: Int16[Tensor, " n"],
     ids: Int64[Tensor, " n"],
     k: int,
-) -> _Found | None:
-    """Return the entries that reach their row's least, or None if there are far too many."""
+) -> _Found:
+    """Return the entries that reach their row's least; a row in which far too many groups do is crowded."""
     n_rows, width = maxima.shape
     groups = _places(maxima >= least[:, None])
-    if len(groups) > _MOST_PER_K * k * n_rows:
-        return None
     counts = torch.searchsorted(groups, torch.arange(0, maxima.numel() + 1, width)).diff()
+    crowded = counts > _MOST_HITS_PER_K * k
+    if bool(crowded.any()):
+        groups = groups[~torch.repeat_interleave(crowded, counts)]
+        counts.masked_fill_(crowded, 0)
     rows, leasts = torch.repeat_interleave(counts), torch.repeat_interleave(least, counts)
     hits = _places(torch.stack([part.view(-1).index_select(0, groups) >= leasts for part in upper], 1))
     which = hits // len(upper)
     latents = (groups - rows * width).index_select(0, which).add_(hits % len(upper), alpha=width)
-    rows = rows.index_select(0, which)
-    counts = torch.bincount(rows, minlength=n_rows)
-    crowded = counts > _MOST_PER_K * k
-    if bool(crowded.any()):
-        latents = latents[~crowded.index_select(0, rows)]
-        counts.masked_fill_(crowded, 0)
+    counts = torch.bincount(rows.index_select(0, which), minlength=n_rows)
     return _Found(ids, counts, latents, ids[crowded])
 
 

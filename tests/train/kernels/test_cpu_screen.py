@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from thresher.shared.cores import one_thread_an_operator
+from thresher.train.architectures import make_architecture
 from thresher.train.architectures.base import Batch, StepInput
 from thresher.train.architectures.latents import largest_of_rows
+from thresher.train.config import SaeConfig
 from thresher.train.kernels import cpu, cpu_screen
 from thresher.train.kernels.cpu_int8 import DEVIATIONS, LEVELS, Int8Encoder, multiplies_int8, peaks_of
 from thresher.train.kernels.cpu_screen import screened_topk
@@ -109,7 +111,7 @@ def test_rows_with_fewer_positive_ones_have_all_of_them():
 
 def test_crowded_rows_are_computed_whole_and_crowded_batches_are_refused():
     x, W, b_enc = gaussian(200, 80), gaussian(1600, 80, 1), gaussian(1, 1600, 2)[0].abs() * 1e-6
-    x[:5] = 0  # every latent is as near to the k-th largest as any
+    x[:12] = 0  # every latent is as near to the k-th largest as any
     found = screened_topk(x, W, b_enc, torch.zeros(80), 16)
     assert found is not None
     expected = torch.topk(x.double() @ W.double().T + b_enc, 16, dim=1).indices
@@ -118,23 +120,28 @@ def test_crowded_rows_are_computed_whole_and_crowded_batches_are_refused():
     assert screened_topk(x, W, b_enc, torch.zeros(80), 16) is None
 
 
+def test_a_batch_without_positive_ones_is_refused():
+    x, W = gaussian(64, 80), gaussian(1600, 80, 1)
+    assert screened_topk(x, W, torch.full((1600,), -1e3), torch.zeros(80), 32) is None
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_refused(bad):
-    x, W, b_dec = gaussian(40, 64), gaussian(1024, 64, 1), torch.zeros(64)
-    broken = x.clone()
-    broken[7, 3] = bad
-    assert screened_topk(broken, W, torch.zeros(1024), b_dec, 8) is None
-    broken = W.clone()
-    broken[7, 3] = bad
-    assert screened_topk(x, broken, torch.zeros(1024), b_dec, 8) is None
+@pytest.mark.parametrize("where", range(4))
+def test_what_is_not_finite_is_refused(bad, where):
+    arguments = [gaussian(40, 64), gaussian(1024, 64, 1), torch.zeros(1024), torch.zeros(64)]
+    assert screened_topk(*arguments, 8) is not None
+    arguments[where].view(-1)[7] = bad
+    assert screened_topk(*arguments, 8) is None
 
 
-def test_it_is_for_large_float32_weights_of_latents_that_group(monkeypatch):
-    def found(dtype, d_sae):
-        x, W = gaussian(40, 64).to(dtype), gaussian(d_sae, 64, 1).to(dtype)
-        return screened_topk(x, W, W.new_zeros(d_sae), W.new_zeros(64), 8) is not None
+def test_it_is_for_large_float32_weights_of_latents_that_group_and_small_k(monkeypatch):
+    def found(dtype, d_sae, k=8, rows=40):
+        x, W = gaussian(rows, 64).to(dtype), gaussian(d_sae, 64, 1).to(dtype)
+        return screened_topk(x, W, W.new_zeros(d_sae), W.new_zeros(64), k) is not None
 
     assert [found(torch.float32, 1024), found(torch.float64, 1024), found(torch.float32, 1023)] == [True, False, False]
+    assert [found(torch.float32, 4096, 256), found(torch.float32, 4096, 257)] == [True, False]
+    assert not found(torch.float32, 1024, rows=0)
     monkeypatch.setattr(cpu_screen, "LEAST_WEIGHTS", 1024 * 64 + 1)
     assert not found(torch.float32, 1024)
     monkeypatch.setattr(cpu_screen, "LEAST_WEIGHTS", 0)
@@ -144,6 +151,7 @@ def test_it_is_for_large_float32_weights_of_latents_that_group(monkeypatch):
 
 def test_bits_do_not_depend_on_the_number_of_threads():
     x, W, zeros = gaussian(700, 64), gaussian(2048, 64, 1), torch.zeros(2048)
+    x[:40] = 0
     several = screened_topk(x, W, zeros, torch.zeros(64), 16)
     with one_thread_an_operator():
         one = screened_topk(x, W, zeros, torch.zeros(64), 16)
@@ -184,3 +192,17 @@ def test_the_architecture_chooses_by_it_and_only_below_full_precision(monkeypatc
     assert not called
     assert not torch.equal(chosen(torch.bfloat16), exact)
     assert called
+
+
+def test_hierarchical_topk_counts_no_latent_twice_where_few_are_positive():
+    x, W, b_enc = gaussian(64, 80), gaussian(1600, 80, 1), torch.full((1600,), -18.0)
+    parameters = {"W_enc": W, "b_enc": b_enc, "W_dec": W, "b_dec": torch.zeros(80)}
+    config = SaeConfig(hook_point="h", architecture="hierarchical_topk", d_sae=1600, k=32)
+    architecture = make_architecture(config, 80, 80)
+    exact = (x.double() @ W.double().T + b_enc).relu()
+    assert 0 < int((exact > 0).sum(1).amin()) < 32
+    output = architecture.step(parameters, Batch(x, x.bfloat16()), StepInput(cpu, W.bfloat16(), 1.0))
+    kept = exact.sort(1, descending=True)
+    assert output.l0 == int((kept.values[:, :32] > 0).sum()) / 64
+    largest = torch.zeros_like(exact).scatter_(1, kept.indices[:, :32], kept.values[:, :32])
+    assert output.mse == pytest.approx(float((x - largest @ W.double()).square().sum(1).mean()), rel=1e-5)
