@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,6 +59,11 @@ def even_blocks(n: int, most: int) -> list[slice]:
 def by_blocks(work: Callable[[slice], Result], n: int, most: int = 512) -> list[Result]:
     """Do work on n rows block by block on cores; return what it did on each, in order."""
     return on_cores(work, even_blocks(n, most))
+
+
+def joined(blocks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Return the tensors that work on each block returned, each of all blocks in one."""
+    return tuple(torch.cat(tensors) for tensors in zip(*blocks, strict=True))
 
 
 class _Here(threading.local):

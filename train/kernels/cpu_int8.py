@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from ...shared.cores import by_blocks
+from ...shared.cores import by_blocks, joined
 
 DEVIATIONS = 3.0
 LEVELS = 126.5  # steps from zero to the largest magnitude: with dither, at most 127
@@ -62,7 +62,7 @@ class Int8Encoder(NamedTuple):
             offsets = torch.mv(scaled.add_(0.5 - of_weights), 0.5 - of_inputs)
             return steps, norms, offsets.mul_(steps)
 
-        return cls(q, *(torch.cat(parts) for parts in zip(*by_blocks(round_rows, len(W_enc), _LATENTS), strict=True)))
+        return cls(q, *joined(by_blocks(round_rows, len(W_enc), _LATENTS)))
 
     def inputs(self, rows: Float[Tensor, "n d_in"]) -> Int8[Tensor, "n d_in_plus_3"]:
         """Round rows of inputs, given in units of their step and changed in place."""

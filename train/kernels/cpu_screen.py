@@ -11,7 +11,6 @@ own by six of them and by what the two entries differ, which of near ties befall
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Int8, Int16, Int64
 from torch import Tensor
 
-from ...shared.cores import by_blocks, even_blocks, on_cores
+from ...shared.cores import by_blocks, even_blocks, joined, on_cores
 from .cpu_csc import csc_of
 from .cpu_dots import dot_products
 from .cpu_int8 import LEVELS, Int8Encoder, multiplies_int8, peaks_of, sizes
-from .cpu_topk import largest_of_few, n_parts
+from .cpu_topk import n_parts, topk_of_rows
 
 LEAST_WEIGHTS = 1 << 22
 _MOST_K = 256
@@ -67,7 +66,7 @@ def screened_topk(
     # One step serves a whole row, so columns of large entries are made smaller and what multiplies them larger.
     columns = torch.stack(by_column).amax(0).sqrt_()
     encoder = Int8Encoder.of(W_enc, columns)
-    peaks, norms = _joined(by_blocks(lambda rows: sizes(centred[rows] / columns), len(x)))
+    peaks, norms = joined(by_blocks(lambda rows: sizes(centred[rows] / columns), len(x)))
     if not bool(torch.isfinite(peaks.sum() + encoder.norms.sum() + b_enc.sum())):
         return None
     order = peaks.argsort()
@@ -88,7 +87,7 @@ def screened_topk(
         spare.put(upper)
         return found
 
-    found = _Found(*_joined(on_cores(search, even_blocks(len(x), most_rows))))
+    found = _Found(*joined(on_cores(search, even_blocks(len(x), most_rows))))
     if not len(found.latents) or len(found.crowded) > _MOST_CROWDED * len(x):
         return None
     values, latents = _choose(found, centred, W_enc, b_enc, k)
@@ -101,10 +100,6 @@ def screened_topk(
     if len(found.crowded):
         by_blocks(compute_whole, len(found.crowded), _LEAST_ROWS)
     return values, latents
-
-
-def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 def _upper_bounds(
@@ -195,7 +190,7 @@ def _choose(
     values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
 
     def choose(rows: slice) -> None:
-        values[rows], places = largest_of_few(pre_acts[rows], k)
+        values[rows], places = topk_of_rows(pre_acts[rows], k)
         places = places.add_(first[rows, None]).clamp_max_(len(found.latents) - 1)
         latents[rows] = found.latents.index_select(0, places.view(-1)).view(places.shape)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ...shared.cores import even_blocks, on_cores
+from ...shared.cores import even_blocks, joined, on_cores
 from .cpu_topk import BITS
 
 _GROUP = 8
@@ -75,7 +75,7 @@ def _search(pre_acts: Tensor, floor: float, most_hits: float) -> tuple[Tensor, T
         hits, places = (members >= least).nonzero(as_tuple=True)
         return rows[hits], groups[hits] + places * stride, members[hits, places]
 
-    rows, columns, values = (torch.cat(parts) for parts in zip(*on_cores(search, range(len(blocks))), strict=True))
+    rows, columns, values = joined(on_cores(search, range(len(blocks))))
     return rows, columns, values
 
 

@@ -62,14 +62,6 @@ def topk_of_parts(
     return values.view(parts[0].dtype), columns.gather(1, places)
 
 
-def largest_of_few(
-    values: Float[Tensor, "batch n"], k: int
-) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-    """Do as `topk_of_rows` on rows that are too short for groups."""
-    bits, places = _partition(values.view(BITS[values.dtype]), k)
-    return bits.view(values.dtype), places
-
-
 def _largest(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     n = bits.shape[1]
     size = _group_size(n, k)
