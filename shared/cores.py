@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,15 +23,22 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_SWITCH_AFTER_SECONDS = 2e-4
+
 
 @contextmanager
 def one_thread_an_operator() -> Iterator[int]:
-    """Within this context, operators of this thread and of new ones run on one thread each; yield how many did."""
-    before = torch.get_num_threads()
+    """Within this context, operators of this thread and of new ones run on one thread each; yield how many did.
+
+    A thread that waits for the interpreter has it soon: cores otherwise stand still for a twentieth of their time.
+    """
+    before, switch_after = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    sys.setswitchinterval(min(_SWITCH_AFTER_SECONDS, switch_after))
     try:
         yield before
     finally:
+        sys.setswitchinterval(switch_after)
         torch.set_num_threads(before)
 
 
@@ -67,47 +75,57 @@ def joined(blocks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 class _Here(threading.local):
-    """Whether this thread is at work as a core, and of how many."""
+    """Whether this thread is at work as a core, of how many, and within which work of another thread."""
 
     is_core = False
     n_cores = 1
+    asked: _Shared | None = None
 
 
 _here = _Here()
 
 
 class _Shared:
-    """Items that cores take in turn; the first error ends the work."""
+    """Items that cores take in turn; the first error ends the work.
+
+    Its asker, when nothing is left to begin, helps with work that its items ask for: `calls` brings that, and None
+    at the end.
+    """
 
     def __init__(self, work: Callable[[Any], Any], items: Sequence[Any], n_cores: int) -> None:
         self.n_cores = n_cores
-        self.results: list[Any] = [None] * len(items)
+        self.within = _here.asked
+        self.calls: SimpleQueue[_Shared | None] = SimpleQueue()
+        self._results: list[Any] = [None] * len(items)
         self._work, self._items = work, items
         self._next = count()
-        self._n_left = len(items)
+        self._n = self._n_left = len(items)
         self._lock = threading.Lock()
-        self._ended = threading.Event()
         self._error: BaseException | None = None
 
     def take_part(self) -> None:
         """Work on items until none is left to begin."""
-        while (i := next(self._next)) < len(self._items):
+        while (i := next(self._next)) < self._n:
             try:
                 if self._error is None:
-                    self.results[i] = self._work(self._items[i])
+                    self._results[i] = self._work(self._items[i])
             except BaseException as error:  # raised where the work was asked for
                 self._error = self._error or error
             with self._lock:
                 self._n_left -= 1
                 if not self._n_left:
-                    self._ended.set()
+                    self.calls.put(None)
 
     def wait(self) -> list[Any]:
         """Wait for items that others have begun; return all results, or raise the error that ended the work."""
-        self._ended.wait()
+        while (shared := self.calls.get()) is not None:
+            shared.take_part()
         if self._error is not None:
             raise self._error
-        return self.results
+        results = self._results
+        # Who is called too late must not keep what is here.
+        del self._results, self._work, self._items
+        return results
 
 
 class _Helpers:
@@ -121,7 +139,7 @@ class _Helpers:
         atexit.register(self._end)
 
     def call(self, shared: _Shared, n_helpers: int) -> None:
-        """Ask threads to take part; those that come too late find nothing to do."""
+        """Ask threads to take part, and who waits for work that this is within; who comes late finds nothing to do."""
         with self._lock:
             while len(self._threads) < n_helpers:
                 ready = threading.Event()
@@ -130,6 +148,8 @@ class _Helpers:
                 ready.wait()
         for _ in range(n_helpers):
             self._queue.put(shared)
+        if shared.within is not None:
+            shared.within.calls.put(shared)
 
     def _serve(self, ready: threading.Event) -> None:
         # Asking is what makes PyTorch settle the number for this thread; at its first operator another may have it.
@@ -138,8 +158,9 @@ class _Helpers:
         ready.set()
         with torch.no_grad():
             while (shared := self._queue.get()) is not None:
-                _here.is_core, _here.n_cores = True, shared.n_cores
+                _here.is_core, _here.n_cores, _here.asked = True, shared.n_cores, shared.within or shared
                 shared.take_part()
+                _here.asked = None
                 del shared
 
     def _end(self) -> None:

@@ -6,10 +6,12 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 
+from thresher.shared import cores
 from thresher.shared.cores import even_blocks, on_cores
 
 
@@ -47,6 +49,40 @@ def test_work_within_work_is_shared_with_cores_that_are_free():
         return on_cores(lambda inner: (barrier.wait(), (item, inner))[1], range(3)) if item == 0 else [(item, None)]
 
     assert on_cores(outer, range(2)) == [[(0, 0), (0, 1), (0, 2)], [(1, None)]]
+
+
+def one_on_each_of_two_threads(monkeypatch, by_asker, by_helper):
+    """Do one piece of work on this thread and another on the only helper, once both have begun."""
+    monkeypatch.setattr(cores, "_helpers", cores._Helpers())
+    torch.set_num_threads(2)
+    asker, both = threading.get_ident(), threading.Barrier(2, timeout=60)
+
+    def work(_):
+        both.wait()
+        return by_asker() if threading.get_ident() == asker else by_helper()
+
+    on_cores(work, range(2))
+    torch.set_num_threads(3)
+
+
+def test_who_waits_for_work_helps_with_work_within_it(monkeypatch):
+    inner = threading.Barrier(2, timeout=20)
+    one_on_each_of_two_threads(monkeypatch, lambda: None, lambda: on_cores(lambda _: inner.wait(), range(2)))
+
+
+def test_a_core_that_is_called_too_late_keeps_nothing_of_the_work(monkeypatch):
+    class Result:
+        pass
+
+    ended, kept = threading.Event(), []
+
+    def work():
+        results = [weakref.ref(result) for result in on_cores(lambda _: Result(), range(3))]
+        kept.extend(result() for result in results)
+        ended.set()
+
+    one_on_each_of_two_threads(monkeypatch, work, lambda: ended.wait(60))
+    assert kept == [None] * 3
 
 
 def test_an_error_ends_the_work_and_is_raised_and_the_next_work_is_whole():
