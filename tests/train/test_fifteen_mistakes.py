@@ -112,7 +112,7 @@ def check_auxk_reconstructs_the_bare_residual(auxk):
     pre_acts = (x - parameters["b_dec"]) @ parameters["W_enc"][:4].T + parameters["b_enc"][:4]
     residual = pre_acts.relu() @ parameters["W_dec"][:4]
     gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    loss = auxk(gradients, parameters, Batch(x, x), parameters["W_enc"], residual, dead, 4, 1.0)
+    loss = auxk(gradients, parameters, Batch(x, x), parameters["W_enc"], -residual, dead, 4, 1.0)
     assert loss < 1e-20
     assert all(gradient.abs().max() < 1e-9 for gradient in gradients.values())
 
@@ -122,8 +122,8 @@ def test_3_auxk_decodes_without_the_bias():
 
 
 def test_3_a_second_bias_is_noticed():
-    def biased(gradients, parameters, batch, W_enc, residual, *rest):
-        return add_auxk(gradients, parameters, batch, W_enc, residual - parameters["b_dec"], *rest)
+    def biased(gradients, parameters, batch, W_enc, error, *rest):
+        return add_auxk(gradients, parameters, batch, W_enc, error + parameters["b_dec"], *rest)
 
     with pytest.raises(AssertionError):
         check_auxk_reconstructs_the_bare_residual(biased)
@@ -150,9 +150,9 @@ def test_3_auxk_takes_the_residual_as_constant(name):
 def test_3_a_residual_that_is_not_constant_is_noticed(monkeypatch):
     """The loss's gradient by the residual, which an undetached one passes on to the reconstruction and so to b_dec."""
 
-    def undetached(gradients, parameters, batch, W_enc, residual, dead, k, coefficient, *rest):
-        loss = add_auxk(gradients, parameters, batch, W_enc, residual, dead, k, coefficient, *rest)
-        gradients["b_dec"] -= 2 * coefficient * residual.mean(0) / residual.square().sum(1).mean()
+    def undetached(gradients, parameters, batch, W_enc, error, dead, k, coefficient, *rest):
+        loss = add_auxk(gradients, parameters, batch, W_enc, error, dead, k, coefficient, *rest)
+        gradients["b_dec"] += 2 * coefficient * error.mean(0) / error.square().sum(1).mean()
         return loss
 
     monkeypatch.setattr(topk_module, "add_auxk", undetached)

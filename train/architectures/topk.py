@@ -58,7 +58,7 @@ class TopK(Architecture):
                 parameters,
                 batch,
                 step.W_enc_compute,
-                -error,
+                error,
                 step.dead,
                 self.config.k_aux or max(1, self.d_in // 2),
                 self.config.aux_coefficient,
