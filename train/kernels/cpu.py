@@ -40,9 +40,8 @@ __all__ = [
     "to_csc",
 ]
 
-_CACHE_BYTES = 8 << 20
 _WORTH_PACKING = 8 << 20
-_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 128, 512, 1 << 23
+_LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 128, 1024, 6 << 20
 
 
 def pre_activations(
@@ -161,10 +160,10 @@ def grad_values(
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry.
 
-    The rows of `g` are gone through in order and those of `W_dec` gathered, where it fits the cache or is the smaller
-    of the two; otherwise it is the other way about. Pass `csc` from `to_csc` to sort once for several calls.
+    The rows of the smaller matrix are gathered, those of the other gone through in order. Pass `csc` from `to_csc` to
+    sort once for several calls.
     """
-    if W_dec.nbytes <= max(_CACHE_BYTES, g.nbytes):
+    if W_dec.nbytes <= g.nbytes:
         return dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
     by_latent = dot_products(W_dec, g, csc.offsets, csc.rows)

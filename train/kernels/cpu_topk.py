@@ -15,7 +15,6 @@ from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-_WIDER = {torch.int16: (torch.int32, 16), torch.int32: (torch.int64, 32)}
 _FEW = 12
 _MANY = 64
 _MOST_CANDIDATES = 1 << 16
@@ -47,7 +46,7 @@ def topk_of_parts(
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     """Do as `topk_of_rows` on rows that are given as `n_parts` parts, one after the other.
 
-    A group then has an entry of each part, and a part is compared while it is in the cache of the core that made it.
+    A group then has an entry of each part, and to compare groups is to compare whole parts.
     """
     if len(parts) == 1:
         return topk_of_rows(parts[0], k)
@@ -56,10 +55,8 @@ def topk_of_parts(
     for others in bits[1:]:
         torch.maximum(maxima, others, out=maxima)
     _, groups = _largest(maxima, k)
-    width = maxima.shape[1]
-    columns = (groups[:, None, :] + torch.arange(0, width * len(bits), width)[:, None]).flatten(1)
-    values, places = _partition(torch.cat([part.gather(1, groups) for part in bits], 1), k)
-    return values.view(parts[0].dtype), columns.gather(1, places)
+    values, columns = _largest_of_groups(bits, groups, maxima[:, :0])
+    return values.view(parts[0].dtype), columns
 
 
 def _largest(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
@@ -70,25 +67,44 @@ def _largest(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k
     # A group is `size` entries that are `stride` apart, so that comparing them is comparing whole runs.
     stride = n // size
     whole = stride * size
-    _, groups = _largest(bits[:, :whole].unflatten(1, (size, stride)).amax(1), k)
-    columns = (groups[:, None, :] + torch.arange(0, whole, stride)[:, None]).flatten(1)
-    if whole < n:
-        columns = torch.cat([columns, torch.arange(whole, n).expand(len(columns), -1)], 1)
-    values, places = _partition(bits.gather(1, columns), k)
-    return values, columns.gather(1, places)
+    runs = bits[:, :whole].unflatten(1, (size, stride))
+    _, groups = _largest(runs.amax(1), k)
+    return _largest_of_groups(runs.unbind(1), groups, bits[:, whole:])
+
+
+def _largest_of_groups(
+    runs: Sequence[Int[Tensor, "batch stride"]], groups: Int64[Tensor, "batch k"], rest: Int[Tensor, "batch n_rest"]
+) -> tuple[Int[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
+    """Return the k largest among k groups, whose entries stand at the same place of each run, and the rest."""
+    k, stride = groups.shape[1], runs[0].shape[1]
+    values, places = _partition(torch.cat([*(run.gather(1, groups) for run in runs), rest], 1), k)
+    which = places // k
+    columns = groups.gather(1, places - which * k).add_(which, alpha=stride)
+    if rest.shape[1]:
+        in_rest = places - len(runs) * k
+        columns = torch.where(in_rest < 0, columns, in_rest + len(runs) * stride)
+    return values, columns
 
 
 def _group_size(n: int, k: int) -> int:
     """Return how many of a row's n entries to compare at once; 1 if the row is short enough."""
     if n <= _FEW * k:
         return 1
-    return 8 if n > _MANY * k and k <= _MANY else 4
+    return 8 if n >= _MANY * k and k <= _MANY else 4
 
 
 def _partition(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-    wider, shift = _WIDER[bits.dtype]
     n = bits.shape[1]
-    keys = (bits.to(wider) << shift).add_(torch.arange(n, dtype=wider))
+    keys = _above_places(bits)
     keys.numpy().partition(n - k, axis=1)
-    largest: Shaped[Tensor, "batch k"] = keys[:, n - k :]
+    largest: Shaped[Tensor, "batch k"] = keys[:, n - k :].contiguous()
+    shift = 8 * bits.itemsize
     return (largest >> shift).to(bits.dtype), (largest & (_MOST_CANDIDATES - 1)).long()
+
+
+def _above_places(bits: Int[Tensor, "batch n"]) -> Int[Tensor, "batch n"]:
+    """Return integers of twice the bytes: the given ones above their places in the row."""
+    n = bits.shape[1]
+    if bits.dtype is torch.int16:  # to widen bfloat16 is to put zeros behind it, whatever the bits are
+        return bits.view(torch.bfloat16).float().view(torch.int32).add_(torch.arange(n, dtype=torch.int32))
+    return (bits.long() << 32).add_(torch.arange(n))

@@ -64,7 +64,7 @@ def test_weights_laid_out_for_the_product_choose_the_same(monkeypatch):
 
 
 def test_rows_are_grouped_where_that_pays():
-    assert [cpu_topk._group_size(n, 32) for n in (300, 384, 385, 2048, 2049, 12288)] == [1, 1, 4, 4, 8, 8]
+    assert [cpu_topk._group_size(n, 32) for n in (300, 384, 385, 2047, 2048, 12288)] == [1, 1, 4, 4, 8, 8]
     assert cpu_topk._group_size(65536, 256) == 4
 
 
