@@ -18,14 +18,18 @@ from .config import C, describe, load_config
 from .errors import ThresherError
 
 USAGE_ERROR = 2
+_SWITCH_AFTER_SECONDS = 2e-4
 
 
 def run_process(command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on this process's arguments and end the process with its exit code.
 
+    A thread that waits for the interpreter has it soon: cores otherwise stand still for a twentieth of their time.
+
     All that was registered since to run at the end runs. After that the process ends at once: object by object, Python
     takes up to a second to take PyTorch and transformers apart.
     """
+    sys.setswitchinterval(_SWITCH_AFTER_SECONDS)
     ending = _Ending()
     atexit.register(ending)  # the first to be registered is the last to run
     try:

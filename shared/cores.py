@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,22 +22,15 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_SWITCH_AFTER_SECONDS = 2e-4
-
 
 @contextmanager
 def one_thread_an_operator() -> Iterator[int]:
-    """Within this context, operators of this thread and of new ones run on one thread each; yield how many did.
-
-    A thread that waits for the interpreter has it soon: cores otherwise stand still for a twentieth of their time.
-    """
-    before, switch_after = torch.get_num_threads(), sys.getswitchinterval()
+    """Within this context, operators of this thread and of new ones run on one thread each; yield how many did."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    sys.setswitchinterval(min(_SWITCH_AFTER_SECONDS, switch_after))
     try:
         yield before
     finally:
-        sys.setswitchinterval(switch_after)
         torch.set_num_threads(before)
 
 
@@ -88,8 +80,8 @@ _here = _Here()
 class _Shared:
     """Items that cores take in turn; the first error ends the work.
 
-    Its asker, when nothing is left to begin, helps with work that its items ask for: `calls` brings that, and None
-    at the end.
+    Who asked for it, if it is not itself within other work, helps when nothing is left to begin with what its items
+    ask for: `calls` brings that, and None at the end.
     """
 
     def __init__(self, work: Callable[[Any], Any], items: Sequence[Any], n_cores: int) -> None:
@@ -97,10 +89,8 @@ class _Shared:
         self.within = _here.asked
         self.calls: SimpleQueue[_Shared | None] = SimpleQueue()
         self._results: list[Any] = [None] * len(items)
-        self._work, self._items = work, items
-        self._next = count()
-        self._n = self._n_left = len(items)
-        self._lock = threading.Lock()
+        self._work, self._items, self._n = work, items, len(items)
+        self._next, self._ended = count(), count(1)  # counting takes no lock, which an interrupt could end
         self._error: BaseException | None = None
 
     def take_part(self) -> None:
@@ -111,21 +101,23 @@ class _Shared:
                     self._results[i] = self._work(self._items[i])
             except BaseException as error:  # raised where the work was asked for
                 self._error = self._error or error
-            with self._lock:
-                self._n_left -= 1
-                if not self._n_left:
+            finally:
+                if next(self._ended) == self._n:
                     self.calls.put(None)
 
     def wait(self) -> list[Any]:
         """Wait for items that others have begun; return all results, or raise the error that ended the work."""
         while (shared := self.calls.get()) is not None:
             shared.take_part()
-        if self._error is not None:
-            raise self._error
-        results = self._results
-        # Who is called too late must not keep what is here.
-        del self._results, self._work, self._items
-        return results
+        results, error = self._results, self._error
+        # Neither who is called too late nor an error's traceback must keep what is here.
+        del self._results, self._work, self._items, self._error
+        if error is None:
+            return results
+        try:
+            raise error
+        finally:
+            del results, error
 
 
 class _Helpers:

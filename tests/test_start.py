@@ -86,6 +86,11 @@ def test_a_command_ends_with_its_code_and_all_that_it_printed(code):
     assert (done.returncode, done.stdout, done.stderr) == (code, "out a\nat exit\n", "err")
 
 
+def test_a_commands_threads_have_the_interpreter_soon():
+    done = child(ENDING.format(end="print(sys.getswitchinterval() < 1e-3)"))
+    assert "True" in done.stdout.splitlines()
+
+
 def test_a_bug_ends_a_command_in_pythons_own_way():
     done = child(ENDING.format(end="raise LookupError('a bug')"))
     assert done.returncode == 1

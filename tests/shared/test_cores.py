@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -61,8 +62,10 @@ def one_on_each_of_two_threads(monkeypatch, by_asker, by_helper):
         both.wait()
         return by_asker() if threading.get_ident() == asker else by_helper()
 
-    on_cores(work, range(2))
-    torch.set_num_threads(3)
+    try:
+        on_cores(work, range(2))
+    finally:
+        torch.set_num_threads(3)
 
 
 def test_who_waits_for_work_helps_with_work_within_it(monkeypatch):
@@ -70,15 +73,24 @@ def test_who_waits_for_work_helps_with_work_within_it(monkeypatch):
     one_on_each_of_two_threads(monkeypatch, lambda: None, lambda: on_cores(lambda _: inner.wait(), range(2)))
 
 
-def test_a_core_that_is_called_too_late_keeps_nothing_of_the_work(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_core_that_is_called_too_late_keeps_nothing_of_the_work(monkeypatch, fails):
     class Result:
         pass
 
-    ended, kept = threading.Event(), []
+    ended, made, kept = threading.Event(), [], []
+
+    def make(_):
+        result = Result()
+        made.append(weakref.ref(result))
+        if fails and len(made) == 3:
+            raise ValueError
+        return result
 
     def work():
-        results = [weakref.ref(result) for result in on_cores(lambda _: Result(), range(3))]
-        kept.extend(result() for result in results)
+        with suppress(ValueError):
+            on_cores(make, range(3))
+        kept.extend(result() for result in made)
         ended.set()
 
     one_on_each_of_two_threads(monkeypatch, work, lambda: ended.wait(60))
