@@ -53,10 +53,11 @@ def read_metrics(metrics: Mapping[str, Number]) -> dict[str, float]:
 class SaeTrainer:
     """One SAE in training. Nothing in it depends on the other SAEs of its sweep.
 
-    `diverged` says why training stopped early, if it did. On a GPU a step does not wait for the device: the metrics
-    are read, and divergence is noticed, when the run asks for them by `read_metrics` and `check`. A TopK SAE takes
-    whole steps of fused kernels where the kernels have them, unless `fuse` is false. With those kernels shapes are
-    fixed from look to look, and with `capture` steps whose shapes have settled are replayed as graphs.
+    `diverged` says why training stopped early, if it did; `seconds` what the last step took by its caller's clock. On
+    a GPU a step does not wait for the device: the metrics are read, and divergence is noticed, when the run asks for
+    them by `read_metrics` and `check`. A TopK SAE takes whole steps of fused kernels where the kernels have them,
+    unless `fuse` is false. With those kernels shapes are fixed from look to look, and with `capture` steps whose
+    shapes have settled are replayed as graphs.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class SaeTrainer:
         self.sparsity_warmup_steps = int(schedule.n_steps * share) if warmup is None else warmup
         self.averages = {name: tensor.clone() for name, tensor in self.parameters.items()} if config.ema_decay else {}
         self.steps_done = 0
+        self.seconds = 0.0
         self.initialised = False
         self._lr = 0.0
         self.diverged: str | None = None

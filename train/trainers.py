@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -42,21 +44,27 @@ Prepared = dict[tuple[tuple[str, ...], str | None], Batch]
 def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
     """Let every SAE that has not diverged take a step; return their metrics by name.
 
-    On a CPU steps go side by side, except where several processes train an SAE together: those meet within each
-    step, and so take the SAEs in order.
+    On a CPU steps go side by side, those that took longest last time first, so that cores end together; except where
+    several processes train an SAE together: those meet within each step, and so take the SAEs in order.
     """
+    taken: dict[str, dict[str, Number]] = {}
 
-    def step(trainer: SaeTrainer) -> dict[str, Number]:
-        return trainer.step(prepared[trainer.config.inputs, trainer.config.hook_point_out])
+    def step(trainer: SaeTrainer) -> None:
+        started = time.perf_counter()
+        taken[trainer.name] = trainer.step(prepared[trainer.config.inputs, trainer.config.hook_point_out])
+        trainer.seconds = time.perf_counter() - started
 
     there = [trainer for trainer in trainers if not trainer.diverged]
-    if all(trainer.device.type == "cpu" for trainer in there):
-        alone = all(trainer.across is ALONE for trainer in there)
-        at_once = [there] if alone else [[trainer] for trainer in there]
-        taken = [metrics for some in at_once for metrics in on_cores(step, some)]
+    on_a_cpu = all(trainer.device.type == "cpu" for trainer in there)
+    if on_a_cpu and all(trainer.across is ALONE for trainer in there):
+        on_cores(step, sorted(there, key=lambda trainer: -trainer.seconds))
+    elif on_a_cpu:
+        for trainer in there:
+            on_cores(step, [trainer])
     else:
-        taken = [step(trainer) for trainer in there]
-    return {trainer.name: metrics for trainer, metrics in zip(there, taken, strict=True)}
+        for trainer in there:
+            step(trainer)
+    return {trainer.name: taken[trainer.name] for trainer in there}
 
 
 def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:

@@ -40,6 +40,7 @@ __all__ = [
     "to_csc",
 ]
 
+_CACHE_BYTES = 8 << 20
 _WORTH_PACKING = 8 << 20
 _LEAST_ROWS, _MOST_ROWS, _BLOCK_ENTRIES = 128, 1024, 6 << 20
 
@@ -109,7 +110,7 @@ def entries_above(
 
 
 def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
-    """Return blocks of rows: enough for the product, and few enough for their pre-activations to stay in cache."""
+    """Return blocks of rows: enough for the product to be fast, and few enough for cores to share them."""
     return even_blocks(n_rows, max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae)))
 
 
@@ -160,10 +161,10 @@ def grad_values(
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry.
 
-    The rows of the smaller matrix are gathered, those of the other gone through in order. Pass `csc` from `to_csc` to
-    sort once for several calls.
+    The rows of the smaller matrix are gathered, those of the other gone through in order; but for rows of `W_dec` that
+    fit the cache nothing is sorted. Pass `csc` from `to_csc` to sort once for several calls.
     """
-    if W_dec.nbytes <= g.nbytes:
+    if W_dec.nbytes <= (g.nbytes if csc is not None else max(_CACHE_BYTES, g.nbytes)):
         return dot_products(g, W_dec, offsets, indices)
     csc = csc or to_csc(indices, offsets, len(W_dec))
     by_latent = dot_products(W_dec, g, csc.offsets, csc.rows)

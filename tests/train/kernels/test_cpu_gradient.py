@@ -48,9 +48,11 @@ def test_terms_in_bfloat16_are_added_up_in_float32():
     assert gradient.tolist() == [[4000.0] * 3, [0.0] * 3]
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 30])
 @pytest.mark.parametrize(("batch", "d_sae"), [(40, 23), (12, 30), (3, 200)])
-def test_gradients_of_values_are_the_references_from_either_side(batch, d_sae):
+def test_gradients_of_values_are_the_references_from_either_side(monkeypatch, batch, d_sae, cache):
     """Through either of the two matrices in order; entries of the memory they are written to do not matter."""
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", cache)
     _, indices, offsets, g = entries(batch, d_sae, 5)
     W_dec = torch.randn(d_sae, 5, dtype=torch.float64)
     expected = reference.grad_values(g, W_dec, indices, offsets)
