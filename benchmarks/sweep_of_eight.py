@@ -4,9 +4,11 @@
 
 Ours is the two commands that a user gives, from the bundled model and this Python's standard library to eight saved
 SAEs; every second of both processes counts. SAELens' runners get the tokens that we trained on, ready made, and the
-seconds of their imports and of tokenizing do not count. 400,000 tokens are 180 steps of 2,048: enough for the
-reconstructions to be compared, and few enough for the eight runs to end in minutes. Every SAE's explained variance is
-of the same held-out rows, and no ratio is printed unless all of them reach `--least-explained`.
+seconds of their imports and of tokenizing do not count. Ours lasts a minute and theirs ten, in which a machine may
+change its pace: ours is therefore run before and after each of theirs, and the mean of the two counts. 400,000 tokens
+are 180 steps of 2,048: enough for the reconstructions to be compared, and few enough for the eight runs to end in
+minutes. Every SAE's explained variance is of the same held-out rows, and no ratio is printed if one of either side's
+is below `--least-explained`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from shutil import rmtree
+from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +64,7 @@ beta2 = 0.95
 
 def ours(folder: Path, n_tokens: int, d_sae: int) -> dict[str, float]:
     """Harvest and train as a user would; return what each stage took."""
+    folder.mkdir()
     n_steps = n_tokens // BATCH_SIZE
     keys = {"root": ROOT, "folder": folder, "tokens": n_tokens, "hook": HOOK, "batch_size": BATCH_SIZE, "lr": LR}
     keys |= {"warmup": n_steps // 20, "d_sae": d_sae, "ks": list(KS)}
@@ -117,11 +123,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["separate", "multi", "separate_bf16", "multi_bf16"])
     parser.add_argument("--least-explained", type=float, default=0.5)
     options = parser.parse_args()
-    results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        results["thresher"] = ours(folder, options.tokens, options.d_sae)
-        store = ActivationStore.open(str(folder / "store"))
+
+        def judged(result: dict[str, Any], saes: Path, rows: torch.Tensor) -> dict[str, Any]:
+            explained = explained_variances(saes, rows)
+            if min(explained.values()) < options.least_explained:
+                raise SystemExit(f"SAEs explain {explained}: they have not trained, so speeds say nothing")
+            return result | {"explained_variance": explained}
+
+        first = ours(folder / "first", options.tokens, options.d_sae)
+        store = ActivationStore.open(str(folder / "first/store"))
         held_out = np.asarray(store.held_out_contexts())
         tokens = store.tokens(0, store.n_rows)
         assert tokens is not None
@@ -131,22 +143,20 @@ def main() -> None:
         mask = torch.from_numpy(store.row_mask(0, store.n_rows) & np.repeat(held_out, store.context_size))
         rows = store.read(HOOK, 0, store.n_rows).float()[mask]
         n_trained = int((~held_out).sum()) * store.context_size
-        results["thresher"]["explained_variance"] = explained_variances(folder / "saes", rows)
-        print(
-            json.dumps({"tokens": n_trained, "held_out_rows": len(rows), "thresher": results["thresher"]}), flush=True
-        )
+        runs = [judged(first, folder / "first/saes", rows)]
+        results: dict[str, Any] = {"thresher": runs}
+        print(json.dumps({"tokens": n_trained, "held_out_rows": len(rows), "thresher": runs[0]}), flush=True)
         for kind in options.kinds:
-            results[kind] = theirs(kind, folder, path, n_trained, options.d_sae)
-            results[kind]["explained_variance"] = explained_variances(folder / kind, rows)
-            print(json.dumps({kind: results[kind]}), flush=True)
-    least = min(min(result["explained_variance"].values()) for result in results.values())
-    if least < options.least_explained:
-        raise SystemExit(f"an SAE explains only {least}: it has not trained, so speeds say nothing")
+            taken = theirs(kind, folder, path, n_trained, options.d_sae)
+            results[kind] = judged(taken, folder / kind, rows)
+            again = ours(folder / "again", options.tokens, options.d_sae)
+            runs.append(judged(again, folder / "again/saes", rows))
+            rmtree(folder / "again")
+            results[kind]["ratio"] = taken["seconds"] / mean(run["seconds"] for run in runs[-2:])
+            print(json.dumps({"thresher": runs[-1], kind: results[kind]}), flush=True)
     for kind in options.kinds:
-        ratio = results[kind]["seconds"] / results["thresher"]["seconds"]
-        results[kind]["ratio"] = ratio
         target = f" (target {TARGETS[kind]}x)" if kind in TARGETS else ""
-        print(f"a sweep of eight, over SAELens {kind.replace('_', ', ')}: {ratio:.1f}x{target}")
+        print(f"a sweep of eight, over SAELens {kind.replace('_', ', ')}: {results[kind]['ratio']:.1f}x{target}")
     output = ROOT / f"runs/bench/sweep_of_eight_{options.d_sae}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"options": vars(options), "results": results}, indent=1))
