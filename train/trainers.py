@@ -55,12 +55,11 @@ def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[s
         trainer.seconds = time.perf_counter() - started
 
     there = [trainer for trainer in trainers if not trainer.diverged]
-    on_a_cpu = all(trainer.device.type == "cpu" for trainer in there)
-    if on_a_cpu and all(trainer.across is ALONE for trainer in there):
-        on_cores(step, sorted(there, key=lambda trainer: -trainer.seconds))
-    elif on_a_cpu:
-        for trainer in there:
-            on_cores(step, [trainer])
+    if all(trainer.device.type == "cpu" for trainer in there):
+        alone = all(trainer.across is ALONE for trainer in there)
+        at_once = [sorted(there, key=lambda trainer: -trainer.seconds)] if alone else [[trainer] for trainer in there]
+        for some in at_once:
+            on_cores(step, some)
     else:
         for trainer in there:
             step(trainer)
