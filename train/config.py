@@ -182,7 +182,10 @@ class TrainConfig(Config, frozen=True):
     ] = None
     normalize_activations: Annotated[
         Literal["expected_average_only_in", "none"],
-        Meta(description="Scale inputs to a mean norm of sqrt(d_in), or leave them; folded into the saved weights."),
+        Meta(
+            description="Scale centred inputs to a mean norm of sqrt(d_in), or only centre them; folded into the saved "
+            "weights."
+        ),
     ] = "expected_average_only_in"
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")

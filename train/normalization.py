@@ -1,4 +1,4 @@
-"""Input normalisation from a store's exact moments."""
+"""Input normalisation: rows are centred on the store's exact mean, then scaled to a mean norm of sqrt(d_in)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .usable import UsableRows
+
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
     from .config import SaeConfig
+
+_SAMPLE_ROWS = 1 << 17
+_CHUNKS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,40 @@ class Normalization:
 
 
 def normalization_of(store: ActivationStore, hook_point: str, kind: str) -> Normalization:
-    """Return a hook point's normalisation: `expected_average_only_in` gives a mean norm of sqrt(d_in)."""
+    """Return a hook point's normalisation.
+
+    With `expected_average_only_in`, centred rows have a mean norm of sqrt(d_in). The norm is that of *centred* rows: in
+    real models a large mean or a channel with a large offset can dwarf what varies, and a scale taken from raw rows
+    would shrink the variation until a sparsity penalty outweighs it.
+    """
     moments = store.moments(hook_point)
-    scale = store.d_in(hook_point) ** 0.5 / moments.mean_norm if kind == "expected_average_only_in" else 1.0
     mean = torch.as_tensor(moments.mean).to(torch.float32)
-    return Normalization(mean, float(scale), float(moments.total_variance) * scale**2)
+    scale = 1.0
+    if kind == "expected_average_only_in":
+        scale = store.d_in(hook_point) ** 0.5 / mean_centred_norm(store, hook_point, mean)
+    return Normalization(mean, scale, float(moments.total_variance) * scale**2)
+
+
+def mean_centred_norm(store: ActivationStore, hook_point: str, mean: Float[Tensor, " d_in"]) -> float:
+    """Return the mean of `||x - mean||` over training rows.
+
+    It is exact for stores of up to 131,072 training rows. For larger ones it is taken over about so many, in chunks
+    spread evenly over the store: always the same ones, because the weights that training gives depend on it.
+    """
+    rows_per_chunk = store.training_rows_per_chunk()
+    chunks = np.flatnonzero(rows_per_chunk)
+    n_chosen = -(-len(chunks) * _SAMPLE_ROWS // max(int(rows_per_chunk.sum()), _SAMPLE_ROWS))
+    chunks = chunks[np.arange(n_chosen) * len(chunks) // n_chosen]
+    usable = UsableRows(store)
+    total, count = 0.0, 0
+    for start in range(0, len(chunks), _CHUNKS_AT_ONCE):
+        some = chunks[start : start + _CHUNKS_AT_ONCE]
+        mask = torch.from_numpy(usable.of(some).reshape(-1))
+        rows = store.read_chunks(hook_point, some)[mask].to(torch.float32).sub_(mean)
+        # NumPy sums in one thread: PyTorch's sum would differ with the number of threads.
+        total += float(torch.linalg.vector_norm(rows, dim=1).numpy().sum(dtype=np.float64))
+        count += len(rows)
+    return total / count
 
 
 def normalization_across(sae: SaeConfig, by_hook: Mapping[str, Normalization]) -> Normalization:

@@ -14,6 +14,7 @@ from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.errors import ConfigError
 from thresher.shared.store import Moments
 from thresher.train import ShuffledBatches
+from thresher.train import normalization as normalization_module
 from thresher.train.normalization import normalization_of
 
 D_IN = 6
@@ -23,12 +24,13 @@ def check_moments_are_of_all_rows(tmp_path):
     """Batches whose means agree but rows vary, then rows of a hundred times the norm in the last batch."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(2, 8, D_IN, generator=generator) * (1 + 100 * (i == 11)) for i in range(12)]
+    parts = [part - part.mean((0, 1)) + torch.linspace(0, 40, D_IN) for part in parts]
     with ActivationStoreWriter(tmp_path / "store", {"h": D_IN}, 8, dtype="float32") as writer:
         for part in parts:
-            writer.append({"h": part - part.mean((0, 1))})
+            writer.append({"h": part})
     store = ActivationStore.open(tmp_path / "store")
-    x = np.concatenate([(part - part.mean((0, 1))).double().numpy().reshape(-1, D_IN) for part in parts])
-    scale = D_IN**0.5 / np.linalg.norm(x, axis=1).mean()
+    x = np.concatenate([part.double().numpy().reshape(-1, D_IN) for part in parts])
+    scale = D_IN**0.5 / np.linalg.norm(x - x.mean(0), axis=1).mean()
     normalization = normalization_of(store, "h", "expected_average_only_in")
     assert normalization.scale == pytest.approx(scale, rel=1e-6)
     assert normalization.total_variance == pytest.approx(x.var(0).sum() * scale**2, rel=1e-6)
@@ -50,15 +52,14 @@ def test_8_a_variance_without_its_part_within_batches_is_noticed(tmp_path, monke
         check_moments_are_of_all_rows(tmp_path)
 
 
-def test_8_a_mean_norm_of_the_first_batches_is_noticed(tmp_path, monkeypatch):
-    moments_of = ActivationStore.moments
+@pytest.mark.parametrize("mistake", ["of the first batches", "of rows that are not centred"])
+def test_8_another_mean_norm_is_noticed(tmp_path, monkeypatch, mistake):
+    def mean_norm(store, hook, mean):
+        if mistake == "of the first batches":
+            return float((store.read(hook, 0, 8 * 16) - mean).norm(dim=1).mean())
+        return store.moments(hook).mean_norm
 
-    def of_eight_batches(self, hook):
-        moments = moments_of(self, hook)
-        norm = float(self.read(hook, 0, 8 * 16).norm(dim=1).mean())
-        return replace(moments, sum_norm=norm * moments.count)
-
-    monkeypatch.setattr(ActivationStore, "moments", of_eight_batches)
+    monkeypatch.setattr(normalization_module, "mean_centred_norm", mean_norm)
     with pytest.raises(AssertionError):
         check_moments_are_of_all_rows(tmp_path)
 
