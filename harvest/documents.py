@@ -7,6 +7,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,16 @@ MAX_NAME = 200
 
 
 class Document(NamedTuple):
-    """One text and where it is from: a path, a title, or dataset and row."""
+    """One document and where it is from: a path, a title, or dataset and row.
+
+    A document is plain text, or a conversation (`messages`, dicts with role and content), or already tokenized
+    (`input_ids`); `text` is empty for the latter two.
+    """
 
     name: str
     text: str
+    messages: list[dict[str, Any]] | None = None
+    input_ids: list[int] | None = None
 
 
 def read_documents(config: HarvestConfig) -> Iterator[Document]:
@@ -45,6 +52,28 @@ def read_documents(config: HarvestConfig) -> Iterator[Document]:
     if _looks_like_a_path(config.dataset):
         raise MissingFileError(f"no text at '{config.dataset}'; give a file, a folder, or a Hugging Face dataset id")
     return _rows(_hub_dataset(config), config)
+
+
+def source_files(config: HarvestConfig) -> list[Path] | None:
+    """Return the local files that the documents come from, sorted by path; None for a Hugging Face dataset id."""
+    path = Path(config.dataset).expanduser()
+    if config.dataset == PYTHON_STDLIB:
+        return sorted(_stdlib_files())
+    if path.is_dir():
+        return _visible_files(path)
+    return [path] if path.is_file() else None
+
+
+def hub_fingerprint(config: HarvestConfig) -> str:
+    """Return what identifies the content of a Hugging Face dataset id: the revision's hash, from the cache if offline.
+
+    Raises `DataError` for a dataset that cannot be reached.
+    """
+    with _reaching(config):
+        builder = _datasets().load_dataset_builder(
+            config.dataset, config.dataset_config, revision=config.dataset_revision
+        )
+    return str(builder.hash)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -89,8 +118,7 @@ def _folder(folder: Path, config: HarvestConfig) -> Iterator[Document]:
         return _rows(_datasets().load_from_disk(folder), config)
     if (folder / "dataset_dict.json").is_file():
         return _rows(_split(_datasets().load_from_disk(folder), config), config)
-    hidden = (path for path in folder.rglob("*") if path.is_file())
-    paths = sorted(path for path in hidden if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    paths = _visible_files(folder)
     builders = {BUILDERS[_kind(path)] for path in paths if _kind(path) in BUILDERS}
     if len(builders) > 1:
         raise DataError(f"'{folder}' mixes {' and '.join(sorted(builders))} files; give a folder of one format")
@@ -99,6 +127,11 @@ def _folder(folder: Path, config: HarvestConfig) -> Iterator[Document]:
     if not paths:
         raise DataError(f"no files in '{folder}'; expected text, JSONL, Parquet or Arrow files")
     return _files(paths, folder, config.seed)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _datasets() -> Any:
@@ -114,7 +147,7 @@ def _data_files(builder: str, paths: list[Path], config: HarvestConfig) -> Itera
 
 
 def _hub_dataset(config: HarvestConfig) -> Any:
-    try:
+    with _reaching(config):
         return _datasets().load_dataset(
             config.dataset,
             config.dataset_config,
@@ -122,8 +155,14 @@ def _hub_dataset(config: HarvestConfig) -> Any:
             revision=config.dataset_revision,
             streaming=config.streaming,
         )
-    except (OSError, ValueError, LookupError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _reaching(config: HarvestConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"cannot load dataset '{config.dataset}': expected {PYTHON_STDLIB}, a file, a folder, or a Hugging Face "
             f"dataset id that can be reached; {reason}"
@@ -146,12 +185,28 @@ def _rows(rows: Any, config: HarvestConfig) -> Iterator[Document]:
                     f"'{config.dataset}' has no column '{column}'; set text_column to one of {', '.join(row)}"
                 )
             name_column = next((name for name in NAME_COLUMNS if isinstance(row.get(name), (str, int))), None)
-        text = row[column]
-        if text is None:
+        value = row[column]
+        if value is None:
             continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"column '{column}' of '{config.dataset}' must hold text, got {type(text).__name__} in row {number}"
-            )
         name = str(row[name_column])[:MAX_NAME] if name_column else f"row {number}"
-        yield Document(name, text)
+        if isinstance(value, str):
+            yield Document(name, value)
+        elif is_messages(value):
+            yield Document(name, "", messages=value)
+        elif is_input_ids(value):
+            yield Document(name, "", input_ids=value)
+        else:
+            raise DataError(
+                f"column '{column}' of '{config.dataset}' must hold text, a list of messages or a list of token ids, "
+                f"got {type(value).__name__} in row {number}"
+            )
+
+
+def is_messages(value: object) -> bool:
+    """Tell whether a value is a conversation: a list of dicts that have a role and a content."""
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+
+
+def is_input_ids(value: object) -> bool:
+    """Tell whether a value is a list of token ids."""
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.documents import read_documents
+from thresher.harvest.documents import read_documents, source_files
 from thresher.harvest.prefetch import Prefetch
 from thresher.shared.errors import DataError, MissingFileError
 
@@ -25,12 +25,22 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
+def config_of(dataset, **options):
+    return HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(dataset), **options)
+
+
 def read(dataset, **options):
-    return list(read_documents(HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(dataset), **options)))
+    """Return the names and texts of a dataset's documents."""
+    return [document[:2] for document in read_documents(config_of(dataset, **options))]
+
+
+def contents(dataset, **options):
+    """Return the documents of a dataset without their names."""
+    return [document[1:] for document in read_documents(config_of(dataset, **options))]
 
 
 def texts(documents):
-    return [document.text for document in documents]
+    return [text for _, text in documents]
 
 
 def write_jsonl(path, rows):
@@ -47,7 +57,7 @@ def test_python_stdlib_is_this_interpreters():
     assert documents != other
     assert sorted(documents) == sorted(other)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    names = {document.name for document in documents}
+    names = {name for name, _ in documents}
     assert {"argparse.py", "json/decoder.py"} <= names
     assert not any("site-packages" in name for name in names)
     by_name = dict(documents)
@@ -83,7 +93,7 @@ def test_a_folder_of_parquet_is_read_in_path_order(tmp_path):
         pq.write_table(pa.table({"content": TEXTS[2 * i : 2 * i + 2]}), tmp_path / f"part{i}.parquet")
     documents = read(tmp_path, text_column="content")
     assert texts(documents) == TEXTS
-    assert documents[3].name == "row 3"
+    assert documents[3][0] == "row 3"
 
 
 def test_arrow_and_a_saved_dataset(tmp_path):
@@ -117,7 +127,7 @@ def test_an_unreachable_dataset_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"cannot load dataset 'org/corpus'.*Couldn't reach the Hub$"):
+    with pytest.raises(DataError, match=r"cannot load dataset 'org/corpus'.*Couldn't reach the Hub more$"):
         read("org/corpus")
 
 
@@ -128,7 +138,7 @@ def test_missing_files_and_columns(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "n": 1}])
     with pytest.raises(DataError, match="no column 'text'; set text_column to one of body, n"):
         read(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="must hold text, got int in row 0"):
+    with pytest.raises(DataError, match="must hold text, a list of messages or a list of token ids, got int in row 0"):
         read(tmp_path / "a.jsonl", text_column="n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no files in"):
@@ -136,6 +146,24 @@ def test_missing_files_and_columns(tmp_path):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="mixes json and parquet"):
         read(tmp_path)
+
+
+def test_messages_and_token_ids(tmp_path):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": messages, "ids": [3, 1, 4]}])
+    assert contents(tmp_path / "a.jsonl", text_column="messages") == [("", messages, None)]
+    assert contents(tmp_path / "a.jsonl", text_column="ids") == [("", None, [3, 1, 4])]
+    with pytest.raises(DataError, match="no column 'text'; set text_column to one of messages, ids"):
+        contents(tmp_path / "a.jsonl")
+
+
+def test_source_files_are_those_that_are_read(tmp_path):
+    for name in ("b.txt", "a/c.txt", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert source_files(config_of(tmp_path)) == [tmp_path / "a/c.txt", tmp_path / "b.txt"]
+    assert source_files(config_of(tmp_path / "b.txt")) == [tmp_path / "b.txt"]
+    assert source_files(config_of("org/corpus")) is None
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

@@ -87,7 +87,7 @@ def test_provenance_leads_back_to_the_text(config, text_folder):
     tokens = store.tokens(0, store.n_rows).numpy()
     documents, positions = store.documents(0, store.n_rows)
     tokenizer = language_model.load_tokenizer(config.model)
-    texts = dict(read_documents(config))
+    texts = {document.name: document.text for document in read_documents(config)}
     assert np.array_equal(tokens == 0, positions == 0)
     for document in np.unique(documents):
         hash_, name = store.document_info(int(document))
@@ -179,7 +179,7 @@ def test_a_store_of_another_harvest_is_refused(config):
 def test_text_that_runs_out_is_told(config, capsys):
     store = ActivationStore.open(harvest(replaced(config, tokens=10**6)))
     assert store.complete
-    n_bytes = sum(len(text.encode()) for _, text in read_documents(config))
+    n_bytes = sum(len(document.text.encode()) for document in read_documents(config))
     assert n_bytes < store.n_rows < 1.4 * n_bytes
     assert f"has text for {store.n_rows:,} of the 1,000,000 tokens asked for" in capsys.readouterr().err
 
