@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from .format import MAX_ROWS, Header
+from .roles import N_ROLES, PLACED
 from .rows import check_finite, to_bits
 
 
@@ -21,6 +22,7 @@ class Batch:
         self.lasting = False
         """Whether nobody will change the rows, so that they need not be copied."""
         self.tokens: np.ndarray | None = None
+        self.roles: np.ndarray | None = None
         self.held_out = np.zeros(n, dtype=bool)
         self.usable = np.ones(0, dtype=bool)
         self.documents = np.zeros((0, 0), dtype=np.int64)
@@ -36,6 +38,7 @@ class Batch:
         held_out: Any,
         documents: Any,
         positions: Any,
+        roles: Any,
     ) -> Batch:
         names = list(header.hook_points)
         if set(activations) != set(names):
@@ -56,6 +59,16 @@ class Batch:
             batch.tokens = _integers("tokens", tokens, grid, np.int32)
             if header.mask_token_ids:
                 batch.usable = ~np.isin(batch.tokens, header.mask_token_ids)
+        if (roles is not None) != header.has_roles:
+            expected, got = ("roles", "none") if header.has_roles else ("no roles", "roles")
+            raise ConfigError(f"the writer was made for a store with {expected}; got a batch with {got}")
+        if roles is not None:
+            batch.roles = _integers("roles", roles, grid, np.int8)
+            if batch.roles.size and not 0 <= int(batch.roles.min()) <= int(batch.roles.max()) < N_ROLES:
+                raise ConfigError(
+                    f"expected roles of 0 to {N_ROLES - 1}, got {batch.roles.min()} to {batch.roles.max()}"
+                )
+            batch.usable &= batch.roles != PLACED
         if held_out is not None:
             batch.held_out = _integers("held_out", held_out, (n,), np.bool_)
         unknown = np.broadcast_to(np.int64(-1), grid)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.jsonl"
 STATISTICS = "statistics.safetensors"
 TOKENS = "tokens"
+ROLES = "roles"
 PARTIAL_FOLDER = ".partial"
 STAGED_FOLDER = ".staged"
-RESERVED_NAMES = {TOKENS, "scales", "provenance", "statistics", "zarr.json", MANIFEST, STATISTICS}
+RESERVED_NAMES = {TOKENS, ROLES, "scales", "provenance", "statistics", "zarr.json", MANIFEST, STATISTICS}
 CHUNK_BYTES = 256 << 10
 SHARD_BYTES = 256 << 20
 MAX_TOKEN_CHUNK_ROWS = 64 << 10
@@ -60,6 +61,7 @@ class Header(
     n_contexts: Count | None
     metadata: dict[str, Any]
     covariance: bool = False
+    has_roles: bool = False
 
     @property
     def contexts_per_shard(self) -> int:
@@ -117,11 +119,13 @@ def arrays_of(header: Header) -> tuple[ArrayLayout, ...]:
             arrays.append(ArrayLayout(scales_name(name), None, "float32", "none", *rows))
         else:
             arrays.append(ArrayLayout(name, d_in, header.dtype, header.codec, *rows))
+    token_rows = header.chunk_rows * _divisor_below(
+        header.chunks_per_shard, max(1, MAX_TOKEN_CHUNK_ROWS // header.chunk_rows)
+    )
     if header.has_tokens:
-        token_rows = header.chunk_rows * _divisor_below(
-            header.chunks_per_shard, max(1, MAX_TOKEN_CHUNK_ROWS // header.chunk_rows)
-        )
         arrays.append(ArrayLayout(TOKENS, None, "int32", "zstd", token_rows, header.shard_rows))
+    if header.has_roles:
+        arrays.append(ArrayLayout(ROLES, None, "int8", "zstd", token_rows, header.shard_rows))
     return tuple(arrays)
 
 
@@ -180,6 +184,7 @@ def make_header(
     chunk_bytes: int,
     shard_bytes: int,
     covariance: bool = False,
+    has_roles: bool = False,
 ) -> Header:
     """Return the header of a new store, its values checked."""
     if not hook_points:
@@ -210,13 +215,14 @@ def make_header(
         n_contexts=n_contexts,
         metadata=dict(metadata),
         covariance=bool(covariance),
+        has_roles=bool(has_roles),
     )
 
 
-def check_hook_point_name(name: str) -> None:
+def check_hook_point_name(name: str, reserved: Set[str] = RESERVED_NAMES) -> None:
     """Raise `ConfigError` for a name that cannot be an array of the store."""
-    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or ".." in name:
+    if not _NAME.fullmatch(name) or name in reserved or ".." in name:
         raise ConfigError(
             f"hook point '{name}' cannot name an array; expected letters, digits, '.', '_' and '-', "
-            f"starting with a letter, digit or '_', and none of {', '.join(sorted(RESERVED_NAMES))}"
+            f"starting with a letter, digit or '_', and none of {', '.join(sorted(reserved))}"
         )

@@ -77,11 +77,14 @@ def describe(store: ActivationStore) -> list[str]:
         f"{store.path}: {state}",
         f"  rows        {store.n_rows:,}: {store.n_contexts:,} contexts of {store.context_size}, {held_out:,} held out",
         f"  training    {int(store.training_rows_per_chunk().sum()):,} rows (not held out; tokens "
-        f"{list(store.mask_token_ids)} masked)",
+        f"{list(store.mask_token_ids)} {'and rows of role placed ' if store.has_roles else ''}masked)",
         f"  stored as   {header.dtype}, codec {store.codec}; {n_shards:,} shards of {store.shard_rows:,} rows, "
         f"chunks of {store.chunk_rows:,} rows",
         f"  on disk     {n_bytes:,} bytes, {n_bytes / max(store.n_rows, 1):.1f} a token",
     ]
+    if store.has_roles:
+        counts = store.training_rows_by_role()
+        lines.insert(3, "  by role     " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n))
     for name in store.hook_points:
         moments = store.moments(name)
         stored = files.get(name, 0) + files.get(f"scales/{name}", 0)

@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import MissingFileError, StoreError
 from .checksum import crc32c
-from .format import FORMAT_VERSION, MANIFEST, Count, Header, Size, check_hook_point_name
+from .format import FORMAT_VERSION, MANIFEST, RESERVED_NAMES, ROLES, Count, Header, Size, check_hook_point_name
 from .location import StoreUrl
 
 Checksum = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
@@ -145,7 +145,7 @@ def _check_header(header: Header) -> None:
         raise StoreError("line 1: shard_rows must be a multiple of chunk_rows and of context_size")
     for name in header.hook_points:
         try:
-            check_hook_point_name(name)
+            check_hook_point_name(name, RESERVED_NAMES if header.has_roles else RESERVED_NAMES - {ROLES})
         except ValueError as error:
             raise StoreError(f"line 1: {error}") from None
 

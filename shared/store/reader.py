@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, HookPointError, StoreError
 from .files import StoreFiles, load_statistics, open_files, shard_statistics
-from .format import STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
+from .format import ROLES, STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
 from .location import StoreUrl, locate
 from .manifest import Manifest
-from .moments import Moments
+from .moments import Moments, merge
 from .quantise import dequantise
+from .roles import PLACED, ROLE_NAMES, role_codes
 from .rows import TORCH_DTYPES, piece_bytes
 from .statistics import Statistics, merge_statistics
 
@@ -39,7 +40,7 @@ class ActivationStore:
     def __init__(self, files: StoreFiles, manifest: Manifest, verify: Verify, threads: int | None) -> None:
         header = manifest.header
         self.files = files
-        self._reopen: tuple[Any, ...] = (str(files.place), verify, threads, None, None)
+        self._reopen: tuple[Any, ...] = (str(files.place), verify, threads, None, None, None)
         self.path: Path | StoreUrl = files.place
         self.hook_points = tuple(header.hook_points)
         self.context_size = header.context_size
@@ -53,6 +54,10 @@ class ActivationStore:
         self.metadata: dict[str, Any] = header.metadata
         self.mask_token_ids = tuple(header.mask_token_ids)
         self.has_tokens = header.has_tokens
+        self.has_roles = header.has_roles
+        self.used_roles: tuple[str, ...] | None = None
+        """Names of the roles whose rows may be used; None for all."""
+        self._used_codes: tuple[int, ...] = ()
         self.complete = manifest.completion is not None
         self.manifest = manifest
         self._verify: Verify = verify
@@ -70,11 +75,13 @@ class ActivationStore:
         threads: int | None = None,
         cache: str | Path | None = None,
         cache_bytes: int | None = None,
+        roles: Sequence[str] | None = None,
     ) -> Self:
         """Open a store. `verify` says when a chunk's checksum is checked: at its first read, always, or never.
 
         `cache` and `cache_bytes` are the folder for copies of a remote store's shards and its bound; by default those
-        of the environment (docs/object-stores.md).
+        of the environment (docs/object-stores.md). `roles` limits the rows that may be used, and so the masks, the
+        training rows and the moments, to rows of these roles, such as `["assistant"]` (docs/FORMAT.md).
 
         Raises:
             MissingFileError: nothing is there.
@@ -94,8 +101,19 @@ class ActivationStore:
                 if key.endswith("zarr.json"):
                     files.read_checked(key, manifest.completion.files)
         store = cls(files, manifest, verify, threads)
-        store._reopen = (str(path), verify, threads, cache, cache_bytes)
+        store._reopen = (str(path), verify, threads, cache, cache_bytes, roles)
+        if roles is not None:
+            store._limit(roles)
         return store
+
+    def _limit(self, roles: Sequence[str]) -> None:
+        self._used_codes = role_codes(roles)
+        if not self.has_roles:
+            raise StoreError(
+                f"the store '{self.path}' keeps no roles, got roles = {list(roles)}; leave roles out, or harvest chat "
+                'text (a column of messages, or special_tokens = "tokens")'
+            )
+        self.used_roles = tuple(ROLE_NAMES[code] for code in self._used_codes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: another process maps the files itself."""
@@ -244,14 +262,20 @@ class ActivationStore:
 
     def tokens(self, start: int, stop: int) -> Int32[Tensor, " n"] | None:
         """Return the tokens of rows [start, stop), or None if the store holds none."""
-        if not self.has_tokens:
-            return None
+        return self._integers(TOKENS, start, stop) if self.has_tokens else None
+
+    def roles(self, start: int, stop: int) -> Int8[Tensor, " n"] | None:
+        """Return the codes of `ROLE_NAMES` of rows [start, stop), or None if the store keeps no roles."""
+        return self._integers(ROLES, start, stop) if self.has_roles else None
+
+    def _integers(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of the tokens or the roles."""
         self._check_rows(start, stop)
-        cache = self._caches[TOKENS]
+        cache = self._caches[name]
         rows = cache.array.chunk_rows
         first, last = start // rows, -(-stop // rows)
         cache.prepare(np.arange(first, last))
-        out = np.empty((last - first, rows), dtype="<i4")
+        out = np.empty((last - first, rows), dtype=np.dtype(cache.array.dtype).newbyteorder("<"))
         self._parallel(lambda i: cache.decode(first + i, out[i].view(np.uint8), self._verify), last - first)
         return torch.from_numpy(out.reshape(-1)[start - first * rows : stop - first * rows])
 
@@ -260,12 +284,20 @@ class ActivationStore:
         return self._statistics.held_out
 
     def row_mask(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
-        """Tell of rows [start, stop) which may be used: their token is none of `mask_token_ids`."""
+        """Tell of rows [start, stop) which may be used.
+
+        Their token is none of `mask_token_ids`; in a store with roles, packing did not place them; and they are of one
+        of the roles that the store was opened with, if it was.
+        """
+        self._check_rows(start, stop)
+        mask = np.ones(stop - start, dtype=bool)
         tokens = self.tokens(start, stop) if self.mask_token_ids else None
-        if tokens is None:
-            self._check_rows(start, stop)
-            return np.ones(stop - start, dtype=bool)
-        return ~np.isin(tokens.numpy(), self.mask_token_ids)
+        if tokens is not None:
+            mask &= ~np.isin(tokens.numpy(), self.mask_token_ids)
+        roles = self.roles(start, stop)
+        if roles is not None:
+            mask &= np.isin(roles.numpy(), self._used_codes) if self._used_codes else roles.numpy() != PLACED
+        return mask
 
     def training_mask(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
         """Tell of rows [start, stop) which may be trained on: usable, and of no held-out context."""
@@ -274,11 +306,23 @@ class ActivationStore:
 
     def training_rows_per_chunk(self) -> Int64[np.ndarray, " n_chunks"]:
         """Count each chunk's rows that may be trained on."""
+        if self._used_codes:
+            rows = self._statistics.role_rows
+            assert rows is not None
+            return rows[:, self._used_codes].sum(axis=1)
         return self._statistics.training_rows
+
+    def training_rows_by_role(self) -> dict[str, int]:
+        """Count the rows of each role that are neither held out nor masked; empty where the store keeps no roles."""
+        rows = self._statistics.role_rows
+        return {} if rows is None else dict(zip(ROLE_NAMES, rows.sum(axis=0).tolist(), strict=True))
 
     def moments(self, hook_point: str) -> Moments:
         """Return the exact float64 moments of a hook point's training rows."""
-        self.d_in(hook_point)
+        d_in = self.d_in(hook_point)
+        if self._used_codes:
+            by_role = self._statistics.by_role[hook_point]
+            return merge([by_role[code] for code in self._used_codes], d_in)
         return self._statistics.moments[hook_point]
 
     def covariance(self, hook_point: str) -> Float64[np.ndarray, "d_in d_in"]:
@@ -286,6 +330,8 @@ class ActivationStore:
         self.d_in(hook_point)
         if not self.manifest.header.covariance:
             raise StoreError(f"the store '{self.path}' keeps no covariance; write it with covariance = true")
+        if self._used_codes:
+            raise StoreError(f"the store '{self.path}' keeps one covariance of all training rows, not one of each role")
         count = self.moments(hook_point).count
         return self._statistics.co_moments[hook_point] / max(count, 1)
 
@@ -360,6 +406,11 @@ def _run(work: Callable[[int], None], start: int, stop: int) -> None:
 
 
 def _reopen(
-    path: str, verify: Verify, threads: int | None, cache: str | Path | None, cache_bytes: int | None
+    path: str,
+    verify: Verify,
+    threads: int | None,
+    cache: str | Path | None,
+    cache_bytes: int | None,
+    roles: Sequence[str] | None,
 ) -> ActivationStore:
-    return ActivationStore.open(path, verify=verify, threads=threads, cache=cache, cache_bytes=cache_bytes)
+    return ActivationStore.open(path, verify=verify, threads=threads, cache=cache, cache_bytes=cache_bytes, roles=roles)

@@ -59,6 +59,7 @@ class ActivationStoreWriter:
         threads: int | None = None,
         pending_bytes: int = PENDING_BYTES,
         covariance: bool = False,
+        roles: bool = False,
         cache: str | Path | None = None,
     ) -> None:
         header = make_header(
@@ -74,6 +75,7 @@ class ActivationStoreWriter:
             chunk_bytes=chunk_bytes,
             shard_bytes=shard_bytes,
             covariance=covariance,
+            has_roles=roles,
         )
         self.path = locate(path)
         self.raw_bytes = 0
@@ -114,6 +116,7 @@ class ActivationStoreWriter:
         held_out: Any = None,
         documents: Any = None,
         positions: Any = None,
+        roles: Any = None,
         document_info: Mapping[int, tuple[int, str]] | None = None,
         copy: bool = True,
     ) -> None:
@@ -121,14 +124,16 @@ class ActivationStoreWriter:
 
         `held_out` ([n] bool) marks contexts that are never trained on; `documents` ([n, context] int64, -1 for none)
         and `positions` ([n, context], the token's place in its document) are kept as provenance, with each document's
-        64-bit hash and name where `document_info` gives them. Without `copy`, the activations must never change
+        64-bit hash and name where `document_info` gives them. A writer made with `roles=True` needs `roles`
+        ([n, context], codes of `shared.store.roles.ROLE_NAMES`): rows of role 0 are masked, and readers can be limited
+        to some roles. Without `copy`, the activations must never change
         afterwards: whole chunks of them are stored from where they are.
         """
         if self._closed:
             raise StoreError(f"the writer of '{self.path}' is closed; open the store again to append")
         self._pipeline.check()
         header = self._start(tokens is not None)
-        batch = Batch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions)
+        batch = Batch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions, roles)
         batch.lasting = not copy
         self._check_room(batch.n)
         start = 0
