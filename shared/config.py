@@ -19,10 +19,15 @@ import msgspec.toml
 from msgspec import Meta
 
 from .errors import ConfigError, MissingFileError
+from .paths import expand_home, user_path
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the stages' configurations."""
+    """Base of the stages' configurations; `~` in a path is the home folder."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, expand_home(getattr(self, name)))
 
 
 Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")]
@@ -51,7 +56,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file into a table."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(user_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"no config file at '{path}'; give the path of a TOML file") from None
     except IsADirectoryError:

@@ -15,6 +15,7 @@ from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
 from .device import choose_device
 from .errors import ModelError
+from .paths import expand_home
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ def load_model(
     Decoders load with their language-modelling head, encoders (the BERT family) bare. Raises
     `ModelError` when there is no such model, `ConfigError` when the device is not there.
     """
+    name_or_path = expand_home(name_or_path)
     device = choose_device(str(device))
     _quiet_unless_terminal()
     config = load_model_config(name_or_path, revision)
@@ -64,7 +66,7 @@ def load_model(
 def load_model_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
     """Load a model's configuration alone, or raise `ModelError`."""
     try:
-        return AutoConfig.from_pretrained(name_or_path, revision=revision)
+        return AutoConfig.from_pretrained(expand_home(name_or_path), revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"no model '{name_or_path}': expected a folder with config.json and weights, or a Hugging Face id "
@@ -75,7 +77,7 @@ def load_model_config(name_or_path: str, revision: str | None = None) -> Pretrai
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, or raise `ModelError`."""
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        return AutoTokenizer.from_pretrained(expand_home(name_or_path), revision=revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {_first_sentence(error)}") from None
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..shared.errors import MissingFileError, SaeError
+from ..shared.paths import user_path
 from ..shared.sae import Sae
 from ..shared.sae.files import CONFIG_NAME, WEIGHTS_NAME
 
@@ -30,7 +31,7 @@ def read_trained_sae(path: str | Path, name: str | None = None) -> Sae:
         MissingFileError: there is none.
         SaeError: it is a pickle, damaged, or of a kind that cannot be trained here.
     """
-    folder = Path(path)
+    folder = user_path(path)
     if not _is_sae(folder) and name is not None and _is_sae(folder / name):
         folder = folder / name
     if (folder / WEIGHTS_NAME).is_file():

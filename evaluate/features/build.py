@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ...shared.errors import StoreError
+from ...shared.paths import user_path
 from ...shared.store import ActivationStore
 from ..encoding import rows_at_a_time
 from ..places import joined, places
@@ -118,7 +119,7 @@ def build_feature_index(
     settings = settings or FeatureSettings()
     if not store.has_tokens:
         raise StoreError(f"the store '{store.path}' holds no tokens, which a feature index shows; write it with tokens")
-    paths = {sae.name: Path(output) / f"{sae.name.replace('/', '_')}.parquet" for sae in saes}
+    paths = {sae.name: user_path(output) / f"{sae.name.replace('/', '_')}.parquet" for sae in saes}
     prints = {
         sae.name: fingerprint(
             store, sae.sae, [sae.name, sae.hook_point, sae.target, settings, BLOCK_ROWS], model, tokenizer

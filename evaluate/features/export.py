@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...shared.hook_points import canonical_hook_point
+from ...shared.paths import user_path
 from ..output import write_atomically
 from .files import FeatureIndex
 
@@ -47,7 +48,7 @@ def export_neuronpedia(
     index: FeatureIndex, output: str | Path, *, model_id: str, layer: int, sae_set: str, dataset: str = ""
 ) -> list[Path]:
     """Write `<output>/batch-<n>.json` and `skipped_indexes.json`, which names the latents that never fire."""
-    output = Path(output)
+    output = user_path(output)
     density = index.columns(["density"])["density"].to_numpy()
     written, skipped = [], []
     for number, lines in enumerate(index.batches(BATCH_LATENTS)):

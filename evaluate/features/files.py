@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...shared.errors import DataError, MissingFileError
+from ...shared.paths import user_path
 
 ROW_GROUP = 512
 METADATA_KEY = b"thresher.features"
@@ -74,7 +75,7 @@ class FeatureIndex:
             MissingFileError: there is no file at `path`.
             DataError: it is no feature index.
         """
-        path = Path(path)
+        path = user_path(path)
         if not path.is_file():
             raise MissingFileError(f"no feature index at '{path}'; build it with build_feature_index")
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ...shared.paths import user_path
 from ..features.files import FeatureIndex
 from ..output import write_atomically
 from .definitions import ACROSS, PROVENANCE_LABELS, Metric, columns, format_value
@@ -38,7 +39,7 @@ def write_report(
     metrics.jsonl by name, `features` the SAEs' feature indexes; `provenance` names what was
     evaluated, on what. Feature data that is too large for one page goes to a folder beside it.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [dict(row) for row in metrics]
     packed = pack_features(features, path) if features else None

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import MissingFileError, SaeError
+from ..paths import user_path
 
 CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -73,7 +74,7 @@ def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         MissingFileError: the folder or one of its two files is not there.
         SaeError: a file is damaged, or describes an SAE that this version cannot compute.
     """
-    folder = Path(path)
+    folder = user_path(path)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise MissingFileError(f"no SAE at '{folder}': expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -115,7 +116,7 @@ def _check(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
 
 def write_folder(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each atomically and the configuration last, so that a folder with it is complete."""
-    folder = Path(path)
+    folder = user_path(path)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     partial = folder / f".{WEIGHTS_NAME}.partial"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SaeError
 from ..hook_points import canonical_hook_point
+from ..paths import user_path
 from . import activations
 from .files import read_folder, saelens_config, tensor_names, write_folder
 from .selection import largest
@@ -92,7 +93,7 @@ class Sae(nn.Module):
             config["d_out"] = self.d_out
         described = saelens_config(self.architecture, self.d_in, self.d_sae, self.hook_point, config, self.metadata)
         write_folder(path, described, {name: getattr(self, name) for name in tensor_names(self.architecture)})
-        return Path(path)
+        return user_path(path)
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> None:

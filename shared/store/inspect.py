@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..paths import expand_home
 from .format import ITEM_BYTES, arrays_of
 from .reader import ActivationStore
 
@@ -146,7 +147,7 @@ def sample(store: ActivationStore, options: dict[str, str]) -> list[str]:
 
 def _tokenizer(store: ActivationStore, path: str | None) -> Any:
     """Return the tokenizer named, or the store's own where it can be loaded without a network; else None."""
-    name = path or store.metadata.get("tokenizer") or store.metadata.get("model")
+    name = expand_home(path) or store.metadata.get("tokenizer") or store.metadata.get("model")
     if not name or not store.has_tokens:
         return None
     from transformers import AutoTokenizer

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..paths import user_path
 
 SCHEMES = ("s3", "gs", "az")
 CACHE_BYTES = 64 << 30
@@ -37,11 +38,13 @@ class StoreUrl:
 
 def locate(place: str | Path | StoreUrl) -> Path | StoreUrl:
     """Return where a store named in a configuration is; raise `ConfigError` for a URL that cannot hold one."""
-    if not isinstance(place, str):
+    if isinstance(place, StoreUrl):
         return place
+    if isinstance(place, Path):
+        return user_path(place)
     found = _URL.fullmatch(place)
     if found is None:
-        return Path(place)
+        return user_path(place)
     scheme, rest = found[1].lower(), found[2]
     if scheme not in SCHEMES:
         known = ", ".join(f"{known}://" for known in SCHEMES)
@@ -57,7 +60,7 @@ def cache_folder(folder: str | Path | None = None) -> Path:
     """Return the folder for copies of remote stores: as given, `THRESHER_CACHE`, or the user's cache directory."""
     chosen = folder or os.environ.get("THRESHER_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return user_path(chosen).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thresher"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -10,6 +11,8 @@ from msgspec import Meta
 
 from thresher.shared.config import Config, describe, load_config, parse_overrides, to_config, to_toml
 from thresher.shared.errors import ConfigError, MissingFileError, ThresherError
+from thresher.shared.paths import expand_home
+from thresher.shared.store.location import StoreUrl, locate
 
 
 class Part(Config):
@@ -113,3 +116,28 @@ def test_every_error_is_also_a_builtin():
     for error in ThresherError.__subclasses__():
         assert len(error.__bases__) == 2
         assert error.__bases__[1].__module__ == "builtins"
+
+
+def test_home_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('model = "~/m"\nhook_points = ["h"]\nsaes = ["~/a", "b", "s3://bucket/~/c"]\n')
+    config = load_config(Example, "~/c.toml", ["--split=~"])
+    assert (config.model, config.saes, config.split) == (
+        f"{tmp_path}/m",
+        [f"{tmp_path}/a", "b", "s3://bucket/~/c"],
+        "~",
+    )
+    assert Example(model="~/m", hook_points=["h"]).model == f"{tmp_path}/m"
+    with pytest.raises(ConfigError, match="no home folder is known for '~nobody-of-this-name/m'"):
+        Example(model="~nobody-of-this-name/m", hook_points=["h"])
+    with pytest.raises(ConfigError, match="no home folder is known"):
+        to_config(Example, REQUIRED | {"model": "~nobody-of-this-name/m"}, "table")
+
+
+def test_home_in_grids_of_tables(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_home([{"init_from": ["~/a", "~b"], "k": (1, "~/c")}]) == [
+        {"init_from": [f"{tmp_path}/a", "~b"], "k": (1, f"{tmp_path}/c")}
+    ]
+    assert locate("~/store") == locate(Path("~/store")) == tmp_path / "store"
+    assert locate("s3://bucket/~/store") == StoreUrl("s3", "bucket", "~/store")

@@ -44,6 +44,12 @@ def test_saved_sae_loads_equal(tmp_path, architecture, options):
     assert not list((tmp_path / "sae").glob(".*"))
 
 
+def test_home_in_an_saes_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert make("topk", k=3).save("~/sae") == tmp_path / "sae"
+    assert Sae.load("~/sae").config["k"] == 3
+
+
 @pytest.mark.parametrize(("architecture", "options"), KINDS)
 def test_sparse_encoding_is_the_dense_one(architecture, options):
     sae = make(architecture, **options)
