@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,27 +42,36 @@ class Task:
     test_labels: Float[Tensor, " n_test"]
 
 
+def next_tokens(
+    tokens: Int64[np.ndarray, "contexts context_size"], usable: Bool[np.ndarray, "contexts context_size"]
+) -> Int64[np.ndarray, "contexts context_size"]:
+    """Return the token that follows each row; -1 at a context's end and before a masked row, which is no text."""
+    following = np.full_like(tokens, -1)
+    following[:, :-1] = np.where(usable[:, 1:], tokens[:, 1:], -1)
+    return following
+
+
 def next_token_tasks(
-    next_tokens: Int64[np.ndarray, " rows"], group: Int64[np.ndarray, " rows"], n_tasks: int, seed: int
+    following: Int64[np.ndarray, " rows"], group: Int64[np.ndarray, " rows"], n_tasks: int, seed: int
 ) -> list[Task]:
     """Return balanced tasks for the most frequent next tokens (-1: none), as many as the rows give, up to `n_tasks`."""
     rng = np.random.default_rng(seed)
     test = group % TEST_SHARE == 0
     tasks = []
-    tokens, counts = np.unique(next_tokens[next_tokens >= 0], return_counts=True)
+    tokens, counts = np.unique(following[following >= 0], return_counts=True)
     for token in tokens[np.argsort(-counts, kind="stable")]:
         if len(tasks) == n_tasks:
             break
-        splits = [_balanced(next_tokens, token, rows, rng) for rows in (~test, test)]
+        splits = [_balanced(following, token, rows, rng) for rows in (~test, test)]
         if min(len(labels) for _, labels in splits) >= MIN_ROWS_PER_SPLIT:
             (train_rows, train_labels), (test_rows, test_labels) = splits
             tasks.append(Task(int(token), train_rows, train_labels, test_rows, test_labels))
     return tasks
 
 
-def _balanced(next_tokens: np.ndarray, token: int, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    yes = np.flatnonzero((next_tokens == token) & rows)
-    no = np.flatnonzero((next_tokens != token) & (next_tokens >= 0) & rows)
+def _balanced(following: np.ndarray, token: int, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    yes = np.flatnonzero((following == token) & rows)
+    no = np.flatnonzero((following != token) & (following >= 0) & rows)
     n = min(len(yes), len(no), MAX_ROWS_PER_SPLIT // 2)
     chosen = np.concatenate([rng.choice(yes, n, replace=False), rng.choice(no, n, replace=False)])
     return torch.from_numpy(chosen), torch.cat([torch.ones(n), torch.zeros(n)]).double()
@@ -133,7 +142,7 @@ def sparse_probing(
     parts = [block.activations for block in rows.blocks(read, config.block_rows)]
     x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
     tokens = torch.cat([batch for batch, _ in rows.token_batches(64)]).numpy()
-    following = np.concatenate([tokens[:, 1:], np.full((len(tokens), 1), -1)], axis=1)
+    following = next_tokens(tokens, rows.usable)
     tasks = next_token_tasks(following[rows.usable], rows.group[rows.usable], config.probe_tasks, config.seed)
     if not tasks:
         raise StoreError(

@@ -10,6 +10,7 @@ from ..shared.store import ActivationStore
 from .held_out import HeldOut
 
 ABLATION = "zero: the activation is set to zero at every position, masked ones too"
+CE_MASK = "cross-entropy of the next token where neither it nor the token before it is masked"
 
 
 def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
         "n_documents": rows.n_documents,
         "mask": mask_description(rows.store),
         "model": model,
+        "ce_mask": CE_MASK if model else None,
         "ablation": ABLATION if model else None,
         "store": str(rows.store.path),
         "dataset": rows.store.metadata.get("dataset"),

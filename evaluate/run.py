@@ -67,6 +67,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         if sae.name in losses:
             row |= estimate(splice_metrics, losses[sae.name])
             row["n_model_tokens"] = int(losses[sae.name]["n_kl"].sum())
+            row["n_predictions"] = int(losses[sae.name]["n_ce"].sum())
             intervals |= confidence_intervals(splice_metrics, losses[sae.name], config.bootstrap_samples, config.seed)
         row["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()} or None
         columns = {}

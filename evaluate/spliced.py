@@ -1,8 +1,10 @@
 """What the model loses when an SAE's reconstruction takes the place of the activation.
 
 Cross-entropy and KL divergence from the clean model, against ablation: with the activation set to
-zero, and to its mean over the training rows. Positions with a masked token keep their activation
-when an SAE is spliced in (ablation replaces them too), and no loss is counted at them.
+zero, and to its mean over the training rows. Masked positions keep their activation when an SAE is
+spliced in (ablation replaces them too), and no loss is counted at them. Cross-entropy counts predictions
+of text by text: a prediction whose target is a masked token, such as the BOS that packing places before
+the next document, is left out. SAELens counts those; the sums named `ce_saelens` do too.
 """
 
 from __future__ import annotations
@@ -29,17 +31,34 @@ VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Log-probabilities held at a time. On a CPU 8 MiB in float32, which its caches serve."""
 
 
+LOSSES = {"ce": "ce", "ce_saelens": "ce", "kl": "kl", "agree": "agree"}
+"""The sums that are kept of each run, and the loss that each adds up; they differ in the positions they count."""
+
+
+def counted(usable: Bool[Tensor, "batch context"]) -> dict[str, Bool[Tensor, "batch context"]]:
+    """Return the positions that each of `LOSSES` counts, from those that are not masked.
+
+    A distribution (`kl`, `agree`) counts at every position that is not masked. A prediction of the next token (`ce`)
+    counts where that token is not masked either; `ce_saelens` counts it whatever the token.
+    """
+    has_next = usable.clone()
+    has_next[:, -1] = False
+    predicts_text = has_next.clone()
+    predicts_text[:, :-1] &= usable[:, 1:]
+    return {"ce": predicts_text, "ce_saelens": has_next, "kl": usable, "agree": usable}
+
+
 class LossSums:
-    """Float64 sums per document group of one run's losses: `ce`, `kl` and `agree`."""
+    """Float64 sums per document group of one run's losses, named as in `LOSSES`."""
 
     def __init__(self, n_groups: int, device: str = "cpu"):
-        self._sums = {name: torch.zeros(n_groups, dtype=torch.float64, device=device) for name in ("ce", "kl", "agree")}
+        self._sums = {name: torch.zeros(n_groups, dtype=torch.float64, device=device) for name in LOSSES}
 
     def add(self, losses: Mapping[str, Float[Tensor, "batch context"]], count: Mapping[str, Tensor], group: Tensor):
         """Add the losses of a batch where `count` is true."""
-        for name, values in losses.items():
+        for name, loss in LOSSES.items():
             where = count[name]
-            self._sums[name].index_add_(0, group[where], values[where].to(torch.float64))
+            self._sums[name].index_add_(0, group[where], losses[loss][where].to(torch.float64))
 
     def sums(self, run: str) -> dict[str, Float[np.ndarray, " groups"]]:
         """Return the sums, named after the run: `ce_zero`, `kl_zero`, `agree_zero`."""
@@ -151,17 +170,15 @@ def accumulate_losses(
     spliced = {run_name(sae, place): place for sae in saes for place in places(sae.target)}
     runs = [("clean", ""), *ablations, *(("sae", name) for name in spliced)]
     sums = {run: LossSums(held_out.n_groups, device) for run in runs}
-    counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in ("n_ce", "n_kl")}
+    counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in LOSSES}
     total = len(held_out.contexts) * held_out.store.context_size
     with tqdm(total=total, unit="token", unit_scale=True, desc="splice", disable=None) as progress:
         for cpu_tokens, part in held_out.token_batches(batch_size):
             tokens = cpu_tokens.to(device)
             usable = torch.from_numpy(held_out.usable[part]).to(device)
             group = torch.from_numpy(held_out.group[part]).to(device)
-            has_next = usable.clone()
-            has_next[:, -1] = False
-            count = {"ce": has_next, "kl": usable, "agree": usable}
-            for name, where in (("n_ce", has_next), ("n_kl", usable)):
+            count = counted(usable)
+            for name, where in count.items():
                 counts[name].index_add_(0, group[where], torch.ones_like(group[where], dtype=torch.float64))
             with read_at(model, hook_points, inputs) as seen:
                 logits = _logits(model, tokens)
@@ -178,7 +195,7 @@ def accumulate_losses(
                         losses = token_losses(_logits(model, tokens), clean, tokens)
                     sums["sae", run_name(sae, place)].add(losses, count, group)
             progress.update(tokens.numel())
-    n = {name: value.cpu().numpy() for name, value in counts.items()}
+    n = {f"n_{name}": value.cpu().numpy() for name, value in counts.items()}
     return {
         name: n
         | sums["clean", ""].sums("clean")
@@ -197,6 +214,7 @@ def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray
     """Return the losses and scores from sums over tokens, whose first axis counts resamples (or is length one)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ce = {run: sums[f"ce_{run}"] / sums["n_ce"] for run in ("clean", "zero", "mean", "sae")}
+        saelens = {run: sums[f"ce_saelens_{run}"] / sums["n_ce_saelens"] for run in ("clean", "zero", "sae")}
         kl = {run: sums[f"kl_{run}"] / sums["n_kl"] for run in ("zero", "mean", "sae")}
         scores = {
             "ce_loss_score": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
@@ -204,9 +222,11 @@ def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray
             "ce_loss_score_mean_ablation": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
             "kl_div_score_mean_ablation": (kl["mean"] - kl["sae"]) / kl["mean"],
         }
+        saelens_score = (saelens["zero"] - saelens["sae"]) / (saelens["zero"] - saelens["clean"])
     agreement = {
         f"top1_agreement_{run}" if run != "sae" else "top1_agreement": sums[f"agree_{run}"] / sums["n_kl"]
         for run in ("zero", "mean", "sae")
     }
     losses = {f"ce_{run}": value for run, value in ce.items()} | {f"kl_{run}": value for run, value in kl.items()}
+    losses |= {"ce_loss_score_saelens": saelens_score} | {f"ce_{run}_saelens": ce for run, ce in saelens.items()}
     return scores | losses | agreement

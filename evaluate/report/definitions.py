@@ -69,7 +69,14 @@ METRICS = (
         "higher",
         "Share of tokens after which the model with the SAE predicts the same next token as the clean model.",
     ),
-    Metric("ce_clean", "CE clean", "number", "", "Cross-entropy of the untouched model, in nats per token."),
+    Metric(
+        "ce_clean",
+        "CE clean",
+        "number",
+        "",
+        "Cross-entropy of the untouched model, in nats per token. Predictions of masked tokens, such as a BOS that was "
+        "placed before a document, are not counted, here and in the other cross-entropies.",
+    ),
     Metric("ce_sae", "CE with SAE", "number", "lower", "Cross-entropy with the SAE spliced in, in nats per token."),
     Metric("ce_zero", "CE zero", "number", "", "Cross-entropy with the activation set to zero, in nats per token."),
     Metric("ce_mean", "CE mean", "number", "", "Cross-entropy with the activation set to its mean, in nats per token."),
@@ -108,9 +115,13 @@ METRICS = (
     ),
     Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
     Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
+    Metric(
+        "n_predictions", "Predictions", "integer", "", "Number of next tokens in text that the cross-entropies count."
+    ),
 )
 NOT_COLUMNS = (
     *("n_contexts", "n_documents", "d_in", "top1_agreement_zero", "top1_agreement_mean"),
+    *(f"ce_{part}_saelens" for part in ("clean", "zero", "sae", "loss_score")),
     *(f"max_decoder_cosine_{part}" for part in ("p50", "p90", "p99", "max")),
 )
 ACROSS = (

@@ -92,7 +92,7 @@ def losses_by_hand(tiny, place, x_hat):
         log_probs = tiny.model(tokens).logits.double().log_softmax(-1)
         handle.remove()
         ce = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-        return float(ce[usable[:, :-1]].mean())
+        return float(ce[usable[:, :-1] & usable[:, 1:]].mean())
 
     def splice(x):
         x[usable] = torch.from_numpy(x_hat).float()

@@ -14,6 +14,7 @@ from thresher.evaluate.probing import (
     MIN_ROWS_PER_SPLIT,
     fit_logistic,
     next_token_tasks,
+    next_tokens,
     probe_accuracy,
     select_latents,
     sparse_probing,
@@ -61,20 +62,26 @@ def test_selection_takes_the_largest_mean_difference():
     assert len(select_latents(latents, labels, 9)) == 4
 
 
+def test_a_masked_token_is_no_next_token():
+    tokens = np.array([[0, 5, 6, 0, 7], [5, 0, 0, 8, 9]])
+    expected = [[5, 6, -1, 7, -1], [-1, -1, 8, 9, -1]]
+    assert next_tokens(tokens, tokens != 0).tolist() == expected
+
+
 def test_tasks_are_balanced_and_split_by_document():
     rng = np.random.default_rng(0)
-    next_tokens = rng.choice([-1, 3, 7, 9], p=[0.1, 0.5, 0.3, 0.1], size=4000)
+    following = rng.choice([-1, 3, 7, 9], p=[0.1, 0.5, 0.3, 0.1], size=4000)
     group = rng.integers(0, 40, 4000)
-    tasks = next_token_tasks(next_tokens, group, 2, 0)
+    tasks = next_token_tasks(following, group, 2, 0)
     assert [task.token for task in tasks] == [3, 7]
     for task in tasks:
         for rows, labels in ((task.train, task.train_labels), (task.test, task.test_labels)):
             assert labels.mean() == 0.5
             assert len(rows) >= MIN_ROWS_PER_SPLIT
-            np.testing.assert_array_equal(next_tokens[rows] == task.token, labels == 1)
-            assert next_tokens[rows].min() >= 0
+            np.testing.assert_array_equal(following[rows] == task.token, labels == 1)
+            assert following[rows].min() >= 0
         assert not set(group[task.train]) & set(group[task.test])
-    assert [t.train.tolist() for t in next_token_tasks(next_tokens, group, 2, 0)] == [t.train.tolist() for t in tasks]
+    assert [t.train.tolist() for t in next_token_tasks(following, group, 2, 0)] == [t.train.tolist() for t in tasks]
 
 
 def test_too_few_rows_are_refused(tiny, make_sae):

@@ -74,6 +74,8 @@ def test_splicing_matches_the_model_run_by_hand(tiny, sweep, result):
     tokens = torch.from_numpy(tiny.tokens[tiny.held_out])
     usable = torch.from_numpy(tiny.usable[tiny.held_out])
     block = tiny.model.transformer.h[1]
+    text = usable[:, :-1] & usable[:, 1:]
+    assert text.sum() == row["n_predictions"] < usable[:, :-1].sum()
 
     def loss(replace):
         def hook(_, __, output):
@@ -83,15 +85,15 @@ def test_splicing_matches_the_model_run_by_hand(tiny, sweep, result):
         logits = tiny.model(tokens).logits.double()
         handle.remove()
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-        return float(losses[usable[:, :-1]].mean())
+        return float(losses[text].mean()), float(losses[usable[:, :-1]].mean())
 
-    clean = loss(lambda x: x)
-    zero = loss(torch.zeros_like)
-    spliced = loss(lambda x: torch.where(usable[..., None], sae.forward(x), x))
-    assert row["ce_clean"] == pytest.approx(clean, rel=1e-5)
-    assert row["ce_zero"] == pytest.approx(zero, rel=1e-5)
-    assert row["ce_sae"] == pytest.approx(spliced, rel=1e-5)
-    assert row["ce_loss_score"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
+    runs = [loss(replace) for replace in (lambda x: x, torch.zeros_like)]
+    runs.append(loss(lambda x: torch.where(usable[..., None], sae.forward(x), x)))
+    for suffix, (clean, zero, spliced) in zip(("", "_saelens"), zip(*runs, strict=True), strict=True):
+        assert row[f"ce_clean{suffix}"] == pytest.approx(clean, rel=1e-5)
+        assert row[f"ce_zero{suffix}"] == pytest.approx(zero, rel=1e-5)
+        assert row[f"ce_sae{suffix}"] == pytest.approx(spliced, rel=1e-5)
+        assert row[f"ce_loss_score{suffix}"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
 
 
 def test_files(result, sweep):

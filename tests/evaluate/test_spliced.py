@@ -87,7 +87,7 @@ def by_hand(model, rows, replace):
         )
         logits = model(tokens).logits.double()
         handle.remove()
-        kept = usable[:-1]
+        kept = usable[:-1] & usable[1:]
         ce.append(F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")[kept])
         kl.append(F.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)[0][usable])
         agree.append((clean.argmax(-1) == logits.argmax(-1)).double()[0][usable])
@@ -130,7 +130,8 @@ def test_an_sae_that_returns_its_input_loses_nothing(model, rows):
     assert metrics["kl_div_score"] == pytest.approx(1, abs=1e-5)
     assert metrics["top1_agreement"] == 1
     assert int(sums["shift0.0"]["n_kl"].sum()) == rows.n_rows == 5 * CONTEXT - 6
-    assert int(sums["shift0.0"]["n_ce"].sum()) == rows.n_rows - 5
+    assert int(sums["shift0.0"]["n_ce_saelens"].sum()) == rows.n_rows - 5
+    assert int(sums["shift0.0"]["n_ce"].sum()) == rows.n_rows - 5 - 1  # the masked token within a context
     assert sums["shift0.0"]["n_kl"].tolist() == [16, 7, 8, 8]
 
 
@@ -176,7 +177,9 @@ def test_reconstructions_are_made_a_few_rows_at_a_time(make_sae, monkeypatch, ar
 
 
 def test_resamples_without_a_next_token_cost_no_warning():
-    runs = {f"{name}_{run}": np.array([3.0, 2.0]) for name in ("ce", "kl", "agree") for run in ("zero", "mean", "sae")}
-    sums = runs | {"ce_clean": np.array([1.0, 0.0]), "n_ce": np.array([2.0, 0.0]), "n_kl": np.array([3.0, 1.0])}
+    names = ("ce", "ce_saelens", "kl", "agree")
+    sums = {f"{name}_{run}": np.array([3.0, 2.0]) for name in names for run in ("zero", "mean", "sae")}
+    sums |= dict.fromkeys(("ce_clean", "ce_saelens_clean"), np.array([1.0, 0.0]))
+    sums |= dict.fromkeys(("n_ce", "n_ce_saelens"), np.array([2.0, 0.0])) | {"n_kl": np.array([3.0, 1.0])}
     low, high = confidence_intervals(splice_metrics, sums, 50, 0)["ce_clean"]  # some draw the second document alone
     assert low == high == 0.5
