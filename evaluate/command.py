@@ -7,12 +7,13 @@ from typing import Any
 from ..shared.cli import run_stage
 from .config import EvaluateConfig
 
+CONFIG = EvaluateConfig
 SUMMARY = "Judge SAEs on held-out activations and, spliced, in the model."
 
 
 def main(arguments: list[str]) -> int:
     """Run the stage and return its exit code."""
-    return run_stage("evaluate", EvaluateConfig, _run, SUMMARY, arguments)
+    return run_stage("evaluate", CONFIG, _run, SUMMARY, arguments)
 
 
 def _run(config: EvaluateConfig) -> Any:

@@ -1,7 +1,8 @@
 """The `thresher` command: one subcommand per stage, each registered by its own package.
 
 A subcommand is an entry point of the group `thresher.commands` that names a light module with
-`SUMMARY` and `main(arguments)`; nothing here imports a stage, and `--help` imports no torch.
+`SUMMARY` and `main(arguments)`, and `CONFIG`, its configuration's class, if it takes a config file.
+Nothing here imports a stage, and `--help` imports no torch.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from typing import Any, NoReturn
 
-from .config import C, describe, load_config
-from .errors import ThresherError
+from .config import C, Config, describe, load_config, read_toml
+from .errors import ConfigError, ThresherError
 
 USAGE_ERROR = 2
 _SWITCH_AFTER_SECONDS = 2e-4
@@ -75,8 +76,28 @@ def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, a
     if "--help" in arguments or "-h" in arguments:
         text = f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}"
         return run_guarded(lambda: print(text, flush=True))
-    path = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    return run_guarded(lambda: _discard(run(load_config(cls, path, arguments[1:] if path else arguments))))
+
+    def run_configured() -> Any:
+        try:
+            config = load_config(cls, None, arguments)
+        except ConfigError as error:
+            raise _of_another_stage(stage, cls, arguments) or error from None
+        return run(config)
+
+    return run_guarded(lambda: _discard(run_configured()))
+
+
+def _of_another_stage(stage: str, cls: type[Config], arguments: list[str]) -> ConfigError | None:
+    """Return the error that a config file is another stage's, where all of its keys are that stage's and not this."""
+    path = next((argument for argument in arguments if argument.endswith(".toml")), None)
+    keys = read_toml(path).keys() if path else set()
+    if keys <= set(cls.__struct_fields__):
+        return None
+    for name, entry in _commands().items():
+        config = getattr(entry.load(), "CONFIG", None)
+        if config is not None and keys <= set(config.__struct_fields__):
+            return ConfigError(f"'{path}' is a config file of `thresher {name}`, not of `thresher {stage}`")
+    return None
 
 
 def _discard(result: Any) -> None:
@@ -86,7 +107,7 @@ def _discard(result: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Dispatch to the subcommand that the first argument names."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {entry.name: entry for entry in sorted(entry_points(group="thresher.commands"), key=_order)}
+    commands = _commands()
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: thresher COMMAND ...\n\nTrain many sparse autoencoders from one language-model run.\n")
         for name, entry in commands.items():
@@ -105,6 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> NoReturn:
     """Be the `thresher` command."""
     run_process(main)
+
+
+def _commands() -> dict[str, Any]:
+    return {entry.name: entry for entry in sorted(entry_points(group="thresher.commands"), key=_order)}
 
 
 def _order(entry: Any) -> tuple[int, str]:

@@ -1,8 +1,8 @@
 """Read a stage's TOML file and command-line overrides into its frozen, typed configuration.
 
 A configuration is a `msgspec.Struct` whose fields are `Annotated[type, Meta(description=...)]`:
-the description becomes `--help`, and `Meta` bounds are checked. An unknown key is refused with
-the nearest known one.
+the description becomes `--help`, and types and `Meta` bounds are checked however the configuration is made: from
+TOML, from the command line or in Python. An unknown key is refused with the nearest known one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,28 @@ import msgspec.inspect
 import msgspec.toml
 from msgspec import Meta
 
+from .config_values import check_value, members
 from .errors import ConfigError, MissingFileError
 from .paths import expand_home, user_path
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the stages' configurations; `~` in a path is the home folder."""
+    """Base of the stages' configurations.
+
+    Fields take `Path`s, NumPy numbers and tuples where text, numbers and lists are expected, and hold the latter; `~` in
+    a path is the home folder.
+
+    Raises:
+        ConfigError: a value is of another type than its field's, or out of bounds.
+    """
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            msgspec.structs.force_setattr(self, name, expand_home(getattr(self, name)))
+        """Check every field, and keep its value as the field's type holds it."""
+        for field in msgspec.structs.fields(type(self)):
+            value = getattr(self, field.name)
+            if value is not field.default:
+                value = expand_home(check_value(field.name, value, field.type))
+                msgspec.structs.force_setattr(self, field.name, value)
 
 
 Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")]
@@ -40,6 +52,7 @@ CacheBytes = Annotated[
 """Fields of the stages that read a store."""
 
 C = TypeVar("C", bound=Config)
+_COMMAND_LINE = "command line"
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -48,7 +61,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     for key in keys:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
         advice = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         raise ConfigError(f"{where}: unknown key '{key}'; {advice}")
 
@@ -63,23 +76,37 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise MissingFileError(f"'{path}' is a folder; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read '{path}': {error.strerror}") from None
 
 
-def to_config(cls: type[C], table: Mapping[str, Any], where: str) -> C:
+def to_config(cls: type[C], table: Mapping[str, Any], where: str, overridden: Iterable[str] = ()) -> C:
     """Check a table's keys and values and return the configuration.
 
-    `where` names the table's origin in error messages.
+    `where` names the table's origin in error messages; of keys in `overridden` it is the command line.
     """
     _check_table(table, msgspec.inspect.type_info(cls), where)
-    try:
-        return msgspec.convert(table, cls)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}".replace(" - at `$.", " at `")) from None
+    kept = {}
+    for field in msgspec.structs.fields(cls):
+        if field.name not in table:
+            if field.required:
+                raise ConfigError(_missing(cls, field, where))
+            continue
+        origin = f"command line: --{field.name}" if field.name in overridden else f"{where}: {field.name}"
+        kept[field.name] = check_value(origin, table[field.name], field.type)
+    return cls(**kept)
+
+
+def _missing(cls: type[Config], field: msgspec.structs.FieldInfo, where: str) -> str:
+    kind = next(kind for kind in _fields(cls) if kind.name == field.name).type
+    description = (getattr(kind, "extra_json_schema", None) or {}).get("description", "")
+    way = f"give a config file, or --{field.name}" if where == _COMMAND_LINE else "add it"
+    return f"{where}: '{field.name}' is missing ({description.rstrip('.')}); {way}"
 
 
 def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
     """Check the keys of a table and of the lists of tables inside it."""
-    for part in _members(kind):
+    for part in members(kind):
         if isinstance(part, msgspec.inspect.ListType) and isinstance(table, list):
             for number, item in enumerate(table, 1):
                 _check_table(item, part.item_type, f"{where}, table {number}")
@@ -90,23 +117,38 @@ def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
                 _check_table(value, fields[key], f"{where}: [[{key}]]")
 
 
-def parse_overrides(cls: type[Config], arguments: list[str]) -> dict[str, Any]:
-    """Parse `--key value` and `--key=value` arguments; a list is `[a, b]` or `a,b`."""
-    types = {field.name: field.type for field in _fields(cls)}
+def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Return the config file that a command line names, if any, and its overrides.
+
+    Overrides are written `--key value` or `--key=value`; a list is `[a, b]` or `a,b`; `--key` alone is `true` for a key
+    that is true or false.
+    """
+    types = {field.name: tuple(map(type, members(field.type))) for field in _fields(cls)}
+    path: str | None = None
     overrides: dict[str, Any] = {}
-    rest = iter(arguments)
-    for argument in rest:
+    rest = list(reversed(arguments))
+    while rest:
+        argument = rest.pop()
         if not argument.startswith("--"):
-            raise ConfigError(f"command line: unexpected '{argument}'; overrides are written --key value")
+            if path is not None or argument.startswith("-"):
+                raise ConfigError(
+                    f"{_COMMAND_LINE}: unexpected '{argument}'; expected one config file and overrides, --key value"
+                )
+            path = argument
+            continue
         key, given, text = argument[2:].partition("=")
         key = key.replace("-", "_")
-        check_keys([key], types, "command line")
+        check_keys([key], types, _COMMAND_LINE)
         if not given:
-            text = next(rest, None)
-            if text is None:
-                raise ConfigError(f"command line: --{key} needs a value")
-        overrides[key] = _parse_value(text, tuple(map(type, _members(types[key]))))
-    return overrides
+            flag = msgspec.inspect.BoolType in types[key] and msgspec.inspect.StrType not in types[key]
+            if flag and (not rest or rest[-1].lower() not in ("true", "false")):
+                text = "true"
+            elif not rest:
+                raise ConfigError(f"{_COMMAND_LINE}: --{key} needs a value")
+            else:
+                text = rest.pop()
+        overrides[key] = _parse_value(text, types[key])
+    return path, overrides
 
 
 def _fields(cls: type[Config]) -> tuple[msgspec.inspect.Field, ...]:
@@ -115,16 +157,9 @@ def _fields(cls: type[Config]) -> tuple[msgspec.inspect.Field, ...]:
     return kind.fields
 
 
-def _members(kind: msgspec.inspect.Type) -> tuple[msgspec.inspect.Type, ...]:
-    """Return the members of a field's type, with `Meta` wrappers and unions undone."""
-    if isinstance(kind, msgspec.inspect.Metadata):
-        return _members(kind.type)
-    if isinstance(kind, msgspec.inspect.UnionType):
-        return tuple(member for part in kind.types for member in _members(part))
-    return (kind,)
-
-
 def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
+    if msgspec.inspect.BoolType in accepted and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -140,10 +175,12 @@ def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
 
 def load_config(cls: type[C], path: str | Path | None, arguments: list[str]) -> C:
     """Return the configuration of a TOML file, if one is given, with command-line overrides."""
+    named, overrides = parse_arguments(cls, arguments)
+    if named is not None and path is not None:
+        raise ConfigError(f"{_COMMAND_LINE}: unexpected '{named}'; '{path}' is the config file already")
+    path = path or named
     table = read_toml(path) if path else {}
-    where = str(path) if path else "command line"
-    check_keys(table, cls.__struct_fields__, where)
-    return to_config(cls, table | parse_overrides(cls, arguments), where)
+    return to_config(cls, table | overrides, str(path) if path else _COMMAND_LINE, overrides)
 
 
 def to_toml(config: Config) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_help_may_be_cut_off():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+@pytest.mark.parametrize("given", ["harvest", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["harvest", "train", "evaluate"])
+def test_a_config_file_of_another_stage_is_recognised(stage, given, capsys):
+    path = str(Path(__file__).parents[1] / "configs" / given / "gpt2-small.toml")
+    if stage == given:
+        return
+    assert main([stage, path]) == 2
+    assert f"'{path}' is a config file of `thresher {given}`, not of `thresher {stage}`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -52,7 +63,7 @@ def test_help_may_be_cut_off():
         (["train", "no/such.toml"], "no config file at 'no/such.toml'"),
         (["harvest", "--modl", "x"], "unknown key 'modl'; did you mean 'model'?"),
         (["evaluate", "--store"], "--store needs a value"),
-        (["train", "--store", "x"], "missing required field"),
+        (["train", "--store", "x"], "command line: 'output' is missing"),
         (["store", "verify", "no/such/store"], "no/such/store"),
     ],
 )

@@ -10,12 +10,13 @@ from ..shared.cli import run_stage
 from ..shared.lazy import importing
 from .config import TrainConfig
 
+CONFIG = TrainConfig
 SUMMARY = "Train a sweep of SAEs from one stored run."
 
 
 def main(arguments: list[str]) -> int:
     """Run the stage and return its exit code."""
-    return run_stage("train", TrainConfig, _run, SUMMARY, arguments)
+    return run_stage("train", CONFIG, _run, SUMMARY, arguments)
 
 
 def _run(config: TrainConfig) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import msgspec
+import numpy as np
 import pytest
+import torch
 from msgspec import Meta
 
-from thresher.shared.config import Config, describe, load_config, parse_overrides, to_config, to_toml
+from thresher.shared.config import Config, describe, load_config, parse_arguments, to_config, to_toml
 from thresher.shared.errors import ConfigError, MissingFileError, ThresherError
 from thresher.shared.paths import expand_home
 from thresher.shared.store.location import StoreUrl, locate
@@ -26,6 +29,7 @@ class Example(Config):
     fraction: Annotated[float, Meta(ge=0, lt=1, description="Held out.")] = 0.1
     split: Annotated[str | None, Meta(description="Split.")] = None
     saes: Annotated[str | list[str], Meta(description="SAEs.")] = "runs"
+    codec: Annotated[Literal["none", "lz4", "zstd"], Meta(description="Codec.")] = "lz4"
     dry_run: Annotated[bool, Meta(description="Plan only.")] = False
     part: list[Part] = []
 
@@ -59,7 +63,7 @@ def test_file_and_overrides_merge(tmp_path):
     ],
 )
 def test_override_values(arguments, key, value):
-    assert parse_overrides(Example, arguments) == {key: value}
+    assert parse_arguments(Example, arguments) == (None, {key: value})
 
 
 @pytest.mark.parametrize(
@@ -67,9 +71,25 @@ def test_override_values(arguments, key, value):
     [
         (REQUIRED | {"hook_point": 1}, "unknown key 'hook_point'; did you mean 'hook_points'?"),
         (REQUIRED | {"zzz": 1}, "unknown key 'zzz'; known keys: "),
-        ({"model": "m"}, "missing required field `hook_points`"),
-        (REQUIRED | {"batch_size": 0}, "Expected `int` >= 1 at `batch_size`"),
-        (REQUIRED | {"batch_size": "many"}, "Expected `int`, got `str` at `batch_size`"),
+        (REQUIRED | {"Model": 1}, "unknown key 'Model'; did you mean 'model'?"),
+        (REQUIRED | {"BATCH-SIZE": 1}, "did you mean 'batch_size'?"),
+        ({"model": "m"}, "here: 'hook_points' is missing (Where to read); add it"),
+        (REQUIRED | {"batch_size": 0}, "here: batch_size: expected an integer of at least 1, got 0"),
+        (REQUIRED | {"batch_size": "many"}, "here: batch_size: expected an integer of at least 1, got 'many'"),
+        (REQUIRED | {"batch_size": True}, "here: batch_size: expected an integer of at least 1, got true"),
+        (REQUIRED | {"fraction": 1}, "here: fraction: expected a number of at least 0 and below 1, got 1"),
+        (REQUIRED | {"fraction": float("nan")}, "fraction: expected a number of at least 0 and below 1, got nan"),
+        (REQUIRED | {"model": ""}, "here: model: expected text, got ''"),
+        (REQUIRED | {"model": 7}, "here: model: expected text, got 7"),
+        (REQUIRED | {"saes": ["a", 7]}, "here: saes: expected text or a list (each text), got ['a', 7]"),
+        (REQUIRED | {"hook_points": []}, "hook_points: expected a list (at least one item, each text), got []"),
+        (REQUIRED | {"hook_points": "a"}, "hook_points: expected a list (at least one item, each text), got 'a'"),
+        (REQUIRED | {"dry_run": "yes"}, "here: dry_run: expected true or false, got 'yes'"),
+        (REQUIRED | {"part": {"k": 1}}, "write [[part]], with two brackets on either side"),
+        (
+            REQUIRED | {"codec": "LZ4"},
+            "here: codec: expected one of 'lz4', 'none', 'zstd', got 'LZ4'; did you mean 'lz4'?",
+        ),
     ],
 )
 def test_refusals_name_the_key(table, expected):
@@ -77,6 +97,65 @@ def test_refusals_name_the_key(table, expected):
         to_config(Example, table, "here")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--batch_size", "many"], "command line: --batch_size: expected an integer of at least 1, got 'many'"),
+        (
+            ["--codec=zst"],
+            "command line: --codec: expected one of 'lz4', 'none', 'zstd', got 'zst'; did you mean 'zstd'?",
+        ),
+        (["--dry-run", "other.toml"], "command line: unexpected 'other.toml'"),
+        (["--dry-run=maybe"], "command line: --dry_run: expected true or false, got 'maybe'"),
+        ([], "c.toml: fraction: expected a number of at least 0 and below 1, got 2"),
+    ],
+)
+def test_each_mistake_is_blamed_on_its_origin(tmp_path, arguments, expected):
+    file = tmp_path / "c.toml"
+    file.write_text('model = "m"\nhook_points = ["a"]\n' + ("" if arguments else "fraction = 2\n"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(Example, file, arguments)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["c.toml", "--dry-run"], ["--dry-run", "c.toml"], ["--dry_run=true", "c.toml"], ["--dry-run", "TRUE", "c.toml"]],
+)
+def test_a_flag_needs_no_value_and_the_config_file_may_stand_anywhere(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("c.toml").write_text('model = "m"\nhook_points = ["a"]\n')
+    assert load_config(Example, None, arguments) == Example(model="m", hook_points=["a"], dry_run=True)
+
+
+def test_a_missing_key_on_the_command_line_says_how_to_give_it():
+    with pytest.raises(
+        ConfigError, match=r"command line: 'hook_points' is missing .*; give a config file, or --hook_points"
+    ):
+        load_config(Example, None, ["--model", "m"])
+
+
+def test_configurations_made_in_python_are_checked_and_take_paths_and_numpy_numbers():
+    config = Example(
+        model=Path("a/b"),
+        hook_points=("x", Path("y")),
+        batch_size=np.int64(4),
+        fraction=torch.tensor(0.25),
+        saes=np.array(["one", "two"]),
+        part=[{"k": np.array([1, 2])}],
+    )
+    assert config == Example(
+        model="a/b", hook_points=["x", "y"], batch_size=4, fraction=0.25, saes=["one", "two"], part=[Part(k=[1, 2])]
+    )
+    assert (type(config.batch_size), type(config.fraction)) == (int, float)
+    assert tomllib.loads(to_toml(config))["model"] == "a/b"
+    for wrong in ({"batch_size": 0}, {"batch_size": 4.5}, {"codec": "zip"}, {"fraction": np.float32("inf")}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Example(model="m", hook_points=["a"], **wrong)
+    with pytest.raises(ConfigError, match="batch_size"):
+        msgspec.structs.replace(config, batch_size=-1)
 
 
 def test_unknown_nested_key_is_refused():
@@ -87,7 +166,7 @@ def test_unknown_nested_key_is_refused():
 @pytest.mark.parametrize("arguments", [["stray"], ["--batch_size"], ["--bach_size", "1"]])
 def test_bad_command_lines(arguments):
     with pytest.raises(ConfigError, match="command line"):
-        parse_overrides(Example, arguments)
+        load_config(Example, "c.toml", arguments)
 
 
 def test_missing_and_malformed_files(tmp_path):

@@ -4,9 +4,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from thresher.shared.config import load_config, read_toml
+from thresher.shared.errors import ConfigError
 from thresher.shared.hook_points import canonical_hook_point
 from thresher.train.architectures import ARCHITECTURES, make_architecture
 from thresher.train.config import TrainConfig
@@ -63,3 +65,27 @@ def test_every_architecture_has_a_page_whose_examples_are_valid():
             for sae in expand_sweep(tomllib.loads(example)["sae"]):
                 assert page.stem in ("README", sae.architecture)
                 make_architecture(sae, 256)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"normalize_activations": "layer_norm"},
+        {"tokens": -5},
+        {"batch_size": 0},
+        {"epochs": float("nan")},
+        {"sae": []},
+        {"output": ""},
+    ],
+)
+def test_a_configuration_made_in_python_is_checked(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected"):
+        TrainConfig(**{"store": "s", "output": "o", "sae": [{"hook_point": "h", "d_sae": 8, "k": 2}]} | wrong)
+
+
+def test_a_configuration_made_in_python_takes_paths_and_numpy_numbers():
+    table = {"hook_point": "h", "d_sae": np.int64(8), "k": np.array([2, 3]), "lr": np.float64(0.5)}
+    config = TrainConfig(store=Path("a/s"), output=Path("o"), sae=[table], tokens=np.int64(1280))
+    plain = {"hook_point": "h", "d_sae": 8, "k": [2, 3], "lr": 0.5}
+    assert config == TrainConfig(store="a/s", output="o", sae=[plain], tokens=1280)
+    assert [sae.k for sae in expand_sweep(config.sae)] == [2, 3]
