@@ -26,8 +26,8 @@ from .paths import expand_home, user_path
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the stages' configurations.
 
-    Fields take `Path`s, NumPy numbers and tuples where text, numbers and lists are expected, and hold the latter; `~` in
-    a path is the home folder.
+    Fields take `Path`s, NumPy numbers and tuples where text, numbers and lists are expected, and hold the latter.
+    `~` in a path is the home folder.
 
     Raises:
         ConfigError: a value is of another type than its field's, or out of bounds.
