@@ -1,39 +1,195 @@
-"""What makes two harvests the same, and whether a store already is the one asked for."""
+"""What makes two harvests the same, and whether a store already is the one asked for.
+
+Settings are compared by value, text, tokenizer and weights by their content: paths may be spelled as one likes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import shlex
+import os
+import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from ..shared.errors import MissingFileError, StoreError
+from ..shared.content import describe_files, model_content
+from ..shared.errors import DataError, MissingFileError, StoreError
 from ..shared.hook_points import unique_canonical
 from ..shared.store.format import MANIFEST
 from ..shared.store.location import StoreUrl
 from ..shared.store.manifest import Manifest, read_manifest
 from .config import HarvestConfig
+from .documents import PYTHON_STDLIB, hub_fingerprint, source_files
 
 INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers")
+"""Settings that are no part of a harvest's record."""
+NEUTRAL = ("batch_size",)
+"""Settings that are recorded, but change the rows by rounding at most."""
+CONTENT = {"text": ("dataset", "dataset_revision"), "weights": ("model", "revision"), "tokenizer": ()}
+"""Each content, and the settings that name it, which count only where the content itself is not known."""
+SPELLING = {"model", "dataset", "tokenizer", "harvest"}
+"""Metadata that `compare` has compared by content, or key by key."""
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
 def identity(config: HarvestConfig) -> dict[str, Any]:
-    """Return what determines a store's content: the configuration, and which weights are in a local model folder."""
+    """Return what determines a store's rows: the settings, and the content of text, weights and tokenizer."""
     keys: dict[str, Any] = {
         key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
     }
     if not config.covariance:
         del keys["covariance"]  # as in stores that were begun before there was any
     keys["hook_points"] = unique_canonical(config.hook_points)
-    return keys | {"weights": fingerprint(Path(config.model).expanduser())}
+    content = {"text": text_content(config), **model_content(config.model, config.revision, config.cache)}
+    return keys | {"content": content}
 
 
-def fingerprint(model: Path) -> str | None:
-    """Return a hash of a model folder's weight files by name, size and samples; None for a model elsewhere."""
+def text_content(config: HarvestConfig) -> str | None:
+    """Return what identifies the text: a digest of the local files, or the data set's revision; None if not at hand."""
+    try:
+        paths = source_files(config)
+        if paths is None:
+            return f"revision {hub_fingerprint(config)}"
+        root = Path(config.dataset).expanduser()
+        if config.dataset == PYTHON_STDLIB:
+            root = Path(sysconfig.get_paths()["stdlib"])
+        root = root if root.is_dir() else root.parent
+        return describe_files({path.relative_to(root).as_posix(): path for path in paths}, config.cache)
+    except (DataError, MissingFileError):
+        return None  # a complete store can be used without its text; a harvest will say what is missing
+
+
+class Standing(NamedTuple):
+    """Whether a store already holds what a harvest asks for, and what the user should know about it."""
+
+    complete: bool
+    notes: tuple[str, ...] = ()
+
+
+def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
+    """Tell whether the store is there, whole, and of this very harvest; raise as `compare` does."""
+    return compare(store, wanted).complete
+
+
+def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> Standing:
+    """Compare a store, if one is there, with the identity of a harvest.
+
+    Raises `StoreError` for a store of another harvest, naming what differs.
+    """
+    manifest = find_manifest(store)
+    if manifest is None:
+        return Standing(complete=False)
+    found = manifest.header.metadata.get("harvest")
+    if not isinstance(found, dict):
+        raise StoreError(f"the store '{store}' was not written by a harvest; name another store")
+    differing = _differing_settings(found, wanted, manifest.header.metadata) | _differing_content(found, wanted)
+    if differing:
+        told = ", ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in sorted(differing.items()))
+        raise StoreError(f"the store '{store}' is of another harvest: it differs in {told}; {_advice(differing)}")
+    complete = manifest.completion is not None
+    notes = _notes(found, wanted)
+    if not complete and found.get("batch_size") != wanted["batch_size"]:
+        notes.append(
+            f"resumes with batch_size {wanted['batch_size']} a store that was begun with {found.get('batch_size')}: "
+            "its rows agree with those of one batch size up to rounding, but not to the bit"
+        )
+    return Standing(complete, tuple(notes))
+
+
+def _differing_settings(
+    found: dict[str, Any], wanted: dict[str, Any], metadata: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ; one that the store does not record had its default."""
+    named = {name for names in CONTENT.values() for name in names}
+    passed_over = {*INCIDENTAL, *NEUTRAL, *named, "content", "weights"}
+    defaults = _defaults()
+    differing = {}
+    for key in (found.keys() | wanted.keys()) - passed_over:
+        was, now = (record.get(key, defaults.get(key)) for record in (found, wanted))
+        if key == "hook_points":
+            was, now = sorted(was or []), sorted(now or [])
+        if key == "model_dtype" and was == "auto" and now == metadata.get("model_dtype"):
+            continue
+        if was != now:
+            differing[key] = (was, now)
+    return differing
+
+
+def _defaults() -> dict[str, Any]:
+    fields = msgspec.structs.fields(HarvestConfig)
+    return {field.name: None if field.default is msgspec.NODEFAULT else field.default for field in fields}
+
+
+def _differing_content(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs in text, weights and tokenizer; where their content is not known, in their names."""
+    differing = {}
+    for what, names in CONTENT.items():
+        was, now = _content(found, what), _content(wanted, what)
+        if was is not None and now is not None:
+            if was != now:
+                differing[what] = (was, now)
+            continue
+        for name in names:
+            if not _is_same_name(found.get(name), wanted.get(name)):
+                differing[name] = (found.get(name), wanted.get(name))
+    samples = found.get("weights")
+    if samples is not None and (now := sampled_fingerprint(Path(wanted["model"]).expanduser())) not in (None, samples):
+        differing["weights"] = (samples, now)
+    return differing
+
+
+def _content(record: dict[str, Any], what: str) -> str | None:
+    content = record.get("content")
+    return content.get(what) if isinstance(content, dict) else None
+
+
+def _is_same_name(first: Any, second: Any) -> bool:
+    if first == second:
+        return True
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    paths = [os.path.abspath(os.path.expanduser(name)) for name in (first, second)]
+    return paths[0] == paths[1] and os.path.exists(paths[0])
+
+
+def _advice(differing: dict[str, tuple[Any, Any]]) -> str:
+    commits = [was for what, (was, _) in differing.items() if what != "text" and str(was).startswith("commit ")]
+    if commits and set(differing) <= {"weights", "tokenizer"}:
+        return f"name another store, or stay with the model's earlier commit: revision = {commits[0].split()[1]!r}"
+    return "name another store"
+
+
+def continued_metadata(store: Path | StoreUrl, found: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata with which a store that was begun is resumed: its own, where the rest agrees.
+
+    Raises `StoreError` for what differs beyond the spelling of names.
+    """
+    for key in sorted(found.keys() & metadata.keys() - SPELLING):
+        if found[key] != metadata[key]:
+            raise StoreError(
+                f"the store '{store}' was begun with {key} = {found[key]!r}, now {metadata[key]!r}; "
+                "use the same settings and versions, or name another store"
+            )
+    return found
+
+
+def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return what could not be compared."""
+    if "content" not in found:
+        return [
+            "the store was begun by a version of Thresher that did not record the content of text, tokenizer and "
+            "weights: only names and settings were compared"
+        ]
+    unknown = [what for what in CONTENT if None in (_content(found, what), _content(wanted, what))]
+    if not unknown:
+        return []
+    return [f"the content of {' and '.join(unknown)} is not known here: names and settings were compared instead"]
+
+
+def sampled_fingerprint(model: Path) -> str | None:
+    """Return the hash of a model folder's weight files by name, size and samples that older stores hold."""
     if not model.is_dir():
         return None
     digest = hashlib.blake2b(digest_size=16)
@@ -49,30 +205,7 @@ def fingerprint(model: Path) -> str | None:
     return digest.hexdigest()
 
 
-def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
-    """Tell whether the store is there, whole, and of this very harvest.
-
-    Raises `StoreError` for a store of another harvest, naming the keys that differ.
-    """
-    manifest = _manifest(store)
-    if manifest is None:
-        return False
-    found = manifest.header.metadata.get("harvest")
-    if not isinstance(found, dict):
-        raise StoreError(f"the store '{store}' was not written by a harvest; name another path")
-    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    if "weights" in keys and None in (wanted.get("weights"), found.get("weights")):
-        keys.remove("weights")  # the model is not at hand to compare
-    if keys:
-        told = ", ".join(f"{key} ({found.get(key)!r}, now {wanted.get(key)!r})" for key in keys)
-        remove = f": rm -r {shlex.quote(str(store))}" if isinstance(store, Path) else ""
-        raise StoreError(
-            f"the store '{store}' is of another harvest: it differs in {told}; name another store, or remove it{remove}"
-        )
-    return manifest.completion is not None
-
-
-def _manifest(store: Path | StoreUrl) -> Manifest | None:
+def find_manifest(store: Path | StoreUrl) -> Manifest | None:
     """Return a store's manifest, or None where none is."""
     if isinstance(store, Path):
         return read_manifest(store) if (store / MANIFEST).is_file() else None

@@ -18,7 +18,7 @@ from ..shared.lazy import importing
 from ..shared.store.location import StoreUrl, locate
 from .config import HarvestConfig
 from .estimate import announce, human_bytes
-from .identity import identity, is_complete
+from .identity import Standing, compare, continued_metadata, find_manifest, identity
 from .launch import needs_ranks, quiet_network
 from .prefetch import Prefetch
 from .progress import Progress
@@ -39,7 +39,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     """Write the activation store that the configuration describes, and return its path or URL.
 
     A store that is complete is reused without loading the model; one that was interrupted is
-    gone on with, and ends with the same bytes as if it had not been.
+    resumed, and ends with the same bytes as one that was not.
     """
     store = locate(config.store)
     if needs_ranks(store, config.cache):
@@ -48,8 +48,9 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
 
         return harvest_together(config)
     wanted = identity(config)
-    if is_complete(store, wanted):
-        tell_reuse(store)
+    standing = compare(store, wanted)
+    tell_standing(store, standing)
+    if standing.complete:
         return store
     with importing():  # transformers imports a model's code as it loads the model
         from ..shared.store import ActivationStoreWriter
@@ -71,6 +72,10 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], 
     from .plan import metadata_of
 
     metadata = metadata_of(config, identity, plan)
+    store = locate(config.store)
+    begun = find_manifest(store)
+    if begun is not None:
+        metadata = continued_metadata(store, begun.header.metadata, metadata)
     return make(
         config.store,
         plan.widths,
@@ -135,9 +140,12 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
     )
 
 
-def tell_reuse(store: Path | StoreUrl) -> None:
-    """Say that there is nothing to do."""
-    print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
+def tell_standing(store: Path | StoreUrl, standing: Standing) -> None:
+    """Say what to know about a store that is there, and whether there is nothing to do."""
+    for note in standing.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if standing.complete:
+        print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
 
 
 def tell_stored(config: HarvestConfig, plan: Plan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:

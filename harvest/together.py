@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -26,12 +26,12 @@ from ..shared.store.location import StoreUrl, locate
 from ..shared.store.rank_writer import POLL_SECONDS, RankWriter
 from .config import HarvestConfig
 from .forward import MAX_WORKERS
-from .identity import identity, is_complete
+from .identity import compare, identity
 from .packing import Context
 from .plan import Plan, make_plan
 from .rank_progress import RankProgress
 from .ranks import Ranks, join_ranks, rank_device
-from .run import open_writer, run_model, tell_reuse, tell_stored
+from .run import open_writer, run_model, tell_standing, tell_stored
 from .tokens import read_contexts
 
 T = TypeVar("T")
@@ -43,10 +43,11 @@ def harvest_together(config: HarvestConfig) -> Path | StoreUrl:
     """Write the store as one of the ranks that the launcher started, and return its path or URL."""
     store = locate(config.store)
     with join_ranks() as ranks:
-        wanted = identity(config)
+        wanted = identity_of_ranks(config, ranks)
         ranks.agree(wanted | {"store": str(store)})
-        if ranks.lead(lambda: is_complete(store, wanted)):
-            tell_reuse(store)
+        standing = ranks.lead(lambda: compare(store, wanted))
+        tell_standing(store, standing)
+        if standing.complete:
             return store
         here = on_this_rank(config, ranks)
         ranks.agree({"torch": torch.__version__, "processor": processor(here.device)})
@@ -59,6 +60,13 @@ def harvest_together(config: HarvestConfig) -> Path | StoreUrl:
             writer.release()
         tell_stored(config, plan, text.n_contexts, *written)
     return store
+
+
+def identity_of_ranks(config: HarvestConfig, ranks: Ranks) -> dict[str, Any]:
+    """Return the harvest's identity; on each machine one rank reads large files, and the others what it kept."""
+    first = identity(config) if ranks.local_rank == 0 else None
+    ranks.meet()
+    return first or identity(config)
 
 
 def on_this_rank(config: HarvestConfig, ranks: Ranks) -> HarvestConfig:

@@ -167,8 +167,8 @@ def test_a_complete_store_is_reused_without_the_model(config, tmp_path, monkeypa
 
 def test_a_store_of_another_harvest_is_refused(config):
     harvest(config)
-    with pytest.raises(StoreError, match=r"differs in batch_size \(5, now 6\), tokens \(661, now 662\)"):
-        harvest(replaced(config, batch_size=6, tokens=662))
+    with pytest.raises(StoreError, match=r"differs in holdout_fraction \(0.35, now 0.4\), seed \(0, now 1\); name an"):
+        harvest(replaced(config, holdout_fraction=0.4, seed=1))
     path = Path(config.store).parent / "own"
     with ActivationStoreWriter(path, {"layer": 4}, CONTEXT) as writer:
         writer.append({"layer": np.zeros((1, CONTEXT, 4), np.float32)})
