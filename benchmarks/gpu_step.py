@@ -253,13 +253,13 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
         "topk": {"k": size.k},
         "batch_topk": {"k": size.k},
         "matryoshka_batch_topk": {"k": size.k},
-        "jumprelu": {"l0_coefficient": 1.0, "target_l0": float(size.k)},
-        "gated": {"l1_coefficient": 1.0},
-        "standard": {"l1_coefficient": 1.0},
+        "jumprelu": {"l0_coefficient": 1.0, "target_l0": float(size.k), "sparsity_warmup_steps": 0},
+        "gated": {"l1_coefficient": 1.0, "sparsity_warmup_steps": 0},
+        "standard": {"l1_coefficient": 1.0, "sparsity_warmup_steps": 0},
     }
     table: dict[str, Any] = {}
     for name, recipe in recipes.items():
-        config = SaeConfig(hook_point="x", architecture=name, d_sae=size.d_sae, sparsity_warmup_steps=0, **recipe)
+        config = SaeConfig(hook_point="x", architecture=name, d_sae=size.d_sae, **recipe)
         capture = capture_on_cuda if device.type == "cuda" else None
         schedule = Schedule(1000, size.batch, 1, 0.0)
         try:

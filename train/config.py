@@ -96,7 +96,9 @@ class SaeConfig(Config, frozen=True):
             description="Folder of a trained SAE to start from: ours, SAELens's, sparsify's or dictionary_learning's."
         ),
     ] = None
-    aux_coefficient: Annotated[float, Meta(ge=0, description="Weight of the auxiliary loss of dead latents.")] = 1 / 32
+    aux_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the auxiliary loss of dead latents; 1/32.")
+    ] = None
     k_aux: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="Dead latents per row in the auxiliary loss; d_in / 2.")
     ] = None

@@ -17,6 +17,7 @@ from .memory import available_memory, held_bytes, parameter_shapes
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import most_held
 from .parallel.ranks import Ranks
+from .refusals import check_activations, check_schedules, notes_of
 from .sae_trainer import Schedule
 from .sweep import expand_sweep
 
@@ -37,6 +38,7 @@ class Plan:
     kernels: str = "auto"
     parallel: str = "spread"
     n_ranks: int = 1
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
@@ -59,6 +61,7 @@ class Plan:
             f"on {describe_device(self.device)} with {self.kernels} kernels"
             + (f", parallel = '{self.parallel}' over {self.n_ranks} processes" if self.n_ranks > 1 else "")
         )
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -68,12 +71,15 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     Raises:
         ConfigError: a hyperparameter does not fit, or the machine has too little memory.
         HookPointError: the store lacks a hook point.
-        StoreError: the store has no training rows.
+        StoreError: the store has no training rows, or those of a hook point do not vary.
     """
     if not rows_per_epoch:
         raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
     ranks = ranks or Ranks(config.device)
     saes = expand_sweep(config.sae)
+    tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
+    n_steps = -(-tokens // config.batch_size)
+    schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
     n_parameters, needed = {}, {}
     for sae in saes:
         for place in sae.places:
@@ -84,7 +90,11 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
                 )
         d_in = sum(map(store.d_in, sae.inputs))
         d_out = store.d_in(sae.hook_point_out) if sae.hook_point_out else d_in
-        architecture = make_architecture(sae, d_in, d_out)
+        try:
+            architecture = make_architecture(sae, d_in, d_out)
+            check_schedules(architecture, schedule)
+        except ConfigError as error:
+            raise ConfigError(f"SAE '{sae.name}': {error}") from None
         if config.dry_run and source_of(sae, config.init_from) is not None:
             read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
@@ -95,9 +105,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in parameters)
         gradients = sum(tensor.nbytes for tensor in parameters)
         needed[str(sae.name)] = held_bytes(architecture, config.compute_dtype) + gradients
-    tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
-    n_steps = -(-tokens // config.batch_size)
-    schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
+    check_activations(store, saes)
     largest = max(sae.d_sae for sae in saes)
     hook_points = {place for sae in saes for place in sae.places}
     window_bytes = sum(
@@ -122,4 +130,5 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         backend_for(device, config.kernels),
         config.parallel,
         ranks.n,
+        notes_of(saes, schedule, rows_per_epoch),
     )

@@ -18,6 +18,7 @@ from .parallel.layout import Layout
 from .parallel.ranks import Agreement, Ranks, open_ranks
 from .plan import Plan, plan_run
 from .progress import Progress
+from .refusals import check_output
 from .run_state import RunState
 from .sae_trainer import SaeTrainer
 from .trainers import make_trainers, prepare, step_all
@@ -42,10 +43,13 @@ def _train(config: TrainConfig, ranks: Ranks) -> list[Path]:
         torch.cuda.set_device(config.device)
     say = print if ranks.first else _say_nothing
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
+    check_output(Path(config.output), store)
     plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks)
     if config.dry_run:
         say(plan.describe())
         return []
+    for note in plan.notes:
+        say(f"note: {note}", file=sys.stderr)
     layout = Layout.of(config.parallel, plan.n_parameters, ranks)
     run = RunState(config, plan, store, layout)
     if run.finished:

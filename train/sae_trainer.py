@@ -123,7 +123,7 @@ class SaeTrainer:
         """Return whether the loss depends on which latents are dead."""
         if self.whole_step is not None:
             return self.whole_step.has_auxk
-        return self.architecture.revives_dead and self.config.aux_coefficient > 0
+        return self.architecture.revives_dead and self.architecture.aux_coefficient > 0
 
     def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
         """Let parameters, moments and counters be those of the fused step, where there is one."""

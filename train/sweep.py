@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,12 @@ from ..shared.errors import ConfigError
 from ..shared.hook_points import canonical_hook_point
 from .config import SaeConfig
 from .random_search import draws_of, sample_tables
+
+_RESERVED = {"config.toml", "checkpoint.json", "checkpoint.previous.json"}
+"""Files of a run beside its SAEs' folders."""
+
+_MOST_BYTES = 200
+"""File systems allow 255; the files of an evaluation are named after the SAE, with endings."""
 
 _LISTS = ("prefix_sizes", "hook_points")
 _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
@@ -38,7 +45,8 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
             table = {key: value for key, value in msgspec.to_builtins(table).items() if value is not None}
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where}: expected a [[sae]] table, got {table!r}")
-        if table.get("hook_points") and "hook_point" not in table:
+        has_both = table.get("hook_points") is not None and "hook_point" in table
+        if table.get("hook_points") and not has_both:
             first = table["hook_points"][0]
             table = {"hook_point": first if isinstance(first, str) else first[0], **table}
         drawn = draws_of(table, where)
@@ -50,13 +58,42 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
                     raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
             for values in itertools.product(*(sample[key] for key in varying)):
                 config = to_config(SaeConfig, {**sample, **dict(zip(varying, values, strict=True))}, where)
+                if has_both and canonical_hook_point(config.hook_point) != canonical_hook_point(config.inputs[0]):
+                    raise ConfigError(
+                        f"{where}: hook_point is '{config.hook_point}', but the first of hook_points is "
+                        f"'{config.inputs[0]}'; leave hook_point out"
+                    )
                 config = _canonical(config)
                 name = _name(config, varying, where, f"-{number}" if drawn else "")
                 saes.append(msgspec.structs.replace(config, name=name))
-    twice = [name for name, count in Counter(sae.name for sae in saes).items() if count > 1]
+    check_names([str(sae.name) for sae in saes])
+    return saes
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless each name can be a folder of the output, on any file system, and of one SAE only."""
+    folders: dict[str, str] = {}
+    for name in names:
+        if not name or name.startswith(".") or name.casefold() in _RESERVED:
+            raise ConfigError(
+                f"an SAE is named '{name}', which cannot be its folder in the output: expected a name that is not "
+                f"empty, does not begin with '.', and is none of {', '.join(sorted(_RESERVED))}"
+            )
+        n_bytes = len(name.encode())
+        if n_bytes > _MOST_BYTES:
+            raise ConfigError(
+                f"the SAE name '{name[:40]}...' has {n_bytes} bytes, expected at most {_MOST_BYTES}; "
+                "give a shorter 'name'"
+            )
+        other = folders.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise ConfigError(
+                f"the SAEs '{other}' and '{name}' would share a folder where file names ignore case; "
+                "give [[sae]] tables a 'name' that tells them apart"
+            )
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
-    return saes
 
 
 def _canonical(config: SaeConfig) -> SaeConfig:

@@ -44,8 +44,8 @@ class WholeStep:
             beta2=beta2,
             eps=architecture.eps,
             max_norm=config.clip_grad_norm,
-            aux_coefficient=config.aux_coefficient,
-            k_aux=config.k_aux or max(1, architecture.d_in // 2),
+            aux_coefficient=architecture.aux_coefficient,
+            k_aux=architecture.k_aux,
             dead_after_tokens=dead_after_tokens,
         )
         return cls(kernels.TopKStep(parameters, options, compute_dtype))

@@ -115,7 +115,7 @@ def store(tmp_path_factory, sparse_activations):
 
 
 def run_config(store, tmp_path, *tables):
-    keys = {"d_sae": 96, "l1_coefficient": 0.1, "lr": 3e-3}
+    keys = {"d_sae": 96, "lr": 3e-3}
     return TrainConfig(
         store=str(store),
         output=str(tmp_path / "saes"),
@@ -123,7 +123,7 @@ def run_config(store, tmp_path, *tables):
         tokens=128 * 150,
         warmup_steps=5,
         device="cpu",
-        sae=[keys | table for table in tables],
+        sae=[keys | ({} if "k" in table else {"l1_coefficient": 0.1}) | table for table in tables],
     )
 
 

@@ -20,7 +20,7 @@ import thresher.train.architectures.jumprelu as jumprelu_module
 import thresher.train.architectures.latents as latents_module
 import thresher.train.architectures.topk as topk_module
 import thresher.train.resampling as resampling_module
-from thresher.train.architectures import ARCHITECTURES, make_architecture
+from thresher.train.architectures import ARCHITECTURES, architectures_using, make_architecture
 from thresher.train.architectures.auxk import add_auxk
 from thresher.train.architectures.base import Batch, StepInput
 from thresher.train.architectures.latents import DenseLatents, sparse_at
@@ -36,7 +36,10 @@ D_IN, D_SAE = 6, 16
 
 
 def sae_config(**keys):
-    return SaeConfig(**{"hook_point": "h", "d_sae": D_SAE, "k": 3} | keys)
+    """Return a configuration with those of the keys that its architecture uses."""
+    keys = {"hook_point": "h", "d_sae": D_SAE, "k": 3} | keys
+    architecture = keys.get("architecture", "topk")
+    return SaeConfig(**{key: value for key, value in keys.items() if architecture in architectures_using(key)})
 
 
 def make(seed=0, dtype=torch.float64, **keys):

@@ -44,7 +44,10 @@ def config(tmp_path):
         tokens=512 * 150,
         checkpoint_every_tokens=512 * 6,
         window_bytes=1 << 20,
-        sae=[msgspec.structs.replace(sae, d_sae=256, k=sae.k and 8) for sae in expand_sweep(shipped.sae)],
+        sae=[
+            msgspec.structs.replace(sae, d_sae=256, k=sae.k and 8, p_anneal_steps=sae.p_anneal_steps and 100)
+            for sae in expand_sweep(shipped.sae)
+        ],
     )
 
 

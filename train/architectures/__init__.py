@@ -7,7 +7,7 @@ import difflib
 from ...shared.errors import ConfigError
 from ..config import SaeConfig
 from .annealed_topk import AnnealedTopK
-from .base import Architecture
+from .base import COMMON_OPTIONS, Architecture
 from .batch_topk import BatchTopK
 from .crosscoder import Crosscoder
 from .gated import Gated
@@ -34,20 +34,10 @@ _KNOWN = (
 )
 ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in _KNOWN}
 
-_OWN_OPTIONS: dict[str, tuple[type[Architecture], ...]] = {
-    "k_anneal_steps": (TopK,),
-    "multi_topk_coefficient": (TopK,),
-    "p_final": (Standard,),
-    "p_anneal_steps": (Standard,),
-    "target_l0": (JumpReLU,),
-    "sparsity_loss": (JumpReLU,),
-    "bandwidth": (JumpReLU,),
-    "initial_threshold": (JumpReLU,),
-    "threshold_lr_scale": (JumpReLU, Gated),
-    "decoder_lr_scale": (Gated,),
-    "initial_l0": (JumpReLU, Gated),
-}
-"""Options that not every architecture has, and which do."""
+
+def architectures_using(key: str) -> list[str]:
+    """Return the names of the architectures that use a key of a `[[sae]]` table."""
+    return [name for name, cls in ARCHITECTURES.items() if key in (*COMMON_OPTIONS, *cls.required, *cls.options)]
 
 
 def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) -> Architecture:
@@ -75,15 +65,15 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
 
 def _check_options(config: SaeConfig) -> None:
     """Raise `ConfigError` for an option that has no effect, or none without another."""
-    for key in ("hook_point_out", "hook_points"):
-        if getattr(config, key) is not None and key not in ARCHITECTURES[config.architecture].required:
-            raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
-    for key, only in _OWN_OPTIONS.items():
-        if getattr(config, key) is not None and config.architecture not in {cls.name for cls in only}:
-            raise ConfigError(f"'{key}' is given, but architecture '{config.architecture}' does not use it")
+    for key in config.__struct_fields__:
+        if getattr(config, key) is not None and config.architecture not in (users := architectures_using(key)):
+            raise ConfigError(
+                f"'{key}' is given, but architecture '{config.architecture}' does not use it "
+                f"(used by: {', '.join(users)}); leave it out"
+            )
     if (config.p_final is None) != (config.p_anneal_steps is None):
         raise ConfigError("p-annealing needs both 'p_final' and 'p_anneal_steps'; give both or neither")
-    cls, tanh = ARCHITECTURES[config.architecture], TanhJumpReLU.is_asked_for(config)
+    tanh = TanhJumpReLU.is_asked_for(config)
     for key in ("tanh_scale", "pre_act_coefficient"):
         if getattr(config, key) is not None and not tanh:
             raise ConfigError(f"'{key}' is given, but only a jumprelu SAE with sparsity_loss = 'tanh' uses it")
@@ -92,5 +82,5 @@ def _check_options(config: SaeConfig) -> None:
     if config.initial_l0 is not None and (tanh or config.initial_threshold is not None):
         other = "sparsity_loss = 'tanh'" if tanh else "'initial_threshold'"
         raise ConfigError(f"{other} starts the thresholds otherwise than 'initial_l0' does; leave one out")
-    if config.unit_norm_decoder is not None and (tanh or issubclass(cls, (Standard, Transcoder))):
-        raise ConfigError(f"architecture '{config.architecture}' penalises decoder norms; leave unit_norm_decoder out")
+    if config.unit_norm_decoder is not None and tanh:
+        raise ConfigError("sparsity_loss = 'tanh' penalises decoder norms; leave unit_norm_decoder out")

@@ -53,7 +53,10 @@ class AnnealedTopK(TopK):
             for name, gradient in gradients.items():
                 gradient.add_(wider[name], alpha=coefficient)
             terms["multi_topk_loss"] = coefficient * squared(rest) / (len(batch.x) * step.total_variance)
-        return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
+        output = self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
+        if self.config.k_anneal_steps:
+            output.terms["k"] = float(k)
+        return output
 
     def _reconstruct(
         self, parameters: Parameters, batch: Batch, step: StepInput, k: int

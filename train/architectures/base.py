@@ -26,6 +26,26 @@ Parameters = dict[str, Tensor]
 Buffers = dict[str, Tensor]
 Number = float | Tensor
 
+COMMON_OPTIONS = (
+    "hook_point",
+    "d_sae",
+    "architecture",
+    "name",
+    "lr",
+    "beta1",
+    "beta2",
+    "weight_decay",
+    "lr_decay",
+    "decay_fraction",
+    "seed",
+    "init_from",
+    "dead_after_tokens",
+    "clip_grad_norm",
+    "resample_every_tokens",
+    "ema_decay",
+)
+"""Keys of a `[[sae]]` table that every architecture uses."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -84,6 +104,8 @@ class StepOutput:
 class Architecture:
     """Base of the architectures; a subclass is registered by its `name`.
 
+    `required` and `options` name the keys of a `[[sae]]` table that it uses besides `COMMON_OPTIONS`.
+
     One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told. One that says
     `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room,
     nor does anything there that the next step may do otherwise, but for what `decided_at` says.
@@ -91,6 +113,7 @@ class Architecture:
 
     name: ClassVar[str]
     required: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
     unit_norm_decoder: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
@@ -120,6 +143,12 @@ class Architecture:
         given = self.config.beta1, self.config.beta2
         beta1, beta2 = (own if beta is None else beta for beta, own in zip(given, self.betas, strict=True))
         return beta1, beta2
+
+    @property
+    def aux_coefficient(self) -> float:
+        """Return the weight of the loss that revives dead latents; 1/32 if not given (arXiv 2406.04093, A.2)."""
+        given = self.config.aux_coefficient
+        return (1 / 32 if self.revives_dead else 0.0) if given is None else given
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -180,9 +209,10 @@ class Architecture:
             "l0_coefficient",
             "target_l0",
             "seed",
-            "aux_coefficient",
         )
         values = {key: getattr(self.config, key) for key in keys}
+        if self.revives_dead:
+            values["aux_coefficient"] = self.aux_coefficient
         return {key: value for key, value in values.items() if value is not None} | {"lr": self.lr}
 
     def to_sae(

@@ -25,6 +25,7 @@ class BatchTopK(TopK):
 
     name = "batch_topk"
     capturable = True
+    options = ("aux_coefficient", "k_aux", "unit_norm_decoder")
     betas = (0.9, 0.99)
     default_lr = 3e-4
 

@@ -25,6 +25,7 @@ class Gated(Architecture):
     name = "gated"
     capturable = True
     required = ("l1_coefficient",)
+    options = ("sparsity_warmup_steps", "unit_norm_decoder", "initial_l0", "threshold_lr_scale", "decoder_lr_scale")
     betas = (0.0, 0.999)
     eps = 1e-8
     revives_dead = False

@@ -19,6 +19,7 @@ class HierarchicalTopK(TopK):
 
     name = "hierarchical_topk"
     capturable = True
+    options = ("aux_coefficient", "k_aux", "unit_norm_decoder")
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, largest first in every row."""

@@ -35,6 +35,18 @@ class JumpReLU(Architecture):
     name = "jumprelu"
     capturable = True
     required = ("l0_coefficient",)
+    options = (
+        "sparsity_warmup_steps",
+        "unit_norm_decoder",
+        "target_l0",
+        "initial_l0",
+        "sparsity_loss",
+        "tanh_scale",
+        "pre_act_coefficient",
+        "bandwidth",
+        "initial_threshold",
+        "threshold_lr_scale",
+    )
     betas = (0.0, 0.999)
     eps = 1e-8
     revives_dead = False

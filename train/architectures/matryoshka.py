@@ -17,11 +17,12 @@ _DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 class MatryoshkaBatchTopK(BatchTopK):
     """BatchTopK with the loss `sum_g ||x - x_hat_g||^2 / Var(x)`, where x_hat_g uses the first g latents only.
 
-    The prefix sizes are `group_sizes`, cumulative and ending at d_sae; by default d_sae / 16, / 8, / 4, / 2, d_sae.
+    The prefix sizes are `prefix_sizes`, cumulative and ending at d_sae; by default d_sae / 16, / 8, / 4, / 2, d_sae.
     """
 
     name = "matryoshka_batch_topk"
     capturable = True
+    options = ("prefix_sizes", *BatchTopK.options)
 
     def __init__(self, config: SaeConfig, d_in: int):
         super().__init__(config, d_in)

@@ -20,6 +20,7 @@ class Standard(Architecture):
     name = "standard"
     capturable = True
     required = ("l1_coefficient",)
+    options = ("sparsity_warmup_steps", "p_final", "p_anneal_steps")
     unit_norm_decoder = False
     eps = 1e-8
     revives_dead = False

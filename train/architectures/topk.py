@@ -20,6 +20,12 @@ class TopK(Architecture):
     name = "topk"
     capturable = True
     required = ("k",)
+    options = ("aux_coefficient", "k_aux", "unit_norm_decoder", "k_anneal_steps", "multi_topk_coefficient")
+
+    @property
+    def k_aux(self) -> int:
+        """Return how many dead latents of each row the auxiliary loss uses; d_in / 2 if not given."""
+        return self.config.k_aux or max(1, self.d_in // 2)
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, positive or not."""
@@ -52,7 +58,7 @@ class TopK(Architecture):
         mse: Number,
     ) -> StepOutput:
         """Add AuxK where latents are dead, and note which latents fired."""
-        if step.dead is not None and self.config.aux_coefficient > 0:
+        if step.dead is not None and self.aux_coefficient > 0:
             terms["auxk_loss"] = add_auxk(
                 gradients,
                 parameters,
@@ -60,8 +66,8 @@ class TopK(Architecture):
                 step.W_enc_compute,
                 error,
                 step.dead,
-                self.config.k_aux or max(1, self.d_in // 2),
-                self.config.aux_coefficient,
+                self.k_aux,
+                self.aux_coefficient,
                 step.across,
                 step.n_dead,
             )

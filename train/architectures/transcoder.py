@@ -26,6 +26,7 @@ class Transcoder(Architecture):
     name = "transcoder"
     capturable = True
     required = ("l1_coefficient", "hook_point_out")
+    options = ("sparsity_warmup_steps",)
     unit_norm_decoder = False
     eps = 1e-8
     revives_dead = False

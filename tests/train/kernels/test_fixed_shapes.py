@@ -58,9 +58,10 @@ def make_trainer(name, kernels, capture=None, **changes):
         "architecture": name,
         "d_sae": D_SAE,
         "lr": 1e-2,
-        "k_aux": 5,
         "dead_after_tokens": BATCH,
     }
+    if "k" in RECIPES[name]:
+        table["k_aux"] = 5
     config = SaeConfig(**table | RECIPES[name] | changes)
     out = Normalization(torch.zeros(D_IN), 1.0, float(D_IN)) if "hook_point_out" in RECIPES[name] else None
     normalization = Normalization(torch.zeros(D_IN), 1.0, float(D_IN), out)
