@@ -35,7 +35,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from thresher.evaluate.features.logits import final_norm
+from thresher.evaluate.features.readout import find_readout
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.forward import choose_workers
 from thresher.harvest.identity import identity
@@ -52,12 +52,11 @@ from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 @contextmanager
 def cut_after(model: PreTrainedModel, layer: int) -> Iterator[None]:
-    """Take the blocks after `layer` and the norm after them, which a harvest does not reach, out of the model."""
+    """Take the blocks after `layer` and the final norm, which a harvest does not reach, out of the model."""
     found = find_blocks(model)
     assert found is not None
     path, blocks = found
-    norm = final_norm(model)
-    others = {name: nn.Identity() for name, module in model.named_modules() if module is norm}
+    others = {step.name: nn.Identity() for step in find_readout(model).path}
     kept = {name: model.get_submodule(name) for name in (path, *others)}
     for name, module in ({path: blocks[: layer + 1]} | others).items():
         model.set_submodule(name, module)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..shared.store import ActivationStore
+from .features.files import FeatureIndex
 from .held_out import HeldOut
 
 ABLATION = "zero: the activation is set to zero at every position, masked ones too"
@@ -27,6 +29,12 @@ def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
         "dataset": rows.store.metadata.get("dataset"),
         "thresher_version": version("thresher"),
     }
+
+
+def logit_effects_note(features: Mapping[str, FeatureIndex] | None) -> dict[str, str]:
+    """Return what the indexes say their logit effects go through, or why they have none."""
+    notes = dict.fromkeys(str(index.metadata.get("logit_effects")) for index in (features or {}).values())
+    return {"logit_effects": "; ".join(notes)} if notes else {}
 
 
 def report_title(rows: HeldOut, model: str | None) -> str:

@@ -23,7 +23,7 @@ from .held_out import held_out
 from .offline import accumulate, offline_metrics
 from .output import loss_curve, write_atomically, write_latents, write_metrics, write_rows
 from .probing import sparse_probing
-from .provenance import footer, provenance, report_title
+from .provenance import footer, logit_effects_note, provenance, report_title
 from .refusals import refuse
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     write_atomically(output / "config.toml", to_toml(config).encode())
     curves = {sae.name: loss_curve(sae.path) for sae in saes}
     features = _features(config, store, saes, language_model, output / "features")
-    title, facts = report_title(rows, model), provenance(rows, model)
+    title, facts = report_title(rows, model), provenance(rows, model) | logit_effects_note(features)
     report = write_report(output / "report.html", metrics, curves, features, title=title, provenance=facts)
     tqdm.write(metrics_table(metrics))
     tqdm.write(f"\n{footer(rows, model, losses)}\nreport  {report}")

@@ -17,13 +17,15 @@ from tqdm import tqdm
 from ...shared.errors import StoreError
 from ...shared.paths import user_path
 from ...shared.store import ActivationStore
+from ..digests import vocabulary
 from ..encoding import rows_at_a_time
 from ..places import joined, places
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
-from .fingerprint import fingerprint
-from .logits import LogitEffects, logit_effects
+from .fingerprint import context_fingerprint, fingerprint
+from .logits import LogitEffects, effects_through, readout_of, why_no_effects
 from .progress import Pace, progress_path, remove_progress, restore_progress, save_progress
+from .readout import Readout
 from .rows import LatentRows, VisitedRows
 from .sparse import active_latents
 from .statistics import ActivationStatistics, CoFiring
@@ -120,10 +122,10 @@ def build_feature_index(
     if not store.has_tokens:
         raise StoreError(f"the store '{store.path}' holds no tokens, which a feature index shows; write it with tokens")
     paths = {sae.name: user_path(output) / f"{sae.name.replace('/', '_')}.parquet" for sae in saes}
+    readout = readout_of(model) if model is not None else None
+    context = context_fingerprint(store, readout, tokenizer)
     prints = {
-        sae.name: fingerprint(
-            store, sae.sae, [sae.name, sae.hook_point, sae.target, settings, BLOCK_ROWS], model, tokenizer
-        )
+        sae.name: fingerprint(context, sae.sae, [sae.name, sae.hook_point, sae.target, settings, BLOCK_ROWS])
         for sae in saes
     }
     indexes = {name: index for name, path in paths.items() if (index := _existing(path, prints[name]))}
@@ -132,9 +134,7 @@ def build_feature_index(
         passes, visited = _walk(store, missing, settings, paths, prints)
         for one in tqdm(passes, unit="SAE", desc="write features", disable=None):
             sae = one.sae
-            effects = None
-            if model is not None:
-                effects = logit_effects(model, sae.sae.W_dec, sae.target, settings.n_tokens)
+            effects, note = _effects(readout, sae, settings, tokenizer)
             metadata = {
                 "name": sae.name,
                 "hook_point": sae.hook_point,
@@ -142,13 +142,42 @@ def build_feature_index(
                 "n_rows": one.statistics.n_rows,
                 "n_contexts": visited.n_contexts,
                 "context_size": store.context_size,
+                "logit_effects": note,
                 "fingerprint": prints[sae.name],
                 **settings._asdict(),
             }
             indexes[sae.name] = _write(paths[sae.name], one, visited, effects, tokenizer, metadata)
     for path in paths.values():
         remove_progress(path)
+    if readout is not None:
+        _say_what_is_unusual(readout, list(indexes.values()))
     return {sae.name: indexes[sae.name] for sae in saes}
+
+
+def _effects(
+    readout: Readout | str | None,
+    sae: NamedSae,
+    settings: FeatureSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[LogitEffects | None, str]:
+    """Return an SAE's logit effects, and in words what they go through or why there are none."""
+    if readout is None:
+        return None, "none: no model"
+    reason = why_no_effects(readout, sae.sae.W_dec.shape[1], sae.target)
+    if isinstance(readout, str) or reason is not None:
+        return None, f"none: {reason}"
+    tokens = vocabulary(tokenizer)
+    ids = None if tokens is None else tokens.values()
+    effects = effects_through(readout, sae.sae.W_dec, settings.n_tokens, vocabulary=ids)
+    return effects, f"through {readout.describe()}"
+
+
+def _say_what_is_unusual(readout: Readout | str, indexes: Sequence[FeatureIndex]) -> None:
+    """Say once if indexes have no logit effects, or effects through no norm."""
+    if isinstance(readout, Readout) and readout.has_norm:
+        return
+    for note in dict.fromkeys(str(index.metadata.get("logit_effects")) for index in indexes):
+        tqdm.write(f"logit effects  {note}")
 
 
 def _walk(

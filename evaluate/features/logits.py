@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
+
+from .readout import NoReadoutError, Readout, find_readout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NOT_RESIDUAL = ("attn_z", "mlp_in")
-"""Kinds of hook point whose directions the unembedding does not read, though they may be as wide."""
-
-FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "ln_out")
+RESIDUAL = re.compile(r"blocks\.\d+\.(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
+"""Hook points whose directions are directions of the residual stream; those of others say nothing of logits."""
 
 
 @dataclass(frozen=True)
@@ -34,45 +36,77 @@ class LogitEffects:
     peak: Float[np.ndarray, " d_sae"]
 
 
-@torch.inference_mode()
-def logit_effects(
-    model: PreTrainedModel, W_dec: Float[Tensor, "d_sae d_model"], target: str, n: int = 10, step: int = 512
-) -> LogitEffects | None:
-    """Return every latent's logit effects, or None where decoder rows are no directions of the residual stream.
+def readout_of(model: PreTrainedModel) -> Readout | str:
+    """Return how the model turns its residual stream into logits, or why that is not known."""
+    try:
+        return find_readout(model)
+    except NoReadoutError as error:
+        return str(error)
 
-    `target` is the hook point that the decoder reconstructs, by its canonical name.
+
+def why_no_effects(readout: Readout | str, d: int, target: str) -> str | None:
+    """Return why decoder rows of width `d` at the hook point `target` have no logit effects; None if they have."""
+    if isinstance(readout, str):
+        return readout
+    if RESIDUAL.fullmatch(target) is None and not _is_block(target, readout.blocks):
+        return f"the decoder rows at '{target}' are not directions of the residual stream"
+    if readout.d_model != d:
+        return f"the decoder rows at '{target}' are {d} wide and the residual stream {readout.d_model}"
+    return None
+
+
+def _is_block(path: str, blocks: str) -> bool:
+    """Tell whether a module path, with or without the base model's prefix, is that of a block."""
+    parent, _, number = path.rpartition(".")
+    return number.isdecimal() and (parent == blocks or blocks.endswith(f".{parent}"))
+
+
+def logit_effects(
+    model: PreTrainedModel,
+    W_dec: Float[Tensor, "d_sae d_model"],
+    target: str,
+    n: int = 10,
+    step: int = 512,
+    vocabulary: Iterable[int] | None = None,
+) -> LogitEffects | None:
+    """Return every latent's logit effects, or None where `why_no_effects` gives a reason for none.
+
+    `target` is the hook point that the decoder reconstructs, by its canonical name; `vocabulary` the ids of the
+    tokens, without the rows of the unembedding that are padding (all rows by default).
     """
-    unembedding = model.get_output_embeddings()
-    if target.rpartition(".")[2] in NOT_RESIDUAL:
+    readout = readout_of(model)
+    if isinstance(readout, str) or why_no_effects(readout, W_dec.shape[1], target) is not None:
         return None
-    if unembedding is None or unembedding.weight.shape[1] != W_dec.shape[1]:
-        return None
-    norm = final_norm(model)
-    weight = unembedding.weight.float()
+    return effects_through(readout, W_dec, n, step, vocabulary)
+
+
+@torch.inference_mode()
+def effects_through(
+    readout: Readout,
+    W_dec: Float[Tensor, "d_sae d_model"],
+    n: int = 10,
+    step: int = 512,
+    vocabulary: Iterable[int] | None = None,
+) -> LogitEffects:
+    """Return the logit effects of decoder rows, in units of logits and centred over the vocabulary."""
+    weight = readout.weight.float()
+    rows_of = _tokens(vocabulary, len(weight)).to(weight.device)
+    if len(rows_of) < len(weight):
+        weight = weight[rows_of]
     n = min(n, len(weight))
     parts: list[tuple[Tensor, ...]] = []
     for rows in W_dec.split(step):
-        effects = _through(norm, rows.to(weight.device)) @ weight.T
+        effects = readout.directions(rows.to(weight.device)) @ weight.T
         effects -= effects.mean(dim=1, keepdim=True)
         high, low = effects.topk(n), effects.topk(n, largest=False)
         deviation = effects.std(dim=1, correction=0).clamp_min(1e-12)
-        parts.append((high.indices, high.values, low.indices, low.values, high.values[:, 0] / deviation))
+        peak = high.values[:, 0] / deviation
+        parts.append((rows_of[high.indices], high.values, rows_of[low.indices], low.values, peak))
     return LogitEffects(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
-def _through(norm: nn.Module | None, rows: Tensor) -> Tensor:
-    """Apply the norm without its bias, whatever its kind."""
-    if norm is None:
-        return rows.float()
-    dtype = next((parameter.dtype for parameter in norm.parameters()), torch.float32)
-    rows = rows.to(dtype)
-    return norm(rows).float() - norm(torch.zeros_like(rows[:1])).float()
-
-
-def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return the norm between the last block and the unembedding, or None where there is none."""
-    for part in model.base_model.modules():
-        if any(isinstance(child, nn.ModuleList) for child in part.children()):
-            children = dict(part.named_children())
-            return next((children[name] for name in FINAL_NORMS if name in children), None)
-    return None
+def _tokens(vocabulary: Iterable[int] | None, n_rows: int) -> Int64[Tensor, " tokens"]:
+    """Return the rows of the unembedding that are tokens."""
+    if vocabulary is None:
+        return torch.arange(n_rows)
+    return torch.tensor(sorted({token for token in vocabulary if 0 <= token < n_rows}), dtype=torch.int64)

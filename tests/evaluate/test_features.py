@@ -240,6 +240,62 @@ def test_an_index_of_another_model_or_of_other_rows_is_not_kept(store, tmp_path)
     assert [line["firings"] for line in lines(FeatureIndex.open(tmp_path / "a.parquet"))] != firings
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_an_index_is_built_anew_after_any_weight_changed(store, tmp_path, name):
+    sae = make_sae()
+    before = build_feature_index(store, [Named("a", sae)], tmp_path, settings=SETTINGS)["a"]
+    getattr(sae, name).data.view(-1)[-7] += 1e-6
+    after = build_feature_index(store, [Named("a", sae)], tmp_path, settings=SETTINGS)["a"]
+    assert after.metadata["fingerprint"] != before.metadata["fingerprint"]
+
+
+def test_an_index_is_built_anew_after_the_readout_or_the_tokenizer_changed(store, tmp_path):
+    class Words:
+        """A tokenizer whose name stays while its words change."""
+
+        name_or_path = "words"
+
+        def __init__(self, *words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: number for number, word in enumerate(self.words)}
+
+        def decode(self, tokens):
+            return "".join(self.words[token] if token < len(self.words) else "?" for token in tokens)
+
+    config = GPT2Config(n_layer=1, n_embd=D_IN, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
+    model, words = GPT2LMHeadModel(config).eval(), [f"word{i}" for i in range(50)]
+
+    def build(*words):
+        indexes = build_feature_index(
+            store, [Named("a", make_sae())], tmp_path, model=model, tokenizer=Words(*words), settings=SETTINGS
+        )
+        return indexes["a"]
+
+    first = build(*words)
+    assert first.metadata["logit_effects"] == "through transformer.ln_f (LayerNorm), the unembedding"
+    assert max(effect["token"] for line in lines(first) for effect in line["promoted"]) < 50 < 60
+    assert build(*words).metadata == first.metadata
+    second = build("other", *words[1:])
+    assert second.vocabulary != first.vocabulary
+    model.transformer.ln_f.weight.data[3] += 1e-4
+    third = build("other", *words[1:])
+    model.lm_head.weight.data[41, 5] += 1e-4
+    fourth = build("other", *words[1:])
+    assert len({index.metadata["fingerprint"] for index in (first, second, third, fourth)}) == 4
+
+
+def test_why_there_are_no_logit_effects_is_said(store, tmp_path, capsys):
+    config = GPT2Config(n_layer=1, n_embd=D_IN, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    model.lm_head.register_forward_hook(lambda module, args, output: output.flip(-1))
+    index = build_feature_index(store, [Named("a", make_sae())], tmp_path, model=model, settings=SETTINGS)["a"]
+    assert lines(index)[0]["promoted"] == []
+    assert index.metadata["logit_effects"].startswith("none: GPT2LMHeadModel computes its logits in another way")
+    assert capsys.readouterr().out.count("logit effects  none: GPT2LMHeadModel") == 1
+
+
 def test_a_killed_pass_goes_on_where_it_was(store, tmp_path, monkeypatch):
     monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", CONTEXT)
     monkeypatch.setattr("thresher.evaluate.features.progress.SECONDS_BETWEEN", 0.0)

@@ -1,0 +1,221 @@
+"""How a model turns the residual stream into logits, measured on a probe rather than read from module names.
+
+The path from the last block's output to the logits is followed backwards from the unembedding: each module's
+input must be the output of the one before it, up to a factor. The modules found are then run on the probe's
+stream, and their product must be the probe's logits, up to a factor or a function that keeps their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from ...shared.hook_points import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE = (2, 5)
+MOST_MODULES = 4
+"""Modules between the last block and the unembedding: a final norm, a projection, or a few of them."""
+
+
+class NoReadoutError(Exception):
+    """A model's logits are not what modules between its last block and its unembedding make of the stream."""
+
+
+class Step(NamedTuple):
+    """A module on the path from the stream to the unembedding, and what its input is multiplied by."""
+
+    name: str
+    module: nn.Module
+    factor: float
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The modules that a model applies to its residual stream, in order, and its unembedding.
+
+    `factor` is what the model multiplies the unembedding's input and the logits by, so that effects are in units of
+    logits. `capped` says that a function that keeps the order of the logits follows, such as Gemma 2's softcap.
+    `blocks` is the path of the list of blocks.
+    """
+
+    path: tuple[Step, ...]
+    weight: Float[Tensor, "vocabulary d"]
+    factor: float
+    capped: bool
+    d_model: int
+    blocks: str
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether a module of the path is not linear, as every norm."""
+        return any(not isinstance(step.module, nn.Linear | nn.Dropout | nn.Identity) for step in self.path)
+
+    def through(self, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d"]:
+        """Return what the unembedding reads where these rows are the residual stream, in float32."""
+        for _, module, factor in self.path:
+            dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+            rows = module((rows.float() * factor).to(dtype))
+        return rows.float()
+
+    def directions(self, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d"]:
+        """Return what the path makes of directions of the stream, in float32: without its biases, whatever its kind."""
+        return self.factor * (self.through(rows) - self.through(torch.zeros_like(rows[:1])))
+
+    def describe(self) -> str:
+        """Return the path in words."""
+        names = [f"{step.name} ({type(step.module).__name__})" for step in self.path]
+        text = ", ".join([*names, "the unembedding"]) + (f", times {self.factor:g}" if self.factor != 1 else "")
+        text += ", before a function that keeps the order of the logits" if self.capped else ""
+        return text if self.has_norm else f"{text}; the model has no final norm"
+
+
+class _Call(NamedTuple):
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+@torch.inference_mode()
+def find_readout(model: PreTrainedModel) -> Readout:
+    """Find the path from the last block to the logits, and check it on a probe of a few tokens.
+
+    Raises:
+        NoReadoutError: the model has no unembedding or blocks, or computes its logits in another way.
+    """
+    unembedding = model.get_output_embeddings()
+    weight = getattr(unembedding, "weight", None)
+    if not isinstance(unembedding, nn.Module) or not isinstance(weight, Tensor):
+        raise NoReadoutError(f"{type(model).__name__} has no unembedding")
+    blocks, stream, calls, logits = _probe(model)
+    head = next((call for call in calls if call.module is unembedding), None)
+    if head is None:
+        raise NoReadoutError(f"the unembedding of {type(model).__name__} takes no part in its logits")
+    path, inner = _path(stream, head, calls)
+    outer = _factor(head.output, logits)
+    if outer is None and not _keeps_order(head.output, logits):
+        raise NoReadoutError(f"the logits of {type(model).__name__} are not those of its unembedding")
+    bias = getattr(unembedding, "bias", None)
+    factor = inner * (1.0 if outer is None else outer)
+    readout = Readout(path, weight, factor, outer is None, stream.shape[-1], blocks)
+    expected = head.output.float() - (0 if bias is None else bias.float())
+    if weight.ndim != 2 or weight.shape[1] != head.input.shape[-1]:
+        raise NoReadoutError(f"the unembedding of {type(model).__name__} is no matrix of the width that it reads")
+    if not _close(
+        inner * readout.through(stream) @ weight.float().T, expected, _tolerance(logits, head.output, weight)
+    ):
+        raise NoReadoutError(f"{type(model).__name__} computes its logits in another way than {readout.describe()}")
+    return readout
+
+
+def _probe(model: PreTrainedModel) -> tuple[str, Tensor, list[_Call], Tensor]:
+    """Run the model on a few tokens.
+
+    Return the path of its blocks, the last block's output, the calls of modules that have none inside, and the logits.
+    """
+    calls: list[_Call] = []
+    streams: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Any:
+        def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if given is not None and isinstance(output, Tensor) and given.is_floating_point():
+                calls.append(_Call(name, module, _rows(given), _rows(output)))
+
+        return on_call
+
+    def note_block(path: str) -> Any:
+        def on_block(_: nn.Module, __: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            streams.setdefault(path, []).append(_rows(first))
+
+        return on_block
+
+    tokens = _probe_tokens(model).to(next(model.parameters()).device)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module):
+                stack.callback(module[-1].register_forward_hook(note_block(name)).remove)
+            elif name and not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(note(name), with_kwargs=True).remove)
+        output = model(input_ids=tokens, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
+    found = find_blocks(model)
+    path = found[0] if found is not None and found[0] in streams else next(iter(_outermost(streams)), None)
+    if path is None or len(streams[path]) != 1:
+        raise NoReadoutError(f"{type(model).__name__} has no list of blocks that runs once in a pass")
+    inside = f"{path}."
+    outside = [call for call in calls if not call.name.startswith(inside)]
+    return path, streams[path][0], outside, _rows(output.logits)
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Return the paths that lie in no other, in order."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def _probe_tokens(model: PreTrainedModel) -> Int64[Tensor, "batch context"]:
+    """Return ordinary tokens: from the middle of the vocabulary, none of them special by the configuration."""
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    size = len(embeddings)
+    described = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
+    special = {value for key, value in described.items() if "token" in key and isinstance(value, int)}
+    tokens = [token % size for token in range(size // 2, size // 2 + size) if token % size not in special]
+    n = PROBE[0] * PROBE[1]
+    return torch.tensor((tokens * n)[:n]).reshape(PROBE)
+
+
+def _path(stream: Tensor, head: _Call, calls: Sequence[_Call]) -> tuple[tuple[Step, ...], float]:
+    """Return the modules that lead from the stream to the unembedding's input, and the factor after the last."""
+    backwards: list[_Call] = []
+    factors: list[float] = []
+    wanted, left = head.input, [call for call in calls if call.module is not head.module]
+    while (factor := _factor(stream, wanted)) is None:
+        place = next((i for i in reversed(range(len(left))) if _factor(left[i].output, wanted) is not None), None)
+        if place is None or len(backwards) == MOST_MODULES:
+            raise NoReadoutError("the unembedding reads neither the last block's output nor what modules make of it")
+        call, left = left[place], left[:place]
+        factors.append(_factor(call.output, wanted) or 1.0)
+        backwards.append(call)
+        wanted = call.input
+    factors.append(factor)  # factors[i] multiplies the input of backwards[i - 1], and factors[0] the unembedding's
+    steps = [Step(call.name, call.module, factors[i + 1]) for i, call in enumerate(backwards)]
+    return tuple(reversed(steps)), factors[0]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().flatten(0, -2)
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    """Return the relative error to expect of tensors of these types."""
+    return 1e-4 if all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors) else 2e-2
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
+
+
+def _factor(a: Tensor, b: Tensor) -> float | None:
+    """Return f with f * a = b, rounded to what can be told; None if there is none."""
+    if a.shape != b.shape:
+        return None
+    tolerance = max(_tolerance(a, b), 1e-3)
+    f = float((a.double() * b.double()).sum() / a.double().square().sum().clamp_min(1e-300))
+    f = float(f"{f:.4g}") if abs(f - 1) > tolerance else 1.0
+    return f if f != 0 and _close(f * a.double(), b, tolerance) else None
+
+
+def _keeps_order(a: Tensor, b: Tensor) -> bool:
+    """Tell whether `b` is an increasing function of `a`, entry by entry."""
+    values = b.float().flatten()[a.float().flatten().argsort()]
+    return bool((values.diff() >= -_tolerance(a, b) * values.abs().max()).all() and values[-1] > values[0])
