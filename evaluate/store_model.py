@@ -10,9 +10,11 @@ from ..shared.errors import ModelError, StoreError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ..shared.store import ActivationStore
+from ..shared.stored_tokenizer import load_stored_tokenizer
 from .config import EvaluateConfig
 from .places import places
 from .sae_folders import EvaluatedSae
+from .same_model import check_class, check_is_here, check_weights, harvest_record, harvested_commit
 
 
 def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
@@ -25,10 +27,14 @@ def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
     return str(named) if named and store.has_tokens else None
 
 
+def is_asked_for(config: EvaluateConfig) -> bool:
+    """Tell whether the configuration names a model itself."""
+    return isinstance(config.model, str) and config.model != "none"
+
+
 def harvested_revision(store: ActivationStore) -> str | None:
-    """Return the branch, tag or commit of the model that the store was harvested from, where one was asked for."""
-    harvest = store.metadata.get("harvest")
-    return harvest.get("revision") if isinstance(harvest, dict) else None
+    """Return the commit of the model that the store was harvested from, or else the revision that was asked for."""
+    return harvested_commit(store) or harvest_record(store).get("revision")
 
 
 def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> PreTrainedModel | None:
@@ -36,18 +42,24 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
 
     Raises:
         StoreError: the store holds no tokens for a model to read.
-        ModelError: the model cannot be loaded, or predicts no next token.
+        ModelError: the model cannot be loaded, predicts no next token, or is not what it was at the harvest.
     """
     name = model_name(config, store)
     if name is None:
         return None
     if not store.has_tokens:
         raise StoreError(f"store '{store.path}' holds no tokens, which the model needs; set model = false")
+    asked_for = is_asked_for(config)
+    if not asked_for:
+        check_is_here(name, store, "model = false to evaluate without it")
     dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
     revision = harvested_revision(store) if name == store.metadata.get("model") else None
+    check_weights(store, name, revision, config.cache, asked_for)
     model = load_model(name, dtype, device, revision)
     if is_encoder(model.config):
         raise ModelError(f"{type(model).__name__} predicts no next token: it has no CE loss score; set model = false")
+    if asked_for:
+        check_class(store, name, model)
     return model
 
 
@@ -71,7 +83,25 @@ def splice_points(
     return found
 
 
-def open_tokenizer(store: ActivationStore) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of the stored tokens, where the store names one."""
+def open_tokenizer(config: EvaluateConfig, store: ActivationStore) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of the stored tokens: the store's own, else that of the model asked for, else the one named.
+
+    Raises:
+        StoreError: the store's own is damaged, and no model is asked for.
+        ModelError: the store keeps none, and the one that it names cannot be loaded.
+    """
+    try:
+        stored = load_stored_tokenizer(store)
+    except StoreError as error:
+        if not is_asked_for(config):
+            raise StoreError(f"{error}; give the model with its tokenizer (--model PATH)") from None
+        stored = None
+    if stored is not None:
+        return stored
+    if isinstance(config.model, str) and is_asked_for(config):
+        return load_tokenizer(config.model)
     name = store.metadata.get("tokenizer")
-    return load_tokenizer(str(name), harvested_revision(store)) if name else None
+    if not name:
+        return None
+    check_is_here(str(name), store, "feature_rows = 0 to leave out the feature index")
+    return load_tokenizer(str(name), harvested_revision(store))
