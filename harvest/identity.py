@@ -19,11 +19,14 @@ from ..shared.hook_points import unique_canonical
 from ..shared.store.format import MANIFEST
 from ..shared.store.location import StoreUrl
 from ..shared.store.manifest import Manifest, read_manifest
+from .chat import template_source
 from .config import HarvestConfig
 from .documents import PYTHON_STDLIB, hub_fingerprint, source_files
 
 INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers")
 """Settings that are no part of a harvest's record."""
+LATER = ("covariance", "special_tokens", "holdout")
+"""Settings that are recorded only where they are not the default."""
 NEUTRAL = ("batch_size",)
 """Settings that are recorded, but change the rows by rounding at most."""
 CONTENT = {"text": ("dataset", "dataset_revision"), "weights": ("model", "revision"), "tokenizer": ()}
@@ -39,8 +42,12 @@ def identity(config: HarvestConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
     }
-    if not config.covariance:
-        del keys["covariance"]  # as in stores that were begun before there was any
+    defaults = _defaults()
+    for key in LATER:
+        if keys.get(key) == defaults[key]:
+            del keys[key]  # as in stores that were begun before there was any
+    if config.chat_template is not None:
+        keys["chat_template"] = template_source(config.chat_template)
     keys["hook_points"] = unique_canonical(config.hook_points)
     content = {"text": text_content(config), **model_content(config.model, config.revision, config.cache)}
     return keys | {"content": content}

@@ -60,7 +60,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
         plan = make_plan(config)
     with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter) as writer:
         write_sources(config, plan, writer)
-        contexts = read_contexts(config, plan.tokenizer, plan.group)
+        contexts = read_contexts(config, plan.tokenizer, plan.group, plan.rules)
         with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
     tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
@@ -90,6 +90,7 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], 
         n_contexts=config.n_contexts,
         threads=config.threads,
         covariance=config.covariance,
+        roles=plan.rules.keeps_roles,
         cache=config.cache,
     )
 
@@ -146,6 +147,7 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
         held_out=batch.held_out[part],
         documents=batch.documents[part],
         positions=batch.positions[part],
+        roles=None if batch.roles is None else batch.roles[part],
         document_info=batch.info,
         copy=False,
     )

@@ -104,7 +104,7 @@ def harvest_share(
 
     text = Text()
     with RankProgress(ranks, writer, config) as progress:
-        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group))
+        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules))
         run_model(here, plan, writer, contexts, progress, check)
         writer.close()
         progress.refresh(now=True)

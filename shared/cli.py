@@ -19,6 +19,8 @@ from .config import C, Config, describe, load_config, read_toml
 from .errors import ConfigError, ThresherError
 
 USAGE_ERROR = 2
+PARTLY_FAILED = 3
+"""Exit code of a stage in which some SAEs failed and others finished."""
 _SWITCH_AFTER_SECONDS = 2e-4
 
 
@@ -72,7 +74,10 @@ def run_guarded(action: Callable[[], Any]) -> int:
 
 
 def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, arguments: list[str]) -> int:
-    """Run one configured stage: `thresher STAGE [CONFIG.toml] [--key value ...]`."""
+    """Run one configured stage: `thresher STAGE [CONFIG.toml] [--key value ...]`.
+
+    `run` may return an exit code, such as `PARTLY_FAILED`.
+    """
     if "--help" in arguments or "-h" in arguments:
         text = f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}"
         return run_guarded(lambda: print(text, flush=True))
@@ -84,7 +89,7 @@ def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, a
             raise _of_another_stage(stage, cls, arguments) or error from None
         return run(config)
 
-    return run_guarded(lambda: _discard(run_configured()))
+    return run_guarded(lambda: _exit_code(run_configured()))
 
 
 def _of_another_stage(stage: str, cls: type[Config], arguments: list[str]) -> ConfigError | None:
@@ -100,8 +105,9 @@ def _of_another_stage(stage: str, cls: type[Config], arguments: list[str]) -> Co
     return None
 
 
-def _discard(result: Any) -> None:
-    del result
+def _exit_code(result: Any) -> int | None:
+    """Return what a stage returns if it is an exit code; whatever else it returns is for callers in Python."""
+    return result if isinstance(result, int) else None
 
 
 def main(arguments: list[str] | None = None) -> int:

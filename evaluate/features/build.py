@@ -29,6 +29,7 @@ from .readout import Readout
 from .rows import LatentRows, VisitedRows
 from .sparse import active_latents
 from .statistics import ActivationStatistics, CoFiring
+from .token_text import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -245,10 +246,9 @@ def _write(
 ) -> FeatureIndex:
     neighbours = one.co_firing.neighbours(one.settings.n_neighbours)
     latents = LatentRows(one.statistics, one.top, one.sampled, visited, effects, neighbours)
-    tokens = latents.token_ids()
-    vocabulary = {token: str(tokenizer.decode([token])) for token in tokens} if tokenizer is not None else {}
+    texts = TokenTexts({}, {}) if tokenizer is None else TokenTexts.of(tokenizer, latents.token_ids())
     documents = visited.document_names(latents.document_ids())
-    return write_index(path, one.sae.sae.d_sae, latents.columns, metadata, vocabulary, documents)
+    return write_index(path, one.sae.sae.d_sae, latents.columns, metadata, texts, documents)
 
 
 def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:

@@ -73,9 +73,9 @@ def _feature(line: Mapping[str, Any], index: FeatureIndex, density: np.ndarray, 
         "correlated_features_indices": neighbours,
         "correlated_features_l1": _rounded(cosine),
         "correlated_features_pearson": _rounded(pearson(cosine, line["density"], density[neighbours])),
-        "neg_str": [_text(index, effect["token"]) for effect in line["suppressed"]],
+        "neg_str": [index.texts.alone(effect["token"]) for effect in line["suppressed"]],
         "neg_values": _rounded([effect["effect"] for effect in line["suppressed"]]),
-        "pos_str": [_text(index, effect["token"]) for effect in line["promoted"]],
+        "pos_str": [index.texts.alone(effect["token"]) for effect in line["promoted"]],
         "pos_values": _rounded([effect["effect"] for effect in line["promoted"]]),
         "frac_nonzero": line["density"],
         "freq_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
@@ -95,7 +95,7 @@ def _activation(entry: Mapping[str, Any], index: FeatureIndex, interval: tuple[f
         "bin_min": interval[0],
         "bin_max": interval[1],
         "bin_contains": interval[2],
-        "tokens": [_text(index, token) for token in entry["tokens"]],
+        "tokens": index.texts.in_context(entry["tokens"]),
         "values": _rounded(entry["activations"]),
     }
 
@@ -116,10 +116,6 @@ def pearson(cosine: np.ndarray, density: float, others: np.ndarray) -> np.ndarra
     both = cosine * np.sqrt(density * others)
     deviation = np.sqrt(density * (1 - density) * others * (1 - others))
     return np.divide(both - density * others, deviation, out=np.zeros_like(both), where=deviation > 0)
-
-
-def _text(index: FeatureIndex, token: int) -> str:
-    return index.vocabulary.get(token, f"<{token}>")
 
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ...shared.errors import DataError, MissingFileError
 from ...shared.paths import user_path
+from .token_text import TokenTexts
 
 ROW_GROUP = 512
 METADATA_KEY = b"thresher.features"
@@ -55,15 +56,18 @@ SCHEMA = pa.schema(
 class FeatureIndex:
     """One SAE's feature index, read from its Parquet file a row group at a time.
 
-    `metadata` names the SAE and the settings; `vocabulary` gives the text of every token id that
-    occurs, `documents` the name of every document that has one.
+    `metadata` names the SAE and the settings; `texts` gives the text of every token id that occurs, alone and in
+    context, `documents` the name of every document that has one.
     """
 
     def __init__(self, path: Path, file: pq.ParquetFile, described: Mapping[str, Any]):
         self.path = path
         self.n_latents: int = file.metadata.num_rows
         self.metadata: dict[str, Any] = dict(described["metadata"])
-        self.vocabulary = {int(token): text for token, text in described["vocabulary"].items()}
+        self.texts = TokenTexts(
+            {int(token): text for token, text in described["vocabulary"].items()},
+            {int(token): bytes.fromhex(piece) for token, piece in described.get("partial", {}).items()},
+        )
         self.documents = {int(document): name for document, name in described["documents"].items()}
         self._file = file
 
@@ -94,6 +98,11 @@ class FeatureIndex:
         """Return some columns of all latents."""
         return self._file.read(columns=names)
 
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        """The text of every token id that occurs, alone."""
+        return self.texts.vocabulary
+
     @cached_property
     def name(self) -> str:
         """The SAE's name."""
@@ -105,15 +114,16 @@ def write_index(
     n_latents: int,
     rows: Callable[[int, int], dict[str, pa.Array]],
     metadata: Mapping[str, Any],
-    vocabulary: Mapping[int, str],
+    texts: TokenTexts,
     documents: Mapping[int, str],
 ) -> FeatureIndex:
     """Write an index a row group at a time, whole or not at all; `rows(start, stop)` gives the columns."""
-    described = {"metadata": dict(metadata), "vocabulary": vocabulary, "documents": documents}
+    partial = {token: piece.hex() for token, piece in texts.partial.items()}
+    described = {"metadata": dict(metadata), "vocabulary": texts.vocabulary, "partial": partial, "documents": documents}
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(described, ensure_ascii=False).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    unfinished = path.with_name(f".{path.name}.partial")
+    with unfinished.open("wb") as file:
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for start in range(0, n_latents, ROW_GROUP):
                 stop = min(start + ROW_GROUP, n_latents)
@@ -123,7 +133,7 @@ def write_index(
                 )
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(unfinished, path)
     return FeatureIndex.open(path)
 
 

@@ -9,22 +9,28 @@ function readRoute() {
 
 const routeTo = (sae, latent = null) => `#${new URLSearchParams(latent === null ? { sae } : { sae, latent })}`;
 
+// Text as it is compared: in lower case, and composed, because one letter may be written as several code points.
+const folded = (text) => text.normalize("NFC").toLowerCase();
+
 function searchTexts(summary, names) {
   const text = (ids) => ids.map((id) => tokenText(names, id)).join(" ");
-  return summary.peaks.map((ids, i) => `${text(ids)} ${text(summary.promoted[i])}`.toLowerCase());
+  return summary.peaks.map((ids, i) => folded(`${text(ids)} ${text(summary.promoted[i])}`));
 }
 
-// The text of every context that the page shows of a latent, in lower case.
-const contextTexts = (latent, names) => [...latent.top, ...latent.sampled].map(([, , tokens]) => tokens.map((id) => tokenText(names, id)).join("").toLowerCase());
+// The text of every context that the page shows of a latent.
+const searchedContexts = (latent, names) => [...latent.top, ...latent.sampled].map((entry) => folded(contextTexts(entry, names).join("")));
 
-// Spaces around a query are not meant, unless it stands in quotation marks.
-const queryText = (query) => query.match(/^\s*"(.+)"\s*$/)?.[1].toLowerCase() ?? query.trim().toLowerCase();
+// What a query looks for: a latent's number, or text. In quotation marks digits are text, and spaces at the ends count.
+function readQuery(query) {
+  const quoted = query.match(/^\s*"(.+)"\s*$/)?.[1];
+  const text = folded(quoted ?? query.trim());
+  return { text, number: quoted === undefined && /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : null };
+}
 
 // Latents that fit the query: a number names one latent, anything else is looked for in its tokens; `reading` holds
 // the latents in whose contexts it was found.
 function selectLatents(summary, texts, query, sort, alive, reading) {
-  const wanted = queryText(query);
-  const number = /^#?\d+$/.test(wanted) ? Number(wanted.replace("#", "")) : null;
+  const { text: wanted, number } = readQuery(query);
   const chosen = [];
   for (let i = 0; i < texts.length; i++) {
     if (i === number || ((!alive || summary.density[i] > 0) && (!wanted || texts[i].includes(wanted) || reading.has(i)))) chosen.push(i);
@@ -80,16 +86,16 @@ function setUpBrowser(saes, catalogue) {
   async function readContexts() {
     const { entry, names, sae } = current;
     const mine = ++searches;
-    const wanted = queryText(search.value);
+    const { text: wanted, number: latentNumber } = readQuery(search.value);
     reading = new Set();
     fill();
-    if (wanted.length < 2 || /^#?\d+$/.test(wanted)) return;
+    if (!wanted || latentNumber !== null) return;
     const found = new Set();
     const n = Math.ceil(entry.n / entry.size);
     for (let number = 0; number < n; number++) {
       const block = await loadBlock(`${entry.prefix}-${number}`, catalogue.folder);
       if (mine !== searches || current.sae !== sae) return;
-      block.forEach((latent, i) => contextTexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i));
+      block.forEach((latent, i) => searchedContexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i));
       if (number % 8 === 7) {
         tell(`, reading contexts: ${Math.round((100 * number) / n)}%`);
         await new Promise((done) => setTimeout(done));

@@ -17,6 +17,7 @@ import msgspec
 from tqdm import tqdm
 
 from ..features.files import FeatureIndex
+from ..features.token_text import TokenTexts
 
 BLOCK_LATENTS = 128
 N_TOP, N_SAMPLED, N_PEAKS = 8, 6, 4
@@ -90,11 +91,11 @@ def _blocks(prefix: str, index: FeatureIndex) -> Iterator[Block]:
             summary["score"].append(_short(line["interestingness"]))
             summary["peaks"].append([token for token, _ in peaks.most_common(N_PEAKS)])
             summary["promoted"].append([effect["token"] for effect in line["promoted"][:N_PEAKS]])
-        yield encode_block(f"{prefix}-{number}", [_latent(line) for line in lines])
+        yield encode_block(f"{prefix}-{number}", [_latent(line, index.texts) for line in lines])
     yield encode_block(f"{prefix}-summary", summary)
 
 
-def _latent(line: Mapping[str, Any]) -> dict[str, Any]:
+def _latent(line: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
     shown = {entry["context"] for entry in line["top"][:N_TOP]}
     sampled = [entry for entry in line["sampled"] if entry["context"] not in shown]
     last = max((i for i, count in enumerate(line["histogram"]) if count), default=-1) + 1
@@ -103,8 +104,8 @@ def _latent(line: Mapping[str, Any]) -> dict[str, Any]:
         "mean": _short(line["mean_activation"]),
         "end": _short(line["histogram_end"] * last / max(1, len(line["histogram"]))),
         "histogram": line["histogram"][:last],
-        "top": [_context(entry) for entry in line["top"][:N_TOP]],
-        "sampled": [_context(entry) for entry in _spread(sampled, N_SAMPLED)],
+        "top": [_context(entry, texts) for entry in line["top"][:N_TOP]],
+        "sampled": [_context(entry, texts) for entry in _spread(sampled, N_SAMPLED)],
         "promoted": [[effect["token"], _short(effect["effect"])] for effect in line["promoted"]],
         "suppressed": [[effect["token"], _short(effect["effect"])] for effect in line["suppressed"]],
         "neighbours": [[other["latent"], _short(other["score"])] for other in line["neighbours"]],
@@ -118,10 +119,13 @@ def _spread(entries: Sequence[Any], n: int) -> list[Any]:
     return [entries[round(i * (len(entries) - 1) / (n - 1))] for i in range(n)]
 
 
-def _context(entry: Mapping[str, Any]) -> list[Any]:
+def _context(entry: Mapping[str, Any], texts: TokenTexts) -> list[Any]:
+    """Return a context as the page reads it; where tokens split characters, the tokens' texts in it come last."""
     active = {str(i): _short(value) for i, value in enumerate(entry["activations"]) if value}
     where = [entry["document"], entry["position"], entry["context"]]
-    return [_short(entry["activation"]), entry["peak"], entry["tokens"], active, *where]
+    in_context = texts.in_context(entry["tokens"])
+    given = [] if in_context == [texts.alone(token) for token in entry["tokens"]] else [in_context]
+    return [_short(entry["activation"]), entry["peak"], entry["tokens"], active, *where, *given]
 
 
 def encode_block(name: str, value: Any) -> Block:

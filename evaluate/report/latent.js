@@ -1,6 +1,10 @@
 // One latent: its figures, histogram, tokens it promotes, neighbours, and the contexts in which it fires.
+// Characters that show nothing, change the direction of text, or look like a space are named by their code points.
+const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}\u00a0\u034f\u115f\u1160\u2000-\u200a\u202f\u205f\u3000\u3164\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/gu;
+const codePoint = (character) => `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
+
 function visible(text) {
-  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "∅";
+  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍").replace(UNSEEN, codePoint) || "∅";
 }
 
 // A chip shows spaces as dots, and a long run of them as a count.
@@ -9,27 +13,36 @@ const compact = (text) => visible(text).replace(/ +/g, (run) => (run.length > 3 
 const tokenText = (names, id) => names.tokens[id] ?? `⟨${id}⟩`;
 
 function tokenChip(names, id) {
-  return html("code", { class: "token" }, compact(tokenText(names, id)));
+  return html("code", { class: "token", dir: "auto" }, compact(tokenText(names, id)));
 }
 
-function drawContext([activation, peak, tokens, active, document_, position, context], names, maximum) {
+// The tokens' texts in a context: given where tokens split characters, else those of the tokens alone.
+const contextTexts = ([, , tokens, , , , , inContext], names) => inContext ?? tokens.map((id) => tokenText(names, id));
+
+// A token that only continues a character is shown with the one in which the character begins.
+function wholeCharacters(texts) {
+  const groups = [];
+  texts.forEach((text, i) => (text || !groups.length ? groups.push({ text, tokens: [i] }) : groups.at(-1).tokens.push(i)));
+  return groups;
+}
+
+function drawContext(entry, names, maximum) {
+  const [activation, peak, , active, document_, position, context] = entry;
   const source = names.documents[document_] ?? (document_ >= 0 ? `document ${document_}` : `context ${context}`);
   const place = position >= 0 ? `${source}, token ${position.toLocaleString("en")}` : source;
   const line = html("li", { class: "context" });
-  const text = html("p", { class: "context-text" });
-  tokens.forEach((id, i) => {
-    const value = active[i] ?? 0;
-    const word = visible(tokenText(names, id));
-    if (!value) {
-      const span = html("span", {}, word);
-      span.dataset.tip = `${word}\nnot active`;
-      text.append(span);
-      return;
-    }
-    const mark = html(i === peak ? "mark" : "span", { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, value / maximum))}%` }, word);
-    mark.dataset.tip = `${word}\nactivation ${formatNumber(value)}`;
-    text.append(mark);
-  });
+  const text = html("p", { class: "context-text", dir: "auto" });
+  for (const { text: characters, tokens } of wholeCharacters(contextTexts(entry, names))) {
+    const values = tokens.map((i) => active[i] ?? 0);
+    const strongest = Math.max(...values);
+    const word = visible(characters);
+    const span = strongest
+      ? html(tokens.includes(peak) ? "mark" : "span", { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, strongest / maximum))}%` }, word)
+      : html("span", {}, word);
+    const spread = tokens.length > 1 ? `${word} (${tokens.length} tokens)` : word;
+    span.dataset.tip = strongest ? `${spread}\nactivation ${values.map(formatNumber).join(", ")}` : `${spread}\nnot active`;
+    text.append(span);
+  }
   line.append(html("p", { class: "context-head" }, html("strong", {}, formatNumber(activation)), ` ${place}`), text);
   return line;
 }

@@ -25,6 +25,17 @@ def random_sae(architecture="topk", seed=0, d_in=D, d_sae=32, hook_point=HOOKS[1
 
 
 @pytest.fixture(scope="session")
+def words():
+    """A tokenizer of the tiny model's ids: each is a word with its number and the space before it."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"▁word{token}": token for token in range(VOCABULARY)}, unk_token="▁word0"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
 def make_sae():
     """The function that makes an SAE of random weights."""
     return random_sae

@@ -22,14 +22,13 @@ FIELDS = {
 }
 
 
-def test_batches_hold_what_the_index_holds(tiny, make_sae, tmp_path):
+def test_batches_hold_what_the_index_holds(tiny, make_sae, words, tmp_path):
     sae = make_sae(k=3, d_sae=200)
     sae.b_enc.data[11] = -1e4
     named = SimpleNamespace(name="a", sae=sae, hook_point="blocks.1.resid_post", target="blocks.1.resid_post")
-    tokenizer = SimpleNamespace(name_or_path="t", decode=lambda ids: f"<{ids[0]}>")
     settings = FeatureSettings(n_top=3, n_sampled=3, window=6)
     store = ActivationStore.open(tiny.store)
-    index = build_feature_index(store, [named], tmp_path, model=tiny.model, tokenizer=tokenizer, settings=settings)["a"]
+    index = build_feature_index(store, [named], tmp_path, model=tiny.model, tokenizer=words, settings=settings)["a"]
     paths = export_neuronpedia(index, tmp_path / "np", model_id="gpt2", layer=1, sae_set="res", dataset="text")
     assert [path.name for path in paths] == ["batch-0.json", "batch-1.json"]
     batches = [json.loads(path.read_text()) for path in paths]
@@ -48,9 +47,9 @@ def test_batches_hold_what_the_index_holds(tiny, make_sae, tmp_path):
         assert len(feature["activations"]) == len(line["top"]) + len(line["sampled"])
         best = feature["activations"][0]
         assert feature["n_prompts_total"] == store.n_contexts
-        assert best["tokens"] == [f"<{token}>" for token in line["top"][0]["tokens"]]
+        assert best["tokens"] == [f" word{token}" for token in line["top"][0]["tokens"]]
         assert max(best["values"]) == pytest.approx(line["max_activation"], rel=2e-3)
-        assert feature["pos_str"][0] == f"<{line['promoted'][0]['token']}>"
+        assert feature["pos_str"][0] == f" word{line['promoted'][0]['token']}"
         for sampled in feature["activations"][len(line["top"]) :]:
             assert sampled["bin_min"] - 1e-2 <= max(sampled["values"]) <= sampled["bin_max"] + 1e-2
 

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from thresher.evaluate.features.build import FeatureSettings, build_feature_index
 from thresher.evaluate.report import feature_blocks, write_report
 from thresher.evaluate.report.definitions import METRICS
-from thresher.shared.store import ActivationStore
+from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -151,13 +153,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def indexes(tiny, make_sae, tmp_path_factory):
-    class Letters:
-        name_or_path = "letters"
-
-        def decode(self, ids):
-            return f" word{ids[0]}"
-
+def indexes(tiny, make_sae, words, tmp_path_factory):
     made = (
         (make_sae(k=4, d_sae=300), "blocks.1.resid_post"),
         (make_sae(k=2, seed=1), "blocks.1.resid_post"),
@@ -170,7 +166,7 @@ def indexes(tiny, make_sae, tmp_path_factory):
     settings = FeatureSettings(n_top=4, n_sampled=4, window=8)
     output = tmp_path_factory.mktemp("indexes")
     store = ActivationStore.open(tiny.store)
-    return build_feature_index(store, saes, output, model=tiny.model, tokenizer=Letters(), settings=settings)
+    return build_feature_index(store, saes, output, model=tiny.model, tokenizer=words, settings=settings)
 
 
 def sweep_metrics():
@@ -354,6 +350,63 @@ def test_a_phone_does_not_scroll_sideways(browser, report, fragment):
     browser.open(report, fragment, width=360, height=700)
     browser.wait("document.querySelector('#pareto-variance svg, #latent-heading')")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+SCRIPTS_TEXT = "cat 😀 sat 42 مرحبا 日本 zero\u200bwidth\u202e é"
+
+
+@pytest.fixture(scope="module")
+def scripts_report(make_sae, tmp_path_factory):
+    """A report on text of several scripts, in tokens of a byte each; every latent fires on all rows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokens = np.array([fast(SCRIPTS_TEXT)["input_ids"]] * 2)
+    folder = tmp_path_factory.mktemp("scripts")
+    generator = np.random.default_rng(0)
+    with ActivationStoreWriter(
+        folder / "store", {"blocks.1.resid_post": 16}, tokens.shape[1], dtype="float32"
+    ) as writer:
+        rows = generator.normal(size=(*tokens.shape, 16)).astype(np.float32)
+        writer.append({"blocks.1.resid_post": rows}, tokens=tokens)
+    sae = SimpleNamespace(name="a", sae=make_sae(k=32), hook_point="blocks.1.resid_post", target="blocks.1.resid_post")
+    settings = FeatureSettings(n_top=2, n_sampled=1, window=tokens.shape[1])
+    store = ActivationStore.open(folder / "store")
+    indexes = build_feature_index(store, [sae], folder / "index", tokenizer=fast, settings=settings)
+    rows = [{"name": "a", "architecture": "topk", "hook_point": "blocks.1.resid_post", "l0": 1.0}]
+    return write_report(folder / "report.html", rows, {}, indexes)
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        *(("😀", True), ("😁", False), ("مرحبا", True), ("本", True), ('"42"', True), ('"43"', False), ("é", True)),
+        *(("e\u0301", True), ("c", True), ("CAT", True), ('" sat "', True), ('"sat  "', False)),
+    ],
+)
+def test_a_search_finds_any_script_one_character_and_quoted_digits(browser, scripts_report, query, found):
+    browser.open(scripts_report, "#sae=a")
+    browser.wait("document.querySelectorAll('#browser-list li').length")
+    browser.type("#browser-search", query)
+    wanted = "> 0" if found else "=== 0"
+    browser.wait(f"document.querySelectorAll('#browser-list li').length {wanted}")
+    browser.type("#browser-search", "42")  # without quotation marks a latent's number, and there are 32
+    browser.wait("document.querySelectorAll('#browser-list li').length === 0")
+    assert browser.faults == []
+
+
+def test_contexts_show_whole_characters_and_name_unseen_ones(browser, scripts_report):
+    browser.open(scripts_report, "#sae=a&latent=3")
+    browser.wait("document.querySelector('.context-text')")
+    shown = SCRIPTS_TEXT.replace("\u200b", "⟨U+200B⟩").replace("\u202e", "⟨U+202E⟩")
+    assert browser.texts(".context-text")[0] == shown
+    smile = (
+        "[...document.querySelectorAll('.context-text span, .context-text mark')].find((e) => e.textContent === '😀')"
+    )
+    assert "(4 tokens)" in browser.evaluate(f"{smile}.dataset.tip")
+    assert browser.evaluate("document.querySelector('.context-text').dir") == "auto"
 
 
 def test_a_latents_histogram_shrinks_with_the_window(browser, report):

@@ -171,7 +171,7 @@ def test_a_store_that_was_moved_is_evaluated_without_the_model(elsewhere):
 
 def tokens_of_index(path):
     """Return the texts of the tokens that an index shows."""
-    return set(FeatureIndex.open(path).vocabulary.values())
+    return {text.strip() for text in FeatureIndex.open(path).vocabulary.values()}
 
 
 def test_a_relative_model_that_is_not_here_is_refused_with_advice(elsewhere, capsys):
