@@ -22,14 +22,21 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     output: Annotated[str, Meta(description="Folder for metrics.json, metrics.parquet and report.html.")]
     model: Annotated[
         str | bool | None,
-        Meta(
-            description="Model to splice the SAEs into, and its tokenizer where the store keeps none; by default those "
-            "that the store names; false for none."
-        ),
+        Meta(description="Model to splice the SAEs into; by default the one that the store names; false for none."),
     ] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"] | None,
         Meta(description="Data type of the model; by default the one the store was harvested in."),
+    ] = None
+    adapter: Annotated[
+        str | bool | None,
+        Meta(description="PEFT adapter to merge into the model; by default the one harvested with; false for none."),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Meta(description="Run Python code that comes with the model and its tokenizer; read it first.")
+    ] = False
+    attn_implementation: Annotated[
+        str | None, Meta(description="How attention is computed; by default as in the harvest.")
     ] = None
     device: Device = "auto"
     cache: Cache = None

@@ -13,26 +13,29 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ..shared.adapters import model_parts
 from ..shared.content import describe_files, model_content
 from ..shared.errors import DataError, MissingFileError, StoreError
 from ..shared.hook_points import unique_canonical
 from ..shared.store.format import MANIFEST
 from ..shared.store.location import StoreUrl
 from ..shared.store.manifest import Manifest, read_manifest
-from .chat import template_source
 from .config import HarvestConfig
 from .documents import PYTHON_STDLIB, hub_fingerprint, source_files
 
 INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers")
 """Settings that are no part of a harvest's record."""
-LATER = ("covariance", "special_tokens", "holdout")
-"""Settings that are recorded only where they are not the default."""
 NEUTRAL = ("batch_size",)
 """Settings that are recorded, but change the rows by rounding at most."""
-CONTENT = {"text": ("dataset", "dataset_revision"), "weights": ("model", "revision"), "tokenizer": ()}
+CONTENT = {
+    "text": ("dataset", "dataset_revision"),
+    "weights": ("model", "revision"),
+    "tokenizer": (),
+    "adapter": ("adapter",),
+}
 """Each content, and the settings that name it, which count only where the content itself is not known."""
-SPELLING = {"model", "dataset", "tokenizer", "tokenizer_files", "tokenizer_digest", "harvest"}
-"""Metadata that `compare` has compared by content, or key by key; a tokenizer is saved by each version its own way."""
+SPELLING = {"model", "adapter", "dataset", "tokenizer", "harvest"}
+"""Metadata that `compare` has compared by content, or key by key."""
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
@@ -42,15 +45,28 @@ def identity(config: HarvestConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
     }
-    defaults = _defaults()
-    for key in LATER:
-        if keys.get(key) == defaults[key]:
+    for key in ("covariance", "trust_remote_code"):
+        if not keys[key]:
             del keys[key]  # as in stores that were begun before there was any
-    if config.chat_template is not None:
-        keys["chat_template"] = template_source(config.chat_template)
     keys["hook_points"] = unique_canonical(config.hook_points)
-    content = {"text": text_content(config), **model_content(config.model, config.revision, config.cache)}
-    return keys | {"content": content}
+    return keys | {"content": {"text": text_content(config), **weights_content(config)}}
+
+
+def weights_content(config: HarvestConfig) -> dict[str, str | None]:
+    """Return what identifies weights and tokenizer and, where there is one, the adapter."""
+    parts = model_parts(config.model, config.adapter)
+    if parts.adapter is None:
+        return model_content(config.model, config.revision, config.cache)
+    adapter = model_content(parts.adapter, cache=config.cache)
+    if parts.adapter == parts.base:
+        return adapter | {"adapter": adapter["weights"]}
+    base = model_content(parts.base, config.revision if config.adapter else None, config.cache)
+    tokenizers = [base["tokenizer"]] if config.adapter else [adapter["tokenizer"], base["tokenizer"]]
+    return {
+        "weights": base["weights"],
+        "tokenizer": " and ".join(filter(None, tokenizers)) or None,
+        "adapter": adapter["weights"],
+    }
 
 
 def text_content(config: HarvestConfig) -> str | None:
@@ -189,7 +205,8 @@ def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             "the store was begun by a version of Thresher that did not record the content of text, tokenizer and "
             "weights: only names and settings were compared"
         ]
-    unknown = [what for what in CONTENT if None in (_content(found, what), _content(wanted, what))]
+    recorded = found["content"].keys() | wanted["content"].keys()
+    unknown = [what for what in CONTENT if what in recorded and None in (_content(found, what), _content(wanted, what))]
     if not unknown:
         return []
     return [f"the content of {' and '.join(unknown)} is not known here: names and settings were compared instead"]

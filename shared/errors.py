@@ -4,6 +4,8 @@ A message says what was expected, what came, and what to do. The command line pr
 line and exits with code 2; any other exception is a bug of ours and keeps its traceback.
 """
 
+import textwrap
+
 
 class ThresherError(Exception):
     """Root of all errors that the user can mend."""
@@ -55,3 +57,11 @@ class DiskSpaceError(ThresherError, OSError):
 
 class SaeError(ThresherError, ValueError):
     """An SAE on disk is damaged, unsupported, or does not fit the store."""
+
+
+def one_line(error: Exception, width: int = 300) -> str:
+    """Return a library's error in one line: its message, with the kind of error where that alone says little."""
+    words = " ".join(str(error).split())
+    if not words or not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+        words = f"{type(error).__name__}: {words}"
+    return textwrap.shorten(words, width, placeholder=" ...").rstrip(".: ")

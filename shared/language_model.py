@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapters import ModelParts, apply_adapter, base_of, model_parts
 from .capture import capture as capture
 from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
+from .checkpoint_keys import check_checkpoint_keys
 from .device import choose_device
-from .errors import ModelError
+from .errors import ModelError, ThresherError, one_line
 from .paths import expand_home
+from .tokenizer_files import needs_no_vocabulary, vocabulary_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+NOT_TEXT = ("pixel_values", "input_features", "input_values", "decoder_input_ids")
+EXPECTED = "expected a decoder such as GPT-2 or Llama, or an encoder such as BERT"
 
 
 def has_fast_bfloat16(device: str | torch.device) -> bool:
@@ -43,50 +58,159 @@ def model_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
 
 
 def load_model(
-    name_or_path: str, dtype: str = "auto", device: str | torch.device = "cpu", revision: str | None = None
+    name_or_path: str,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    *,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load a pretrained model, ready for inference: evaluation mode, no gradients.
 
-    Decoders load with their language-modelling head, encoders (the BERT family) bare. Raises
-    `ModelError` when there is no such model, `ConfigError` when the device is not there.
+    Decoders load with their language-modelling head, encoders (the BERT family) bare. An adapter that is named, or
+    that lies in the model's folder, is merged into the weights. Raises `ModelError` when there is no such model, when
+    its weights are not exactly those that its configuration asks for, or when it reads anything but tokens;
+    `ConfigError` when the device is not there.
     """
-    name_or_path = expand_home(name_or_path)
+    name_or_path, adapter = expand_home(name_or_path), expand_home(adapter)
     device = choose_device(str(device))
+    torch_dtype = model_dtype(dtype, device)
     _quiet_unless_terminal()
-    config = load_model_config(name_or_path, revision)
+    parts = _find_parts(name_or_path, revision, adapter)
+    base_revision = revision if parts.base == name_or_path else None
+    config = load_model_config(parts.base, base_revision, trust_remote_code)
+    _check_reads_tokens(config, name_or_path)
     loader = AutoModel if is_encoder(config) else AutoModelForCausalLM
+    options: dict[str, Any] = {"revision": base_revision, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if parts.adapter is not None:
+        options["adapter_kwargs"] = {"subfolder": "none"}  # else transformers applies it, its weights unchecked
     try:
-        model = loader.from_pretrained(name_or_path, dtype=model_dtype(dtype, device), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load model '{name_or_path}': {_first_sentence(error)}") from None
-    model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return model.eval().requires_grad_(False)
+        with _few_words():
+            model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                parts.base,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_checkpoint_keys names them
+                **options,
+            )
+            partial = loader is AutoModel or type(model.config) is not type(config)
+            check_checkpoint_keys(model, info, name_or_path, partial)
+            if parts.adapter is not None:
+                model = apply_adapter(model, parts.adapter, revision if parts.adapter != adapter else None)
+            model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            model.eval().requires_grad_(False)
+            _read_tokens(model, name_or_path)
+    except ThresherError:
+        raise
+    except Exception as error:  # the libraries raise all kinds for files that are not as they expect
+        raise ModelError(f"cannot load model '{name_or_path}': {_reason(error, config)}") from error
+    return model
 
 
-def load_model_config(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
+def load_model_config(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """Load a model's configuration alone, or raise `ModelError`."""
+    name = expand_home(name_or_path)
+    if Path(name).is_file():
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds config.json and the weights")
     try:
-        return AutoConfig.from_pretrained(expand_home(name_or_path), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        with _few_words():
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_model
         raise ModelError(
             f"no model '{name_or_path}': expected a folder with config.json and weights, or a Hugging Face id "
-            f"that can be reached; {_first_sentence(error)}"
-        ) from None
+            f"that can be reached; {_reason(error)}"
+        ) from error
 
 
-def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, or raise `ModelError`."""
+def load_tokenizer(
+    name_or_path: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; an adapter without one has that of its base model.
+
+    Raises `ModelError` when there is none, also where transformers would make up one of a few special tokens.
+    """
+    name = expand_home(name_or_path)
+    if Path(name).is_file():
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds the tokenizer")
+    parts = _find_parts(name, revision, None)
+    if parts.base != name and not vocabulary_files(name, revision):
+        name, revision = parts.base, None
+    no_tokenizer = (
+        f"'{name_or_path}' holds no tokenizer: expected a vocabulary such as tokenizer.json beside config.json; "
+        "save the model's tokenizer there too (tokenizer.save_pretrained)"
+    )
     try:
-        return AutoTokenizer.from_pretrained(expand_home(name_or_path), revision=revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {_first_sentence(error)}") from None
+        with _few_words():
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_model
+        if Path(name).is_dir() and not vocabulary_files(name):
+            raise ModelError(no_tokenizer) from error
+        raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {_reason(error)}") from error
+    kind = type(tokenizer)
+    if not needs_no_vocabulary(kind) and not vocabulary_files(name, revision, kind):
+        raise ModelError(no_tokenizer)
+    return tokenizer
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Tell whether a configuration is a bidirectional encoder's (BERT, RoBERTa, ...)."""
+    """Tell whether a configuration is that of a model without a head for the next token (BERT, RoBERTa, ...)."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return False
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return True
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _find_parts(name: str, revision: str | None, adapter: str | None) -> ModelParts:
+    """Return base model and adapter, also where a Hugging Face id is that of an adapter."""
+    parts = model_parts(name, adapter)
+    if parts.adapter is not None or Path(parts.base).exists():
+        return parts
+    try:
+        found = find_adapter_config_file(parts.base, revision=revision)
+    except Exception:  # no such model: loading its configuration says so
+        found = None
+    return parts if found is None else ModelParts(base_of(Path(found)), parts.base)
+
+
+def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
+    """Raise `ModelError` for a kind of model that is not a decoder or an encoder of text."""
+    alone = any(str(kind).endswith("ForCausalLM") for kind in getattr(config, "architectures", None) or [])
+    if getattr(config, "is_encoder_decoder", False) and not alone:
+        raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); {EXPECTED}")
+    built = MODEL_MAPPING.get(type(config), None)
+    reads = getattr(built, "main_input_name", "input_ids")
+    if reads != "input_ids" and not hasattr(config, "text_config"):
+        raise ModelError(f"'{name}' ({config.model_type}) reads {reads}, not tokens; {EXPECTED}")
+
+
+def _read_tokens(model: PreTrainedModel, name: str) -> None:
+    """Raise `ModelError` for a model that cannot run on tokens alone."""
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=tokens)
+    except Exception as error:
+        others = [key for key in inspect.signature(model.base_model.forward).parameters if key in NOT_TEXT]
+        reason = f"it also reads {', '.join(others)}" if others else _reason(error)
+        raise ModelError(f"'{name}' ({type(model).__name__}) cannot read tokens alone: {reason}; {EXPECTED}") from error
+
+
+@contextmanager
+def _few_words() -> Iterator[None]:
+    """Keep transformers from printing what an error says in one line."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def _quiet_unless_terminal() -> None:
@@ -94,6 +218,13 @@ def _quiet_unless_terminal() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()
+def _reason(error: Exception, config: PretrainedConfig | None = None) -> str:
+    """Return what went wrong in one line, and what to do where the library's own words do not fit."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; read that code, then set trust_remote_code = true"
+    words = one_line(error)
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        return f"it is quantised ({method}); {words}; install what that needs, or give the unquantised model"
+    return words

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from ..errors import SaeError
 from ..hook_points import canonical_hook_point
 from ..paths import user_path
 from . import activations
-from .files import saelens_config, tensor_names, write_folder
-from .formats import read_sae
+from .files import read_folder, saelens_config, tensor_names, write_folder
 from .selection import largest
 
 
@@ -57,45 +55,36 @@ class Sae(nn.Module):
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
         self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", "transcoder" not in architecture))
-        k = self.config.get("k")
-        if architecture == "topk" and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
-            raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
+        if architecture == "topk" and not 1 <= int(self.config.get("k", 0)) <= self.d_sae:
+            raise SaeError(f"k is {self.config.get('k')}, expected 1 to d_sae = {self.d_sae}")
 
     @classmethod
     def load(cls, path: str | Path) -> Sae:
-        """Load an SAE of ours, SAELens's (1 to 6), sparsify's or dictionary_learning's, whichever its files are.
+        """Load a folder in SAELens v6 format.
 
         Raises:
             MissingFileError: there is no SAE at `path`.
             SaeError: it is damaged or of an unsupported kind.
         """
-        parts = read_sae(path)
+        saved, tensors = read_folder(path)
+        metadata = dict(saved.get("metadata") or {})
+        own = metadata.pop("thresher", None) or {}
+        for key in ("sae_lens_version", "sae_lens_training_version"):
+            metadata.pop(key, None)
+        hook_name = metadata.pop("hook_name", None) or ""
+        top_level = ("architecture", "d_in", "d_sae", "metadata", "dtype", "device")
+        config = {key: value for key, value in saved.items() if key not in top_level}
         sae = cls(
-            parts.architecture,
-            parts.tensors,
-            hook_point=parts.hook_point,
-            config=parts.config,
-            metadata=parts.metadata,
+            saved["architecture"],
+            tensors,
+            hook_point=own.get("hook_point") or canonical_hook_point(hook_name),
+            config=config | dict(own.get("config") or {}),
+            metadata=metadata,
         )
-        if sae.architecture == "topk" and sae.config.get("rescale_acts_by_decoder_norm"):
+        if saved.get("rescale_acts_by_decoder_norm"):
             sae.fold_decoder_norm()
             sae.config["rescale_acts_by_decoder_norm"] = False
         return sae
-
-    @property
-    def target_hook_point(self) -> str:
-        """The hook point that is reconstructed: a transcoder's output, and otherwise `hook_point`.
-
-        Raises:
-            SaeError: a transcoder does not name its output.
-        """
-        name = self.metadata.get("hook_name_out")
-        if not name and "transcoder" in self.architecture:
-            raise SaeError(
-                f"this {self.architecture} of '{self.hook_point}' does not say which hook point it reconstructs; "
-                "add hook_name_out to the metadata in its cfg.json"
-            )
-        return canonical_hook_point(name) if name else self.hook_point
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read."""

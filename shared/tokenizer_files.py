@@ -1,0 +1,49 @@
+"""Find the vocabulary that a tokenizer was made from.
+
+Where a model comes without one, transformers 5 makes a tokenizer of a few special tokens instead, for most of its
+classes: BERT's then reads every word as `[UNK]`.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+# What transformers converts to the class that it chose, whatever that class's own files are called.
+_ANY_CLASS = ("tokenizer.json", "tokenizer.model*", "tiktoken.model", "tekken.json")
+_NOT_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"}
+
+
+def vocabulary_files(name: str, revision: str | None = None, tokenizer_class: type[Any] | None = None) -> list[str]:
+    """Return the names of the files with a vocabulary in a model's folder, or in its snapshot in the cache.
+
+    With a tokenizer's class, those that it reads; without one, those that any class reads.
+    """
+    own = dict(getattr(tokenizer_class, "vocab_files_names", None) or {}).values()
+    patterns = {*_ANY_CLASS, *own} - _NOT_VOCABULARY
+    folder = _folder(name, revision)
+    if folder is None:
+        return []
+    return sorted(path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in patterns))
+
+
+def needs_no_vocabulary(tokenizer_class: type[Any]) -> bool:
+    """Tell whether a class of tokenizers reads bytes or characters as they are, without any file (CANINE)."""
+    return not getattr(tokenizer_class, "vocab_files_names", None)
+
+
+def _folder(name: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
