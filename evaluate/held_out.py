@@ -101,7 +101,7 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
     if not len(contexts):
         raise StoreError(
             f"store '{store.path}' has no held-out rows to evaluate on: {store.n_contexts:,} contexts, 0 held out; "
-            "harvest with holdout_fraction above 0, or more tokens"
+            "harvest with holdout_fraction above 0, or more tokens, or pass held_out to ActivationStoreWriter.append"
         )
     size = store.context_size
     contexts = contexts[spread(len(contexts), max_rows, size)]
