@@ -22,7 +22,10 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     output: Annotated[str, Meta(description="Folder for metrics.json, metrics.parquet and report.html.")]
     model: Annotated[
         str | bool | None,
-        Meta(description="Model to splice the SAEs into; by default the one that the store names; false for none."),
+        Meta(
+            description="Model to splice the SAEs into, and its tokenizer where the store keeps none; by default those "
+            "that the store names; false for none."
+        ),
     ] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"] | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..shared.config import to_toml
 from ..shared.device import choose_device
@@ -27,6 +27,7 @@ from .provenance import footer, logit_effects_note, provenance, report_title
 from .refusals import refuse
 from .report.write import write_report
 from .sae_folders import EvaluatedSae, load_saes, sae_folders
+from .same_model import check_vocabulary
 from .spliced import accumulate_losses, splice_metrics
 from .store_model import model_name, open_model, open_tokenizer, splice_points
 from .table import metrics_table
@@ -50,6 +51,9 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     model = model_name(config, store)
     language_model = open_model(config, store, device)
     hook_points = splice_points(language_model, saes, store) if language_model is not None else {}
+    tokenizer = open_tokenizer(config, store) if store.has_tokens and config.feature_rows else None
+    if language_model is not None and isinstance(config.model, str):
+        check_vocabulary(rows, config.model, language_model, config.cache)
     output = Path(config.output)
 
     inputs, sums = accumulate(saes, rows, config.block_rows, device)
@@ -84,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         write_rows(output / "dictionaries.parquet", pairs)
     write_atomically(output / "config.toml", to_toml(config).encode())
     curves = {sae.name: loss_curve(sae.path) for sae in saes}
-    features = _features(config, store, saes, language_model, output / "features")
+    features = _features(config, store, saes, language_model, tokenizer, output / "features")
     title, facts = report_title(rows, model), provenance(rows, model) | logit_effects_note(features)
     report = write_report(output / "report.html", metrics, curves, features, title=title, provenance=facts)
     tqdm.write(metrics_table(metrics))
@@ -101,11 +105,11 @@ def _features(
     store: ActivationStore,
     saes: list[EvaluatedSae],
     model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     output: Path,
 ) -> dict[str, FeatureIndex] | None:
     """Build the feature index, where one is asked for and the store has the tokens that it shows."""
     if config.feature_rows == 0 or not store.has_tokens:
         return None
     settings = FeatureSettings(max_rows=config.feature_rows)
-    tokenizer = open_tokenizer(config, store)
     return build_feature_index(store, saes, output, model=model, tokenizer=tokenizer, settings=settings)

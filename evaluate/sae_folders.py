@@ -94,7 +94,7 @@ def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[
         hook_point = canonical_hook_point(sae.hook_point)
         if sae.architecture == "crosscoder":
             hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])
-        target = canonical_hook_point(sae.metadata.get("hook_name_out") or hook_point)
+        target = hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
         for place, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
             absent = [part for part in places(place) if part not in store.hook_points]
             if absent:

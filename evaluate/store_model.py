@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,9 +10,11 @@ from ..shared.errors import ModelError, StoreError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ..shared.store import ActivationStore
+from ..shared.stored_tokenizer import load_stored_tokenizer
 from .config import EvaluateConfig
 from .places import places
 from .sae_folders import EvaluatedSae
+from .same_model import check_class, check_is_here, check_weights, harvest_record, harvested_commit
 
 
 def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
@@ -26,10 +27,14 @@ def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
     return str(named) if named and store.has_tokens else None
 
 
-def harvest_setting(store: ActivationStore, key: str) -> Any:
-    """Return a setting of the harvest that wrote the store, or None where there was none."""
-    harvest = store.metadata.get("harvest")
-    return harvest.get(key) if isinstance(harvest, dict) else None
+def is_asked_for(config: EvaluateConfig) -> bool:
+    """Tell whether the configuration names a model itself."""
+    return isinstance(config.model, str) and config.model != "none"
+
+
+def harvested_revision(store: ActivationStore) -> str | None:
+    """Return the commit of the model that the store was harvested from, or else the revision that was asked for."""
+    return harvested_commit(store) or harvest_record(store).get("revision")
 
 
 def chosen_adapter(config: EvaluateConfig, store: ActivationStore) -> str | None:
@@ -41,7 +46,7 @@ def chosen_adapter(config: EvaluateConfig, store: ActivationStore) -> str | None
         return None
     if isinstance(config.adapter, str):
         return config.adapter
-    harvested = harvest_setting(store, "adapter")
+    harvested = harvest_record(store).get("adapter")
     if harvested is not None and isinstance(config.model, str) and config.model != store.metadata.get("model"):
         raise ModelError(
             f"store '{store.path}' was harvested with the adapter '{harvested}'; say whether '{config.model}' is to "
@@ -55,25 +60,32 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
 
     Raises:
         StoreError: the store holds no tokens for a model to read.
-        ModelError: the model cannot be loaded, or predicts no next token.
+        ModelError: the model cannot be loaded, predicts no next token, or is not what it was at the harvest.
     """
     name = model_name(config, store)
     if name is None:
         return None
     if not store.has_tokens:
         raise StoreError(f"store '{store.path}' holds no tokens, which the model needs; set model = false")
+    asked_for = is_asked_for(config)
+    if not asked_for:
+        check_is_here(name, store, "model = false to evaluate without it")
     dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
+    revision = harvested_revision(store) if name == store.metadata.get("model") else None
+    check_weights(store, name, revision, config.cache, asked_for)
     model = load_model(
         name,
         dtype,
         device,
-        harvest_setting(store, "revision") if name == store.metadata.get("model") else None,
+        revision,
         adapter=chosen_adapter(config, store),
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation or harvest_setting(store, "attn_implementation"),
+        attn_implementation=config.attn_implementation or harvest_record(store).get("attn_implementation"),
     )
     if is_encoder(model.config):
         raise ModelError(f"{type(model).__name__} predicts no next token: it has no CE loss score; set model = false")
+    if asked_for:
+        check_class(store, name, model)
     return model
 
 
@@ -98,9 +110,25 @@ def splice_points(
 
 
 def open_tokenizer(config: EvaluateConfig, store: ActivationStore) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of the stored tokens, where the store names one."""
+    """Load the tokenizer of the stored tokens: the store's own, else that of the model asked for, else the one named.
+
+    Raises:
+        StoreError: the store's own is damaged, and no model is asked for.
+        ModelError: the store keeps none, and the one that it names cannot be loaded.
+    """
+    try:
+        stored = load_stored_tokenizer(store)
+    except StoreError as error:
+        if not is_asked_for(config):
+            raise StoreError(f"{error}; give the model with its tokenizer (--model PATH)") from None
+        stored = None
+    if stored is not None:
+        return stored
+    trust_remote_code = config.trust_remote_code
+    if isinstance(config.model, str) and is_asked_for(config):
+        return load_tokenizer(config.model, trust_remote_code=trust_remote_code)
     name = store.metadata.get("tokenizer")
     if not name:
         return None
-    revision = harvest_setting(store, "revision")
-    return load_tokenizer(str(name), revision, trust_remote_code=config.trust_remote_code)
+    check_is_here(str(name), store, "feature_rows = 0 to leave out the feature index")
+    return load_tokenizer(str(name), harvested_revision(store), trust_remote_code=trust_remote_code)

@@ -35,6 +35,13 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     holdout_fraction: Annotated[
         float, Meta(ge=0, lt=1, description="Fraction of the documents, chosen by hash, never trained on.")
     ] = 0.05
+    holdout: Annotated[
+        Literal["documents", "contexts"],
+        Meta(
+            description="What is held out: documents; or, for text of few documents, runs of contexts, one context "
+            "before and behind each left out of the store."
+        ),
+    ] = "documents"
     seed: Annotated[int, Meta(ge=0, description="Seed of the order of files.")] = 0
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], Meta(description="Data type of the stored activations.")
@@ -90,7 +97,20 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     dataset_config: Annotated[str | None, Meta(description="Configuration name of a Hugging Face dataset.")] = None
     dataset_revision: Annotated[str | None, Meta(description="Branch, tag or commit of the dataset.")] = None
     split: Annotated[str, Meta(description="Split of a Hugging Face dataset.")] = "train"
-    text_column: Annotated[str, Meta(description="Column of the text in JSONL, Parquet, Arrow and datasets.")] = "text"
+    text_column: Annotated[
+        str, Meta(description="Column of text, messages or token ids in JSONL, Parquet, Arrow and datasets.")
+    ] = "text"
+    special_tokens: Annotated[
+        Literal["text", "tokens"],
+        Meta(
+            description="Special tokens that the text spells out: text tokenizes them as the plain text they are, "
+            "tokens keeps each as the one special token (messages always do)."
+        ),
+    ] = "text"
+    chat_template: Annotated[
+        str | None,
+        Meta(description="Template for a column of messages: a file, or its text; the tokenizer's own when absent."),
+    ] = None
     streaming: Annotated[bool, Meta(description="Read a Hugging Face dataset as it downloads.")] = False
     bos_token: Annotated[
         str | None, Meta(description="Token put before each document; the tokenizer's BOS, CLS or EOS when absent.")

@@ -34,6 +34,13 @@ class Document(NamedTuple):
     messages: list[dict[str, Any]] | None = None
     input_ids: list[int] | None = None
 
+    @property
+    def kind(self) -> str:
+        """What the document holds: "text", "messages" or "token ids"."""
+        if self.messages is not None:
+            return "messages"
+        return "text" if self.input_ids is None else "token ids"
+
 
 def read_documents(config: HarvestConfig) -> Iterator[Document]:
     """Yield the documents of `config.dataset`.

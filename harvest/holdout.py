@@ -1,8 +1,14 @@
-"""Which documents are held out: a pure function of the document's own text."""
+"""Which text is held out: documents by their own hash, or contexts by their number."""
 
 from __future__ import annotations
 
 import hashlib
+
+import numpy as np
+from jaxtyping import Int32
+
+CYCLE = 80
+"""Contexts after which the choice of held-out contexts repeats, without those that are left out."""
 
 
 def document_hash(text: str) -> int:
@@ -14,6 +20,11 @@ def document_hash(text: str) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
+def ids_hash(ids: Int32[np.ndarray, " tokens"]) -> int:
+    """Return the 64-bit BLAKE2b hash of a document's token ids as little-endian int32."""
+    return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "big")
+
+
 def is_held_out(document: int, fraction: float) -> bool:
     """Tell whether a document, by its hash, is among the held-out `fraction`.
 
@@ -21,3 +32,37 @@ def is_held_out(document: int, fraction: float) -> bool:
     held-out documents were chosen at the smaller fraction never saw any of them.
     """
     return document < fraction * 2**64
+
+
+def context_split(number: int, fraction: float) -> bool | None:
+    """Tell whether the context with this number in the packed text is held out; None for one that is left out.
+
+    Contexts are held out in runs, and one context before and behind each run is left out, so that no held-out text
+    directly continues text that is trained on, or the other way round. It depends on nothing but the number and the
+    fraction: a harvest that resumes, or reads on, splits alike.
+    """
+    if fraction == 0:
+        return False
+    n_before, n_held_out, n_after = _schedule(fraction)
+    place = number % (n_before + n_held_out + n_after + 2)
+    if place in (n_before, n_before + n_held_out + 1):
+        return None
+    return n_before < place <= n_before + n_held_out
+
+
+def _schedule(fraction: float) -> tuple[int, int, int]:
+    """Return how many contexts are for training, held out, and for training again, before the choice repeats."""
+    n_held_out = max(1, round(CYCLE * fraction))
+    n_training = max(1, round(n_held_out * (1 - fraction) / fraction))
+    n_before = max(1, n_training // 4)
+    return n_before, n_held_out, n_training - n_before
+
+
+def describe_schedule(fraction: float) -> str:
+    """Say which contexts are held out."""
+    n_before, n_held_out, n_after = _schedule(fraction)
+    return (
+        f"holds out contexts, not documents: of every {n_before + n_held_out + n_after + 2} contexts in a row, "
+        f"{n_held_out} held out and one on each side left out of the store; "
+        "text that occurs twice may be in both splits"
+    )

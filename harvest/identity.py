@@ -20,11 +20,14 @@ from ..shared.hook_points import unique_canonical
 from ..shared.store.format import MANIFEST
 from ..shared.store.location import StoreUrl
 from ..shared.store.manifest import Manifest, read_manifest
+from .chat import template_source
 from .config import HarvestConfig
 from .documents import PYTHON_STDLIB, hub_fingerprint, source_files
 
 INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers")
 """Settings that are no part of a harvest's record."""
+LATER = ("covariance", "special_tokens", "holdout", "trust_remote_code")
+"""Settings that are recorded only where they are not the default."""
 NEUTRAL = ("batch_size",)
 """Settings that are recorded, but change the rows by rounding at most."""
 CONTENT = {
@@ -34,8 +37,8 @@ CONTENT = {
     "adapter": ("adapter",),
 }
 """Each content, and the settings that name it, which count only where the content itself is not known."""
-SPELLING = {"model", "adapter", "dataset", "tokenizer", "harvest"}
-"""Metadata that `compare` has compared by content, or key by key."""
+SPELLING = {"model", "adapter", "dataset", "tokenizer", "tokenizer_files", "tokenizer_digest", "harvest"}
+"""Metadata that `compare` has compared by content, or key by key; a tokenizer is saved by each version its own way."""
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
@@ -45,9 +48,12 @@ def identity(config: HarvestConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
     }
-    for key in ("covariance", "trust_remote_code"):
-        if not keys[key]:
+    defaults = _defaults()
+    for key in LATER:
+        if keys.get(key) == defaults[key]:
             del keys[key]  # as in stores that were begun before there was any
+    if config.chat_template is not None:
+        keys["chat_template"] = template_source(config.chat_template)
     keys["hook_points"] = unique_canonical(config.hook_points)
     return keys | {"content": {"text": text_content(config), **weights_content(config)}}
 

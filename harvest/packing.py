@@ -1,5 +1,7 @@
 """Pack tokenized documents into contexts, each wholly for training or wholly held out.
 
+A document's tokens have the roles that it was given, a BOS that packing places that of `PLACED`.
+
 Everything here is a pure function of the documents and the configuration: a harvest that resumes
 packs the same contexts again and passes over those it has.
 """
@@ -8,25 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from ..shared.errors import DataError
-from .holdout import is_held_out
+from ..shared.store.roles import PLACED, TEXT
+from .holdout import context_split, is_held_out
 
 
 class TokenizedDocument(NamedTuple):
-    """A document's number in the source, its name, hash and tokens without BOS."""
+    """A document's number in the source, its name, hash and tokens without BOS, and their roles if not all text."""
 
     number: int
     name: str
     hash: int
     tokens: np.ndarray
+    roles: np.ndarray | None = None
 
 
 class Context(NamedTuple):
-    """One context: tokens, and the document and position of each row.
+    """One context: tokens, and the document, position and role of each row.
 
     A BOS has position 0 and belongs to the document it precedes; the document's tokens count on
     from 1, also across contexts.
@@ -37,6 +41,7 @@ class Context(NamedTuple):
     positions: np.ndarray  # int32 [context]
     held_out: bool
     info: dict[int, tuple[int, str]]  # document -> (hash, name), of the documents in this context
+    roles: np.ndarray | None = None  # int8 [context]; None where nobody asks
 
 
 @dataclass
@@ -55,30 +60,36 @@ class _Split:
         self.tokens = np.empty(self.context_size, np.int32)
         self.documents = np.empty(self.context_size, np.int64)
         self.positions = np.empty(self.context_size, np.int32)
+        self.roles = np.empty(self.context_size, np.int8)
         self.info: dict[int, tuple[int, str]] = {}
         self.n_filled = 0
 
     def add(self, document: TokenizedDocument, bos: int, bos_every_context: bool) -> None:
         """Append a BOS and the document, beginning new contexts as they fill."""
         begin = np.array([bos], np.int32)
-        self._put(document, begin, 0)
+        roles = document.roles if document.roles is not None else np.full(len(document.tokens), TEXT, np.int8)
+        self._put(document, begin, 0, PLACED)
         done = 0
         while done < len(document.tokens):
             if bos_every_context and self.n_filled == 0:
-                self._put(document, begin, 0)
+                self._put(document, begin, 0, PLACED)
             take = min(len(document.tokens) - done, self.context_size - self.n_filled)
-            self._put(document, document.tokens[done : done + take], done + 1)
+            part = slice(done, done + take)
+            self._put(document, document.tokens[part], done + 1, roles[part])
             done += take
 
-    def _put(self, document: TokenizedDocument, tokens: np.ndarray, position: int) -> None:
+    def _put(self, document: TokenizedDocument, tokens: np.ndarray, position: int, roles: np.ndarray | int) -> None:
         start, stop = self.n_filled, self.n_filled + len(tokens)
         self.tokens[start:stop] = tokens
         self.documents[start:stop] = document.number
         self.positions[start:stop] = np.arange(position, position + len(tokens))
+        self.roles[start:stop] = roles
         self.info[document.number] = (document.hash, document.name)
         self.n_filled = stop
         if stop == self.context_size:
-            self.ready.append(Context(self.tokens, self.documents, self.positions, self.held_out, self.info))
+            self.ready.append(
+                Context(self.tokens, self.documents, self.positions, self.held_out, self.info, self.roles)
+            )
             self._begin()
 
 
@@ -91,41 +102,65 @@ def pack(
     n_contexts: int,
     group: int = 1,
     bos_every_context: bool = True,
+    holdout: Literal["documents", "contexts"] = "documents",
 ) -> Iterator[Context]:
     """Yield at most `n_contexts` contexts, `group` of one split at a time.
 
-    Groups let a chunk of the store hold rows of one split. Reading stops once enough contexts are
-    packed; what is then left of either split follows in groups that may be short, held-out first.
+    Groups let a chunk of the store hold rows of one split. With `holdout="contexts"` documents are packed regardless
+    of the split, and whole contexts are then held out, trained on or left out by their number. Reading stops once
+    enough contexts are packed; what is then left of either split follows in groups that may be short, held-out first.
     Raises `DataError` when there was no text, or none for one of the splits.
     """
     splits = {held_out: _Split(held_out, context_size) for held_out in (False, True)}
-    n_emitted, n_seen = 0, {False: 0, True: 0}
+    whole = _Split(False, context_size)
+    n_emitted, n_seen, n_numbered, n_documents = 0, {False: 0, True: 0}, 0, 0
     for document in documents:
-        split = splits[is_held_out(document.hash, holdout_fraction)]
-        split.add(document, bos, bos_every_context)
-        while len(split.ready) >= group and n_emitted + group <= n_contexts:
-            yield from split.ready[:group]
-            del split.ready[:group]
-            n_emitted += group
-            n_seen[split.held_out] += group
+        n_documents += 1
+        if holdout == "documents":
+            filled = [splits[is_held_out(document.hash, holdout_fraction)]]
+            filled[0].add(document, bos, bos_every_context)
+        else:
+            filled = list(splits.values())
+            whole.add(document, bos, bos_every_context)
+            n_numbered = _deal(whole, splits, n_numbered, holdout_fraction)
+        for split in filled:
+            while len(split.ready) >= group and n_emitted + group <= n_contexts:
+                yield from split.ready[:group]
+                del split.ready[:group]
+                n_emitted += group
+                n_seen[split.held_out] += group
         if n_emitted + sum(len(split.ready) for split in splits.values()) >= n_contexts:
             break
     for split in (splits[True], splits[False]):
         rest = split.ready[: n_contexts - n_emitted]
         n_emitted += len(rest)
         n_seen[split.held_out] += len(rest)
-        _check(split, n_seen[split.held_out], holdout_fraction)
+        _check(split, n_seen[split.held_out], holdout_fraction, holdout, n_documents)
         yield from rest
 
 
-def _check(split: _Split, n_contexts: int, holdout_fraction: float) -> None:
+def _deal(whole: _Split, splits: dict[bool, _Split], n_numbered: int, fraction: float) -> int:
+    """Give the contexts that are ready to the splits by their number; return the number of the next one."""
+    for number, context in enumerate(whole.ready, n_numbered):
+        held_out = context_split(number, fraction)
+        if held_out is not None:
+            splits[held_out].ready.append(context._replace(held_out=held_out))
+    n_numbered += len(whole.ready)
+    whole.ready.clear()
+    return n_numbered
+
+
+def _check(split: _Split, n_contexts: int, holdout_fraction: float, holdout: str, n_documents: int) -> None:
     """Raise `DataError` when a split that was asked for got no context."""
     if n_contexts or (split.held_out and holdout_fraction == 0):
         return
     kind = "held-out" if split.held_out else "training"
+    few = holdout == "documents" and holdout_fraction > 0
     raise DataError(
-        f"no {kind} context of {split.context_size} tokens was packed (holdout_fraction {holdout_fraction}); "
-        f"give more text or tokens, or change holdout_fraction or context_size"
+        f"no {kind} context of {split.context_size} tokens was packed from {n_documents:,} "
+        f"document{'s' * (n_documents != 1)} (holdout_fraction {holdout_fraction}); "
+        + ('set holdout = "contexts" to hold out parts of documents, ' if few else "")
+        + "give more text or tokens, or change holdout_fraction or context_size"
     )
 
 
@@ -138,6 +173,7 @@ class ContextBatch(NamedTuple):
     held_out: np.ndarray  # bool [batch]
     info: dict[int, tuple[int, str]]
     first: int = 0  # number of the first context
+    roles: np.ndarray | None = None  # int8 [batch, context], where the store keeps them
 
     @property
     def stop(self) -> int:
@@ -147,6 +183,7 @@ class ContextBatch(NamedTuple):
 
 def stack(contexts: list[Context], first: int = 0) -> ContextBatch:
     """Stack contexts, the first of which has number `first`, into a batch."""
+    roles = [context.roles for context in contexts if context.roles is not None]
     return ContextBatch(
         np.stack([context.tokens for context in contexts]),
         np.stack([context.documents for context in contexts]),
@@ -154,4 +191,5 @@ def stack(contexts: list[Context], first: int = 0) -> ContextBatch:
         np.array([context.held_out for context in contexts]),
         {number: info for context in contexts for number, info in context.info.items()},
         first,
+        np.stack(roles) if roles else None,
     )

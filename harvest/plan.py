@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..shared.adapters import model_parts
@@ -12,8 +12,12 @@ from ..shared.errors import ModelError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
 from ..shared.store.format import ITEM_BYTES, choose_chunk_rows
+from ..shared.store.roles import ROLE_NAMES
+from ..shared.store.tokenizer_folder import describe_tokenizer
+from ..shared.stored_tokenizer import serialise_tokenizer
 from .config import HarvestConfig
-from .tokens import bos_token_id, special_token_ids
+from .text_rules import PLAIN_TEXT, TextRules, bos_token_id
+from .tokens import check_splits, find_text_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,12 +29,14 @@ MAX_VOCABULARY = 1.1
 
 @dataclass(frozen=True)
 class Plan:
-    """The model, its tokenizer, where to read it, and how contexts are grouped for the store."""
+    """The model, its tokenizer and that one's files, where to read the model, and how contexts are grouped."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     hook_points: dict[str, ResolvedHookPoint]
     group: int
+    rules: TextRules = PLAIN_TEXT
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def n_embeddings(self) -> int:
@@ -47,6 +53,7 @@ def make_plan(config: HarvestConfig) -> Plan:
     """Load model and tokenizer and find the hook points; raise `ModelError` or `HookPointError` if they do not fit."""
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer_files = serialise_tokenizer(tokenizer)
     model = load_model(
         config.model,
         config.model_dtype,
@@ -61,7 +68,10 @@ def make_plan(config: HarvestConfig) -> Plan:
     widest = max(hook_point.d_in for hook_point in hook_points.values())
     row_bytes = widest * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
     chunk_rows = choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes)
-    return Plan(model, tokenizer, hook_points, max(1, chunk_rows // config.context_size))
+    group = max(1, chunk_rows // config.context_size)
+    rules = find_text_rules(config, tokenizer)
+    check_splits(config, tokenizer, group, rules, embedding_count(model))
+    return Plan(model, tokenizer, hook_points, group, rules, tokenizer_files)
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HarvestConfig) -> None:
@@ -100,20 +110,29 @@ def embedding_count(model: PreTrainedModel) -> int:
 
 def metadata_of(config: HarvestConfig, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Return what the store says about its origin; readers rely on these keys (docs/FORMAT.md)."""
-    bos = bos_token_id(plan.tokenizer, config.bos_token)
+    rules = plan.rules
     adapter = model_parts(config.model, config.adapter).adapter
-    return {
+    told: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
+    if rules.keeps_roles:
+        told["roles"] = list(ROLE_NAMES)
+    if rules.keeps_special_tokens:
+        told["special_tokens"] = "tokens"
+    if rules.chat is not None:
+        told["chat_template"] = rules.chat.source
+    if config.holdout != "documents":
+        told["holdout"] = config.holdout
+    return told | {
         "model": config.model,
-        **({"adapter": adapter} if adapter is not None else {}),
         "model_class": type(plan.model).__name__,
         "model_dtype": str(plan.model.dtype).removeprefix("torch."),
         "dataset": config.dataset,
         "context_size": config.context_size,
         "tokenizer": plan.tokenizer.name_or_path,
-        "bos_token_id": bos,
+        **describe_tokenizer(plan.tokenizer_files),
+        "bos_token_id": rules.bos,
         "holdout_fraction": config.holdout_fraction,
         "seed": config.seed,
-        "mask_token_ids": special_token_ids(plan.tokenizer, bos),
+        "mask_token_ids": rules.mask_token_ids,
         "hook_modules": {name: hook_point.module_path for name, hook_point in plan.hook_points.items()},
         "harvest": identity,
     }

@@ -59,8 +59,8 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
 
         plan = make_plan(config)
     with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter) as writer:
-        writer.write_beside("harvest.toml", to_toml(config))
-        contexts = read_contexts(config, plan.tokenizer, plan.group, plan.n_embeddings)
+        write_sources(config, plan, writer)
+        contexts = read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings)
         with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
     tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
@@ -90,8 +90,20 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], 
         n_contexts=config.n_contexts,
         threads=config.threads,
         covariance=config.covariance,
+        roles=plan.rules.keeps_roles,
         cache=config.cache,
     )
+
+
+def write_sources(config: HarvestConfig, plan: Plan, writer: ActivationStoreWriter) -> None:
+    """Write the configuration, and the tokenizer's files if they are those that the store names."""
+    from ..shared.store.tokenizer_folder import describe_tokenizer, tokenizer_key
+
+    writer.write_beside("harvest.toml", to_toml(config))
+    files = plan.tokenizer_files
+    if describe_tokenizer(files).items() <= writer.metadata.items():
+        for name, content in files.items():
+            writer.write_beside(tokenizer_key(name), content)
 
 
 def run_model(
@@ -135,6 +147,7 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
         held_out=batch.held_out[part],
         documents=batch.documents[part],
         positions=batch.positions[part],
+        roles=None if batch.roles is None else batch.roles[part],
         document_info=batch.info,
         copy=False,
     )

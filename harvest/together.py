@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from ..shared.config import to_toml
 from ..shared.errors import DataError, StoreError
 from ..shared.interrupt import Interrupt
 from ..shared.store.checksum import crc32c
@@ -31,7 +30,7 @@ from .packing import Context
 from .plan import Plan, make_plan
 from .rank_progress import RankProgress
 from .ranks import Ranks, join_ranks, rank_device
-from .run import open_writer, run_model, tell_standing, tell_stored
+from .run import open_writer, run_model, tell_standing, tell_stored, write_sources
 from .tokens import read_contexts
 
 T = TypeVar("T")
@@ -95,7 +94,7 @@ def harvest_share(
     writer.watch()
     ranks.presence = writer.presence
     if ranks.rank == 0:
-        writer.write_beside("harvest.toml", to_toml(config))
+        write_sources(config, plan, writer)
         for fault in writer.faults:
             print(f"note: {fault}", file=sys.stderr)
 
@@ -105,7 +104,7 @@ def harvest_share(
 
     text = Text()
     with RankProgress(ranks, writer, config) as progress:
-        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.n_embeddings))
+        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings))
         run_model(here, plan, writer, contexts, progress, check)
         writer.close()
         progress.refresh(now=True)

@@ -2,109 +2,80 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..shared.errors import ConfigError, DataError, ModelError
+from ..shared.errors import DataError
 from .config import HarvestConfig
-from .documents import Document, read_documents
-from .holdout import document_hash
-from .packing import Context, ContextBatch, TokenizedDocument, pack, stack
+from .documents import read_documents
+from .encode import tokenize
+from .holdout import describe_schedule
+from .packing import Context, ContextBatch, pack, stack
+from .text_rules import TextRules, most_frequent_special, text_rules
 from .token_checks import check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_BATCH_DOCUMENTS = 64
-MAX_BATCH_CHARACTERS = 250_000
+LOOK_AT_DOCUMENTS = 32
 
 
-def bos_token_id(tokenizer: PreTrainedTokenizerBase, bos_token: str | None) -> int:
-    """Return the id of the token that goes before a document: the one named, else BOS, CLS or EOS."""
-    if bos_token is not None:
-        found = tokenizer.get_vocab().get(bos_token)
-        if found is None:
-            raise ConfigError(f"bos_token '{bos_token}' is not in the tokenizer's vocabulary; name a token that is")
-        return found
-    for candidate in (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
-            return candidate
-    raise ModelError("the tokenizer has no BOS, CLS or EOS token; set bos_token to a token of its vocabulary")
+def find_text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -> TextRules:
+    """Return how the documents of a harvest become rows; note on stderr if special tokens in them are taken apart."""
+    documents = (document for document in read_documents(config) if document.messages != [])
+    first = list(islice(documents, LOOK_AT_DOCUMENTS))
+    rules = text_rules(config, tokenizer, first[0] if first else None)
+    if rules.kind == "text" and not rules.keeps_special_tokens:
+        token, n = most_frequent_special(first, tokenizer)
+        if n > len(first) / 2:
+            print(
+                f"note: {n} of the first {len(first)} documents spell out the special token '{token}'; it is "
+                'tokenized as plain text: set special_tokens = "tokens" to keep special tokens',
+                file=sys.stderr,
+            )
+    return rules
 
 
-def special_token_ids(tokenizer: PreTrainedTokenizerBase, bos: int) -> list[int]:
-    """Return the ids of rows to mask: the BOS and the tokenizer's special tokens."""
-    return sorted({bos, *tokenizer.all_special_ids})
+def check_splits(
+    config: HarvestConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    group: int,
+    rules: TextRules,
+    n_embeddings: int | None = None,
+) -> None:
+    """Pack until both splits have got contexts; raise `DataError` if one of them would get none.
 
-
-def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedDocument]:
-    """Tokenize documents in batches; a document without tokens gets a number but is passed over.
-
-    Special tokens that a document spells out are tokenized as the plain text they are.
+    This costs the packing of a small part of the text, unless documents are few or held-out text is rare: a harvest
+    must not run the model over all of it to find out at the end.
     """
-    number = 0
-    for batch in _by_size(documents):
-        encoded = _encode([_encodable(document.text) for document in batch], tokenizer)
-        for document, ids in zip(batch, encoded, strict=True):
-            if ids:
-                yield TokenizedDocument(number, document.name, document_hash(document.text), np.array(ids, np.int32))
-            number += 1
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        options: dict[str, Any] = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return [tokenizer(text, **options)["input_ids"] for text in texts]
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    # No offsets: a third less time than calling the tokenizer.
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, n_characters = [], 0
-    for document in documents:
-        batch.append(document)
-        n_characters += len(document.text)
-        if len(batch) == MAX_BATCH_DOCUMENTS or n_characters >= MAX_BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encodable(text: str) -> str:
+    notes = io.StringIO()
+    splits: set[bool] = set()
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+        with redirect_stderr(notes):  # the harvest itself will read the same text, and print the same notes
+            contexts = _pack(config, tokenizer, group, rules, n_embeddings)
+            while len(splits) < (2 if config.holdout_fraction else 1) and (context := next(contexts, None)) is not None:
+                splits.add(context.held_out)
+    except DataError:
+        sys.stderr.write(notes.getvalue())
+        raise
+    if config.holdout == "contexts" and config.holdout_fraction:
+        print(f"note: {describe_schedule(config.holdout_fraction)}", file=sys.stderr)
 
 
 def read_contexts(
-    config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, group: int, n_embeddings: int | None = None
+    config: HarvestConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    group: int,
+    rules: TextRules,
+    n_embeddings: int | None = None,
 ) -> Iterator[Context]:
     """Yield the contexts of a harvest; note on stderr when the text is too short for all of them."""
     n_wanted, n_packed = config.n_contexts, 0
-    documents = check_tokens(tokenize(read_documents(config), tokenizer), tokenizer, n_embeddings)
-    first = next(documents, None)
-    if first is None:
-        raise DataError(f"no text in '{config.dataset}'; every document is empty, or there is none")
-    for context in pack(
-        chain([first], documents),
-        context_size=config.context_size,
-        bos=bos_token_id(tokenizer, config.bos_token),
-        holdout_fraction=config.holdout_fraction,
-        n_contexts=n_wanted,
-        group=group,
-        bos_every_context=config.bos_every_context,
-    ):
+    for context in _pack(config, tokenizer, group, rules, n_embeddings):
         n_packed += 1
         yield context
     if n_packed < n_wanted:
@@ -113,6 +84,26 @@ def read_contexts(
             f"{n_wanted * config.context_size:,} tokens asked for; the store holds those",
             file=sys.stderr,
         )
+
+
+def _pack(
+    config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, group: int, rules: TextRules, n_embeddings: int | None
+) -> Iterator[Context]:
+    documents = check_tokens(tokenize(read_documents(config), tokenizer, rules), tokenizer, n_embeddings)
+    first = next(documents, None)
+    if first is None:
+        raise DataError(f"no text in '{config.dataset}'; every document is empty, or there is none")
+    for context in pack(
+        chain([first], documents),
+        context_size=config.context_size,
+        bos=rules.bos,
+        holdout_fraction=config.holdout_fraction,
+        n_contexts=config.n_contexts,
+        group=group,
+        bos_every_context=config.bos_every_context,
+        holdout=config.holdout,
+    ):
+        yield context if rules.keeps_roles else context._replace(roles=None)
 
 
 def batch_contexts(

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import MissingFileError, SaeError
+from ..errors import SaeError
 from ..paths import user_path
 
 CONFIG_NAME = "cfg.json"
@@ -45,6 +44,8 @@ _SAELENS_KINDS = {
     "mlp_out": "hook_mlp_out",
 }
 _TENSORS = ("W_enc", "W_dec", "b_dec")
+_RESHAPING = ("standard", "topk", "jumprelu", "gated")
+"""Architectures that SAELens runs on the heads side by side, where it hooks them as `[.., heads, d_head]`."""
 
 
 def saelens_hook_name(hook_point: str) -> str:
@@ -53,11 +54,11 @@ def saelens_hook_name(hook_point: str) -> str:
     return block + dot + _SAELENS_KINDS[kind] if kind in _SAELENS_KINDS else hook_point
 
 
-def tensor_names(architecture: str) -> tuple[str, ...]:
+def tensor_names(architecture: str, where: str = "this SAE") -> tuple[str, ...]:
     """Return the tensors that an architecture's weights file holds."""
     if architecture not in ARCHITECTURE_KEYS:
         raise SaeError(
-            f"SAE architecture '{architecture}' is not supported; expected one of: {', '.join(ARCHITECTURE_KEYS)}"
+            f"{where}: architecture '{architecture}' is not supported; expected one of: {', '.join(ARCHITECTURE_KEYS)}"
         )
     names = (*_TENSORS, "b_gate", "b_mag", "r_mag") if architecture == "gated" else (*_TENSORS, "b_enc")
     if architecture.startswith("jumprelu"):
@@ -65,53 +66,6 @@ def tensor_names(architecture: str) -> tuple[str, ...]:
     if architecture.endswith("skip_transcoder"):
         names += ("W_skip",)
     return names
-
-
-def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a folder's configuration and float32 weights, checked against each other.
-
-    Raises:
-        MissingFileError: the folder or one of its two files is not there.
-        SaeError: a file is damaged, or describes an SAE that this version cannot compute.
-    """
-    folder = user_path(path)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise MissingFileError(f"no SAE at '{folder}': expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_NAME)
-    except (ValueError, SafetensorError) as error:
-        raise SaeError(f"SAE at '{folder}' is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise SaeError(f"SAE at '{folder}' is damaged: {CONFIG_NAME} is not a JSON object")
-    _check(config, tensors, folder)
-    return config, {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-
-
-def _check(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    architecture = config.get("architecture")
-    expected = tensor_names(str(architecture))
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise SaeError(f"SAE at '{folder}' is damaged: {WEIGHTS_NAME} lacks {', '.join(missing)}")
-    for key, only in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        if config.get(key, only) != only:
-            raise SaeError(
-                f"SAE at '{folder}' has {key} '{config[key]}', expected '{only}'; fold it into the weights first"
-            )
-    d_in, d_sae = config.get("d_in"), config.get("d_sae")
-    d_out = config.get("d_out", d_in) if "transcoder" in str(architecture) else d_in
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
-    for name in expected:
-        shape = shapes.get(name, (d_sae,))
-        if tuple(tensors[name].shape) != shape:
-            raise SaeError(
-                f"SAE at '{folder}' is damaged: {name} has shape {tuple(tensors[name].shape)}, "
-                f"expected {shape} from {CONFIG_NAME}"
-            )
-    if architecture == "topk" and not 1 <= config.get("k", 0) <= (d_sae or 0):
-        raise SaeError(f"SAE at '{folder}' is damaged: k is {config.get('k')}, expected 1 to d_sae = {d_sae}")
 
 
 def write_folder(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -140,6 +94,8 @@ def saelens_config(
     own = {key: config[key] for key in ARCHITECTURE_KEYS[architecture] if key in config}
     if architecture == "topk":
         own["rescale_acts_by_decoder_norm"] = False
+    hook_name = saelens_hook_name(hook_point)
+    by_head = hook_name.endswith("hook_z") or config.get("reshape_activations") == "hook_z"
     return {
         "architecture": architecture,
         "d_in": d_in,
@@ -149,11 +105,11 @@ def saelens_config(
         "device": "cpu",
         "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", "transcoder" not in architecture)),
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if by_head and architecture in _RESHAPING else "none",
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
-            "hook_name": saelens_hook_name(hook_point),
+            "hook_name": hook_name,
             **metadata,
             "thresher": {"version": version("thresher"), "hook_point": hook_point, "config": dict(config)},
         },

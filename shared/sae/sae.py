@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..errors import SaeError
 from ..hook_points import canonical_hook_point
 from ..paths import user_path
 from . import activations
-from .files import read_folder, saelens_config, tensor_names, write_folder
+from .files import saelens_config, tensor_names, write_folder
+from .formats import read_sae
 from .selection import largest
 
 
@@ -55,36 +57,45 @@ class Sae(nn.Module):
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
         self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", "transcoder" not in architecture))
-        if architecture == "topk" and not 1 <= int(self.config.get("k", 0)) <= self.d_sae:
-            raise SaeError(f"k is {self.config.get('k')}, expected 1 to d_sae = {self.d_sae}")
+        k = self.config.get("k")
+        if architecture == "topk" and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
+            raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
 
     @classmethod
     def load(cls, path: str | Path) -> Sae:
-        """Load a folder in SAELens v6 format.
+        """Load an SAE of ours, SAELens's (1 to 6), sparsify's or dictionary_learning's, whichever its files are.
 
         Raises:
             MissingFileError: there is no SAE at `path`.
             SaeError: it is damaged or of an unsupported kind.
         """
-        saved, tensors = read_folder(path)
-        metadata = dict(saved.get("metadata") or {})
-        own = metadata.pop("thresher", None) or {}
-        for key in ("sae_lens_version", "sae_lens_training_version"):
-            metadata.pop(key, None)
-        hook_name = metadata.pop("hook_name", None) or ""
-        top_level = ("architecture", "d_in", "d_sae", "metadata", "dtype", "device")
-        config = {key: value for key, value in saved.items() if key not in top_level}
+        parts = read_sae(path)
         sae = cls(
-            saved["architecture"],
-            tensors,
-            hook_point=own.get("hook_point") or canonical_hook_point(hook_name),
-            config=config | dict(own.get("config") or {}),
-            metadata=metadata,
+            parts.architecture,
+            parts.tensors,
+            hook_point=parts.hook_point,
+            config=parts.config,
+            metadata=parts.metadata,
         )
-        if saved.get("rescale_acts_by_decoder_norm"):
+        if sae.architecture == "topk" and sae.config.get("rescale_acts_by_decoder_norm"):
             sae.fold_decoder_norm()
             sae.config["rescale_acts_by_decoder_norm"] = False
         return sae
+
+    @property
+    def target_hook_point(self) -> str:
+        """The hook point that is reconstructed: a transcoder's output, and otherwise `hook_point`.
+
+        Raises:
+            SaeError: a transcoder does not name its output.
+        """
+        name = self.metadata.get("hook_name_out")
+        if not name and "transcoder" in self.architecture:
+            raise SaeError(
+                f"this {self.architecture} of '{self.hook_point}' does not say which hook point it reconstructs; "
+                "add hook_name_out to the metadata in its cfg.json"
+            )
+        return canonical_hook_point(name) if name else self.hook_point
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read."""

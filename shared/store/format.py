@@ -20,9 +20,20 @@ MANIFEST = "manifest.jsonl"
 STATISTICS = "statistics.safetensors"
 TOKENS = "tokens"
 ROLES = "roles"
+TOKENIZER_FOLDER = "tokenizer"
 PARTIAL_FOLDER = ".partial"
 STAGED_FOLDER = ".staged"
-RESERVED_NAMES = {TOKENS, ROLES, "scales", "provenance", "statistics", "zarr.json", MANIFEST, STATISTICS}
+RESERVED_NAMES = {
+    TOKENS,
+    ROLES,
+    TOKENIZER_FOLDER,
+    "scales",
+    "provenance",
+    "statistics",
+    "zarr.json",
+    MANIFEST,
+    STATISTICS,
+}
 CHUNK_BYTES = 256 << 10
 SHARD_BYTES = 256 << 20
 MAX_TOKEN_CHUNK_ROWS = 64 << 10

@@ -21,6 +21,7 @@ from .format import (
 )
 from .manifest import ShardRecord
 from .provenance import decode_segments
+from .tokenizer_folder import read_tokenizer_files
 from .verify_shard import shard_faults
 from .zarr_metadata import metadata_files
 
@@ -37,7 +38,7 @@ def find_faults(store: ActivationStore, progress: Callable[[int], object]) -> li
     faults = [fault for part in parts for fault in part]
     for record in manifest.shards:
         faults += _side_file_faults(store, record)
-    return faults + _whole_store_faults(store)
+    return faults + _tokenizer_faults(store) + _whole_store_faults(store)
 
 
 def _shard_faults(
@@ -66,6 +67,14 @@ def _side_file_faults(store: ActivationStore, record: ShardRecord) -> list[str]:
     except StoreError as error:
         faults.append(_named(store, provenance_key(record.shard), error))
     return faults
+
+
+def _tokenizer_faults(store: ActivationStore) -> list[str]:
+    try:
+        read_tokenizer_files(store)
+    except StoreError as error:
+        return [_fault(error)]
+    return []
 
 
 def _whole_store_faults(store: ActivationStore) -> list[str]:

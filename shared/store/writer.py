@@ -14,6 +14,7 @@ from ..errors import ConfigError, StoreError
 from .assembly import ShardAssembly
 from .batch import Batch
 from .commit import StoreFolder
+from .durable import disk_errors, make_folder, move_into_place, stage
 from .format import CHUNK_BYTES, SHARD_BYTES, Header, make_header
 from .location import StoreUrl, locate
 from .pipeline import Pipeline, ShardInProgress
@@ -82,7 +83,7 @@ class ActivationStoreWriter:
         self._cache = cache
         self._folder = self._open_folder(header, resume, codec_level is None)
         self._header: Header | None = self._folder.header
-        self._beside: dict[str, str] = {}
+        self._beside: dict[str, bytes] = {}
         self._proposed = header
         self.n_committed_contexts = self._folder.n_contexts
         self._n_contexts = self.n_committed_contexts
@@ -97,6 +98,11 @@ class ActivationStoreWriter:
     def n_contexts(self) -> int:
         """Contexts in the store and on their way into it."""
         return self._n_contexts
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata of the store."""
+        return (self._header or self._proposed).metadata
 
     @property
     def share(self) -> Share:
@@ -198,19 +204,23 @@ class ActivationStoreWriter:
 
         return open_remote(self.path, proposed, resume, any_level, self._cache)
 
-    def write_beside(self, name: str, text: str) -> None:
-        """Write a file that is not part of the store into its folder or below its URL.
+    def write_beside(self, name: str, content: str | bytes) -> None:
+        """Write a file that the manifest does not name into the store's folder or below its URL.
 
         There it waits until the store is begun: a prefix with other objects and no store is refused to a writer.
         """
+        content = content.encode() if isinstance(content, str) else content
         if isinstance(self.path, Path):
-            (self.path / name).write_text(text, encoding="utf-8")
+            target = self.path / name
+            with disk_errors(self.path):
+                make_folder(target.parent)
+                move_into_place([(stage(self._folder.partial, name, content), target)])
         elif self._header is None:
-            self._beside[name] = text
+            self._beside[name] = content
         else:
             from .remote import RemoteStore
 
-            RemoteStore(self.path).put(name, text.encode())
+            RemoteStore(self.path).put(name, content)
 
     def _start(self, has_tokens: bool) -> Header:
         header = self._header or self._begin_store(has_tokens)
@@ -221,8 +231,8 @@ class ActivationStoreWriter:
 
     def _begin_store(self, has_tokens: bool) -> Header:
         header = self._header = self._folder.start(replace(self._proposed, has_tokens=has_tokens))
-        for name, text in self._beside.items():
-            self.write_beside(name, text)
+        for name, content in self._beside.items():
+            self.write_beside(name, content)
         return header
 
     def _check_room(self, n: int) -> None:

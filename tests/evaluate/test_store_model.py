@@ -1,16 +1,31 @@
-"""Which model is spliced into, and that one which does not fit is refused before any work."""
+"""Which model and tokenizer are used, and that those that do not fit the store are refused before any work."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from thresher.evaluate import store_model
 from thresher.evaluate.command import main
 from thresher.evaluate.config import EvaluateConfig
+from thresher.evaluate.features.files import FeatureIndex
+from thresher.evaluate.held_out import held_out
+from thresher.evaluate.same_model import check_vocabulary, stored_ids
+from thresher.harvest.config import HarvestConfig
+from thresher.harvest.run import harvest
+from thresher.shared import ActivationStore
 from thresher.shared.errors import ModelError
+
+HOOK = "blocks.1.resid_post"
+WORDS = ["<s>", "dust", "grain", "chaff", "husk", "straw", "<unk>"]
 
 
 @pytest.fixture
@@ -35,12 +50,14 @@ def test_the_stores_own_model_is_loaded_as_it_was_harvested(loaded):
     store_model.open_model(config_of(), store, "cpu")
     store_model.open_model(config_of("lab/other", attn_implementation="sdpa", trust_remote_code=True), store, "cpu")
     store_model.open_tokenizer(config_of(), store)
+    store_model.open_tokenizer(config_of("lab/other"), store)
     options = {"adapter": None, "trust_remote_code": False, "attn_implementation": "eager"}
     other = {"adapter": None, "trust_remote_code": True, "attn_implementation": "sdpa"}
     assert loaded == [
         ("lab/m", "float16", "cpu", "step3000", options),
         ("lab/other", "float16", "cpu", None, other),
         ("lab/t", "step3000", {"trust_remote_code": False}),
+        ("lab/other", {"trust_remote_code": False}),
     ]
 
 
@@ -52,6 +69,204 @@ def test_the_adapter_of_the_harvest_is_never_dropped_in_silence(loaded):
     assert [options["adapter"] for *_, options in loaded] == ["lab/lora", "lab/lora", "b", None]
     with pytest.raises(ModelError, match="harvested with the adapter 'lab/lora'; say whether 'c'"):
         store_model.open_model(config_of("c"), store, "cpu")
+
+
+def test_a_hub_model_is_loaded_at_the_commit_that_was_harvested(loaded, monkeypatch):
+    monkeypatch.setattr("thresher.shared.content.hub_commit", lambda model, revision: revision)
+    harvest_record = {"revision": "main", "content": {"weights": "commit abc", "tokenizer": "commit abc"}}
+    store = SimpleNamespace(metadata={"model": "lab/m", "harvest": harvest_record}, has_tokens=True, path="s")
+    store_model.open_model(config_of(), store, "cpu")
+    assert [call[:4] for call in loaded] == [("lab/m", "auto", "cpu", "abc")]
+
+
+def save_model(folder, words=None, seed=0, family=GPT2LMHeadModel):
+    """Write a tiny model with a tokenizer of words."""
+    torch.manual_seed(seed)
+    if family is GPT2LMHeadModel:
+        shape = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **shape))
+    else:
+        shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(vocab_size=len(WORDS), max_position_embeddings=32, bos_token_id=0, eos_token_id=0, **shape)
+        )
+    model.save_pretrained(folder)
+    save_tokenizer(folder, words or WORDS)
+    return folder
+
+
+def save_tokenizer(folder, words):
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory, make_sae):
+    """A folder with a model, a text, a store that was harvested by relative paths there, and an SAE."""
+    folder = tmp_path_factory.mktemp("origin")
+    save_model(folder / "model")
+    (folder / "text").mkdir()
+    for number in range(30):
+        words = [WORDS[1 + (number * step) % 5] for step in range(1, 20)]
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("THRESHER_CACHE", str(folder / "cache"))
+        harvest(
+            HarvestConfig(
+                model="model",
+                dataset="text",
+                hook_points=[HOOK],
+                store="store",
+                tokens=400,
+                context_size=8,
+                holdout_fraction=0.3,
+                dtype="float32",
+                model_dtype="float32",
+                device="cpu",
+            )
+        )
+    make_sae(d_in=16, hook_point=HOOK).save(folder / "saes" / "sae")
+    return folder
+
+
+@pytest.fixture
+def elsewhere(harvested, tmp_path, monkeypatch):
+    """A copy of the store in another folder, which is the working folder, and the SAE."""
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(harvested / "store", tmp_path / "store")
+    shutil.copytree(harvested / "saes", tmp_path / "saes")
+    return tmp_path
+
+
+def run(*arguments, model=None):
+    options = ["--store", "store", "--saes", "saes", "--output", "out", "--bootstrap_samples", "0", *arguments]
+    return main([str(option) for option in [*options, *(["--model", model] if model is not None else [])]])
+
+
+def forget(store, *keys, **harvest_record):
+    """Rewrite the header as a version wrote it that did not keep some metadata."""
+    from thresher.shared.store.manifest import encode_line, read_manifest
+
+    manifest = read_manifest(Path(store))
+    metadata = {key: value for key, value in manifest.header.metadata.items() if key not in keys}
+    metadata["harvest"] = {key: value for key, value in metadata["harvest"].items() if key not in keys} | harvest_record
+    lines, checksum = [], 0
+    for entry in (msgspec.structs.replace(manifest.header, metadata=metadata), *manifest.shards, manifest.completion):
+        line, checksum = encode_line(entry, checksum)
+        lines.append(line)
+    (Path(store) / "manifest.jsonl").write_bytes(b"".join(lines))
+
+
+def refused(capsys, *arguments, model=None):
+    """Run, and return the line with which it is refused before any work."""
+    capsys.readouterr()
+    assert run(*arguments, model=model) == 2
+    assert not Path("out").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    return line
+
+
+def test_a_store_that_was_moved_is_evaluated_with_its_own_tokenizer(harvested, elsewhere):
+    assert run(model=harvested / "model") == 0
+    (metrics,) = json.loads(Path("out/metrics.json").read_text())
+    assert metrics["ce_clean"] > 0
+    assert {"dust", "grain"} <= tokens_of_index("out/features/sae.parquet")
+
+
+def test_a_store_that_was_moved_is_evaluated_without_the_model(elsewhere):
+    assert run(model="false") == 0
+    assert {"dust", "grain"} <= tokens_of_index("out/features/sae.parquet")
+
+
+def tokens_of_index(path):
+    """Return the texts of the tokens that an index shows."""
+    return {text.strip() for text in FeatureIndex.open(path).vocabulary.values()}
+
+
+def test_a_relative_model_that_is_not_here_is_refused_with_advice(elsewhere, capsys):
+    line = refused(capsys)
+    assert line.startswith("error: no folder 'model' (relative to where it was harvested; here that is '")
+    assert line.endswith("give the model's folder (--model PATH), or set model = false to evaluate without it")
+
+
+def test_a_hub_model_of_the_same_name_is_not_taken_for_the_folder(elsewhere, capsys, monkeypatch):
+    monkeypatch.setattr(store_model, "load_model", lambda *_: pytest.fail("looked on the hub"))
+    refused(capsys)
+    forget("store", "content", weights="0" * 32)
+    refused(capsys)
+
+
+def test_the_model_covers_the_tokenizer_of_an_older_store(harvested, elsewhere, capsys):
+    forget("store", "tokenizer_files", "tokenizer_digest", "content", weights="0" * 32)
+    line = refused(capsys, model="false")
+    assert line.startswith("error: no folder 'model' (relative to where it was harvested")
+    assert line.endswith("or set feature_rows = 0 to leave out the feature index")
+    assert run(model=harvested / "model") == 0
+    assert {"dust", "grain"} <= tokens_of_index("out/features/sae.parquet")
+
+
+def test_a_damaged_tokenizer_is_named(harvested, elsewhere, capsys):
+    path = Path("store/tokenizer/tokenizer.json")
+    path.write_text(path.read_text().replace("dust", "rust"))
+    (fault,) = ActivationStore.open("store").verify()
+    assert "the files in 'tokenizer' do not have their digest" in fault
+    assert "do not have their digest; give the model with its tokenizer" in refused(capsys, model="false")
+    path.unlink()
+    assert "'tokenizer/tokenizer.json' is missing" in refused(capsys, model="false")
+    assert run(model=harvested / "model") == 0
+
+
+def test_a_model_with_another_tokenizer_is_refused(harvested, elsewhere, capsys):
+    other = save_model(elsewhere / "other", words=["<s>", "grain", "dust", *WORDS[3:]])
+    line = refused(capsys, model=other)
+    assert f"the tokenizer of '{other}' is not that of store 'store': 2 of 6 stored token ids are other tokens" in line
+    assert "such as 1, 'dust' in the store and 'grain' there" in line
+
+
+def test_an_older_stores_tokenizer_is_compared_where_it_is_at_hand(harvested, elsewhere, capsys):
+    other = save_model(elsewhere / "other", words=["<s>", "grain", "dust", *WORDS[3:]])
+    forget("store", "tokenizer_files", "tokenizer_digest", "content", weights="0" * 32)
+    assert run("--feature_rows", 0, model=other) == 0
+    assert f"note: the vocabulary of '{other}' could not be compared with the store's" in capsys.readouterr().err
+    shutil.rmtree("out")
+    shutil.copytree(harvested / "model", "model")
+    assert "2 of 6 stored token ids are other tokens there" in refused(capsys, model=other)
+
+
+def test_a_tokenizer_that_differs_in_other_tokens_alone_is_accepted(harvested, elsewhere, capsys):
+    other = shutil.copytree(harvested / "model", elsewhere / "other")
+    save_tokenizer(other, [*WORDS, "oats", "rye"])
+    capsys.readouterr()
+    assert run("--feature_rows", 0, model=other) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_other_weights_are_noted_if_asked_for_and_refused_otherwise(harvested, elsewhere, capsys, monkeypatch):
+    other = save_model(elsewhere / "model", seed=1)
+    line = refused(capsys)
+    assert line.startswith("error: the weights of 'model' are not those that store 'store' was harvested with (2 files")
+    assert line.endswith("give the model that was harvested, or --model model to run this one")
+    assert run("--feature_rows", 0, model=other) == 0
+    assert f"note: the weights of '{other}' are not those that store 'store' was harvested" in capsys.readouterr().err
+
+
+def test_a_model_of_another_class_is_refused(elsewhere, capsys):
+    other = save_model(elsewhere / "other", family=GPTNeoXForCausalLM)
+    line = refused(capsys, model=other)
+    assert "expected a GPT2LMHeadModel, from which store 'store' was harvested; got" in line
+    assert "a GPTNeoXForCausalLM" in line
+
+
+def test_a_model_without_an_embedding_for_a_stored_token_is_refused(harvested, elsewhere):
+    rows = held_out(ActivationStore.open("store"))
+    assert stored_ids(rows) == [0, 1, 2, 3, 4, 5]
+    small = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(5, 1)))
+    with pytest.raises(ModelError, match="holds token 5, 'small' has 5 embeddings"):
+        check_vocabulary(rows, "small", small, None)
 
 
 def test_a_model_of_another_width_is_refused(tiny, sweep, tmp_path, capsys):

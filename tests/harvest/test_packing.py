@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.harvest.holdout import is_held_out
+from thresher.harvest.holdout import context_split, is_held_out
 from thresher.harvest.packing import TokenizedDocument, pack, stack
 from thresher.harvest.tokens import batch_contexts
 from thresher.shared.errors import DataError
+from thresher.shared.store.roles import PLACED
 
 BOS = 99
 
@@ -128,3 +129,67 @@ def test_missing_splits_are_named():
     with pytest.raises(DataError, match="no training context"):
         pack_all(documents_of([3]), holdout_fraction=0)
     assert len(pack_all(documents_of([30] * 3), holdout_fraction=0)) == 13
+
+
+@pytest.mark.parametrize("holdout", ["documents", "contexts"])
+def test_roles_say_which_rows_were_placed(holdout):
+    """A BOS that packing places and the same token in the text differ in their role alone."""
+    documents = documents_of([30] * 9)
+    for document in documents:
+        document.tokens[::3] = BOS
+    documents = [document._replace(roles=(document.tokens % 5 + 1).astype(np.int8)) for document in documents[:5]] + [
+        document for document in documents[5:]
+    ]
+    for context in pack_all(documents, holdout=holdout, n_contexts=10**6):
+        assert np.array_equal(context.roles == PLACED, context.positions == 0)
+        for token, number, position, role in zip(
+            context.tokens, context.documents, context.positions, context.roles, strict=True
+        ):
+            assert position == 0 or role == (token % 5 + 1 if number < 5 else 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 900), min_size=1, max_size=4),
+    context_size=st.integers(2, 9),
+    group=st.integers(1, 6),
+    fraction=st.sampled_from([0.05, 0.1, 0.3, 0.8]),
+)
+def test_held_out_contexts_keep_their_distance(lengths, context_size, group, fraction):
+    documents = documents_of([*lengths, 2000])
+    options = dict(context_size=context_size, group=group, holdout_fraction=fraction, bos_every_context=False)
+    contexts = pack_all(documents, holdout="contexts", **options)
+    stream = expected_stream(documents, context_size, False, 0.0, False)
+    place = {row: number // context_size for number, row in enumerate(stream)}
+    splits = {}
+    for context in contexts:
+        first = (int(context.tokens[0]), int(context.documents[0]), int(context.positions[0]))
+        assert splits.setdefault(place[first], context.held_out) is context.held_out
+    assert len(splits) == len(contexts)
+    numbers = np.array(sorted(splits))
+    held_out = np.array([splits[number] for number in numbers])
+    other = np.flatnonzero(held_out[1:] != held_out[:-1])
+    assert len(other)
+    assert (numbers[other + 1] - numbers[other] >= 2).all()
+    # Only the contexts between the splits are left out, and the fraction is about the one asked for.
+    assert len(stream) // context_size - len(splits) <= len(other) + 2
+    if len(splits) > 200:
+        assert abs(held_out.mean() - fraction) < 0.4 * fraction + 0.02
+
+
+def test_the_split_of_a_context_depends_on_its_number_alone():
+    """Reading on gives the same contexts first: what was held out stays held out."""
+    for fraction in (0.01, 0.05, 0.5, 0.95):
+        splits = [context_split(number, fraction) for number in range(4000)]
+        held_out = [split for split in splits if split is not None]
+        assert abs(np.mean(held_out) - fraction) < 0.02
+        assert splits.count(None) <= 4000 * 0.03
+        assert splits[0] is False
+    assert {context_split(number, 0) for number in range(100)} == {False}
+
+
+def test_few_documents_are_told_of_the_other_way():
+    with pytest.raises(DataError, match=r'from 3 documents .* set holdout = "contexts"'):
+        pack_all(documents_of([30] * 3, hashes=[2**64 - 1] * 3))
+    with pytest.raises(DataError, match=r"^(?!.*set holdout)"):
+        pack_all(documents_of([20]), holdout="contexts", holdout_fraction=0.05)

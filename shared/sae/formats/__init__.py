@@ -1,0 +1,55 @@
+"""Files of SAEs, one module per format: how it is recognised and read. All are read without their libraries.
+
+Every reader refuses by name what it does not understand, so that no key that changes what an SAE computes is ignored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...errors import MissingFileError, SaeError
+from ...paths import user_path
+from ..files import CONFIG_NAME, WEIGHTS_NAME
+from . import dictionary_learning, saelens, sparsify
+from .parts import SaeParts
+
+FORMATS = (saelens, sparsify, dictionary_learning)
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+
+
+def is_sae(folder: str | Path) -> bool:
+    """Return whether a folder has the weights of a format that is known."""
+    return any(fmt.recognises(user_path(folder)) for fmt in FORMATS)
+
+
+def read_sae(path: str | Path) -> SaeParts:
+    """Read the SAE in a folder, whose format its files tell; the path of an `ae.pt` stands for its folder.
+
+    Raises:
+        MissingFileError: there is none, or one of its files is missing.
+        SaeError: it is damaged, or cannot be computed here as its library computes it.
+    """
+    folder = user_path(path)
+    if folder.name == dictionary_learning.ARCHIVE_NAME and folder.is_file():
+        folder = folder.parent
+    for fmt in FORMATS:
+        if fmt.recognises(folder):
+            if not (folder / fmt.CONFIG_NAME).is_file():
+                raise MissingFileError(
+                    f"no SAE at '{folder}': it has {fmt.weights_name(folder)} but no {fmt.CONFIG_NAME}; copy it there"
+                )
+            return fmt.read(folder)
+    for file in [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []:
+        if file.suffix in _PICKLES:
+            raise SaeError(
+                f"'{file}' is a pickle, which may run code when read; expected safetensors, or the "
+                f"{dictionary_learning.ARCHIVE_NAME} that dictionary_learning saves"
+            )
+    raise MissingFileError(
+        f"no SAE at '{path}': expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME} (ours, SAELens), "
+        f"{CONFIG_NAME} and {sparsify.WEIGHTS_NAME} (sparsify), or {dictionary_learning.CONFIG_NAME} and "
+        f"{dictionary_learning.ARCHIVE_NAME} (dictionary_learning)"
+    )
+
+
+__all__ = ["FORMATS", "SaeParts", "is_sae", "read_sae"]

@@ -1,0 +1,111 @@
+"""Read an SAE's configuration and tensors from files that may be damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...errors import SaeError
+
+_FLOATS = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MOST_OF_FILE = 2
+"""How many times its file's size an archive's content may be: tensors are stored as they are."""
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """Return a file's JSON object.
+
+    Raises:
+        SaeError: it is unreadable, not JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise SaeError(f"{where} is damaged: {path.name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise SaeError(f"{where} is damaged: {path.name} is not a JSON object")
+    return content
+
+
+def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
+    """Return a file's tensors, floating-point ones as float32.
+
+    Raises:
+        SaeError: it is damaged, or a tensor is not finite or of a type that SAEs do not have.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise SaeError(f"{where} is damaged: {path.name}: {error}") from None
+    return _plain(tensors, path, where)
+
+
+def read_torch_archive(path: Path, where: str) -> dict[str, Tensor]:
+    """Return the tensors of a file that `torch.save` wrote, without running any code that it names.
+
+    Raises:
+        SaeError: it is damaged, holds anything but named tensors, or would take more memory than its size allows.
+    """
+    size = path.stat().st_size
+    too_large = f"{where} is damaged: {path.name} has {size:,} bytes and unpacks to more"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _MOST_OF_FILE * size:
+                raise SaeError(too_large)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise SaeError(f"{where} is damaged: {path.name} is not a file that torch.save writes: {error}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SaeError(
+            f"{where} cannot be read without running code: {path.name} may hold tensors alone ({reason})"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise SaeError(f"{where} is damaged: {path.name} holds a {type(content).__name__}, expected named tensors")
+    other = [name for name, value in content.items() if not _is_dense(value)]
+    if other:
+        raise SaeError(f"{where} is damaged: '{other[0]}' in {path.name} is not a dense tensor")
+    if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > _MOST_OF_FILE * size:
+        raise SaeError(too_large)
+    return _plain({name: tensor.detach() for name, tensor in content.items()}, path, where)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
+def _plain(tensors: dict[str, Tensor], path: Path, where: str) -> dict[str, Tensor]:
+    """Return floating-point tensors as float32 and the others as they are, all of them finite."""
+    plain = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS + _INTEGERS:
+            raise SaeError(
+                f"{where} is damaged: {name} in {path.name} holds {tensor.dtype}, expected floating-point numbers"
+            )
+        plain[name] = tensor.to(torch.float32) if tensor.dtype in _FLOATS else tensor
+        # A sum is finite only if every entry is; it needs no memory, and an overflow is told by the count.
+        if tensor.dtype in _FLOATS and not torch.isfinite(plain[name].sum()):
+            n_bad = int((~torch.isfinite(plain[name])).sum())
+            if n_bad:
+                raise SaeError(
+                    f"{where} is damaged: {name} in {path.name} has {n_bad:,} of {tensor.numel():,} values that are "
+                    "NaN or infinite in float32"
+                )
+    return plain

@@ -1,0 +1,220 @@
+"""SAELens's SAEs, versions 1 to 6, and Thresher's own: `cfg.json` and `sae_weights.safetensors`.
+
+Before version 6 the hook point, the model and the activation function were keys of the top level, and some settings had
+other names and defaults. They are read as SAELens 6 reads them, but what it passes over silently is refused here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import SaeError
+from ...hook_points import canonical_hook_point
+from ..files import ARCHITECTURE_KEYS, CONFIG_NAME, WEIGHTS_NAME, tensor_names
+from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
+from .reading import read_json, read_safetensors
+from .saelens_keys import METADATA, READ, RENAMED, TRAINING
+
+__all__ = ["CONFIG_NAME", "read", "recognises", "weights_name"]
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def recognises(folder: Path) -> bool:
+    """Return whether a folder has this format's weights."""
+    return (folder / WEIGHTS_NAME).is_file()
+
+
+def weights_name(folder: Path) -> str:
+    """Return the name of a folder's weights."""
+    return WEIGHTS_NAME
+
+
+def read(folder: Path) -> SaeParts:
+    """Read an SAE, checked against its configuration.
+
+    Raises:
+        SaeError: it is damaged, or computes something that this version cannot.
+    """
+    where = f"SAE at '{folder}'"
+    saved = _with_new_names(read_json(folder / CONFIG_NAME, where), where)
+    metadata = mapping(saved, "metadata", where)
+    own = mapping(metadata, "thresher", where)
+    metadata.pop("thresher", None)
+    old = _is_old(saved, metadata, where)
+    architecture = _architecture(saved, old, where)
+    known = (*READ, *METADATA, *TRAINING, *ARCHITECTURE_KEYS[architecture])
+    # A BatchTopK SAE is saved as JumpReLU; an autoencoder may say that it is as wide at its end.
+    known += ("k",) if architecture == "jumprelu" else ()
+    known += ("d_out",) if saved.get("d_out") == saved.get("d_in") else ()
+    check_known(saved, known, where)
+    metadata = _joined_metadata(saved, metadata, where)
+    config = _config(saved, architecture, metadata, old, where)
+    tensors = _rescaled(saved, config, read_safetensors(folder / WEIGHTS_NAME, where), where)
+    d_in, d_sae = integer(saved, "d_in", where), integer(saved, "d_sae", where)
+    d_out = integer(saved, "d_out", where, d_in) if "transcoder" in architecture else d_in
+    check_tensors(architecture, tensors, (d_in, d_sae, d_out), where, CONFIG_NAME)
+    if architecture == "topk":
+        check_top_k(config["k"], d_sae, where)
+    for key in ("sae_lens_version", "sae_lens_training_version"):
+        metadata.pop(key, None)
+    hook_name = metadata.pop("hook_name", None) or ""
+    return SaeParts(
+        architecture,
+        tensors,
+        text(own, "hook_point", where) or canonical_hook_point(hook_name),
+        mapping(own, "config", where) | config,
+        metadata,
+    )
+
+
+def _with_new_names(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for key, value in saved.items():
+        name = RENAMED.get(key, key)
+        if name in renamed and renamed[name] != value:
+            raise SaeError(f"{where} has two values of {name}, {renamed[name]!r} and {value!r}; expected one")
+        renamed[name] = value
+    return renamed
+
+
+def _is_old(saved: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> bool:
+    """Return whether the file is from before SAELens 6, or says nothing about that."""
+    version = text(saved, "sae_lens_version", where) or text(metadata, "sae_lens_version", where)
+    if not version:
+        return True
+    major = re.match(r"\d+", version)
+    if major is None:
+        raise SaeError(f"{where} has sae_lens_version '{version}', expected one such as '6.0.0'")
+    return int(major[0]) < 6
+
+
+def _architecture(saved: dict[str, Any], old: bool, where: str) -> str:
+    """Return the architecture, and set k where old files have it in `activation_fn_kwargs`."""
+    architecture = saved.get("architecture", "standard" if old else None)
+    activation = text(saved, "activation_fn", where) or ("topk" if architecture == "topk" else "relu")
+    options = mapping(saved, "activation_fn_kwargs", where)
+    if activation == "topk" and architecture == "standard" and old:
+        architecture = "topk"
+    tensor_names(str(architecture), where)
+    if activation != "relu" and activation != architecture:
+        raise SaeError(
+            f"{where} has architecture '{architecture}' with activation_fn '{activation}', which is not supported; "
+            "expected 'relu', or 'topk' for a TopK SAE"
+        )
+    known = ("k", "use_sparse_activations") if architecture == "topk" else ()
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise SaeError(
+            f"{where} has activation_fn_kwargs with {unknown[0]}, which an SAE of architecture "
+            f"'{architecture}' does not use"
+        )
+    if "k" in options:
+        if "k" in saved and saved["k"] != options["k"]:
+            raise SaeError(f"{where} has k {saved['k']!r} and, in activation_fn_kwargs, {options['k']!r}; expected one")
+        saved["k"] = options["k"]
+    return str(architecture)
+
+
+def _joined_metadata(saved: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what either place says about where the SAE belongs; refuse what only some heads see."""
+    joined = {key: saved[key] for key in METADATA if saved.get(key) is not None} | dict(metadata)
+    for key in ("hook_name", "hook_name_out"):
+        above, inside = text(saved, key, where), text(metadata, key, where)
+        if above and inside and canonical_hook_point(above) != canonical_hook_point(inside):
+            raise SaeError(f"{where} has {key} '{above}' and, in its metadata, '{inside}'; expected one")
+        joined[key] = inside or above
+        if joined[key] is None:
+            del joined[key]
+    for key in ("hook_head_index", "hook_head_index_out"):
+        if joined.get(key) is not None:
+            raise SaeError(f"{where} has {key} = {joined[key]!r}: it is of a single head, which is not supported")
+    return joined
+
+
+def _config(
+    saved: Mapping[str, Any], architecture: str, metadata: Mapping[str, Any], old: bool, where: str
+) -> dict[str, Any]:
+    """Return the checked hyperparameters."""
+    config = {key: saved[key] for key in TRAINING if key in saved}
+    transcodes = "transcoder" in architecture
+    config["apply_b_dec_to_input"] = flag(saved, "apply_b_dec_to_input", where, not transcodes)
+    if transcodes and config["apply_b_dec_to_input"]:
+        raise SaeError(f"{where} is a transcoder with apply_b_dec_to_input = true, expected false")
+    if architecture == "topk":
+        config["k"] = integer(saved, "k", where)
+        config["rescale_acts_by_decoder_norm"] = flag(saved, "rescale_acts_by_decoder_norm", where, False)
+    elif isinstance(saved.get("k"), int):
+        config["k"] = saved["k"]
+    if architecture == "crosscoder":
+        config["hook_points"] = _hook_points(saved, where)
+    dtype = text(saved, "dtype", where)
+    if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
+        raise SaeError(f"{where} has dtype '{dtype}', expected one of: {', '.join(_DTYPES)}")
+    _check_normalization(saved.get("normalize_activations"), where)
+    if _reshapes(saved, metadata.get("hook_name"), old, where):
+        config["reshape_activations"] = "hook_z"
+    return config
+
+
+def _hook_points(saved: Mapping[str, Any], where: str) -> list[str]:
+    names = saved.get("hook_points")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < 2:
+        raise SaeError(f"{where} has hook_points {names!r}, expected the names of at least two")
+    names = [canonical_hook_point(name) for name in names]
+    if len(set(names)) < len(names):
+        raise SaeError(f"{where} has hook_points {names!r}, expected each once")
+    if integer(saved, "d_in", where) % len(names):
+        raise SaeError(f"{where} has d_in {saved['d_in']}, expected a multiple of its {len(names)} hook points")
+    return names
+
+
+def _check_normalization(kind: object, where: str) -> None:
+    """Raise `SaeError` unless rows are taken as they are: true is the old name of expected_average_only_in."""
+    if kind is None or kind is False or kind == "none":
+        return
+    kind = "expected_average_only_in" if kind is True else kind
+    advice = (
+        "fold it into the weights first, with fold_activation_norm_scaling_factor, for the file does not say the factor"
+        if kind == "expected_average_only_in"
+        else "SAEs that normalise their input themselves are not supported"
+    )
+    raise SaeError(f"{where} has normalize_activations '{kind}', expected 'none'; {advice}")
+
+
+def _reshapes(saved: Mapping[str, Any], hook_name: str | None, old: bool, where: str) -> bool:
+    """Return whether SAELens flattens the heads of what it hooks, which are side by side in our rows already."""
+    implied = "hook_z" if old and "hook_z" in (hook_name or "") else "none"
+    kind = saved.get("reshape_activations", implied)
+    if kind not in ("none", "hook_z"):
+        raise SaeError(f"{where} has reshape_activations {kind!r}, expected 'none' or 'hook_z'")
+    if kind == "hook_z" and hook_name is not None and not hook_name.endswith("_z"):
+        raise SaeError(f"{where} has reshape_activations 'hook_z' at hook '{hook_name}', expected one that ends in _z")
+    return kind == "hook_z"
+
+
+def _rescaled(
+    saved: Mapping[str, Any], config: Mapping[str, Any], tensors: dict[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Fold `scaling_factor`, by which fine-tuning multiplied the latents before the decoder, into the decoder."""
+    if "scaling_factor" not in tensors:
+        return tensors
+    factor, W_dec = tensors["scaling_factor"], tensors.get("W_dec")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
+    if torch.allclose(factor.float(), torch.ones(factor.shape)):
+        return tensors
+    used = saved.get("finetuning_scaling_factor")
+    if used is not True or config.get("rescale_acts_by_decoder_norm"):
+        raise SaeError(
+            f"{where} has the tensor scaling_factor with finetuning_scaling_factor {used!r}, expected true; it is not "
+            "known whether latents are multiplied by it"
+        )
+    if W_dec is None or W_dec.ndim != 2 or factor.shape != W_dec.shape[:1]:
+        raise SaeError(f"{where} is damaged: scaling_factor has shape {tuple(factor.shape)}, expected one per latent")
+    return tensors | {"W_dec": W_dec * factor[:, None]}
