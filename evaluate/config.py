@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Cache, CacheBytes, Config, Device
+from ..shared.config import Cache, CacheBytes, Config, Device, Roles
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
@@ -42,6 +42,7 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         str | None, Meta(description="How attention is computed; by default as in the harvest.")
     ] = None
     device: Device = "auto"
+    roles: Roles = None
     cache: Cache = None
     cache_bytes: CacheBytes = None
     max_rows: Annotated[

@@ -29,13 +29,17 @@ class Block:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out contexts under evaluation, with the document of every row."""
+    """The held-out contexts under evaluation, with the document of every row.
+
+    `unmasked` is None unless `usable` is limited to some roles: then it has the rows of every role.
+    """
 
     store: ActivationStore
     contexts: Int64[np.ndarray, " contexts"]
     usable: Bool[np.ndarray, "contexts context_size"]
     group: Int64[np.ndarray, "contexts context_size"]
     n_documents: int
+    unmasked: Bool[np.ndarray, "contexts context_size"] | None = None
 
     @property
     def n_groups(self) -> int:
@@ -75,8 +79,9 @@ class HeldOut:
     def subset(self, max_rows: int | None) -> HeldOut:
         """Return at most `max_rows` rows' worth of the contexts, spread evenly; documents keep their groups."""
         chosen = spread(len(self.contexts), max_rows, self.store.context_size)
-        n_documents = self.n_documents
-        return HeldOut(self.store, self.contexts[chosen], self.usable[chosen], self.group[chosen], n_documents)
+        unmasked = None if self.unmasked is None else self.unmasked[chosen]
+        group = self.group[chosen]
+        return HeldOut(self.store, self.contexts[chosen], self.usable[chosen], group, self.n_documents, unmasked)
 
 
 def spread(n_contexts: int, max_rows: int | None, context_size: int) -> Int64[np.ndarray, " chosen"]:
@@ -106,19 +111,25 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
     size = store.context_size
     contexts = contexts[spread(len(contexts), max_rows, size)]
     usable = np.empty((len(contexts), size), dtype=bool)
+    unmasked = usable if store.used_roles is None else np.empty_like(usable)
     documents = np.empty((len(contexts), size), dtype=np.int64)
     for part, start, stop in _by_shard(contexts, store.shard_rows // size):
         within = contexts[part] - start
         usable[part] = store.row_mask(start * size, stop * size).reshape(-1, size)[within]
+        if unmasked is not usable:
+            unmasked[part] = store.row_mask(start * size, stop * size, any_role=True).reshape(-1, size)[within]
         documents[part] = row_documents(store, start, stop).reshape(-1, size)[within]
     if not usable.any():
         raise StoreError(
-            f"store '{store.path}' has {usable.size:,} held-out rows and every one is masked; harvest more tokens"
+            f"store '{store.path}' has {usable.size:,} held-out rows and every one is masked"
+            + (f" or of another role than {', '.join(store.used_roles)}" if store.used_roles else "")
+            + "; harvest more tokens"
         )
     _, rank = np.unique(documents[usable], return_inverse=True)
     group = np.zeros(usable.shape, dtype=np.int64)
     group[usable] = rank % MAX_GROUPS
-    return HeldOut(store, contexts, usable, group, int(rank.max()) + 1)
+    others = None if unmasked is usable else unmasked
+    return HeldOut(store, contexts, usable, group, int(rank.max()) + 1, others)
 
 
 def _by_shard(contexts: Int64[np.ndarray, " contexts"], per_shard: int) -> Iterator[tuple[slice, int, int]]:

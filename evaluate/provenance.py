@@ -48,7 +48,14 @@ def report_title(rows: HeldOut, model: str | None) -> str:
 def mask_description(store: ActivationStore) -> str:
     """Say which rows are left out of every metric."""
     masked = list(store.mask_token_ids)
-    return f"held-out rows whose token is not in {masked}" if masked else "every held-out row"
+    rows = "every held-out row"
+    if store.used_roles is not None:
+        rows = f"held-out rows of role {' or '.join(store.used_roles)}"
+    elif store.has_roles:
+        rows = "held-out rows that packing did not place"
+    elif masked:
+        return f"held-out rows whose token is not in {masked}"
+    return rows + (f" and whose token is not in {masked}" if masked else "")
 
 
 def footer(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         ModelError: the model cannot be loaded, has no logits, or does not fit the store.
     """
     device = choose_device(config.device)
-    store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
+    store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     refuse(config, store)
     saes = load_saes(sae_folders(config.saes), store, device)
     rows = held_out(store, config.max_rows)

@@ -35,16 +35,19 @@ LOSSES = {"ce": "ce", "ce_saelens": "ce", "kl": "kl", "agree": "agree"}
 """The sums that are kept of each run, and the loss that each adds up; they differ in the positions they count."""
 
 
-def counted(usable: Bool[Tensor, "batch context"]) -> dict[str, Bool[Tensor, "batch context"]]:
-    """Return the positions that each of `LOSSES` counts, from those that are not masked.
+def counted(
+    usable: Bool[Tensor, "batch context"], unmasked: Bool[Tensor, "batch context"] | None = None
+) -> dict[str, Bool[Tensor, "batch context"]]:
+    """Return the positions that each of `LOSSES` counts, from those that may be used.
 
-    A distribution (`kl`, `agree`) counts at every position that is not masked. A prediction of the next token (`ce`)
-    counts where that token is not masked either; `ce_saelens` counts it whatever the token.
+    A distribution (`kl`, `agree`) counts at every position that may be used. A prediction of the next token (`ce`)
+    counts where that token is not masked either, which `unmasked` says where `usable` is limited to some roles;
+    `ce_saelens` counts it whatever the token.
     """
     has_next = usable.clone()
     has_next[:, -1] = False
     predicts_text = has_next.clone()
-    predicts_text[:, :-1] &= usable[:, 1:]
+    predicts_text[:, :-1] &= (usable if unmasked is None else unmasked)[:, 1:]
     return {"ce": predicts_text, "ce_saelens": has_next, "kl": usable, "agree": usable}
 
 
@@ -177,7 +180,8 @@ def accumulate_losses(
             tokens = cpu_tokens.to(device)
             usable = torch.from_numpy(held_out.usable[part]).to(device)
             group = torch.from_numpy(held_out.group[part]).to(device)
-            count = counted(usable)
+            unmasked = None if held_out.unmasked is None else torch.from_numpy(held_out.unmasked[part]).to(device)
+            count = counted(usable, unmasked)
             for name, where in count.items():
                 counts[name].index_add_(0, group[where], torch.ones_like(group[where], dtype=torch.float64))
             with read_at(model, hook_points, inputs) as seen:

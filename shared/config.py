@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import msgspec.inspect
@@ -48,6 +48,11 @@ Cache = Annotated[
 ]
 CacheBytes = Annotated[
     Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
+]
+Roles = Annotated[
+    Annotated[list[Literal["text", "marker", "system", "user", "assistant", "tool", "other"]], Meta(min_length=1)]
+    | None,
+    Meta(description='Roles of the rows to use, of a store of chat text, such as ["assistant"]; all when absent.'),
 ]
 """Fields of the stages that read a store."""
 

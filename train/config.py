@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Cache, CacheBytes, Config, Device
+from ..shared.config import Cache, CacheBytes, Config, Device, Roles
 
 
 class SaeConfig(Config, frozen=True):
@@ -203,6 +203,7 @@ class TrainConfig(Config, frozen=True):
     window_bytes: Annotated[
         int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
     ] = 2 << 30
+    roles: Roles = None
     cache: Cache = None
     cache_bytes: CacheBytes = None
     checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000

@@ -42,7 +42,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> list[Path]:
     if torch.device(config.device).type == "cuda":
         torch.cuda.set_device(config.device)
     say = print if ranks.first else _say_nothing
-    store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes)
+    store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     check_output(Path(config.output), store)
     plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks)
     if config.dry_run:

@@ -182,7 +182,9 @@ def _differing_saes(saved: list[dict[str, Any]], current: list[dict[str, Any]]) 
 
 def _sae_metadata(store: ActivationStore) -> dict[str, Any]:
     said = store.metadata
+    roles = {} if store.used_roles is None else {"roles": list(store.used_roles)}
     return {
+        **roles,
         "model_name": said.get("model"),
         "dataset_path": said.get("dataset"),
         "context_size": store.context_size,

@@ -21,6 +21,7 @@ def context_fingerprint(
 ) -> str:
     """Return a digest of what the indexes of all SAEs depend on: the store, the model's logits and the tokenizer."""
     facts = [VERSION, store.n_rows, store.context_size, store.manifest.checksum, tokenizer_digest(tokenizer)]
+    facts += [] if store.used_roles is None else [store.used_roles]
     if not isinstance(readout, Readout):
         return digest_of([*facts, readout])
     modules = [value for step in readout.path for value in step.module.state_dict().values()]

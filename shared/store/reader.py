@@ -283,11 +283,11 @@ class ActivationStore:
         """Tell of each context whether it is held out."""
         return self._statistics.held_out
 
-    def row_mask(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
+    def row_mask(self, start: int, stop: int, *, any_role: bool = False) -> Bool[np.ndarray, " n"]:
         """Tell of rows [start, stop) which may be used.
 
         Their token is none of `mask_token_ids`; in a store with roles, packing did not place them; and they are of one
-        of the roles that the store was opened with, if it was.
+        of the roles that the store was opened with, if it was and not `any_role`.
         """
         self._check_rows(start, stop)
         mask = np.ones(stop - start, dtype=bool)
@@ -296,7 +296,8 @@ class ActivationStore:
             mask &= ~np.isin(tokens.numpy(), self.mask_token_ids)
         roles = self.roles(start, stop)
         if roles is not None:
-            mask &= np.isin(roles.numpy(), self._used_codes) if self._used_codes else roles.numpy() != PLACED
+            codes = () if any_role else self._used_codes
+            mask &= np.isin(roles.numpy(), codes) if codes else roles.numpy() != PLACED
         return mask
 
     def training_mask(self, start: int, stop: int) -> Bool[np.ndarray, " n"]:
