@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..shared.adapters import ModelParts
 from ..shared.content import model_content
 from ..shared.errors import ModelError, StoreError
 from ..shared.language_model import load_tokenizer
@@ -57,21 +58,26 @@ def check_is_here(name: str, store: ActivationStore, otherwise: str) -> None:
     )
 
 
-def check_weights(store: ActivationStore, name: str, revision: str | None, cache: str | None, asked_for: bool) -> None:
+def check_weights(
+    store: ActivationStore, model: ModelParts, revision: str | None, cache: str | None, asked_for: bool
+) -> None:
     """Compare a model's weights with those harvested. Another model has to be asked for, and a note says so.
 
     Raises `ModelError` if the store's own model is not what it was.
     """
-    harvested = harvested_content(store, "weights")
-    now = model_content(name, revision, cache)["weights"] if harvested else None
-    if harvested is None or now is None or now == harvested:
-        return
-    told = f"weights of '{name}' are not those that store '{store.path}' was harvested with ({harvested}; now {now})"
-    if not asked_for:
-        raise ModelError(
-            f"the {told}; give the model that was harvested, or --model {shlex.quote(name)} to run this one"
-        )
-    tqdm.write(f"note: the {told}; losses and scores are of this model", file=sys.stderr)
+    contents = {"weights": (model.base, revision), "adapter": (model.adapter, None)}
+    for what, (name, commit) in contents.items():
+        harvested = harvested_content(store, what)
+        now = model_content(name, commit, cache)["weights"] if harvested and name else None
+        if harvested is None or now is None or now == harvested:
+            continue
+        kind = "weights" if what == "weights" else "adapter weights"
+        told = f"{kind} of '{name}' are not those that store '{store.path}' was harvested with ({harvested}; now {now})"
+        if not asked_for:
+            raise ModelError(
+                f"the {told}; give the model that was harvested, or --model {shlex.quote(model.base)} to run this one"
+            )
+        tqdm.write(f"note: the {told}; losses and scores are of this model", file=sys.stderr)
 
 
 def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..shared.adapters import model_parts
 from ..shared.errors import ModelError, StoreError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
@@ -72,13 +73,14 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
         check_is_here(name, store, "model = false to evaluate without it")
     dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
     revision = harvested_revision(store) if name == store.metadata.get("model") else None
-    check_weights(store, name, revision, config.cache, asked_for)
+    adapter = chosen_adapter(config, store)
+    check_weights(store, model_parts(name, adapter), revision, config.cache, asked_for)
     model = load_model(
         name,
         dtype,
         device,
         revision,
-        adapter=chosen_adapter(config, store),
+        adapter=adapter,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation or harvest_record(store).get("attn_implementation"),
     )
@@ -124,11 +126,10 @@ def open_tokenizer(config: EvaluateConfig, store: ActivationStore) -> PreTrained
         stored = None
     if stored is not None:
         return stored
-    trust_remote_code = config.trust_remote_code
     if isinstance(config.model, str) and is_asked_for(config):
-        return load_tokenizer(config.model, trust_remote_code=trust_remote_code)
+        return load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     name = store.metadata.get("tokenizer")
     if not name:
         return None
     check_is_here(str(name), store, "feature_rows = 0 to leave out the feature index")
-    return load_tokenizer(str(name), harvested_revision(store), trust_remote_code=trust_remote_code)
+    return load_tokenizer(str(name), harvested_revision(store), trust_remote_code=config.trust_remote_code)

@@ -18,10 +18,12 @@ from thresher.evaluate.command import main
 from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.held_out import held_out
-from thresher.evaluate.same_model import check_vocabulary, stored_ids
+from thresher.evaluate.same_model import check_vocabulary, check_weights, stored_ids
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
+from thresher.shared.adapters import ModelParts
+from thresher.shared.content import model_content
 from thresher.shared.errors import ModelError
 
 HOOK = "blocks.1.resid_post"
@@ -252,6 +254,23 @@ def test_other_weights_are_noted_if_asked_for_and_refused_otherwise(harvested, e
     assert line.endswith("give the model that was harvested, or --model model to run this one")
     assert run("--feature_rows", 0, model=other) == 0
     assert f"note: the weights of '{other}' are not those that store 'store' was harvested" in capsys.readouterr().err
+
+
+def test_the_weights_of_an_adapters_base_and_the_adapters_own_are_compared(tmp_path, capsys):
+    contents = {}
+    for name, text in (("base", "1"), ("lora", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(text)
+        contents[name] = model_content(str(tmp_path / name))["weights"]
+    record = {"content": {"weights": contents["base"], "adapter": contents["lora"]}}
+    store = SimpleNamespace(metadata={"harvest": record}, path="s")
+    parts = ModelParts(str(tmp_path / "base"), str(tmp_path / "lora"))
+    check_weights(store, parts, None, None, asked_for=False)
+    (tmp_path / "lora" / "model.safetensors").write_text("3")
+    with pytest.raises(ModelError, match="the adapter weights of '.*/lora' are not those that store 's'"):
+        check_weights(store, parts, None, None, asked_for=False)
+    check_weights(store, parts, None, None, asked_for=True)
+    assert "note: the adapter weights of" in capsys.readouterr().err
 
 
 def test_a_model_of_another_class_is_refused(elsewhere, capsys):
