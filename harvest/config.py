@@ -26,7 +26,8 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
     dataset: Annotated[
         str,
         Meta(
-            description="python-stdlib; a file or folder of text, JSONL, Parquet or Arrow; or a Hugging Face dataset."
+            description="python-stdlib; a file or folder of text, JSONL, CSV, Parquet or Arrow; or a Hugging Face "
+            "dataset (docs/text.md)."
         ),
     ] = "python-stdlib"
     tokens: Annotated[int, Meta(ge=1, description="Rows to harvest, rounded up to whole contexts.")] = 1_000_000
@@ -94,11 +95,26 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
             "model when absent."
         ),
     ] = None
-    dataset_config: Annotated[str | None, Meta(description="Configuration name of a Hugging Face dataset.")] = None
+    dataset_config: Annotated[str | None, Meta(description="Configuration name of a dataset.")] = None
     dataset_revision: Annotated[str | None, Meta(description="Branch, tag or commit of the dataset.")] = None
-    split: Annotated[str, Meta(description="Split of a Hugging Face dataset.")] = "train"
+    split: Annotated[
+        str,
+        Meta(description="Split of a Hugging Face dataset, or of local data files that are named by split."),
+    ] = "train"
+    files: Annotated[
+        Annotated[list[str], Meta(min_length=1)] | None,
+        Meta(description="Patterns of the files to read in a folder or dataset, such as *.jsonl; all when absent."),
+    ] = None
+    on_bad_document: Annotated[
+        Literal["error", "skip"],
+        Meta(description="What a damaged document or file does: end the harvest, or be passed over and counted."),
+    ] = "error"
     text_column: Annotated[
-        str, Meta(description="Column of text, messages or token ids in JSONL, Parquet, Arrow and datasets.")
+        str,
+        Meta(
+            description="Column of the text, messages or token ids in JSONL, CSV, Parquet, Arrow and datasets; "
+            "dots lead into nested columns, as in data.text."
+        ),
     ] = "text"
     special_tokens: Annotated[
         Literal["text", "tokens"],

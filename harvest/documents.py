@@ -2,73 +2,49 @@
 
 from __future__ import annotations
 
-import os
-import random
-import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..shared.errors import DataError, MissingFileError
+from ..shared.errors import DataError
+from .columns import Columns, encodable
+from .columns import Document as Document
 from .config import HarvestConfig
-
-PYTHON_STDLIB = "python-stdlib"
-BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
-NAME_COLUMNS = ("path", "name", "title", "url", "id")
-MAX_NAME = 200
+from .data_files import LFS, DataFile, damage, open_bytes, read_error, signature
+from .find_files import PYTHON_STDLIB, SAVED, SNIFFED_BYTES, TEXT, FoundFiles, find_files, is_binary
+from .tally import Place, Tally
 
 
-class Document(NamedTuple):
-    """One document and where it is from: a path, a title, or dataset and row.
+def read_documents(config: HarvestConfig, *, tell: bool = False) -> Iterator[Document]:
+    """Yield the documents of `config.dataset`; `tell` prints what is read and what is left out.
 
-    A document is plain text, or a conversation (`messages`, dicts with role and content), or already tokenized
-    (`input_ids`); `text` is empty for the latter two.
+    Raises:
+        MissingFileError: nothing is at the path.
+        ConfigError: a setting does not apply to what is there.
+        DataError: the source has no usable text, is ambiguous, or is damaged.
     """
-
-    name: str
-    text: str
-    messages: list[dict[str, Any]] | None = None
-    input_ids: list[int] | None = None
-
-    @property
-    def kind(self) -> str:
-        """What the document holds: "text", "messages" or "token ids"."""
-        if self.messages is not None:
-            return "messages"
-        return "text" if self.input_ids is None else "token ids"
-
-
-def read_documents(config: HarvestConfig) -> Iterator[Document]:
-    """Yield the documents of `config.dataset`.
-
-    Raises `MissingFileError` for a path that is not there and `DataError` for a source without
-    usable text.
-    """
-    path = Path(config.dataset).expanduser()
-    if config.dataset == PYTHON_STDLIB:
-        return _files(_stdlib_files(), Path(sysconfig.get_paths()["stdlib"]), config.seed)
-    if path.is_dir():
-        return _folder(path, config)
-    if path.is_file():
-        builder = BUILDERS.get(_kind(path))
-        return _data_files(builder, [path], config) if builder else _files([path], path.parent, config.seed)
-    if _looks_like_a_path(config.dataset):
-        raise MissingFileError(f"no text at '{config.dataset}'; give a file, a folder, or a Hugging Face dataset id")
-    return _rows(_hub_dataset(config), config)
+    found = find_files(config)
+    tally = Tally(config.dataset, config.on_bad_document == "skip", n_found=None if found is None else len(found.files))
+    for reason, what in found.left_out if found else ():
+        tally.leave_out(reason, what)
+    if tell:
+        tally.tell_left_out()
+    if found is None:
+        documents = _rows(_hub_dataset(config), config, tally)
+    elif found.format == TEXT:
+        documents = _texts(found, tally)
+    elif found.format == SAVED:
+        documents = _rows(_saved_dataset(found, config), config, tally)
+    else:
+        documents = _data(found, config, tally)
+    return _counted(documents, tally, tell)
 
 
 def source_files(config: HarvestConfig) -> list[Path] | None:
     """Return the local files that the documents come from, sorted by path; None for a Hugging Face dataset id."""
-    path = Path(config.dataset).expanduser()
-    if config.dataset == PYTHON_STDLIB:
-        return sorted(_stdlib_files())
-    if path.is_dir():
-        return _visible_files(path)
-    return [path] if path.is_file() else None
+    found = find_files(config)
+    return None if found is None else sorted(found.files)
 
 
 def hub_fingerprint(config: HarvestConfig) -> str:
@@ -83,77 +59,94 @@ def hub_fingerprint(config: HarvestConfig) -> str:
     return str(builder.hash)
 
 
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or _kind(Path(name)) in (".txt", *BUILDERS)
+def _counted(documents: Iterator[Document], tally: Tally, tell: bool) -> Iterator[Document]:
+    """Yield documents, and print what was read when their reader has enough or they end."""
+    try:
+        for document in documents:
+            tally.n_documents += 1
+            tally.n_characters += len(document.text)
+            tally.n_characters += sum(len(str(m.get("content") or "")) for m in document.messages or ())
+            tally.n_token_ids += len(document.input_ids or ())
+            yield document
+    except GeneratorExit:
+        if tell:
+            tally.tell()
+        raise
+    if not tally.n_documents:
+        raise tally.nothing()
+    if tell:
+        tally.tell()
 
 
-def _kind(path: Path) -> str:
-    """Return the suffix that tells a file's format, below that of a compression."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-
-
-def _stdlib_files() -> list[Path]:
-    paths = []
-    for folder, subfolders, names in os.walk(sysconfig.get_paths()["stdlib"]):
-        subfolders[:] = [name for name in subfolders if name not in NOT_STDLIB]
-        paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return paths
-
-
-def _files(paths: list[Path], root: Path, seed: int) -> Iterator[Document]:
-    """Yield text files as documents, shuffled by the seed; a file that is not UTF-8 is passed over."""
-    paths = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
-    random.Random(seed).shuffle(paths)
-    skipped = 0
-    for path in paths:
+def _texts(found: FoundFiles, tally: Tally) -> Iterator[Document]:
+    """Yield each text file as a document; in a folder, files that are not UTF-8 text are left out."""
+    for path in found.files:
+        name = encodable(path.relative_to(found.root).as_posix())
+        tally.n_files += 1
+        head, text = b"", None
         try:
-            text = path.read_bytes().decode("utf-8")
+            with open_bytes(path) as file:
+                head = file.read(SNIFFED_BYTES)
+                content = None if is_binary(head) else head + file.read()
+            text = None if content is None else content.decode("utf-8")
         except UnicodeDecodeError:
-            skipped += 1
+            pass
+        except damage() as error:
+            tally.bad(str(path), read_error(path, error))
             continue
-        yield Document(path.relative_to(root).as_posix(), text)
-    if skipped:
-        print(
-            f"note: {skipped} of {len(paths)} files under '{root}' are not UTF-8 text and were left out",
-            file=sys.stderr,
-        )
+        if text is None:
+            if len(found.files) == 1:
+                raise DataError(f"'{path}' {signature(head) or 'is binary, or not in UTF-8; expected UTF-8 text'}")
+            tally.leave_out("not UTF-8 text", name)
+        elif head.startswith(LFS):
+            tally.bad(str(path), str(signature(head)))
+        else:
+            yield Document(name, text)
 
 
-def _folder(folder: Path, config: HarvestConfig) -> Iterator[Document]:
-    """Read a folder: a dataset saved to disk, data files of one format, or else text files."""
-    if (folder / "state.json").is_file():
-        return _rows(_datasets().load_from_disk(folder), config)
-    if (folder / "dataset_dict.json").is_file():
-        return _rows(_split(_datasets().load_from_disk(folder), config), config)
-    paths = _visible_files(folder)
-    builders = {BUILDERS[_kind(path)] for path in paths if _kind(path) in BUILDERS}
-    if len(builders) > 1:
-        raise DataError(f"'{folder}' mixes {' and '.join(sorted(builders))} files; give a folder of one format")
-    if builders:
-        return _data_files(builders.pop(), [path for path in paths if _kind(path) in BUILDERS], config)
-    if not paths:
-        raise DataError(f"no files in '{folder}'; expected text, JSONL, Parquet or Arrow files")
-    return _files(paths, folder, config.seed)
+def _data(found: FoundFiles, config: HarvestConfig, tally: Tally) -> Iterator[Document]:
+    """Yield the rows of data files as documents."""
+    columns = Columns(config.text_column, tally)
+    for path in found.files:
+        tally.n_files += 1
+        file = DataFile(path, columns, tally)
+        for row in file:
+            document = columns.document(row, file.at)
+            if document is not None:
+                yield document
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+def _rows(rows: Any, config: HarvestConfig, tally: Tally) -> Iterator[Document]:
+    """Yield the rows of a `datasets` dataset as documents."""
+    columns = Columns(config.text_column, tally)
+    at = Place(config.dataset)
+    if rows.column_names:  # None for a stream whose columns are not known in advance
+        needed = columns.needed(rows.column_names)
+        if not needed:
+            raise DataError(f"'{config.dataset}' {columns.missing(rows.column_names)}")
+        rows = rows.select_columns(needed)
+    with _reading(at):
+        for at.number, row in enumerate(rows):
+            document = columns.document(row, at)
+            if document is not None:
+                yield document
+    tally.n_files = tally.n_found or 0
 
 
 def _datasets() -> Any:
-    """Import `datasets`, a second's work that plain text needs not."""
+    """Import `datasets`, which takes a second that plain text does not need."""
     import datasets
 
     return datasets
 
 
-def _data_files(builder: str, paths: list[Path], config: HarvestConfig) -> Iterator[Document]:
-    files = [str(path) for path in paths]
-    return _rows(_datasets().load_dataset(builder, data_files=files, split="train", streaming=True), config)
+def _saved_dataset(found: FoundFiles, config: HarvestConfig) -> Any:
+    with _reaching(config):
+        return _datasets().load_from_disk(str(found.root))
 
 
 def _hub_dataset(config: HarvestConfig) -> Any:
+    files = {} if config.files is None else {"data_files": {config.split: config.files}}
     with _reaching(config):
         return _datasets().load_dataset(
             config.dataset,
@@ -161,6 +154,7 @@ def _hub_dataset(config: HarvestConfig) -> Any:
             split=config.split,
             revision=config.dataset_revision,
             streaming=config.streaming,
+            **files,
         )
 
 
@@ -168,52 +162,23 @@ def _hub_dataset(config: HarvestConfig) -> Any:
 def _reaching(config: HarvestConfig) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
         raise DataError(
             f"cannot load dataset '{config.dataset}': expected {PYTHON_STDLIB}, a file, a folder, or a Hugging Face "
-            f"dataset id that can be reached; {reason}"
+            f"dataset id that can be reached; {_reason(error)}"
         ) from None
 
 
-def _split(loaded: Any, config: HarvestConfig) -> Any:
-    if config.split not in loaded:
-        raise DataError(f"'{config.dataset}' has no split '{config.split}'; it has {', '.join(loaded)}")
-    return loaded[config.split]
+@contextmanager
+def _reading(at: Place) -> Iterator[None]:
+    """Turn what a stream of rows raises into `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (*damage(), LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{at}: the dataset cannot be read beyond here; {_reason(error)}") from None
 
 
-def _rows(rows: Any, config: HarvestConfig) -> Iterator[Document]:
-    """Yield a dataset's rows; a row is named by its path, name, title, URL or id, or its number."""
-    column, name_column = config.text_column, None
-    for number, row in enumerate(rows):
-        if number == 0:
-            if column not in row:
-                raise DataError(
-                    f"'{config.dataset}' has no column '{column}'; set text_column to one of {', '.join(row)}"
-                )
-            name_column = next((name for name in NAME_COLUMNS if isinstance(row.get(name), (str, int))), None)
-        value = row[column]
-        if value is None:
-            continue
-        name = str(row[name_column])[:MAX_NAME] if name_column else f"row {number}"
-        if isinstance(value, str):
-            yield Document(name, value)
-        elif is_messages(value):
-            yield Document(name, "", messages=value)
-        elif is_input_ids(value):
-            yield Document(name, "", input_ids=value)
-        else:
-            raise DataError(
-                f"column '{column}' of '{config.dataset}' must hold text, a list of messages or a list of token ids, "
-                f"got {type(value).__name__} in row {number}"
-            )
-
-
-def is_messages(value: object) -> bool:
-    """Tell whether a value is a conversation: a list of dicts that have a role and a content."""
-    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-
-
-def is_input_ids(value: object) -> bool:
-    """Tell whether a value is a list of token ids."""
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

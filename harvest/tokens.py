@@ -75,7 +75,7 @@ def read_contexts(
 ) -> Iterator[Context]:
     """Yield the contexts of a harvest; note on stderr when the text is too short for all of them."""
     n_wanted, n_packed = config.n_contexts, 0
-    for context in _pack(config, tokenizer, group, rules, n_embeddings):
+    for context in _pack(config, tokenizer, group, rules, n_embeddings, tell=True):
         n_packed += 1
         yield context
     if n_packed < n_wanted:
@@ -87,9 +87,14 @@ def read_contexts(
 
 
 def _pack(
-    config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, group: int, rules: TextRules, n_embeddings: int | None
+    config: HarvestConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    group: int,
+    rules: TextRules,
+    n_embeddings: int | None,
+    tell: bool = False,
 ) -> Iterator[Context]:
-    documents = check_tokens(tokenize(read_documents(config), tokenizer, rules), tokenizer, n_embeddings)
+    documents = check_tokens(tokenize(read_documents(config, tell=tell), tokenizer, rules), tokenizer, n_embeddings)
     first = next(documents, None)
     if first is None:
         raise DataError(f"no text in '{config.dataset}'; every document is empty, or there is none")

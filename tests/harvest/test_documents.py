@@ -29,9 +29,9 @@ def config_of(dataset, **options):
     return HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(dataset), **options)
 
 
-def read(dataset, **options):
+def read(dataset, tell=False, **options):
     """Return the names and texts of a dataset's documents."""
-    return [document[:2] for document in read_documents(config_of(dataset, **options))]
+    return [document[:2] for document in read_documents(config_of(dataset, **options), tell=tell)]
 
 
 def contents(dataset, **options):
@@ -76,10 +76,15 @@ def test_a_folder_of_text(tmp_path, capsys):
         (tmp_path / f"{i}" / "file.md").write_bytes(text.encode())
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / ".hidden").write_text("no")
-    documents = read(tmp_path)
+    documents = read(tmp_path, tell=True)
     assert sorted(documents) == [(f"{i}/file.md", text) for i, text in enumerate(TEXTS)]
     assert documents == read(tmp_path)
-    assert "1 of 5 files" in capsys.readouterr().err
+    n_characters = sum(map(len, TEXTS))
+    assert capsys.readouterr().err == (
+        f"text: from '{tmp_path}', left out: 1 hidden (.hidden)\n"
+        f"text: read 5 files, 4 documents, {n_characters} characters from '{tmp_path}'; "
+        "left out: 1 hidden (.hidden), 1 not UTF-8 text (binary.bin)\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
@@ -136,9 +141,9 @@ def test_missing_files_and_columns(tmp_path):
         with pytest.raises(MissingFileError, match="no text at"):
             read(dataset)
     write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "n": 1}])
-    with pytest.raises(DataError, match="no column 'text'; set text_column to one of body, n"):
+    with pytest.raises(DataError, match="line 1 has no column 'text'; set text_column to one of body, n;"):
         read(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="must hold text, a list of messages or a list of token ids, got int in row 0"):
+    with pytest.raises(DataError, match=r"line 1 must hold text, .* in column 'n', got int;"):
         read(tmp_path / "a.jsonl", text_column="n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no files in"):
@@ -153,7 +158,7 @@ def test_messages_and_token_ids(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"messages": messages, "ids": [3, 1, 4]}])
     assert contents(tmp_path / "a.jsonl", text_column="messages") == [("", messages, None)]
     assert contents(tmp_path / "a.jsonl", text_column="ids") == [("", None, [3, 1, 4])]
-    with pytest.raises(DataError, match="no column 'text'; set text_column to one of messages, ids"):
+    with pytest.raises(DataError, match="line 1 has no column 'text'; set text_column to one of messages, ids;"):
         contents(tmp_path / "a.jsonl")
 
 
