@@ -143,5 +143,5 @@ def _message(item: Any) -> dict[str, Any] | None:
     message = {key: value for key, value in item.items() if value is not None or key == "content"}
     if "role" not in message and {"from", "value"} <= message.keys():
         role = message.pop("from")
-        message = {"role": ROLES.get(role, role), "content": message.pop("value"), **message}
+        message = {"role": ROLES.get(str(role), role), "content": message.pop("value"), **message}
     return message if isinstance(message.get("role"), str) else None

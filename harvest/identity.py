@@ -24,7 +24,7 @@ from .chat import template_source
 from .config import HarvestConfig
 from .documents import PYTHON_STDLIB, hub_fingerprint, source_files
 
-INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers")
+INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers", "on_bad_document")
 """Settings that are no part of a harvest's record."""
 LATER = ("covariance", "special_tokens", "holdout", "trust_remote_code")
 """Settings that are recorded only where they are not the default."""
