@@ -5,7 +5,7 @@ The exact inverse of what `Architecture.exported` folds, so that the first step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,10 +14,12 @@ from ..shared.errors import SaeError
 from ..shared.sae import Sae
 from .architectures.base import Architecture, Buffers, Parameters
 from .architectures.batch_topk import BatchTopK
+from .architectures.crosscoder import Crosscoder
 from .architectures.gated import Gated
 from .architectures.jumprelu import JumpReLU
 from .architectures.standard import fold_decoder_norms
 from .architectures.transcoder import Transcoder
+from .initial_differences import NORM_TOLERANCE, SMALLEST_THRESHOLD, differences, in_order, keeps_norms
 from .normalization import Normalization
 from .trained_saes import read_trained_sae
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from .config import SaeConfig
     from .sae_trainer import SaeTrainer
 
-_SMALLEST_THRESHOLD = 1e-8
-_NORM_TOLERANCE = 1e-3
 _SAVED_AS = {
     "batch_topk": "jumprelu",
     "matryoshka_batch_topk": "jumprelu",
@@ -35,23 +35,31 @@ _SAVED_AS = {
 """What architectures are saved as, where that has another name."""
 
 
-def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -> None:
+def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -> list[tuple[str, str]]:
     """Start each trainer from the SAE that its table, or else the run, names; those without one stay as they are.
+
+    Returns what a first step will not reproduce of the source: the SAE's name, and a line for the user.
 
     Raises:
         MissingFileError: there is no SAE.
         SaeError: it does not fit.
     """
+    notes = []
     for trainer in trainers:
         if source_of(trainer.config, init_from) is not None:
             sae = read_initial(trainer.config, init_from, trainer.architecture)
-            parameters, buffers = parameters_of(trainer.architecture, sae, trainer.normalization.to("cpu"))
+            normalization = trainer.normalization.to("cpu")
+            parameters, buffers = parameters_of(trainer.architecture, sae, normalization)
+            told = what_differs(trainer.architecture, sae, normalization)
+            source = source_of(trainer.config, init_from)
+            notes += [(trainer.name, f"SAE '{trainer.name}' starts from '{source}', but {text}") for text in told]
             rows = getattr(trainer.architecture, "latents_here", slice(None))
             parameters = {
                 name: tensor[rows] if len(tensor) == sae.d_sae and name not in ("b_dec", "W_skip") else tensor
                 for name, tensor in parameters.items()
             }
             trainer.initialise(parameters, buffers)
+    return notes
 
 
 def source_of(config: SaeConfig, init_from: str | None) -> str | None:
@@ -81,7 +89,23 @@ def read_initial(config: SaeConfig, init_from: str | None, architecture: Archite
             f"{key} {found[key]}, expected {wanted[key]}" for key in found if found[key] != wanted[key]
         )
         raise SaeError(f"SAE '{config.name}' cannot start from '{path}': it has {differing}")
+    try:
+        if isinstance(architecture, Crosscoder):
+            in_order(sae, config.inputs)
+        elif config.hook_point_out is not None:
+            _ = sae.target_hook_point
+    except SaeError as error:
+        raise SaeError(f"SAE '{config.name}' cannot start from '{path}': {error}") from None
     return sae
+
+
+def what_differs(architecture: Architecture, sae: Sae, normalization: Normalization) -> list[str]:
+    """Return how the first step differs from what an SAE computes, each as a line for the user."""
+    tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
+    if not isinstance(architecture, Transcoder):
+        tensors = _with_norms(architecture, sae, tensors)
+    scale = normalization.scale
+    return differences(architecture, sae, tensors, scale if isinstance(scale, float) else 1.0)
 
 
 def parameters_of(architecture: Architecture, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
@@ -90,19 +114,10 @@ def parameters_of(architecture: Architecture, sae: Sae, normalization: Normaliza
     Raises:
         SaeError: a TopK SAE has decoder rows of other norms than the architecture holds.
     """
-    tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
     if isinstance(architecture, Transcoder):
-        return _across_places(architecture, sae, tensors, normalization), {}
+        return _across_places(architecture, sae, normalization), {}
+    tensors = _with_norms(architecture, sae, {name: tensor.detach() for name, tensor in sae.named_parameters()})
     mean, scale = normalization.mean, normalization.scale
-    norms = tensors["W_dec"].norm(dim=1)
-    free = architecture.config.unit_norm_decoder is False or not architecture.unit_norm_decoder
-    if not free and float((norms - 1).abs().max()) > _NORM_TOLERANCE:
-        if sae.architecture == "topk":
-            raise SaeError(
-                f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, expected 1, and "
-                "scaling them would change which latents are the top k; give unit_norm_decoder = false"
-            )
-        tensors = fold_decoder_norms(dict(tensors))
     W_enc = tensors["W_enc"].T.contiguous()
     bias = tensors["b_gate" if sae.architecture == "gated" else "b_enc"]
     if not sae.apply_b_dec_to_input:
@@ -115,17 +130,31 @@ def parameters_of(architecture: Architecture, sae: Sae, normalization: Normaliza
         return parameters | {"b_gate": bias * scale, "b_mag": b_mag * scale, "r_mag": tensors["r_mag"]}, {}
     parameters["b_enc"] = bias * scale
     if isinstance(architecture, JumpReLU):
-        threshold = (tensors["threshold"] * scale).clamp_min(_SMALLEST_THRESHOLD)
+        threshold = (tensors["threshold"] * scale).clamp_min(SMALLEST_THRESHOLD)
         return parameters | {"log_threshold": threshold.log()}, {}
     if isinstance(architecture, BatchTopK):
         return parameters, architecture.initial_buffers() | {"threshold": (tensors["threshold"] * scale).mean()}
     return parameters, architecture.initial_buffers()
 
 
-def _across_places(
-    architecture: Transcoder, sae: Sae, tensors: Mapping[str, Tensor], normalization: Normalization
-) -> Parameters:
+def _with_norms(architecture: Architecture, sae: Sae, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an SAE's tensors with decoder norms that the architecture can hold."""
+    norms = tensors["W_dec"].norm(dim=1)
+    if keeps_norms(architecture) or float((norms - 1).abs().max()) <= NORM_TOLERANCE:
+        return tensors
+    if sae.architecture == "topk":
+        raise SaeError(
+            f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, expected 1, and "
+            "scaling them would change which latents are the top k; give unit_norm_decoder = false"
+        )
+    return fold_decoder_norms(tensors)
+
+
+def _across_places(architecture: Transcoder, sae: Sae, normalization: Normalization) -> Parameters:
     """Return a transcoder's or crosscoder's parameters, with decoder norms of one on normalised targets."""
+    crosses = isinstance(architecture, Crosscoder)
+    tensors = in_order(sae, architecture.config.inputs) if crosses else dict(sae.named_parameters())
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     mean, scale = normalization.mean, normalization.scale
     target = normalization.target or normalization
     W_enc, W_dec = tensors["W_enc"].T / scale, tensors["W_dec"] * target.scale

@@ -59,7 +59,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> list[Path]:
         trainers = make_trainers(config, plan, store, layout)
         run.resume(trainers, batches)
         if run.step == 0:
-            initialise_trainers(trainers, config.init_from)
+            for name, note in initialise_trainers(trainers, config.init_from):
+                if layout.saves(name):
+                    print(f"note: {note}", file=sys.stderr)
         _train_to_end(config, plan, run, trainers, batches, layout)
     folders = run.finish(trainers)
     n_tokens = plan.schedule.n_steps * plan.schedule.batch_size
