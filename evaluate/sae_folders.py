@@ -11,6 +11,7 @@ from ..shared.errors import HookPointError, MissingFileError, SaeError
 from ..shared.hook_points import canonical_hook_point
 from ..shared.sae import Sae
 from ..shared.sae.files import CONFIG_NAME
+from ..shared.sae.formats import is_sae
 from ..shared.store import ActivationStore
 from .places import places, together, width
 
@@ -55,10 +56,7 @@ def sae_folders(saes: str | list[str]) -> list[Path]:
     for path in map(Path, [saes] if isinstance(saes, str) else saes):
         if not path.is_dir():
             raise MissingFileError(f"no SAE folder at '{path}'; give the output folder of `thresher train`")
-        if (path / CONFIG_NAME).is_file():
-            inside = [path]
-        else:
-            inside = sorted((file.parent for file in path.glob(f"*/{CONFIG_NAME}")), key=_natural)
+        inside = [path] if _has_sae(path) else sorted(filter(_has_sae, path.iterdir()), key=_natural)
         if not inside:
             raise MissingFileError(f"no SAE in '{path}': expected {CONFIG_NAME} in it or in one of its folders")
         found += inside
@@ -66,6 +64,10 @@ def sae_folders(saes: str | list[str]) -> list[Path]:
     for path in found:
         once.setdefault(path.resolve(), path)
     return list(once.values())
+
+
+def _has_sae(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file() or is_sae(folder)
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
@@ -86,7 +88,7 @@ def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[
 
     Raises:
         HookPointError: an SAE was trained at a hook point that the store lacks.
-        SaeError: an SAE expects rows of another width.
+        SaeError: an SAE expects rows of another width, cannot be read, or does not say where it belongs.
     """
     loaded = []
     for name, folder in zip(unique_names(folders), folders, strict=True):
@@ -94,7 +96,15 @@ def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[
         hook_point = canonical_hook_point(sae.hook_point)
         if sae.architecture == "crosscoder":
             hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])
-        target = hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
+        if not hook_point:
+            raise SaeError(
+                f"SAE '{name}' does not say which hook point it reads; set `hook_point` of the SAE that Sae.load "
+                "returns, and save it"
+            )
+        try:
+            target = hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
+        except SaeError as error:
+            raise SaeError(f"SAE '{name}': {error}") from None
         for place, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
             absent = [part for part in places(place) if part not in store.hook_points]
             if absent:
