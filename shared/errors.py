@@ -43,6 +43,10 @@ class StoreBusyError(StoreError):
     """Another process is writing to the store."""
 
 
+class OutputBusyError(ThresherError, RuntimeError):
+    """Another process is writing to the output folder."""
+
+
 class UnreachableError(StoreError):
     """An object store does not answer, or refuses what is asked of it."""
 

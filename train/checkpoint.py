@@ -1,59 +1,76 @@
-"""Checkpoints of a whole sweep: all SAEs at one step, written so that a kill at any moment is harmless.
-
-`<output>/checkpoint.json` names the step; it is replaced only after every SAE's file of that step is safe,
-and older files are removed only after that.
-"""
+"""The state of each SAE at a step, in a file with a checksum, written so that a kill at any moment is harmless."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..shared.errors import ConfigError
-
-RECORD_NAME = "checkpoint.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that readers and crashes see the old or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
+from ..shared.store.checksum import crc32c
+from .output import sync_folder
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file(output: Path, name: str, step: int) -> Path:
+def state_path(output: Path, name: str, step: int) -> Path:
+    """Return the file of one SAE's state at a step."""
     return output / name / "checkpoints" / f"step-{step:09d}.safetensors"
 
 
-def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) -> None:
-    """Write one SAE's state of a step."""
-    path = _file(output, name, step)
+def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) -> int:
+    """Write one SAE's state at a step, read it back, and return its checksum, which is of what is in memory.
+
+    Raises:
+        ConfigError: what is read back is not what was written.
+        OSError: the file cannot be written.
+    """
+    path = state_path(output, name, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, partial)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    checksum = _checksum((key, plain[key]) for key in sorted(plain))
+    try:
+        save_file(plain, partial)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
     with partial.open("rb") as file:
         os.fsync(file.fileno())
+    fault = fault_of(partial, checksum)
+    if fault:
+        raise ConfigError(f"the checkpoint '{path}' {fault} right after it was written; check the disk")
     os.replace(partial, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+    return checksum
+
+
+def fault_of(path: Path, checksum: int | None) -> str | None:
+    """Return what is wrong with a file of state, None if nothing is; without a checksum, whether it is readable."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = _checksum((key, file.get_tensor(key)) for key in sorted(file.keys()))
+    except FileNotFoundError:
+        return "is missing"
+    except (SafetensorError, OSError, ValueError):
+        return "is not readable"
+    return "does not have its checksum" if checksum is not None and found != checksum else None
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Return the CRC-32C of tensors in order, and of their names, types and shapes."""
+    checksum = 0
+    for name, tensor in tensors:
+        checksum = crc32c(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        if tensor.numel():
+            checksum = crc32c(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def load_state(
@@ -63,34 +80,18 @@ def load_state(
     rows: slice | None = None,
     has_rows: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
-    """Read one SAE's state of a step; of the tensors that a part of the latents have rows in, only theirs."""
+    """Read one SAE's state at a step; of the tensors that a part of the latents have rows in, only theirs."""
     state = {}
-    with safe_open(_file(output, name, step), "pt") as file:
+    with safe_open(state_path(output, name, step), "pt") as file:
         for key in file.keys():  # noqa: SIM118
             whole = rows is None or not has_rows(key) or not file.get_slice(key).get_shape()
             state[key] = file.get_tensor(key) if whole else file.get_slice(key)[rows]
     return state
 
 
-def save_record(output: Path, record: Mapping[str, Any], keep: int) -> None:
-    """Make a step's checkpoint the one to resume from, and remove all but the last `keep`."""
-    write_atomically(output / RECORD_NAME, json.dumps(record, indent=2) + "\n")
-    for folder in output.glob("*/checkpoints"):
-        for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
-            old.unlink()
-        for partial in folder.glob(".*.partial"):
-            partial.unlink()
-
-
-def load_record(output: Path) -> dict[str, Any] | None:
-    """Return the record of the checkpoint to resume from, if there is one.
-
-    Raises:
-        ConfigError: the record is not readable.
-    """
-    try:
-        return json.loads((output / RECORD_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise ConfigError(f"'{output / RECORD_NAME}' is damaged; remove '{output}' or choose another output") from None
+def remove_states(output: Path, name: str, keep: Iterable[int]) -> None:
+    """Remove an SAE's files of state but those of some steps, and what a killed process left half-written."""
+    kept = {state_path(output, name, step) for step in keep}
+    for path in (output / name / "checkpoints").glob("*"):
+        if path not in kept and (path.suffix == ".safetensors" or path.name.endswith(".partial")):
+            path.unlink()

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from ..shared.cli import run_stage
+from ..shared.cli import PARTLY_FAILED, run_stage
 from ..shared.lazy import importing
 from .config import TrainConfig
 
@@ -25,11 +25,16 @@ def _run(config: TrainConfig) -> Any:
         from .run import train
 
     keep_freed_memory()
+
+    def code_of_training() -> int:
+        first = os.environ.get("RANK", "0") == "0"
+        return PARTLY_FAILED if train(config).diverged and first else 0
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return train(config)
+        return code_of_training()
     from .parallel.voice import run_in_one_voice
 
-    code = run_in_one_voice(lambda: train(config))
+    code = run_in_one_voice(code_of_training)
     if code:
         # Not `sys.exit`: the threads of a process group that has lost a member cannot be joined.
         sys.stdout.flush()

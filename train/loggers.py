@@ -32,7 +32,7 @@ def loggers_of(config: TrainConfig, folder: Path, resume_step: int) -> list[Logg
     """Return the loggers that a configuration asks for, for the SAE in a folder.
 
     Raises:
-        ConfigError: one is not installed.
+        ConfigError: one is not installed, or cannot start, as W&B cannot without a key.
     """
     loggers: list[Logger] = []
     if config.tensorboard:
@@ -76,18 +76,24 @@ class WeightsAndBiases:
         id_path = folder / _WANDB_ID_NAME
         if not id_path.exists():
             id_path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        self._run = wandb.init(
-            project=config.wandb_project,
-            group=folder.parent.name,
-            name=folder.name,
-            id=id_path.read_text(encoding="utf-8").strip(),
-            config=_sae_table(folder),
-            dir=str(folder),
-            mode="offline" if config.wandb == "offline" else "online",
-            resume="allow" if config.wandb == "online" else None,
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                group=folder.parent.name,
+                name=folder.name,
+                id=id_path.read_text(encoding="utf-8").strip(),
+                config=_sae_table(folder),
+                dir=str(folder),
+                mode="offline" if config.wandb == "offline" else "online",
+                resume="allow" if config.wandb == "online" else None,
+                reinit="create_new",
+                settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb = '{config.wandb}' could not start a run: {str(error).rstrip('. ')}; "
+                "log in with `wandb login`, or give wandb = 'offline' and send it later with `wandb sync`"
+            ) from error
 
     def write(self, step: int, tokens: int, numbers: Mapping[str, float]) -> None:
         """Log a step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,10 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_NAME
         kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else b""
-        path.write_bytes(kept)
+        if not path.exists() or path.read_bytes() != kept:
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_bytes(kept)
+            os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
         self._loggers = loggers
 
@@ -103,12 +107,12 @@ def _number(value: Any, read: Iterator[float]) -> Any:
 
 
 def _lines_up_to(path: Path, step: int) -> bytes:
+    """Return the lines of steps up to one; those that are damaged are left out."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError):
-            break
-        kept.append(line)
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
     return b"".join(kept)

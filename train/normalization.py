@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..shared.errors import StoreError
 from .usable import UsableRows
 
 if TYPE_CHECKING:
@@ -56,12 +57,34 @@ def normalization_of(store: ActivationStore, hook_point: str, kind: str) -> Norm
     real models a large mean or a channel with a large offset can dwarf what varies, and a scale taken from raw rows
     would shrink the variation until a sparsity penalty outweighs it.
     """
+    return normalization_at(store, hook_point, scale_of(store, hook_point, kind))
+
+
+def normalization_at(store: ActivationStore, hook_point: str, scale: float) -> Normalization:
+    """Return a hook point's normalisation with a given scale, such as the one that a run began with."""
     moments = store.moments(hook_point)
     mean = torch.as_tensor(moments.mean).to(torch.float32)
-    scale = 1.0
-    if kind == "expected_average_only_in":
-        scale = store.d_in(hook_point) ** 0.5 / mean_centred_norm(store, hook_point, mean)
     return Normalization(mean, scale, float(moments.total_variance) * scale**2)
+
+
+def scale_of(store: ActivationStore, hook_point: str, kind: str) -> float:
+    """Return the factor by which `normalize_activations = kind` scales a hook point's centred rows.
+
+    Raises:
+        StoreError: the rows that it is taken from do not vary.
+    """
+    if kind != "expected_average_only_in":
+        return 1.0
+    norm = mean_centred_norm(store, hook_point, torch.as_tensor(store.moments(hook_point).mean).to(torch.float32))
+    if not norm > 0:
+        raise StoreError(f"the activations at '{hook_point}' in store '{store.path}' do not vary; harvest again")
+    return store.d_in(hook_point) ** 0.5 / norm
+
+
+def scale_of_raw_norm(store: ActivationStore, hook_point: str, kind: str) -> float:
+    """Return the scale of releases that took the mean norm of rows that were not centred."""
+    scales = kind == "expected_average_only_in"
+    return store.d_in(hook_point) ** 0.5 / store.moments(hook_point).mean_norm if scales else 1.0
 
 
 def mean_centred_norm(store: ActivationStore, hook_point: str, mean: Float[Tensor, " d_in"]) -> float:

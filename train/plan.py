@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,7 @@ class Plan:
     parallel: str = "spread"
     n_ranks: int = 1
     notes: tuple[str, ...] = ()
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
@@ -80,7 +81,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)
     schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
-    n_parameters, needed = {}, {}
+    n_parameters, needed, recipes = {}, {}, {}
     for sae in saes:
         for place in sae.places:
             if place not in store.hook_points:
@@ -95,6 +96,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
             check_schedules(architecture, schedule)
         except ConfigError as error:
             raise ConfigError(f"SAE '{sae.name}': {error}") from None
+        recipes[str(sae.name)] = architecture.recipe
         if config.dry_run and source_of(sae, config.init_from) is not None:
             read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
@@ -131,4 +133,5 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         config.parallel,
         ranks.n,
         notes_of(saes, schedule, rows_per_epoch),
+        recipes,
     )

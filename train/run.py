@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from .batches import ShuffledBatches
 from .config import TrainConfig
 from .initialise import initialise_trainers
 from .metrics import PendingLines
+from .output import locked, output_errors
 from .parallel.layout import Layout
 from .parallel.ranks import Agreement, Ranks, open_ranks
 from .plan import Plan, plan_run
@@ -24,11 +26,21 @@ from .sae_trainer import SaeTrainer
 from .trainers import make_trainers, prepare, step_all
 
 
-def train(config: TrainConfig) -> list[Path]:
+class TrainedSaes(list[Path]):
+    """Folders of trained SAEs; `diverged` says of those that have none, by name, why."""
+
+    def __init__(self, folders: Iterable[Path] = (), diverged: Mapping[str, str] | None = None):
+        super().__init__(folders)
+        self.diverged = dict(diverged or {})
+
+
+def train(config: TrainConfig) -> TrainedSaes:
     """Train every SAE of a configuration from one stream and return the folders of those that finished.
 
-    An unfinished run of the same configuration goes on from its last checkpoint. Under `torchrun` every process calls
-    this, and they train together as `config.parallel` says.
+    An unfinished run of the same configuration is resumed from its last checkpoint. A finished one is trained on where
+    more tokens are asked for; where SAEs that diverged are asked for with other values, they are trained alone. SAEs
+    that diverged are in the result's `diverged`. Under `torchrun` every process calls this, and they train together as
+    `config.parallel` says.
 
     Raises:
         ThresherError: the store, the configuration or an earlier run in `output` does not allow it.
@@ -38,35 +50,54 @@ def train(config: TrainConfig) -> list[Path]:
         return _train(msgspec.structs.replace(config, device=ranks.device), ranks)
 
 
-def _train(config: TrainConfig, ranks: Ranks) -> list[Path]:
+def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
     if torch.device(config.device).type == "cuda":
         torch.cuda.set_device(config.device)
     say = print if ranks.first else _say_nothing
+    output = Path(config.output)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
-    check_output(Path(config.output), store)
+    check_output(output, store)
     plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks)
     if config.dry_run:
         say(plan.describe())
-        return []
+        return TrainedSaes()
+    with locked(output, ranks), output_errors(output):
+        run = RunState(config, plan, store, ranks, say)
+        if run.finished:
+            say(f"this run is finished; its SAEs are in '{output}'; choose another output to train again")
+        else:
+            _train_to_end(config, run, store, say)
+    if run.diverged:
+        if not run.folders():
+            raise run.no_sae_left()
+        say(_told_of(run.diverged, len(run.folders())), file=sys.stderr)
+    return TrainedSaes(run.folders(), run.diverged)
+
+
+def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, say: Callable[..., None]) -> None:
+    plan, layout = run.plan, run.layout
     for note in plan.notes:
         say(f"note: {note}", file=sys.stderr)
-    layout = Layout.of(config.parallel, plan.n_parameters, ranks)
-    run = RunState(config, plan, store, layout)
-    if run.finished:
-        say(f"this run is finished; its SAEs are in '{config.output}'; choose another output to train again")
-        return run.folders()
     with _open_batches(config, plan, store, layout) as batches:
-        trainers = make_trainers(config, plan, store, layout)
+        trainers = make_trainers(config, plan, store, layout, run.scales)
         run.resume(trainers, batches)
         if run.step == 0:
             for name, note in initialise_trainers(trainers, config.init_from):
                 if layout.saves(name):
                     print(f"note: {note}", file=sys.stderr)
-        _train_to_end(config, plan, run, trainers, batches, layout)
-    folders = run.finish(trainers)
+        _take_steps(config, plan, run, trainers, batches, layout)
+        run.finish(trainers, batches)
     n_tokens = plan.schedule.n_steps * plan.schedule.batch_size
-    say(f"trained {len(folders)} SAEs on {n_tokens:,} tokens; they are in '{config.output}'", file=sys.stderr)
-    return folders
+    n_trained = sum(name not in run.diverged for name in plan.n_parameters)
+    say(f"trained {n_trained} SAEs on {n_tokens:,} tokens; they are in '{config.output}'", file=sys.stderr)
+
+
+def _told_of(diverged: Mapping[str, str], n_trained: int) -> str:
+    told = "; ".join(f"'{name}' with {reason}" for name, reason in diverged.items())
+    return (
+        f"warning: {len(diverged)} of {len(diverged) + n_trained} SAEs diverged and have no weights: {told}; "
+        "change their tables (a lower lr, another seed) and start again to train them alone"
+    )
 
 
 def _open_batches(config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout) -> ShuffledBatches:
@@ -85,7 +116,7 @@ def _open_batches(config: TrainConfig, plan: Plan, store: ActivationStore, layou
     )
 
 
-def _train_to_end(
+def _take_steps(
     config: TrainConfig,
     plan: Plan,
     run: RunState,
@@ -118,7 +149,9 @@ def _train_to_end(
             run.record_divergence(trainers)
             told = agreement.ask(stop=interrupt.requested, trains=not all(t.diverged for t in trainers))
             if told.all_diverged:
-                raise run.all_diverged(trainers)
+                if not run.has_healthy(trainers):
+                    raise run.no_sae_left()
+                break
             if save_now or told.stop:
                 progress.log(pending.read())
                 with progress.pausing():

@@ -1,10 +1,12 @@
-"""Where a run is on disk: its configuration, its checkpoint, and the SAEs it has finished."""
+"""Where a run is on disk: its configuration, its checkpoints, and the SAEs it has finished."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,171 +15,330 @@ import torch
 
 from ..shared.config import read_toml, to_toml
 from ..shared.errors import ConfigError
+from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
 from .batches import ShuffledBatches
-from .checkpoint import load_record, load_state, save_record, save_state, write_atomically
-from .config import TrainConfig
+from .checkpoint import fault_of, load_state, remove_states, save_state, state_path
+from .config import SaeConfig, TrainConfig
+from .normalization import scale_of, scale_of_raw_norm
+from .output import write_atomically
 from .parallel.latents import is_sharded
 from .parallel.layout import Layout
+from .parallel.ranks import Ranks
 from .plan import Plan
+from .record import Checkpoint, RunRecord, load_record, save_record
 from .sae_trainer import SaeTrainer
+from .same_run import Difference, Request, compare
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
 
 CONFIG_NAME = "config.toml"
 DIVERGED_NAME = "diverged.json"
-_MAY_CHANGE = {
-    "checkpoint_every_tokens",
-    "keep_checkpoints",
-    "log_every_steps",
-    "tensorboard",
-    "wandb",
-    "wandb_project",
-    "dry_run",
-    "cuda_graphs",
-    "parallel",
-    "tokens",
-    "epochs",
-    "store",
-    "cache",
-    "cache_bytes",
-    "output",
-}
-"""Keys that may differ on resuming: they do not change the result, or what they decide is compared instead."""
 
 
 class RunState:
-    """An output folder's run. `step` counts the steps that are done.
+    """An output folder's run. `step` counts the steps that are done; `plan` is of the SAEs that are to be trained now.
 
     All ranks call the same methods at the same steps. Each SAE's files are written by one rank, and all that is shared
-    by the first, from tensors in full: another number of ranks can go on from them.
+    by the first, from tensors in full: another number of ranks can resume from them.
 
     Raises:
         ConfigError: the folder holds a run of another configuration or of another store.
     """
 
-    def __init__(self, config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout):
+    def __init__(
+        self, config: TrainConfig, plan: Plan, store: ActivationStore, ranks: Ranks, say: Callable[..., None] = print
+    ):
         self.output = Path(config.output)
         self.step = 0
         self._keep = config.keep_checkpoints
-        self._plan = plan
-        self._layout = layout
+        self._ranks = ranks
+        self._say = say
         kind = torch.device(config.device).type
         self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=kind)
+        self._table = tomllib.loads(to_toml(self._config))
         self._metadata = _sae_metadata(store)
-        self._identity = {"n_steps": plan.schedule.n_steps, "rows_per_epoch": plan.rows_per_epoch}
-        self._record = layout.ranks.from_first(load_record(self.output) if layout.ranks.first else None)
-        if self._record is not None:
-            self._check_same(self._record)
-        elif layout.ranks.first:
-            self.output.mkdir(parents=True, exist_ok=True)
+        self._saes = plan.saes
+        request = Request.of(self._table, plan, store)
+        loaded = ranks.from_first(self._load() if ranks.first else None)
+        assert loaded is not None
+        record, saved, notes = loaded
+        for note in notes:
+            self._tell(f"note: {note}")
+        difference = compare(self.output, record, saved, request, store) if record else Difference()
+        self.scales = ranks.from_first(self._scales(record, plan, store) if ranks.first else {})
+        names = [str(sae.name) for sae in plan.saes]
+        self._on_disk = record
+        self._record = RunRecord(
+            step=0, finished=False, n_steps=request.n_steps, diverged={}, lengths=[request.n_steps]
+        )
+        if record is not None:
+            self._record = msgspec.structs.replace(record)
+            if record.store is None and not record.finished:
+                self._tell(
+                    "note: this run was begun by a release that did not record which store it trained on; "
+                    "whether this is the same one cannot be checked"
+                )
+        self._record.rows_per_epoch, self._record.store = request.rows_per_epoch, request.store
+        self._record.scales, self._record.recipes = self.scales, request.recipes
+        self._record.config = self._table
+        if difference.continued:
+            self._continue(request.n_steps)
+        elif difference.retried:
+            self._retry(difference.retried)
+        elif self.finished and self._lacks_an_sae():
+            self._record.finished, self._record.pending = False, [str(sae.name) for sae in self._healthy()]
+        elif not self.finished and self._record.pending is None:
+            self._record.pending = names
+        pending = self._record.pending or []
+        self.plan = dataclasses.replace(
+            plan,
+            saes=tuple(sae for sae in plan.saes if sae.name in pending),
+            schedule=plan.schedule._replace(earlier_n_steps=tuple(self._record.lengths[:-1])),
+            n_parameters={name: n for name, n in plan.n_parameters.items() if name in pending},
+        )
+        self.layout = Layout(ranks) if self.finished else Layout.of(config.parallel, self.plan.n_parameters, ranks)
+        if difference.continued or difference.retried:
+            self._write()
+        if ranks.first and not self.finished:
+            self._remove_leftovers(difference.retried)
             write_atomically(self.output / CONFIG_NAME, to_toml(self._config))
+
+    def _load(self) -> tuple[RunRecord | None, dict[str, Any], list[str]]:
+        record, notes = load_record(self.output)
+        if record is None or record.config is not None:
+            return record, (record.config or {}) if record else {}, notes
+        return record, read_toml(self.output / CONFIG_NAME), notes
+
+    def _scales(self, record: RunRecord | None, plan: Plan, store: ActivationStore) -> dict[str, float]:
+        """Return the run's scale at each hook point: that it began with, in whatever way it was computed then."""
+        scales = dict((record.scales or {}) if record else {})
+        old = record is not None and record.scales is None
+        for place in sorted({place for sae in plan.saes for place in sae.places} - scales.keys()):
+            scale = scale_of_raw_norm if old else scale_of
+            scales[place] = scale(store, place, self._config.normalize_activations)
+        return scales
 
     @property
     def finished(self) -> bool:
         """Return whether nothing is left to do."""
-        return bool(self._record and self._record["finished"])
+        return self._record.finished
+
+    @property
+    def diverged(self) -> dict[str, str]:
+        """Return which SAEs of the sweep diverged, and why."""
+        names = [str(sae.name) for sae in self._saes]
+        return {name: self._record.diverged[name] for name in names if name in self._record.diverged}
 
     def folders(self) -> list[Path]:
         """Return the folders of the SAEs that trained to the end."""
-        diverged = self._record["diverged"] if self._record else {}
-        return [self.output / str(sae.name) for sae in self._plan.saes if sae.name not in diverged]
+        return [self.output / str(sae.name) for sae in self._healthy()]
+
+    def _healthy(self) -> list[SaeConfig]:
+        return [sae for sae in self._saes if sae.name not in self._record.diverged]
+
+    def _lacks_an_sae(self) -> bool:
+        """Return whether a trained SAE's folder is gone and its final state is not."""
+        newest = self._record.checkpoints[:1]
+        there = bool(newest) and newest[0].step == self._record.n_steps
+        gone = [folder for folder in self.folders() if not (folder / SAE_CONFIG_NAME).is_file()]
+        return self._ranks.from_first(there and bool(gone))
+
+    def _continue(self, n_steps: int) -> None:
+        """Begin to train a finished run on, from its final state."""
+        record, before = self._record, self._record.n_steps
+        names = [str(sae.name) for sae in self._healthy()]
+        newest = record.checkpoints[:1]
+        if not newest or newest[0].step != before or not set(names) <= newest[0].files.keys():
+            raise ConfigError(
+                f"the run in '{self.output}' did not keep its final state, so it cannot be trained on; "
+                "train in another output, with init_from to start from these SAEs"
+            )
+        schedule = self._config
+        record.finished, record.n_steps, record.pending, record.trained = False, n_steps, names, {}
+        record.lengths = [*record.lengths, n_steps]
+        falls = n_steps - round(n_steps * schedule.decay_fraction)
+        batch = schedule.batch_size
+        self._tell(
+            f"training on from step {before:,} ({before * batch:,} tokens) to step {n_steps:,} ({n_steps * batch:,} "
+            "tokens): the learning rate is that of a run of the new length, without another warm-up, and falls from "
+            f"step {falls:,}"
+        )
+
+    def _retry(self, names: tuple[str, ...]) -> None:
+        """Begin to train again, alone, what diverged in a finished run."""
+        record = self._record
+        final = record.checkpoints[0].files if record.checkpoints else {}
+        now = {str(sae.name) for sae in self._saes}
+        record.diverged = {name: why for name, why in record.diverged.items() if name in now and name not in names}
+        kept = {str(sae.name) for sae in self._healthy()} - set(names)
+        record.trained = {name: checksum for name, checksum in final.items() if name in kept}
+        record.step, record.finished, record.pending, record.checkpoints = 0, False, list(names), []
+        self._tell(f"training again what diverged: {', '.join(names)}; the other SAEs stay as they are")
+
+    def _remove_leftovers(self, retried: tuple[str, ...]) -> None:
+        """Remove what an earlier try left of SAEs that are trained again, and the notes on SAEs no longer asked for."""
+        for name in retried:
+            remove_states(self.output, name, keep=())
+            (self.output / name / DIVERGED_NAME).unlink(missing_ok=True)
+        now = {str(sae.name) for sae in self._saes}
+        for path in self.output.glob(f"*/{DIVERGED_NAME}"):
+            if path.parent.name not in now:
+                path.unlink()
 
     def resume(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
-        """Bring trainers and stream to the last checkpoint, if there is one."""
-        if self._record is None:
-            return
-        self.step = self._record["step"]
-        batches.load_state_dict(self._record["stream"])
+        """Bring trainers and stream to the newest checkpoint that is whole, or leave them at the start."""
+        while self._record.checkpoints:
+            checkpoint = self._record.checkpoints[0]
+            faults = [fault for some in self._ranks.gather(self._faults(checkpoint, trainers)) for fault in some]
+            if not faults:
+                self._go_to(checkpoint, trainers, batches)
+                return
+            self._record.checkpoints = self._record.checkpoints[1:]
+            older = self._record.checkpoints
+            instead = f"the checkpoint before it, at step {older[0].step:,}" if older else "the start of the run"
+            self._tell(f"warning: {faults[0]}; resuming from {instead}")
+        pending = set(self._record.pending or [])
+        self._record.diverged = {name: why for name, why in self._record.diverged.items() if name not in pending}
+
+    def _faults(self, checkpoint: Checkpoint, trainers: list[SaeTrainer]) -> list[str]:
+        """Return what is wrong with the files that this rank saved."""
+        faults = []
         for trainer in trainers:
-            trainer.diverged = self._record["diverged"].get(trainer.name)
+            if trainer.name not in checkpoint.diverged and self.layout.saves(trainer.name):
+                path = state_path(self.output, trainer.name, checkpoint.step)
+                known = not checkpoint.files or trainer.name in checkpoint.files
+                fault = fault_of(path, checkpoint.files.get(trainer.name)) if known else "is missing"
+                faults += [f"the checkpoint '{path}' {fault}"] if fault else []
+        return faults
+
+    def _go_to(self, checkpoint: Checkpoint, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
+        self.step = checkpoint.step
+        batches.load_state_dict(checkpoint.stream)
+        others = {name: why for name, why in self._record.diverged.items() if name not in (self._record.pending or [])}
+        self._record.diverged = others | checkpoint.diverged
+        for trainer in trainers:
+            trainer.diverged = checkpoint.diverged.get(trainer.name)
             if trainer.diverged is None:
-                rows = self._layout.latents_here(trainer.config.d_sae)
-                trainer.load_state_dict(load_state(self.output, trainer.name, self.step, rows, is_sharded))
+                rows = self.layout.latents_here(trainer.config.d_sae)
+                state = load_state(self.output, trainer.name, self.step, rows, is_sharded)
+                try:
+                    trainer.load_state_dict(state)
+                except (KeyError, RuntimeError) as error:
+                    path = state_path(self.output, trainer.name, self.step)
+                    raise ConfigError(f"the checkpoint '{path}' does not fit this SAE: {error}") from None
+                if self.layout.saves(trainer.name):
+                    (self.output / trainer.name / DIVERGED_NAME).unlink(missing_ok=True)
 
     def checkpoint(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
         """Save everything that the rest of the run depends on."""
         for trainer in trainers:
             trainer.check()
+        files = {}
         for trainer in trainers:
             if trainer.diverged is None:
-                state = self._layout.whole(trainer.name, trainer.state_dict(), trainer.config.d_sae)
-                if self._layout.saves(trainer.name):
-                    save_state(self.output, trainer.name, self.step, state)
-        self._save_record(trainers, batches.state_dict(), finished=False)
+                state = self.layout.whole(trainer.name, trainer.state_dict(), trainer.config.d_sae)
+                if self.layout.saves(trainer.name):
+                    files[trainer.name] = save_state(self.output, trainer.name, self.step, state)
+        checkpoint = Checkpoint(
+            step=self.step,
+            stream=batches.state_dict(),
+            diverged=self._gather_diverged(trainers),
+            files=_joined(self._ranks.gather(files)),
+        )
+        older = [old for old in self._record.checkpoints if old.step < self.step]
+        self._record.checkpoints = [checkpoint, *older][: self._keep]
+        self._save(trainers)
 
     def record_divergence(self, trainers: list[SaeTrainer]) -> None:
-        """Say beside each SAE that diverged why it has no weights."""
-        for trainer in filter(lambda trainer: self._layout.saves(trainer.name), trainers):
-            path = self.output / trainer.name / DIVERGED_NAME
-            if trainer.diverged is not None and not path.exists():
-                path.write_text(json.dumps({"reason": trainer.diverged, "lr": trainer.architecture.lr}) + "\n")
+        """Say of each SAE that diverged why it has no weights: on the terminal, and beside where they would be."""
+        for trainer in trainers:
+            if trainer.diverged is not None and self.layout.saves(trainer.name):
+                path = self.output / trainer.name / DIVERGED_NAME
+                if not path.exists():
+                    content = {"reason": trainer.diverged, "lr": trainer.architecture.lr}
+                    write_atomically(path, json.dumps(content) + "\n")
+                    print(f"warning: SAE '{trainer.name}' diverged: {trainer.diverged}", file=sys.stderr)
 
-    def all_diverged(self, trainers: list[SaeTrainer]) -> ConfigError:
-        """Return the error that no SAE is left."""
-        last = trainers[-1]
-        return ConfigError(f"all SAEs diverged, '{last.name}' with {last.diverged}; lower the learning rates")
+    def has_healthy(self, trainers: list[SaeTrainer]) -> bool:
+        """Return whether an SAE of the sweep has not diverged; if none, mark the run as finished without any.
 
-    def finish(self, trainers: list[SaeTrainer]) -> list[Path]:
-        """Write the trained SAEs, mark the run as finished and return their folders.
+        All ranks call this after the same step.
+        """
+        self._record.diverged |= self._gather_diverged(trainers)
+        if not self._healthy():
+            self._record.finished = True
+            self._save(trainers)
+        return bool(self._healthy())
+
+    def no_sae_left(self) -> ConfigError:
+        """Return the error that all SAEs diverged."""
+        last = next(name for name in reversed([str(sae.name) for sae in self._saes]) if name in self._record.diverged)
+        return ConfigError(
+            f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates "
+            "and start again to train them anew"
+        )
+
+    def finish(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
+        """Save the final state, write the trained SAEs, and mark the run as finished.
 
         Raises:
             ConfigError: no SAE is left.
         """
-        if len(self._diverged(trainers)) == len(self._plan.saes):
-            raise self.all_diverged(trainers)
+        if not self.has_healthy(trainers):
+            raise self.no_sae_left()
+        n_steps, batch_size = self.plan.schedule.n_steps, self.plan.schedule.batch_size
+        files: dict[str, int] = {}
+        if any(name not in self._record.diverged for name in self._record.pending or []):
+            if not self._record.checkpoints or self._record.checkpoints[0].step != n_steps:
+                self.checkpoint(trainers, batches)
+            files = self._record.checkpoints[0].files
         for trainer in trainers:
             if trainer.diverged is None:
-                parameters = self._layout.whole(trainer.name, trainer.trained_parameters, trainer.config.d_sae)
-                if not self._layout.saves(trainer.name):
+                parameters = self.layout.whole(trainer.name, trainer.trained_parameters, trainer.config.d_sae)
+                if not self.layout.saves(trainer.name):
                     continue
                 folder = trainer.to_sae(self._metadata, parameters).save(self.output / trainer.name)
                 own = msgspec.structs.replace(self._config, sae=[trainer.config])
                 write_atomically(folder / CONFIG_NAME, to_toml(own))
-        self._save_record(trainers, None, finished=True)
-        return self.folders()
+        final = Checkpoint(
+            step=n_steps,
+            stream=batches.state_dict() | {"rows_taken": n_steps * batch_size},
+            diverged=self.diverged,
+            files=self._record.trained | files,
+        )
+        older = [old for old in self._record.checkpoints if old.step < n_steps]
+        self.step, self._record.checkpoints = n_steps, [final, *older][: self._keep]
+        self._record.finished, self._record.pending, self._record.trained = True, [], {}
+        self._save(trainers)
 
-    def _diverged(self, trainers: list[SaeTrainer]) -> dict[str, str]:
-        """Return which SAEs of all ranks diverged, and why; all have come here when it returns."""
-        own = {t.name: t.diverged for t in trainers if t.diverged is not None}
-        return {name: reason for every in self._layout.ranks.gather(own) for name, reason in every.items()}
+    def _gather_diverged(self, trainers: list[SaeTrainer]) -> dict[str, str]:
+        """Return which of the SAEs in training diverged, on any rank; all have come here when it returns."""
+        own = {trainer.name: trainer.diverged for trainer in trainers if trainer.diverged is not None}
+        return _joined(self._ranks.gather(own))
 
-    def _save_record(self, trainers: list[SaeTrainer], stream: Any, finished: bool) -> None:
-        diverged = self._diverged(trainers)
-        self._record = {
-            "step": self.step,
-            "finished": finished,
-            "stream": stream,
-            "diverged": diverged,
-            **self._identity,
-        }
-        if self._layout.ranks.first:
-            save_record(self.output, self._record, self._keep)
-        self._layout.ranks.gather(None)
+    def _save(self, trainers: list[SaeTrainer]) -> None:
+        """Write the record, then remove the state files that it does not name."""
+        self._record.step = self.step
+        self._record.diverged = self.diverged | self._gather_diverged(trainers)
+        self._write()
+        kept = [checkpoint.step for checkpoint in self._record.checkpoints]
+        for trainer in trainers:
+            if self.layout.saves(trainer.name):
+                remove_states(self.output, trainer.name, kept)
+        self._ranks.gather(None)
 
-    def _check_same(self, record: Mapping[str, Any]) -> None:
-        saved = read_toml(self.output / CONFIG_NAME)
-        current = tomllib.loads(to_toml(self._config))
-        differing = [key for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)]
-        differing = [key for key in differing if key not in _MAY_CHANGE]
-        if "sae" in differing:
-            differing.remove("sae")
-            differing += _differing_saes(saved.get("sae", []), current["sae"])
-        differing += [key for key, value in self._identity.items() if record.get(key) != value]
-        if differing:
-            raise ConfigError(
-                f"'{self.output}' holds a run of another configuration; differing: {', '.join(differing)}; "
-                "restore them, or choose another output"
-            )
+    def _write(self) -> None:
+        if self._ranks.first:
+            save_record(self.output, self._record, self._on_disk)
+        self._on_disk = msgspec.structs.replace(self._record)
+
+    def _tell(self, sentence: str) -> None:
+        self._say(sentence, file=sys.stderr)
 
 
-def _differing_saes(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> list[str]:
-    before, now = ({sae["name"]: sae for sae in saes} for saes in (saved, current))
-    differing = [f"sae '{name}' (only one has it)" for name in sorted(before.keys() ^ now.keys())]
-    for name in sorted(before.keys() & now.keys()):
-        keys = sorted(before[name].keys() | now[name].keys())
-        differing += [f"sae '{name}'.{key}" for key in keys if before[name].get(key) != now[name].get(key)]
-    return differing or ["sae (in another order)"]
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _sae_metadata(store: ActivationStore) -> dict[str, Any]:

@@ -28,18 +28,30 @@ _MOST_DEAD_AFTER_TOKENS = 10_000_000
 
 
 class Schedule(NamedTuple):
-    """How long a run is, and how its learning rates rise and fall."""
+    """How long a run is, and how its learning rates rise and fall.
+
+    A run that was continued to more steps has in `earlier_n_steps` the lengths that it had before. Its learning rate at
+    a step is that of a run of the length that it had then; what else grows or counts over a share of the run is by the
+    first length.
+    """
 
     n_steps: int
     batch_size: int
     warmup_steps: int
     decay_fraction: float
     lr_decay: Literal["linear", "cosine"] = "linear"
+    earlier_n_steps: tuple[int, ...] = ()
+
+    @property
+    def n_steps_at_first(self) -> int:
+        """Return the steps of the run before it was continued."""
+        return self.earlier_n_steps[0] if self.earlier_n_steps else self.n_steps
 
     def lr_factor(self, step: int, config: SaeConfig) -> float:
         """Return the factor of an SAE's peak learning rate at a step; what it leaves open is the run's."""
         fraction = self.decay_fraction if config.decay_fraction is None else config.decay_fraction
-        return lr_factor(step, self.n_steps, self.warmup_steps, fraction, config.lr_decay or self.lr_decay)
+        n_steps = next((n for n in self.earlier_n_steps if step < n), self.n_steps)
+        return lr_factor(step, n_steps, self.warmup_steps, fraction, config.lr_decay or self.lr_decay)
 
 
 def read_metrics(metrics: Mapping[str, Number]) -> dict[str, float]:
@@ -94,11 +106,11 @@ class SaeTrainer:
             if self.W_dec_compute is not self.parameters["W_dec"]:
                 self.optimizer.copies["W_dec"] = self.W_dec_compute
         self.tokens_since_fired = torch.zeros(len(self.W_enc_compute), dtype=torch.int64, device=device)
-        n_tokens = schedule.n_steps * schedule.batch_size
+        n_tokens = schedule.n_steps_at_first * schedule.batch_size
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))
         warmup = config.sparsity_warmup_steps
         share = self.architecture.sparsity_warmup_fraction
-        self.sparsity_warmup_steps = int(schedule.n_steps * share) if warmup is None else warmup
+        self.sparsity_warmup_steps = int(schedule.n_steps_at_first * share) if warmup is None else warmup
         self.averages = {name: tensor.clone() for name, tensor in self.parameters.items()} if config.ema_decay else {}
         self.steps_done = 0
         self.seconds = 0.0
@@ -286,7 +298,7 @@ class SaeTrainer:
     def _resample(self, batch: Batch) -> None:
         """Start dead latents anew where it is time to: at intervals in the first half of the run."""
         every, done = self.config.resample_every_tokens, self.steps_done
-        if not every or 2 * done > self.schedule.n_steps:
+        if not every or 2 * done > self.schedule.n_steps_at_first:
             return
         if done * self.schedule.batch_size // every == (done - 1) * self.schedule.batch_size // every:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..shared.store import ActivationStore
 from .architectures.base import Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
-from .normalization import Normalization, normalization_across, normalization_of
+from .normalization import Normalization, normalization_across, normalization_at, scale_of
 from .parallel.across import ALONE
 from .parallel.layout import Layout
 from .plan import Plan
@@ -20,14 +21,23 @@ from .sae_trainer import SaeTrainer
 from .step_graphs import capture_on_cuda
 
 
-def make_trainers(config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout) -> list[SaeTrainer]:
-    """Return the trainers of the sweep's SAEs that are trained here, at step zero."""
+def make_trainers(
+    config: TrainConfig,
+    plan: Plan,
+    store: ActivationStore,
+    layout: Layout,
+    scales: Mapping[str, float] | None = None,
+) -> list[SaeTrainer]:
+    """Return the trainers of the sweep's SAEs that are trained here, at step zero.
+
+    `scales` are the run's by hook point; those of the configuration if not given.
+    """
     saes = layout.saes_here(plan.saes)
     kernels = kernels_for(config.device, config.kernels)
-    kinds = {
-        hook: normalization_of(store, hook, config.normalize_activations).to(config.device)
-        for hook in {place for sae in saes for place in sae.places}
-    }
+    hooks = sorted({place for sae in saes for place in sae.places})
+    if scales is None:
+        scales = {hook: scale_of(store, hook, config.normalize_activations) for hook in hooks}
+    kinds = {hook: normalization_at(store, hook, scales[hook]).to(config.device) for hook in hooks}
     dtype = getattr(torch, config.compute_dtype)
     across = layout.across
     capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None

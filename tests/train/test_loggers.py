@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 import warnings
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -107,6 +108,22 @@ def test_wandb_offline(config, kill_and_resume):
         for line in lines(folder):
             assert found[line["step"]]["explained_variance"] == pytest.approx(line["explained_variance"])
             assert found[line["step"]]["tokens"] == line["tokens"]
+
+
+def test_wandb_without_a_key_is_one_line(config, monkeypatch, tmp_path):
+    """As its `init` does where nobody is logged in and there is no terminal to ask at."""
+
+    class UsageError(Exception):
+        pass
+
+    def init(**_):
+        raise UsageError("api_key not configured (no-tty). call wandb login [your_api_key]")
+
+    fake = SimpleNamespace(init=init, Settings=lambda **_: None, errors=SimpleNamespace(Error=UsageError))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ConfigError, match=r"wandb = 'online' could not start a run: api_key .* `wandb login`"):
+        train(msgspec.structs.replace(config, wandb="online"))
+    assert not list(tmp_path.glob("saes/*/cfg.json"))
 
 
 @pytest.mark.parametrize(

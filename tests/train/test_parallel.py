@@ -173,7 +173,7 @@ def test_checkpoints_and_records_are_written_once(configs, outputs):
         assert left == []
         assert json.loads((outputs / "three" / name / "checkpoint.json").read_text())["finished"]
         steps = {path.name for path in (outputs / "one" / name).glob("*/checkpoints/*")}
-        assert steps == {"step-000000012.safetensors", "step-000000018.safetensors"}
+        assert steps == {"step-000000018.safetensors", "step-000000024.safetensors"}
 
 
 def test_a_rank_that_dies_stops_the_run_with_one_line_and_it_resumes(configs, tmp_path):

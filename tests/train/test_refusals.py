@@ -168,7 +168,7 @@ def test_what_a_run_does_otherwise_is_noted(config, capsys, changes, note):
     assert "note:" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "config.toml", "checkpoint.json", "Config.TOML"])
+@pytest.mark.parametrize("name", [".", "..", ".hidden", "config.toml", "checkpoint.json", "Config.TOML"])
 def test_names_that_are_no_folders_of_the_output_are_refused(config, tmp_path, name):
     with pytest.raises(ConfigError, match=re.escape(f"an SAE is named '{name}'")):
         train(change(config, output=str(tmp_path / "runs/out"), sae=[TOPK | {"name": name}]))

@@ -121,6 +121,7 @@ class Architecture:
     revives_dead: ClassVar[bool] = True
     capturable: ClassVar[bool] = False
     sparsity_warmup_fraction: ClassVar[float] = 1 / 20
+    resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "sparsity_warmup_fraction")
 
     def __init__(self, config: SaeConfig, d_in: int):
         for key in self.required:
@@ -143,6 +144,15 @@ class Architecture:
         given = self.config.beta1, self.config.beta2
         beta1, beta2 = (own if beta is None else beta for beta, own in zip(given, self.betas, strict=True))
         return beta1, beta2
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Return the values in effect of what the configuration may leave open, named in `resolved`.
+
+        A resumed run compares them: another release may have other defaults.
+        """
+        held = self.unit_norm_decoder if self.config.unit_norm_decoder is None else self.config.unit_norm_decoder
+        return {"unit_norm_decoder": held} | {name: getattr(self, name) for name in self.resolved}
 
     @property
     def aux_coefficient(self) -> float:

@@ -47,6 +47,7 @@ class JumpReLU(Architecture):
         "initial_threshold",
         "threshold_lr_scale",
     )
+    resolved = (*Architecture.resolved, "bandwidth", "first_threshold")
     betas = (0.0, 0.999)
     eps = 1e-8
     revives_dead = False

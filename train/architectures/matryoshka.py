@@ -23,6 +23,7 @@ class MatryoshkaBatchTopK(BatchTopK):
     name = "matryoshka_batch_topk"
     capturable = True
     options = ("prefix_sizes", *BatchTopK.options)
+    resolved = (*BatchTopK.resolved, "prefixes")
 
     def __init__(self, config: SaeConfig, d_in: int):
         super().__init__(config, d_in)

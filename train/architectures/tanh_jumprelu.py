@@ -34,6 +34,7 @@ class TanhJumpReLU(JumpReLU):
     """
 
     capturable = True
+    resolved = (*JumpReLU.resolved, "tanh_scale", "pre_act_coefficient")
     unit_norm_decoder = False
     betas = (0.9, 0.999)
     default_lr = 2e-4
@@ -75,7 +76,7 @@ class TanhJumpReLU(JumpReLU):
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec, rows = batch.x, parameters["W_dec"], len(batch.x)
-        epsilon, scale = self.bandwidth, self.config.tanh_scale or _TANH_SCALE
+        epsilon, scale = self.bandwidth, self.tanh_scale
         theta, bias, norms = parameters["log_threshold"].exp(), encoded_bias(parameters), W_dec.norm(dim=1)
         latents = above_threshold(step, parameters, batch, bias, theta - _EDGE * epsilon)
         distance = latents.pre_acts - latents.spread(theta)
@@ -91,7 +92,7 @@ class TanhJumpReLU(JumpReLU):
         by_log_threshold = -latents.sum(by_values * (distance.abs() < epsilon / 2)) * theta / epsilon
         by_norms = latents.sum(slope * values)
 
-        pull = self._pre_act_coefficient / rows
+        pull = self.pre_act_coefficient / rows
         gradients = gradients_of(parameters, latents, x, g, values, (by_values + weights * pull) * active)
         # Each latent's terms below its threshold are those of all rows less those of the rows where it is active.
         sum_x = x.sum(0)
@@ -114,7 +115,13 @@ class TanhJumpReLU(JumpReLU):
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, count(active) / rows, terms)
 
     @property
-    def _pre_act_coefficient(self) -> float:
+    def tanh_scale(self) -> float:
+        """Return the factor of latents inside the penalty."""
+        return self.config.tanh_scale or _TANH_SCALE
+
+    @property
+    def pre_act_coefficient(self) -> float:
+        """Return the weight of the loss of pre-activations below their threshold."""
         given = self.config.pre_act_coefficient
         return _PRE_ACT_COEFFICIENT if given is None else given
 

@@ -22,6 +22,8 @@ class TopK(Architecture):
     required = ("k",)
     options = ("aux_coefficient", "k_aux", "unit_norm_decoder", "k_anneal_steps", "multi_topk_coefficient")
 
+    resolved = (*Architecture.resolved, "aux_coefficient", "k_aux")
+
     @property
     def k_aux(self) -> int:
         """Return how many dead latents of each row the auxiliary loss uses; d_in / 2 if not given."""

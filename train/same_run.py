@@ -1,0 +1,162 @@
+"""Compare a run on disk with what is asked for: is it the same run, a longer one, or a new try of what diverged?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..shared.errors import ConfigError
+from ..shared.store.identity import StoreIdentity
+from .record import RunRecord
+
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStore
+    from .plan import Plan
+
+_MAY_CHANGE = {
+    "checkpoint_every_tokens",
+    "keep_checkpoints",
+    "log_every_steps",
+    "tensorboard",
+    "wandb",
+    "wandb_project",
+    "dry_run",
+    "cuda_graphs",
+    "parallel",
+    "tokens",
+    "epochs",
+    "store",
+    "cache",
+    "cache_bytes",
+    "output",
+}
+"""Keys that may differ on resuming: they do not change the result, or what they decide is compared instead."""
+
+_OLD_AUX_COEFFICIENT = 1 / 32
+"""What releases without records of the configuration wrote for every SAE where it was not given."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: the configuration as a table, and all else that the result follows from."""
+
+    config: dict[str, Any]
+    n_steps: int
+    rows_per_epoch: int
+    store: StoreIdentity
+    recipes: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, table: dict[str, Any], plan: Plan, store: ActivationStore) -> Request:
+        """Return what a configuration's table and its plan ask for of a store."""
+        return cls(
+            table,
+            plan.schedule.n_steps,
+            plan.rows_per_epoch,
+            StoreIdentity.of(store.manifest),
+            json.loads(json.dumps(plan.recipes)),
+        )
+
+    @property
+    def saes(self) -> dict[str, dict[str, Any]]:
+        """Return the SAEs' tables by name."""
+        return {sae["name"]: sae for sae in self.config["sae"]}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a request differs from the run on disk: nothing, if neither is set.
+
+    `retried` names diverged SAEs that are asked for otherwise, and SAEs in place of diverged ones; `continued` says
+    that the finished run is to go on to more steps.
+    """
+
+    retried: tuple[str, ...] = ()
+    continued: bool = False
+
+
+def compare(output: Path, record: RunRecord, saved: Mapping[str, Any], request: Request, store: object) -> Difference:
+    """Return how a request differs from the run in a folder.
+
+    Raises:
+        ConfigError: it is another run.
+    """
+    _check_store(output, record, request, store)
+    _check_release(output, record, request)
+    now, before = request.saes, {sae["name"]: sae for sae in saved.get("sae", [])}
+    keys = sorted((saved.keys() | request.config.keys()) - _MAY_CHANGE - {"sae"})
+    differing = [key for key in keys if saved.get(key) != request.config.get(key)]
+    retried: tuple[str, ...] = ()
+    by_name = {name: _differing_keys(name, before, now, record) for name in dict.fromkeys([*before, *now])}
+    changed = [name for name, keys in by_name.items() if keys]
+    if record.finished and changed and record.n_steps == request.n_steps:
+        gone = [name for name in changed if name not in now]
+        added = [name for name in changed if name not in before]
+        of_diverged = all(name in record.diverged for name in changed if name not in added)
+        if of_diverged and len(added) <= len(gone):
+            retried, by_name = tuple(name for name in changed if name in now), {}
+    differing += [key for keys in by_name.values() for key in keys]
+    if not differing and not changed and list(before) != list(now):
+        differing.append("sae (in another order)")
+    if record.rows_per_epoch != request.rows_per_epoch:
+        differing.append("rows_per_epoch")
+    continued = record.finished and record.n_steps < request.n_steps and not differing
+    if record.n_steps != request.n_steps and not continued:
+        differing.append(f"n_steps ({request.n_steps:,}, the run has {record.n_steps:,})")
+    if differing:
+        raise ConfigError(
+            f"'{output}' holds a run of another configuration; differing: {', '.join(differing)}; "
+            "restore them, or choose another output"
+        )
+    return Difference(retried, continued)
+
+
+def _differing_keys(
+    name: str, before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]], record: RunRecord
+) -> list[str]:
+    if name not in before or name not in now:
+        return [f"sae '{name}' (only one has it)"]
+    saved, current = dict(before[name]), now[name]
+    if record.config is None and saved.get("aux_coefficient") == _OLD_AUX_COEFFICIENT:
+        saved = {key: value for key, value in saved.items() if key != "aux_coefficient" or key in current}
+    return [
+        f"sae '{name}'.{key}" for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)
+    ]
+
+
+def _check_store(output: Path, record: RunRecord, request: Request, store: Any) -> None:
+    known = record.store
+    if known is None or known == request.store:
+        return
+    where = f"'{store.path}' holds {request.store.contexts:,} contexts"
+    began = f"the run in '{output}' began on {known.contexts:,}"
+    if known == StoreIdentity.of(store.manifest, known.shards):
+        raise ConfigError(
+            f"the store {where}, but {began}: it was extended since, which changes the order of all rows; "
+            "train on the longer store in another output, with init_from to start from these SAEs"
+        )
+    raise ConfigError(
+        f"the store {where} (content {request.store.digest[:8]}), but {began} of other content "
+        f"({known.digest[:8]}); give the store of that run, or choose another output"
+    )
+
+
+def _check_release(output: Path, record: RunRecord, request: Request) -> None:
+    """Refuse a run that this release would continue otherwise than the one that began it."""
+    changed = []
+    for name, recipe in record.recipes.items():
+        if name in record.diverged or name not in request.recipes:
+            continue
+        here = request.recipes[name]
+        keys = [key for key in recipe if key in here and recipe[key] != here[key]]
+        if record.config is not None and name in request.saes:
+            saved = {sae["name"]: sae for sae in record.config["sae"]}.get(name)
+            changed += [f"sae '{name}'.{key}" for key in keys if saved == request.saes[name]]
+    if changed:
+        raise ConfigError(
+            f"the run in '{output}' was begun by a release that trains otherwise; differing: {', '.join(changed)}; "
+            "resume it with that release, or choose another output"
+        )
