@@ -286,6 +286,11 @@ def test_sparsify_is_loaded_by_its_files(tmp_path):
     close(sae(x), decoded(latents, tensors))
     assert sae.hook_point == "layers.3.mlp"
     assert Sae.load(write_sparsify(tmp_path / "any")).hook_point == ""
+    named = SPARSIFY | {"hook_name": "blocks.3.hook_resid_post", "hook_layer": 3}
+    assert Sae.load(write_sparsify(tmp_path / "any", named)).hook_point == "blocks.3.resid_post"
+    first = {"expansion_factor": 2, "normalize_decoder": True, "k": 3, "signed": False, "d_in": N // 2}
+    with pytest.raises(SaeError, match=r"W_enc has shape \(6, 10\), expected \(5, 10\)"):
+        Sae.load(write_sparsify(tmp_path / "any", first))
 
 
 @pytest.mark.parametrize(

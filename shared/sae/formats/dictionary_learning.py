@@ -86,8 +86,12 @@ _TRAINER_KEYS = (
     "group_weights",
     "group_sizes",
     "norm_factor",
+    "run_name",
+    "ortho_weight",
+    "dead_tokens",
+    "dead_feature_threshold",
 )
-"""All that the library's trainers write. `norm_factor` was multiplied into the saved biases."""
+"""What the library's trainers write, and some derived from them. `norm_factor` is in the saved biases already."""
 
 _BUFFER_KEYS = ("d_submodule", "io", "n_ctxs", "ctx_len", "refresh_batch_size", "out_batch_size", "device", "layer")
 _RESIDUAL_STREAM = re.compile(r"resid_post_layer_(\d+)")

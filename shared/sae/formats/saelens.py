@@ -181,7 +181,8 @@ def _check_normalization(kind: object, where: str) -> None:
         return
     kind = "expected_average_only_in" if kind is True else kind
     advice = (
-        "fold it into the weights first, with fold_activation_norm_scaling_factor, for the file does not say the factor"
+        "fold it into the weights first, with fold_activation_norm_scaling_factor, because the file does not say the "
+        "factor; if the weights take activations as they are, set it to 'none'"
         if kind == "expected_average_only_in"
         else "SAEs that normalise their input themselves are not supported"
     )

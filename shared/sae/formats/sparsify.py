@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ...errors import SaeError
+from ...hook_points import canonical_hook_point
 from .parts import SaeParts, check_known, check_tensors, check_top_k, integer, take, text
 from .reading import read_json, read_safetensors
 
@@ -14,9 +15,9 @@ WEIGHTS_NAME = "sae.safetensors"
 
 _UNSUPPORTED = ("transcode", "skip_connection", "signed")
 _TENSORS = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-_READ = ("activation", "expansion_factor", "num_latents", "k", "d_in")
-_TRAINING = ("normalize_decoder", "multi_topk")
-"""Settings that change how an SAE is trained, not what it computes."""
+_READ = ("activation", "expansion_factor", "num_latents", "k", "d_in", "hook_name")
+_TRAINING = ("normalize_decoder", "multi_topk", "hook_layer")
+"""Settings that change how an SAE is trained, or where, not what it computes."""
 
 _MODULE_PATH = re.compile(r"([a-z_]+\.)*(layers|h|blocks)\.\d+(\.[a-z_0-9]+)*")
 
@@ -32,7 +33,7 @@ def weights_name(folder: Path) -> str:
 
 
 def read(folder: Path) -> SaeParts:
-    """Read an SAE; its hook point is the module that its folder is named after, as sparsify names folders.
+    """Read an SAE; sparsify names folders after the module, unless the configuration says where it belongs.
 
     Raises:
         SaeError: it is damaged, or its encoder is not TopK's.
@@ -54,5 +55,5 @@ def read(folder: Path) -> SaeParts:
     d_sae = integer(config, "num_latents", where) if chosen else d_in * integer(config, "expansion_factor", where, 32)
     check_tensors("topk", taken, (d_in, d_sae, d_in), where, CONFIG_NAME)
     check_top_k(k, d_sae, where)
-    hook_point = folder.name if _MODULE_PATH.fullmatch(folder.name) else ""
-    return SaeParts("topk", taken, hook_point, {"k": k, "apply_b_dec_to_input": True})
+    hook_point = text(config, "hook_name", where) or (folder.name if _MODULE_PATH.fullmatch(folder.name) else "")
+    return SaeParts("topk", taken, canonical_hook_point(hook_point), {"k": k, "apply_b_dec_to_input": True})
