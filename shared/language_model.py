@@ -181,8 +181,9 @@ def _find_parts(name: str, revision: str | None, adapter: str | None) -> ModelPa
 
 def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
     """Raise `ModelError` for a kind of model that is not a decoder or an encoder of text."""
-    alone = any(str(kind).endswith("ForCausalLM") for kind in getattr(config, "architectures", None) or [])
-    if getattr(config, "is_encoder_decoder", False) and not alone:
+    if any(str(kind).endswith("ForCausalLM") for kind in getattr(config, "architectures", None) or []):
+        return  # also BartForCausalLM and the like: a decoder saved without its encoder
+    if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); {EXPECTED}")
     built = MODEL_MAPPING.get(type(config), None)
     reads = getattr(built, "main_input_name", "input_ids")
@@ -193,13 +194,16 @@ def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
 def _read_tokens(model: PreTrainedModel, name: str) -> None:
     """Raise `ModelError` for a model that cannot run on tokens alone."""
     tokens = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    options = {"use_cache": False} if hasattr(model.base_model.config, "use_cache") else {}
     try:
         with torch.no_grad():
-            model.base_model(input_ids=tokens)
+            model.base_model(input_ids=tokens, **options)
     except Exception as error:
         others = [key for key in inspect.signature(model.base_model.forward).parameters if key in NOT_TEXT]
-        reason = f"it also reads {', '.join(others)}" if others else _reason(error)
-        raise ModelError(f"'{name}' ({type(model).__name__}) cannot read tokens alone: {reason}; {EXPECTED}") from error
+        reads = f" (it also reads {', '.join(others)})" if others else ""
+        raise ModelError(
+            f"'{name}' ({type(model).__name__}) cannot run on tokens alone{reads}: {_reason(error)}; {EXPECTED}"
+        ) from error
 
 
 @contextmanager
