@@ -1,0 +1,1 @@
+"""What is measured about a language model before its activations are trusted."""

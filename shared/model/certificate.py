@@ -1,0 +1,215 @@
+"""Measure in a model's own forward pass which canonical hook points its blocks have, and where.
+
+A few tokens run through the model while random activations are put in place of what attention and MLP return, so that
+what a block adds to the residual stream is seen whatever the weights are. Each kind of hook point is offered only where
+its identity holds (`Finding.identity`), and otherwise refused with what the tensor there is (`Finding.reason`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .block_probe import BlockProbe
+from .blocks import Blocks, block_lists, text_config
+from .finding import Finding
+from .probe import Edit, Place, Record, run
+from .scales import same
+
+FLOAT32_COPY_PARAMETERS = 1 << 28
+"""Largest model that is measured as a copy in float32 too: 1 GiB of it."""
+
+Findings = dict[tuple[int, str], Finding]
+
+
+def measure(model: nn.Module, layers: Iterable[int] | None = None) -> tuple[Blocks | None, Findings]:
+    """Return the text model's blocks, and what was found of each kind of hook point in the blocks of these layers.
+
+    Identities are measured in float32: in a copy, where the model is of another type and has at most
+    `FLOAT32_COPY_PARAMETERS`. What the model writes into, and what a splice replaces, is measured in the model itself.
+    """
+    blocks = running_blocks(model)
+    if blocks is None:
+        return None, {}
+    wanted = sorted(set(range(len(blocks.modules)) if layers is None else layers))
+    wanted = [layer for layer in wanted if layer < len(blocks.modules)]
+    findings = _measure(model, blocks, wanted)
+    if (exact := _in_float32(model)) is not None:
+        listed = exact.get_submodule(blocks.path)
+        assert isinstance(listed, nn.ModuleList)
+        sharper = _measure(exact, Blocks(blocks.path, listed), wanted)
+        findings = {key: _both(found, sharper[key]) for key, found in findings.items()}
+    return blocks, findings
+
+
+def measured_in_float32(model: nn.Module) -> bool:
+    """Tell whether a model's identities are measured in float32, be it in a copy."""
+    return _dtype(model) == torch.float32 or _copies(model)
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+
+def _copies(model: nn.Module) -> bool:
+    """Tell whether a copy of the model in float32 is small enough, and possible: no weights are quantised or away."""
+    parameters = list(model.parameters())
+    plain = all(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
+    return plain and not any(p.is_meta for p in parameters) and sum(map(torch.Tensor.numel, parameters)) <= FLOAT32_COPY_PARAMETERS
+
+
+def _in_float32(model: nn.Module) -> nn.Module | None:
+    return copy.deepcopy(model).float() if _copies(model) else None
+
+
+def _both(found: Finding, exact: Finding) -> Finding:
+    """Return a finding that holds in both measurements: the model's own, of which the exact one agrees."""
+    if found.place is None:
+        return found
+    if exact.place is None:
+        return exact
+    if found.place != exact.place or found.scale != exact.scale:
+        return Finding(reason=f"{found.place.path} holds it in {exact.place.path}'s place as rounded")
+    return replace(found, splice=found.splice if exact.splice else "")
+
+
+def running_blocks(model: nn.Module) -> Blocks | None:
+    """Return the first list of blocks, by name and size, all of which a pass over tokens runs through."""
+    lists = list(block_lists(model))
+    if not lists:
+        return None
+    firsts = [(f"{found.path}.{i}", block) for found in lists for i, block in enumerate(found.modules)]
+    ran = {place.path for place in run(model, firsts).values}
+    for found in lists:
+        if all(f"{found.path}.{i}" in ran for i in range(len(found.modules))):
+            return found
+    return None
+
+
+def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
+    """Measure the blocks of these layers in one precision."""
+    listed = list(blocks.modules)
+    last = len(listed) - 1
+    inside = [
+        (f"{blocks.path}.{layer}" + (f".{path}" if path else ""), module)
+        for layer in layers
+        for path, module in listed[layer].named_modules()
+    ]
+    around = [(f"{blocks.path}.{layer}", block) for layer, block in enumerate(listed) if layer not in layers]
+    natural = _natural_pass(model, [*inside, *around, *_outside(model, blocks)])
+    probes: list[BlockProbe] = []
+    findings: Findings = {}
+    for layer in layers:
+        path = f"{blocks.path}.{layer}"
+        if Place(path, "input") not in natural.values or Place(path, "output") not in natural.values:
+            findings |= {(layer, kind): Finding(reason=_NOT_ONE) for kind in BlockProbe.kinds}
+            continue
+        probes.append(BlockProbe(layer, path, listed[layer], text_config(model), natural))
+    stop = listed[layers[-1] + 1] if layers and layers[-1] < last else None
+
+    def together(edits: Iterable[Edit]) -> Record:
+        return run(model, inside, list(edits), stop)
+
+    stages = [probe.stages() for probe in probes]
+    pending = [(stage, next(stage)) for stage in stages]
+    while pending:  # each pass serves one stage of every block: their inputs are fixed, so blocks do not mix
+        record = together(edit for _, edits in pending for edit in edits)
+        advanced = []
+        for stage, _ in pending:
+            try:
+                advanced.append((stage, stage.send(record)))
+            except StopIteration:
+                pass
+        pending = advanced
+    for probe in probes:
+        findings |= {(probe.layer, kind): found for kind, found in probe.findings.items()}
+    _check_stream(model, blocks, probes, natural, findings)
+    changed = natural.changed()
+    return {
+        key: replace(found, clone=found.place in changed) if found.place is not None else found
+        for key, found in findings.items()
+    }
+
+
+_NOT_ONE = "the block does not read and return one activation of shape [batch, context, d] for each token"
+
+
+def _natural_pass(model: nn.Module, recorded: list[tuple[str, nn.Module]]) -> Record:
+    """Run the model as it is, with its own hidden states where it gives them."""
+    try:
+        return run(model, recorded, output_hidden_states=True)
+    except (TypeError, ValueError, NotImplementedError):
+        return run(model, recorded)
+
+
+def _outside(model: nn.Module, blocks: Blocks) -> list[tuple[str, nn.Module]]:
+    """Return the modules that neither are in the blocks nor hold them."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if not path.startswith(f"{blocks.path}.") and not blocks.path.startswith(path) and not list(module.children())
+    ]
+
+
+def _check_stream(model: nn.Module, blocks: Blocks, probes: list[BlockProbe], natural: Record, findings: Findings) -> None:
+    """Check that a block's output is the next one's input, naturally and when replaced, and the library's hidden state."""
+    last = len(blocks.modules) - 1
+    hidden: Any = getattr(natural.output, "hidden_states", None)
+    hidden = hidden if isinstance(hidden, (tuple, list)) and len(hidden) == last + 2 else None
+    if hidden is not None and all(same(hidden[probe.layer], probe.natural_post) for probe in probes):
+        hidden = None  # Mamba and RWKV list what their blocks return, not what they read
+    for probe in probes:
+        after = Place(f"{blocks.path}.{probe.layer + 1}", "input")
+        gap = ""
+        if probe.layer < last and not (after in natural.values and same(natural.values[after], probe.natural_post)):
+            gap = f"block {probe.layer + 1} does not read what block {probe.layer} returns"
+        elif hidden is not None and not _is_hidden(hidden, probe, probe.layer == last, natural):
+            gap = f"the library's hidden_states[{probe.layer + 1}] differ from it"
+        if gap:
+            findings[probe.layer, "resid_post"] = Finding(reason=gap)
+        if hidden is not None and not same(hidden[probe.layer], probe.natural_pre):
+            findings[probe.layer, "resid_pre"] = Finding(
+                reason=f"the library's hidden_states[{probe.layer}] differ from the block's input"
+            )
+    _check_replaced_post(model, blocks, probes, natural, findings)
+
+
+def _is_hidden(hidden: Any, probe: BlockProbe, is_last: bool, natural: Record) -> bool:
+    """Tell whether a block's output is the library's hidden state, which of the last block is after the final norm."""
+    state = hidden[probe.layer + 1]
+    if same(state, probe.natural_post):
+        return True
+    if not is_last:
+        return False
+    readers = [p.path for p, value in natural.values.items() if p.side == "input" and same(value, probe.natural_post)]
+    results = [natural.values.get(Place(path, "output")) for path in readers]
+    return any(result is not None and same(state, result) for result in results)
+
+
+def _check_replaced_post(
+    model: nn.Module, blocks: Blocks, probes: list[BlockProbe], natural: Record, findings: Findings
+) -> None:
+    """Put noise in place of the blocks' outputs and check that what comes after reads it."""
+    last = len(blocks.modules) - 1
+    edits = {probe.layer: Edit(Place(probe.path, "output"), probe.noise(9, probe.natural_post)) for probe in probes}
+    after = [(f"{blocks.path}.{layer + 1}", blocks.modules[layer + 1]) for layer in edits if layer < last]
+    outside = _outside(model, blocks) if last in edits else []
+    record = run(model, [*after, *outside], list(edits.values()))
+    for layer, edit in edits.items():
+        found = findings[layer, "resid_post"]
+        if found.place is None:
+            continue
+        if layer < last:
+            value = record.values.get(Place(f"{blocks.path}.{layer + 1}", "input"))
+            follows = value is not None and same(value, edit.value)
+        else:
+            final = getattr(record.output, "last_hidden_state", None)
+            values = [v for p, v in record.values.items() if p.side == "input"] + ([final] if final is not None else [])
+            follows = any(same(value, edit.value) for value in values)
+        if not follows:
+            findings[layer, "resid_post"] = replace(found, splice="")

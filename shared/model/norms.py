@@ -1,0 +1,58 @@
+"""Compute a norm's result before its weight and bias, which TransformerLens calls `hook_normalized`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .scales import same
+
+_EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+
+
+class Affine(NamedTuple):
+    """A norm as `normalize(x) * (offset + weight) + bias`, with the mean taken off first where it `centres`."""
+
+    centres: bool
+    offset: float
+    eps: float
+
+    def normalize(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return `x` normalised, in float32 inside and of the type of `x`."""
+        wide = x.float()
+        if self.centres:
+            wide = wide - wide.mean(dim=-1, keepdim=True)
+        return (wide * (wide.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+
+    def apply(self, norm: nn.Module, normalized: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return what the norm makes of a normalised activation."""
+        weight, bias = parameters_of(norm)
+        wide = normalized.float()
+        if weight is not None:
+            wide = wide * (self.offset + weight.float())
+        if bias is not None:
+            wide = wide + bias.float()
+        return wide.to(normalized.dtype)
+
+
+def parameters_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return a norm's weight and bias, None where it has none."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return (
+        weight if isinstance(weight, Tensor) and weight.ndim == 1 else None,
+        bias if isinstance(bias, Tensor) and bias.ndim == 1 else None,
+    )
+
+
+def affine_of(norm: nn.Module, x: Float[Tensor, "*batch d"], result: Float[Tensor, "*batch d"]) -> Affine | None:
+    """Return the kind of norm that makes `result` of `x`, or None if it is of no kind known here."""
+    own = [value for name in _EPSILONS if isinstance(value := getattr(norm, name, None), float)]
+    for eps in own or (1e-5, 1e-6):
+        for centres in (True, False):
+            for offset in (0.0, 1.0):
+                affine = Affine(centres, offset, eps)
+                if x.shape == result.shape and same(affine.apply(norm, affine.normalize(x)), result):
+                    return affine
+    return None

@@ -1,0 +1,149 @@
+"""Run a model over a few tokens, replace what some of its modules read or return, and record what the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .arguments import activation_of, input_place, with_input, with_output
+
+Side = Literal["input", "output"]
+BATCH, CONTEXT = 2, 5
+
+
+class Place(NamedTuple):
+    """The activation that a module reads or returns; `path` is the module's path in the model."""
+
+    path: str
+    side: Side
+
+
+class Edit(NamedTuple):
+    """Put `value` in place of what is at `place`; `in_place` writes it into the tensor that is there."""
+
+    place: Place
+    value: Tensor
+    in_place: bool = False
+
+
+class Stop(BaseException):
+    """Ends a forward pass that has recorded all it was to; nothing in between may catch it."""
+
+
+@dataclass
+class Record:
+    """What the modules of the probed blocks read and returned in one pass, in the order of their calls.
+
+    `values` holds copies made when the hooks ran. `kept` holds the tensors themselves: where they differ later, the
+    model has written into them. A module that ran more than once is in `repeated`.
+    """
+
+    values: dict[Place, Float[Tensor, "batch context d"]] = field(default_factory=dict)
+    kept: dict[Place, Tensor] = field(default_factory=dict)
+    repeated: set[Place] = field(default_factory=set)
+    flat: set[Place] = field(default_factory=set)
+    output: Any = None
+
+    def add(self, place: Place, value: Any) -> None:
+        """Keep a value if it is one activation for each token; those in one row, `[batch * context, d]`, are `flat`."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        if value.shape[:-1] == (BATCH * CONTEXT,):
+            self.flat.add(place)
+            value = value.view(BATCH, CONTEXT, -1) if value.is_contiguous() else value.reshape(BATCH, CONTEXT, -1)
+        if value.shape[:-1] != (BATCH, CONTEXT):
+            return
+        if place in self.values:
+            self.repeated.add(place)
+        self.values[place] = value.detach().clone()
+        self.kept[place] = value.detach()
+
+    def changed(self) -> set[Place]:
+        """Return the places whose tensor the model has written into since it was read."""
+        return {place for place, value in self.values.items() if not torch.equal(value, self.kept[place])}
+
+
+def probe_tokens(model: nn.Module) -> Int[Tensor, "batch context"]:
+    """Return ordinary tokens, none of which the configuration gives a meaning, such as that of an image."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    special = {value for part in (config, text) for key, value in vars(part).items() if "token" in key} if config else set()
+    size = getattr(text, "vocab_size", None) or BATCH * CONTEXT
+    ordinary = [token for token in range(5, min(size, 200)) if token not in special] or list(range(size))
+    tokens = [ordinary[i * 7 % len(ordinary)] for i in range(BATCH * CONTEXT)]
+    return torch.tensor(tokens, device=next(model.parameters()).device).reshape(BATCH, CONTEXT)
+
+
+def run(
+    model: nn.Module,
+    recorded: Iterable[tuple[str, nn.Module]],
+    edits: Sequence[Edit] = (),
+    stop_before: nn.Module | None = None,
+    **arguments: Any,
+) -> Record:
+    """Run the model without its unembedding, and return what the `recorded` modules read and returned after the edits.
+
+    `stop_before` is a module at which the pass may end.
+    """
+    record = Record()
+    base: Any = getattr(model, "base_model", model)
+    config = getattr(base, "config", None)
+    if hasattr(config, "use_cache"):
+        arguments["use_cache"] = False
+    with ExitStack() as stack, torch.inference_mode():
+        for edit in edits:
+            _hook(stack, model.get_submodule(edit.place.path), edit.place.side, _editor(edit))
+        for path, module in recorded:
+            for side in ("input", "output"):
+                place = Place(path, side)
+                _hook(stack, module, side, lambda value, place=place: record.add(place, value))
+        if stop_before is not None:
+            stack.callback(stop_before.register_forward_pre_hook(_stop).remove)
+        try:
+            record.output = base(input_ids=probe_tokens(model), **arguments)
+        except Stop:
+            pass
+    return record
+
+
+def _stop(*_: Any) -> None:
+    raise Stop
+
+
+def _editor(edit: Edit) -> Callable[[Any], Tensor | None]:
+    def replace(value: Any) -> Tensor | None:
+        if not isinstance(value, Tensor) or value.numel() != edit.value.numel():
+            return None
+        new = edit.value.reshape(value.shape).to(value.dtype)
+        if edit.in_place:
+            value.copy_(new)
+            return None
+        return new.clone()
+
+    return replace
+
+
+def _hook(stack: ExitStack, module: nn.Module, side: Side, act: Callable[[Any], Tensor | None]) -> None:
+    """Call `act` with what the module reads or returns, and put what it returns, if not None, in its place."""
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = input_place(args, kwargs)
+        if place is None:
+            return None
+        new = act(kwargs[place] if isinstance(place, str) else args[place])
+        return None if new is None else with_input(args, kwargs, place, new)
+
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        new = act(activation_of(output))
+        return None if new is None else with_output(output, new)
+
+    if side == "input":
+        stack.callback(module.register_forward_pre_hook(on_input, with_kwargs=True).remove)
+    else:
+        stack.callback(module.register_forward_hook(on_output).remove)
