@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..shared.capture import reading, splice
 from ..shared.hook_points import ResolvedHookPoint
-from ..shared.language_model import splice
 from .encoding import reconstruct
 from .held_out import HeldOut
 from .places import joined, places
@@ -115,16 +115,15 @@ def read_at(
     """Within this context, a pass of the model leaves its activations at some hook points in the dictionary."""
     seen: dict[str, Activation] = {}
 
-    def reader(place: str) -> Callable[[Activation], Activation]:
-        def read(activation: Activation) -> Activation:
+    def reader(place: str) -> Callable[[Activation], None]:
+        def read(activation: Activation) -> None:
             seen[place] = activation.clone()
-            return activation
 
         return read
 
     with ExitStack() as stack:
         for place in where:
-            stack.enter_context(splice(model, hook_points[place], reader(place)))
+            stack.enter_context(reading(model, hook_points[place], reader(place)))
         yield seen
 
 

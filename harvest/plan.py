@@ -11,6 +11,7 @@ from ..shared.device import choose_device
 from ..shared.errors import ModelError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
+from ..shared.model.certificate import certificate
 from ..shared.store.format import ITEM_BYTES, choose_chunk_rows
 from ..shared.store.roles import ROLE_NAMES
 from ..shared.store.tokenizer_folder import describe_tokenizer
@@ -134,5 +135,6 @@ def metadata_of(config: HarvestConfig, identity: dict[str, Any], plan: Plan) -> 
         "seed": config.seed,
         "mask_token_ids": rules.mask_token_ids,
         "hook_modules": {name: hook_point.module_path for name, hook_point in plan.hook_points.items()},
+        "certificate": certificate(plan.model, plan.hook_points),
         "harvest": identity,
     }

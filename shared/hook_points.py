@@ -1,4 +1,4 @@
-"""Name the places in a transformer where activations are read, and find their modules.
+"""Name the places in a transformer where activations are read.
 
 A canonical name is `blocks.N.KIND`, with KIND one of
 
@@ -6,74 +6,49 @@ A canonical name is `blocks.N.KIND`, with KIND one of
     resid_mid               between attention and MLP (blocks that are not parallel)
     attn_out, mlp_out       what attention and MLP add to the residual stream
     mlp_in                  the MLP's input, after its norm: what a transcoder reads
+    mlp_in_normalized       the same before the norm's weight and bias (TransformerLens: ln2.hook_normalized)
+    mlp_branch              the stream as the MLP's norm alone reads it (TransformerLens: hook_mlp_in)
     attn_z                  the heads' outputs side by side, before the output projection
 
-or any module's path, which means that module's output. In blocks that normalise what a part
-adds (Gemma 2 and 3, OLMo 2, GLM 4), `attn_out` and `mlp_out` are taken after that norm, as in
+or any module's path, which means that module's output. In blocks that normalise or scale what a part
+adds (Gemma 2 and 3, OLMo 2, GLM 4; Granite), `attn_out` and `mlp_out` are taken after that, as in
 TransformerLens. In post-norm encoders (BERT) `resid_post` is the block's normalised output, and
 `attn_out` and `mlp_out` are the projections before the residual is added.
+
+Which of them a model has is measured in the model itself (`shared/model/certificate.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .errors import HookPointError
+from .lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from torch import nn
+    from .model.blocks import find_blocks as find_blocks
+    from .model.norms import Affine
 
-KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_z", "mlp_in", "mlp_out")
+__getattr__ = lazy_exports(__package__ or "", {"find_blocks": ".model.blocks"})
+
+KINDS = (
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "attn_z",
+    "mlp_branch", "mlp_in_normalized", "mlp_in", "mlp_out",
+)  # fmt: skip
 
 _TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
     "hook_resid_post": "resid_post",
     "hook_attn_out": "attn_out",
-    "hook_mlp_in": "resid_mid",  # TransformerLens reads it before the norm
-    "hook_mlp_out": "mlp_out",
     "attn.hook_z": "attn_z",
-    "ln2.hook_normalized": "mlp_in",
-}
-
-_ATTENTION = ("attn", "self_attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_OUT_PROJECTION = ("c_proj", "o_proj", "out_proj", "dense", "out_lin", "wo")
-
-# For each kind, (side, paths inside the block): the first path that exists is taken. A path with a
-# condition "a & b" needs b too, which tells one family's use of a name from another's.
-_INSIDE: dict[str, tuple[Literal["input", "output"], tuple[str, ...]]] = {
-    "attn_out": (
-        "output",
-        (
-            "post_attention_layernorm & post_feedforward_layernorm",
-            "post_self_attn_layernorm & post_mlp_layernorm",
-            "attention.output.dense",
-            *_ATTENTION,
-        ),
-    ),
-    "attn_z": (
-        "input",
-        ("attention.output.dense", *(f"{a}.{p}" for a in _ATTENTION for p in _OUT_PROJECTION)),
-    ),
-    "resid_mid": (
-        "input",
-        (
-            "pre_feedforward_layernorm",
-            "post_attention_layernorm & input_layernorm",
-            "ln_2",
-            "ffn_norm",
-            "mlp & post_feedforward_layernorm",  # OLMo 2: the MLP reads the stream itself
-        ),
-    ),
-    "mlp_in": ("input", (*_MLP, "intermediate")),
-    "mlp_out": (
-        "output",
-        ("post_feedforward_layernorm", "post_mlp_layernorm", *_MLP, "output.dense"),
-    ),
+    "hook_mlp_in": "mlp_branch",
+    "ln2.hook_normalized": "mlp_in_normalized",
+    "mlp.hook_in": "mlp_in",
+    "hook_mlp_out": "mlp_out",
 }
 
 
@@ -81,7 +56,11 @@ _INSIDE: dict[str, tuple[Literal["input", "output"], tuple[str, ...]]] = {
 class ResolvedHookPoint:
     """Where one activation `[batch, context, d_in]` is read or replaced.
 
-    `layer` is the block's index, or None for a module outside the blocks.
+    It is `scale` times what the module reads or returns, or with `affine` that norm's result before its weight and
+    bias. `layer` is the block's index, or None for a module outside the blocks. With `clone` it is copied when it is
+    read, because the model writes into it later. `splice` says how another activation takes its place: "replace" the
+    argument or result, "write" into the tensor that is there, or "" where neither replaces it for all that follows.
+    `identity` is what was measured to hold there, and `derived` how it differs from what the module itself gives.
     """
 
     name: str
@@ -89,6 +68,12 @@ class ResolvedHookPoint:
     kind: Literal["input", "output"]
     layer: int | None
     d_in: int
+    scale: float = 1.0
+    affine: Affine | None = None
+    clone: bool = False
+    splice: Literal["replace", "write", ""] = "replace"
+    identity: str = ""
+    derived: str = ""
 
 
 def canonical_hook_point(name: str) -> str:
@@ -99,87 +84,10 @@ def canonical_hook_point(name: str) -> str:
     return f"blocks.{int(match[1])}.{_TRANSFORMER_LENS[match[2]]}"
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Return the path of the model's list of blocks, and the list, or None when there is none.
-
-    It is the first `ModuleList` of as many modules as the configuration has layers.
-    """
-    import torch.nn as nn
-
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    n_layers = getattr(config, "num_hidden_layers", None)
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [(path, module) for path, module in lists if len(module)]
-    for path, module in lists:
-        if len(module) == n_layers:
-            return path, module
-    return max(lists, key=lambda item: len(item[1]), default=None)
-
-
-def block_hook_point(model: nn.Module, layer: int, kind: str) -> tuple[str, Literal["input", "output"]] | None:
-    """Return the module path and side of `blocks.{layer}.{kind}`, or None where the block has no such place."""
-    found = find_blocks(model)
-    if found is None or layer >= len(found[1]):
-        return None
-    path, blocks = found
-    block, block_path = blocks[layer], f"{path}.{layer}"
-    if kind in ("resid_pre", "resid_post"):
-        return block_path, "input" if kind == "resid_pre" else "output"
-    if kind not in _INSIDE:
-        return None
-    if kind == "resid_mid" and getattr(block, "use_parallel_residual", False):
-        return None
-    side, candidates = _INSIDE[kind]
-    for candidate in candidates:
-        wanted, _, condition = candidate.partition(" & ")
-        if _submodule(block, wanted) is not None and (not condition or _submodule(block, condition) is not None):
-            return f"{block_path}.{wanted}", side
-    return None
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        module = getattr(module, part, None)  # pyright: ignore[reportAssignmentType]
-        if module is None:
-            return None
-    return module
-
-
-def locate(model: nn.Module, name: str) -> tuple[str, Literal["input", "output"], int | None]:
-    """Return the module path, side and layer of a canonical hook point, or raise `HookPointError`."""
+def block_and_kind(name: str) -> tuple[int, str] | None:
+    """Return the block's index and the kind of a canonical name, or None for a module's path."""
     match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
-    if match is not None:
-        place = block_hook_point(model, int(match[1]), match[2])
-        if place is not None:
-            return *place, int(match[1])
-    modules = dict(model.named_modules())
-    base = getattr(model, "base_model_prefix", "")
-    for path in (name, f"{base}.{name}"):
-        if path and path in modules:
-            return path, "output", _layer_of(model, path)
-    raise HookPointError(_unknown(model, name))
-
-
-def _layer_of(model: nn.Module, path: str) -> int | None:
-    found = find_blocks(model)
-    match = re.match(rf"{re.escape(found[0])}\.(\d+)(\.|$)", path) if found else None
-    return int(match[1]) if match else None
-
-
-def hook_point_kinds(model: nn.Module) -> Iterator[str]:
-    """Yield the kinds of hook point that the model's blocks have."""
-    for kind in KINDS:
-        if block_hook_point(model, 0, kind) is not None:
-            yield kind
-
-
-def _unknown(model: nn.Module, name: str) -> str:
-    found = find_blocks(model)
-    kinds = ", ".join(hook_point_kinds(model))
-    here = f"blocks.N.KIND with N from 0 to {len(found[1]) - 1} and KIND one of {kinds}; or " if found and kinds else ""
-    some = f"{found[0]}.0" if found else next((path for path, _ in model.named_modules() if path), "")
-    return f"no hook point '{name}' in {type(model).__name__}; it has {here}any module path such as '{some}'"
+    return (int(match[1]), match[2]) if match is not None and match[2] in KINDS else None
 
 
 def unique_canonical(names: Iterable[str]) -> list[str]:

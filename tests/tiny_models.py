@@ -54,45 +54,55 @@ _SIZES: dict[str, Any] = {
     )
     for name in names.split()
 }
-_HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
-_MAMBA = {"layer_types": ["mamba", "attention", "mamba", "attention"]}
-_HUNYUAN = {"head_dim": 8}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_LATENT = {"num_key_value_heads": HEADS}  # attention over a compressed cache has no grouped heads
+_GRANITE = {"residual_multiplier": 0.22}
+_HEADS = {"head_dim": 8}
 _OWN: dict[str, dict[str, Any]] = {
-    "axk1": {"num_key_value_heads": 4},
-    "bailing_hybrid": {"layer_group_size": 2},
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text"), _LATENT),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), _LATENT),
+    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared"), _GRANITE),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _HYBRID),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _HEADS),
+    "bailing_hybrid": _LATENT | {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    "dots1": {"n_routed_experts": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * LAYERS,
+    },
+    "deepseek_v2": _LATENT | {"num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": _MAMBA,
-    "hunyuan_v1_dense": _HUNYUAN,
-    "hunyuan_v1_moe": _HUNYUAN,
+    "granitemoehybrid": _GRANITE | {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": _HYBRID,
+    "kimi_linear": _HYBRID | _LATENT,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": {"num_key_value_heads": 4},
     "mamba2": {"num_heads": 8},
-    "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "qwen3_5_moe_text": _HYBRID,
-    "qwen3_5_text": _HYBRID,
-    "qwen3_next": _HYBRID,
-    "qwen4_exp_text": _HYBRID,
-    "reformer": {"is_decoder": True, "axial_pos_shape": [4, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"] * 2},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [4, 16],
+        "axial_pos_embds_dim": [16, 16],
+        "attn_layers": ["local", "lsh"] * 2,
+    },
     "xmod": {"default_language": "en_XX"},
-    "youtu": {"num_key_value_heads": 4},
-    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
-
-
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the part of a configuration that describes the text model."""
-    return config.get_text_config(decoder=True)
+COMPOSITE = [
+    "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
+    "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen",
+    "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
+]  # fmt: skip
+"""Types whose configuration holds others' (of images, sound or a second model): each has a text type of its own."""
+NOT_SMALL = ["cohere_compass_text", "dots3_note_text", "qwen4_exp_text", "xlstm", "zamba", "zamba2"]
+"""Types whose configuration does not get small by changing sizes alone."""
+TESTED = tuple(model_type for model_type in MODEL_TYPES if model_type not in (*COMPOSITE, *NOT_SMALL))
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
@@ -108,11 +118,15 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     return cls(**sizes | own)
 
 
-def build(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """Return a causal language model of this type, ready for inference, with weights of a discriminating size."""
+def build(model_type: str, seed: int = 0, drawn: bool = True, **changes: Any) -> nn.Module:
+    """Return a causal language model of this type, ready for inference.
+
+    Its weights are those of `spread`, or the library's own for untrained models where they are not `drawn`.
+    """
     config = tiny_config(model_type, **changes)
     torch.manual_seed(seed)
-    return spread(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config), seed)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return spread(model, seed) if drawn else model.eval().requires_grad_(False)
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -35,6 +35,7 @@ def with_output(output: Any, new: Tensor) -> Any:
     """Return what a module returned with another activation."""
     if not isinstance(output, (tuple, list)):
         return new
-    if hasattr(output, "_replace"):  # a named tuple
-        return output._replace(**{output._fields[0]: new})
+    fields: Any = getattr(output, "_fields", None)
+    if fields is not None:  # a named tuple
+        return type(output)(new, *output[1:])
     return type(output)([new, *output[1:]])

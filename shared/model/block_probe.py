@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import NonFiniteError
 from .candidates import attention_candidates, attention_projections, mlp_candidates, mlp_inputs
 from .finding import Finding
 from .norms import affine_of
@@ -50,8 +51,9 @@ class BlockProbe:
         self.natural_pre = natural.values[Place(path, "input")]
         self.natural_post = natural.values[Place(path, "output")]
         self.repeated = natural.repeated
-        self.pre = self.natural_pre + self.noise(0, self.natural_pre)
-        self.other_pre = self.natural_pre + self.noise(1, self.natural_pre)
+        clean = self.natural_pre.nan_to_num(0, 0, 0)
+        self.pre = clean + self.noise(0, clean)
+        self.other_pre = clean + self.noise(1, clean)
         self.modules = dict(block.named_modules())
         self.parallel = False
         self.post_norm = False
@@ -62,13 +64,18 @@ class BlockProbe:
     def noise(self, number: int, like: Tensor) -> Tensor:
         """Return noise as large as `like` that depends on the block and the number alone."""
         generator = torch.Generator().manual_seed(self.layer * 64 + number)
-        size = like.float().square().mean().sqrt().clamp_min(1e-3)
+        size = like.float().nan_to_num(0, 0, 0).square().mean().sqrt().clamp_min(1e-3)
         return (torch.randn(like.shape, generator=generator).to(like.device) * size).to(like.dtype)
 
     def stages(self) -> Stages:
         """Yield the edits of one pass after the other, receive what each recorded, and fill `findings`."""
         start = Edit(Place(self.path, "input"), self.pre)
         plain = yield [start]
+        if not bool(plain.values[Place(self.path, "output")].isfinite().all()):
+            raise NonFiniteError(
+                f"{self.path} returns NaN or infinity for ordinary tokens; check the weights, "
+                "or set model_dtype = 'float32'"
+            )
         yield from self._find_parts(plain, start)
         yield from self._find_inner(plain, start)
         yield from self._check_mid(plain, start)
@@ -130,7 +137,7 @@ class BlockProbe:
             self._try_post_norm(mid, mlp, record, post, noises["mlp_out"])
 
     def _adds(self, kind: str, part: Place, after: Tensor, before: Tensor, noise: Tensor, identity: str) -> bool:
-        """Find whether `after - before` is the noise that was put in place of a part, times a scale that is explained."""
+        """Tell whether `after - before` is the noise put in place of a part, times a scale that is explained."""
         found = fit(after.double() - before.double(), [noise])
         if found.left > tolerance(noise) or abs(found.scales[0]) < 1e-4:
             return False
@@ -138,7 +145,7 @@ class BlockProbe:
             return True
         exact = explain_scale(found.scales[0], noise.dtype, self.config, self._owners(part))
         if exact is None:
-            self.gaps[kind] = f"the block adds {found.scales[0]:.4g} times what {part.path} returns"
+            self.gaps.setdefault(kind, f"the block adds {found.scales[0]:.4g} times what {part.path} returns")
             return False
         scale, name = exact
         self.findings[kind] = Finding(part, identity, _times(part, scale, name), scale, self.pre.shape[-1])
@@ -154,7 +161,7 @@ class BlockProbe:
         ]
         for kind, part, scale, explained in zip(noises, (attn, mlp), found.scales, exact, strict=True):
             if explained is None:
-                self.gaps[kind] = f"the block adds {scale:.4g} times what {part.path} returns"
+                self.gaps.setdefault(kind, f"the block adds {scale:.4g} times what {part.path} returns")
         if exact[0] is None or exact[1] is None:
             return
         for kind, part, explained in zip(noises, (attn, mlp), exact, strict=True):
@@ -301,7 +308,11 @@ class BlockProbe:
         wanted = plain.values[mlp_in.place]
         stream = self._stream(plain)
         for place, value in plain.values.items():
-            if place.side != "output" or value.shape != wanted.shape or _within(mlp_in.place.path, place.path) and place != mlp_in.place:
+            if (
+                place.side != "output"
+                or value.shape != wanted.shape
+                or (_within(mlp_in.place.path, place.path) and place != mlp_in.place)
+            ):
                 continue
             source = plain.values.get(Place(place.path, "input"))
             if source is not None and same(value, wanted) and same(source, stream) and not same(value, source):
@@ -337,7 +348,9 @@ class BlockProbe:
         if kind == "attn_z":
             return "attn_out is not offered, or no output projection that makes it is known"
         if self.post_norm:
-            return "the block is post-norm: its norms come after the sums, and the MLP reads a norm's result as the stream"
+            return (
+                "the block is post-norm: its norms come after the sums, and the MLP reads a norm's result as the stream"
+            )
         if self.reads_stream:
             return "the MLP reads the stream itself: no norm comes before it"
         return "mlp_out is not offered, or no module that makes the MLP's input of the stream is known"

@@ -15,10 +15,25 @@ MLP = (
     "sparse_moe",
 )  # fmt: skip
 _MLP_INPUTS = (*MLP, "intermediate", "fc1")
-_LAST_OF_ATTENTION = ("c_proj", "o_proj", "out_proj", "dense", "out_lin", "wo", "linear_out", "Wo", "attention.out_proj")
+_LAST_OF_ATTENTION = (
+    "c_proj",
+    "o_proj",
+    "out_proj",
+    "dense",
+    "out_lin",
+    "wo",
+    "linear_out",
+    "Wo",
+    "attention.out_proj",
+)
 _LAST_OF_MLP = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "lin2", "dense", "out_proj", "wo", "Wo")
 _LATER = ("output.dense", "fc2")
-_NORMS_AFTER_ATTENTION = ("post_attention_layernorm", "post_self_attn_layernorm", "post_attention_norm", "post_attn_norm")
+_NORMS_AFTER_ATTENTION = (
+    "post_attention_layernorm",
+    "post_self_attn_layernorm",
+    "post_attention_norm",
+    "post_attn_norm",
+)
 _NORMS_AFTER_MLP = (
     "post_feedforward_layernorm", "post_mlp_layernorm", "post_mlp_norm", "post_ffn_norm", "post_feedforward_norm",
 )  # fmt: skip

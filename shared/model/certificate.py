@@ -8,13 +8,14 @@ its identity holds (`Finding.identity`), and otherwise refused with what the ten
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..hook_points import ResolvedHookPoint
 from .block_probe import BlockProbe
 from .blocks import Blocks, block_lists, text_config
 from .finding import Finding
@@ -47,20 +48,37 @@ def measure(model: nn.Module, layers: Iterable[int] | None = None) -> tuple[Bloc
     return blocks, findings
 
 
-def measured_in_float32(model: nn.Module) -> bool:
-    """Tell whether a model's identities are measured in float32, be it in a copy."""
-    return _dtype(model) == torch.float32 or _copies(model)
+def certificate(model: nn.Module, hook_points: Mapping[str, ResolvedHookPoint]) -> dict[str, Any]:
+    """Return what was measured of these hook points, for a store's metadata: strings and truth values alone.
 
-
-def _dtype(model: nn.Module) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    Numbers would differ between machines, and the metadata of one harvest must not.
+    """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return {
+        "measured_in": "float32" if _copies(model) else str(dtype).removeprefix("torch."),
+        "hook_points": {
+            name: {
+                "module": hook_point.module_path,
+                "side": hook_point.kind,
+                "identity": hook_point.identity or "the module's own output",
+                "derived": hook_point.derived,
+                "cloned": hook_point.clone,
+                "splice": bool(hook_point.splice),
+            }
+            for name, hook_point in hook_points.items()
+        },
+    }
 
 
 def _copies(model: nn.Module) -> bool:
     """Tell whether a copy of the model in float32 is small enough, and possible: no weights are quantised or away."""
     parameters = list(model.parameters())
     plain = all(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
-    return plain and not any(p.is_meta for p in parameters) and sum(map(torch.Tensor.numel, parameters)) <= FLOAT32_COPY_PARAMETERS
+    return (
+        plain
+        and not any(p.is_meta for p in parameters)
+        and sum(map(torch.Tensor.numel, parameters)) <= FLOAT32_COPY_PARAMETERS
+    )
 
 
 def _in_float32(model: nn.Module) -> nn.Module | None:
@@ -130,10 +148,18 @@ def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
         findings |= {(probe.layer, kind): found for kind, found in probe.findings.items()}
     _check_stream(model, blocks, probes, natural, findings)
     changed = natural.changed()
-    return {
-        key: replace(found, clone=found.place in changed) if found.place is not None else found
-        for key, found in findings.items()
-    }
+    return {key: _readable(found, natural, changed) for key, found in findings.items()}
+
+
+def _readable(found: Finding, natural: Record, changed: set[Place]) -> Finding:
+    """Return a finding with what reading it takes, or refuse it where a hook would not read one activation a pass."""
+    if found.place is None:
+        return found
+    if found.place in natural.flat:
+        return Finding(reason=f"{found.place.path} holds its tokens in one row, without the batch's dimension")
+    if found.place in natural.repeated:
+        return Finding(reason=f"{found.place.path} runs more than once in a pass")
+    return replace(found, clone=found.place in changed)
 
 
 _NOT_ONE = "the block does not read and return one activation of shape [batch, context, d] for each token"
@@ -156,11 +182,15 @@ def _outside(model: nn.Module, blocks: Blocks) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _check_stream(model: nn.Module, blocks: Blocks, probes: list[BlockProbe], natural: Record, findings: Findings) -> None:
-    """Check that a block's output is the next one's input, naturally and when replaced, and the library's hidden state."""
+def _check_stream(
+    model: nn.Module, blocks: Blocks, probes: list[BlockProbe], natural: Record, findings: Findings
+) -> None:
+    """Check that a block's output is the next one's input, also when replaced, and the library's hidden state."""
     last = len(blocks.modules) - 1
     hidden: Any = getattr(natural.output, "hidden_states", None)
     hidden = hidden if isinstance(hidden, (tuple, list)) and len(hidden) == last + 2 else None
+    if any(block._forward_hooks or block._forward_pre_hooks for block in blocks.modules):
+        hidden = None  # the library may list what blocks return before the caller's own hooks change it
     if hidden is not None and all(same(hidden[probe.layer], probe.natural_post) for probe in probes):
         hidden = None  # Mamba and RWKV list what their blocks return, not what they read
     for probe in probes:

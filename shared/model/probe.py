@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -73,7 +73,9 @@ def probe_tokens(model: nn.Module) -> Int[Tensor, "batch context"]:
     """Return ordinary tokens, none of which the configuration gives a meaning, such as that of an image."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    special = {value for part in (config, text) for key, value in vars(part).items() if "token" in key} if config else set()
+    special = (
+        {value for part in (config, text) for key, value in vars(part).items() if "token" in key} if config else set()
+    )
     size = getattr(text, "vocab_size", None) or BATCH * CONTEXT
     ordinary = [token for token in range(5, min(size, 200)) if token not in special] or list(range(size))
     tokens = [ordinary[i * 7 % len(ordinary)] for i in range(BATCH * CONTEXT)]

@@ -24,7 +24,9 @@ class Fit(NamedTuple):
 
 
 def fit(target: Tensor, parts: Sequence[Tensor]) -> Fit:
-    """Fit `target = scale_1 part_1 + scale_2 part_2 + ...` by least squares in float64."""
+    """Fit `target = scale_1 part_1 + ...` by least squares in float64; nothing fits NaN or infinity."""
+    if not all(bool(tensor.isfinite().all()) for tensor in (target, *parts)):
+        return Fit((0.0,) * len(parts), math.inf)
     columns = torch.stack([part.flatten().double().cpu() for part in parts], dim=1)
     wanted = target.flatten().double().cpu()[:, None]
     scales = torch.linalg.lstsq(columns, wanted, driver="gelsd").solution
@@ -39,11 +41,11 @@ def tolerance(*tensors: Tensor) -> float:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors differ by rounding alone."""
+    """Tell whether two tensors differ by rounding alone; NaN is the same as NaN."""
     if a.shape != b.shape:
         return False
-    difference = (a.double() - b.double()).norm()
-    return bool(difference <= tolerance(a, b) * b.double().norm())
+    wide_a, wide_b = (x.double().nan_to_num(0, 0, 0) for x in (a, b))
+    return bool((wide_a - wide_b).norm() <= tolerance(a, b) * wide_b.norm())
 
 
 def explain_scale(

@@ -40,7 +40,9 @@ _SAELENS_KINDS = {
     "resid_post": "hook_resid_post",
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",
-    "mlp_in": "ln2.hook_normalized",
+    "mlp_branch": "hook_mlp_in",
+    "mlp_in_normalized": "ln2.hook_normalized",
+    "mlp_in": "mlp.hook_in",  # of TransformerLens's bridge, and of SAELens's models; fold_ln = False keeps its values
     "mlp_out": "hook_mlp_out",
 }
 _TENSORS = ("W_enc", "W_dec", "b_dec")

@@ -81,7 +81,9 @@ def test_canonical_names():
     assert canonical_hook_point("blocks.2.hook_resid_post") == "blocks.2.resid_post"
     assert canonical_hook_point("blocks.12.hook_mlp_out") == "blocks.12.mlp_out"
     assert canonical_hook_point("blocks.0.attn.hook_z") == "blocks.0.attn_z"
-    assert canonical_hook_point("blocks.3.ln2.hook_normalized") == "blocks.3.mlp_in"
+    assert canonical_hook_point("blocks.3.ln2.hook_normalized") == "blocks.3.mlp_in_normalized"
+    assert canonical_hook_point("blocks.3.hook_mlp_in") == "blocks.3.mlp_branch"
+    assert canonical_hook_point("blocks.3.mlp.hook_in") == "blocks.3.mlp_in"
     for same in ("blocks.2.resid_post", "transformer.h.2.mlp", "hook_embed", "blocks.x.hook_resid_post"):
         assert canonical_hook_point(same) == same
 
