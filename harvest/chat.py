@@ -135,7 +135,7 @@ class ChatTemplate:
     ) -> Iterator[tuple[int, int]]:
         """Yield the ranges of the rendering that a text fills beside its tagged characters, which are at `places`."""
         text, step = leaf.text, np.diff(places)
-        for gap in np.flatnonzero((step > 1) & (step == np.diff(within))):
+        for gap in np.flatnonzero((step > 1) & (step == np.diff(within))).tolist():
             p, q, u, v = places[gap], places[gap + 1], within[gap], within[gap + 1]
             if rendered[p:q] == text[u:v]:
                 yield int(p), int(q)

@@ -95,15 +95,15 @@ def token_roles(roles: Int8[np.ndarray, " characters"], offsets: list[tuple[int,
     Byte-level tokenizers leave white space out of the ranges, so that a token of white space has an empty range at its
     end: then the characters since the last token are meant.
     """
-    found = np.full(len(offsets), MARKER, dtype=np.int8)
-    end = 0
-    for number, (start, stop) in enumerate(offsets):
-        within = roles[start if start < stop else end : stop]
-        of_messages = within[within != MARKER]
-        if len(of_messages):
-            found[number] = of_messages[0]
-        end = max(end, stop)
-    return found
+    if not offsets:
+        return np.zeros(0, dtype=np.int8)
+    start, stop = np.array(offsets).T
+    before = np.maximum.accumulate(np.concatenate([[0], stop[:-1]]))
+    start = np.where(start < stop, start, before)
+    n = len(roles)
+    of_message = np.where(roles != MARKER, np.arange(n), n)
+    next_of_message = np.append(np.minimum.accumulate(of_message[::-1])[::-1], n)[start]
+    return np.where(next_of_message < stop, np.append(roles, np.int8(MARKER))[next_of_message], np.int8(MARKER))
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, keep_special_tokens: bool) -> list[list[int]]:
