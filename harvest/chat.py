@@ -91,7 +91,10 @@ class ChatTemplate:
             rendered = self._tokenizer.apply_chat_template(messages, chat_template=self._dated, tokenize=False)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"the chat template refuses the messages of document '{document}': {reason}") from None
+            raise DataError(
+                f"the chat template refuses the messages of document '{document}': {reason}; change them, or set "
+                "chat_template"
+            ) from None
         return str(rendered)
 
     def character_roles(

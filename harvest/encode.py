@@ -25,12 +25,16 @@ MAX_BATCH_CHARACTERS = 250_000
 
 
 def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rules: TextRules
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules,
+    refused: list[str] | None = None,
 ) -> Iterator[TokenizedDocument]:
     """Tokenize documents in batches; a document without tokens gets a number but is passed over.
 
     Special tokens that plain text spells out are tokenized as the text they are, unless `special_tokens` is "tokens".
-    A BOS that leads a document is left out, because packing places one.
+    A BOS that leads a document is left out, because packing places one. Documents that cannot be tokenized are passed
+    over if there is a list for the reasons, `refused`.
 
     Raises:
         DataError: the template refuses a conversation, a token id is not in the vocabulary, or the documents are
@@ -44,7 +48,7 @@ def tokenize(
                     f"document '{document.name}' holds {document.kind}, the documents before it {rules.kind}; give "
                     "documents of one kind"
                 )
-        for document, tokenized in zip(batch, _tokenize_batch(batch, tokenizer, rules), strict=True):
+        for document, tokenized in zip(batch, _tokenize_batch(batch, tokenizer, rules, refused), strict=True):
             hash_, tokens, roles = tokenized
             if len(tokens) and tokens[0] == rules.bos and rules.keeps_special_tokens:
                 tokens, roles = tokens[1:], None if roles is None else roles[1:]
@@ -57,18 +61,30 @@ Tokenized = tuple[int, np.ndarray, "np.ndarray | None"]
 """A document's hash, its tokens, and the role of each; None if all of them are text."""
 
 
-def _tokenize_batch(batch: list[Document], tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> Iterator[Tokenized]:
-    if rules.chat is not None:
-        yield from (_conversation(document, tokenizer, rules.chat) for document in batch)
-    elif rules.kind == "token ids":
+def _tokenize_batch(
+    batch: list[Document], tokenizer: PreTrainedTokenizerBase, rules: TextRules, refused: list[str] | None
+) -> Iterator[Tokenized]:
+    if rules.kind != "text":
         for document in batch:
-            ids = _checked_ids(document, tokenizer)
-            yield ids_hash(ids), ids, _special_roles(ids, tokenizer, rules)
+            try:
+                yield _tokenize_one(document, tokenizer, rules)
+            except DataError as error:
+                if refused is None:
+                    raise DataError(f'{error}; or set on_bad_document = "skip" to pass over such documents') from None
+                refused.append(str(error))
+                yield 0, np.zeros(0, np.int32), None
     else:
         encoded = _encode([_encodable(document.text) for document in batch], tokenizer, rules.keeps_special_tokens)
         for document, ids in zip(batch, encoded, strict=True):
             tokens = np.array(ids, np.int32)
             yield document_hash(document.text), tokens, _special_roles(tokens, tokenizer, rules)
+
+
+def _tokenize_one(document: Document, tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> Tokenized:
+    if rules.chat is not None:
+        return _conversation(document, tokenizer, rules.chat)
+    ids = _checked_ids(document, tokenizer)
+    return ids_hash(ids), ids, _special_roles(ids, tokenizer, rules)
 
 
 def _special_roles(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> np.ndarray | None:
@@ -143,7 +159,7 @@ def _checked_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> np.n
     if len(wrong):
         raise DataError(
             f"document '{document.name}' holds token id {wrong[0]}; expected 0 to {len(tokenizer) - 1}, the vocabulary "
-            f"of '{tokenizer.name_or_path}'"
+            f"of '{tokenizer.name_or_path}': give ids of this tokenizer"
         )
     return ids.astype(np.int32)
 

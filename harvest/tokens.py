@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -52,16 +50,10 @@ def check_splits(
     This costs the packing of a small part of the text, unless documents are few or held-out text is rare: a harvest
     must not run the model over all of it to find out at the end.
     """
-    notes = io.StringIO()
     splits: set[bool] = set()
-    try:
-        with redirect_stderr(notes):  # the harvest itself will read the same text, and print the same notes
-            contexts = _pack(config, tokenizer, group, rules, n_embeddings)
-            while len(splits) < (2 if config.holdout_fraction else 1) and (context := next(contexts, None)) is not None:
-                splits.add(context.held_out)
-    except DataError:
-        sys.stderr.write(notes.getvalue())
-        raise
+    contexts = _pack(config, tokenizer, group, rules, n_embeddings)
+    while len(splits) < (2 if config.holdout_fraction else 1) and (context := next(contexts, None)) is not None:
+        splits.add(context.held_out)
     if config.holdout == "contexts" and config.holdout_fraction:
         print(f"note: {describe_schedule(config.holdout_fraction)}", file=sys.stderr)
 
@@ -94,7 +86,9 @@ def _pack(
     n_embeddings: int | None,
     tell: bool = False,
 ) -> Iterator[Context]:
-    documents = check_tokens(tokenize(read_documents(config, tell=tell), tokenizer, rules), tokenizer, n_embeddings)
+    refused: list[str] | None = [] if config.on_bad_document == "skip" else None
+    tokenized = tokenize(read_documents(config, tell=tell), tokenizer, rules, refused)
+    documents = check_tokens(tokenized, tokenizer, n_embeddings)
     first = next(documents, None)
     if first is None:
         raise DataError(f"no text in '{config.dataset}'; every document is empty, or there is none")
@@ -109,6 +103,10 @@ def _pack(
         holdout=config.holdout,
     ):
         yield context if rules.keeps_roles else context._replace(roles=None)
+    if refused and tell:
+        print(
+            f"note: skipped {len(refused):,} document{'s' * (len(refused) > 1)}, first: {refused[0]}", file=sys.stderr
+        )
 
 
 def batch_contexts(

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import hypothesis
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -231,6 +233,20 @@ def test_white_space_that_has_an_empty_range_is_whose_it_is():
     assert token_roles(roles, [(0, 1), (1, 2), (3, 3), (4, 4), (4, 5)]).tolist() == [MARKER, USER, USER, USER, MARKER]
 
 
+@hypothesis.given(
+    roles=st.lists(st.sampled_from([MARKER, USER, ASSISTANT]), min_size=1, max_size=12),
+    cuts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=8),
+)
+def test_roles_of_tokens_one_at_a_time(roles, cuts):
+    offsets = sorted((min(a, b, len(roles)), min(max(a, b), len(roles))) for a, b in cuts)
+    end, expected = 0, []
+    for start, stop in offsets:
+        of_messages = [role for role in roles[start if start < stop else end : stop] if role != MARKER]
+        expected.append(of_messages[0] if of_messages else MARKER)
+        end = max(end, stop)
+    assert token_roles(np.array(roles, np.int8), offsets).tolist() == expected
+
+
 def test_a_long_conversation_whose_tags_repeat():
     tokenizer = byte_tokenizer(chat_template=CHATML)
     messages = [{"role": ("user", "assistant")[i % 2], "content": "ab" * 20_000} for i in range(5)]
@@ -270,6 +286,21 @@ def test_refusals_name_the_document():
         tokenized(byte_tokenizer(), [Document("d", "x")], chat_template=CHATML)
     with pytest.raises(DataError, match="document 'e' holds text, the documents before it messages"):
         tokenized(byte_tokenizer(chat_template=CHATML), [Document("d", "", messages=[user]), Document("e", "x")])
+
+
+def test_refused_documents_are_passed_over_where_asked_for(chat_model, tmp_path, capsys):
+    folder, _, conversations = chat_model
+    strict = "{% if messages | length < 4 %}{{ raise_exception('too short') }}{% endif %}" + CHATML
+    rows = [
+        json.dumps({"messages": part}) for part in ([conversations[0][:1], *conversations[1:], conversations[0][:2]])
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    options = dict(dataset=str(tmp_path / "chat.jsonl"), chat_template=strict)
+    with pytest.raises(DataError, match=r"document 'row 0': too short; .*or set on_bad_document = \"skip\""):
+        harvested(folder, tmp_path / "store", **options)
+    store = harvested(folder, tmp_path / "store", **options, on_bad_document="skip")
+    assert "note: skipped 2 documents, first: the chat template refuses the messages" in capsys.readouterr().err
+    assert set(store.documents(0, store.n_rows)[0]) <= set(range(1, len(conversations)))
 
 
 def test_a_template_of_a_file_and_one_of_several(tmp_path):
