@@ -96,6 +96,11 @@ def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[
         hook_point = canonical_hook_point(sae.hook_point)
         if sae.architecture == "crosscoder":
             hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])
+        if sae.model_processing:
+            raise SaeError(
+                f"SAE '{name}' was trained on a model loaded with {sae.model_processing[0]} = true, whose activations "
+                "are not those of the published model; it cannot be evaluated on a store"
+            )
         if not hook_point:
             raise SaeError(
                 f"SAE '{name}' does not say which hook point it reads; set `hook_point` of the SAE that Sae.load "

@@ -60,7 +60,9 @@ def _of_places(architecture: Architecture, sae: Sae) -> list[str]:
     if sae.architecture == "crosscoder":
         theirs = list(sae.config["hook_points"])
         return [] if theirs == list(config.inputs) else [f"its hook points {theirs} are put in this SAE's order"]
-    found = []
+    found = [
+        f"it is of a model loaded with {name} = true, this one of the model as it is" for name in sae.model_processing
+    ]
     if sae.hook_point and sae.hook_point != config.hook_point:
         found.append(f"it is of '{sae.hook_point}', this one of '{config.hook_point}'")
     if config.hook_point_out is not None and sae.target_hook_point != config.hook_point_out:

@@ -19,6 +19,9 @@ from .files import saelens_config, tensor_names, write_folder
 from .formats import read_sae
 from .selection import largest
 
+MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
+"""TransformerLens's options that change activations: the stream's mean per row, and the heads' outputs."""
+
 
 class Sae(nn.Module):
     """An SAE or transcoder: `x_hat = decode(encode(x))`.
@@ -96,6 +99,15 @@ class Sae(nn.Module):
                 "add hook_name_out to the metadata in its cfg.json"
             )
         return canonical_hook_point(name) if name else self.hook_point
+
+    @property
+    def model_processing(self) -> list[str]:
+        """How TransformerLens rewrote the weights of the model that the SAE was trained on, where activations changed.
+
+        A store holds activations of the model as it is published.
+        """
+        kwargs = self.metadata.get("model_from_pretrained_kwargs")
+        return [name for name in MODEL_PROCESSING if isinstance(kwargs, dict) and kwargs.get(name)]
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read."""

@@ -106,6 +106,16 @@ def test_saes_that_do_not_say_where_they_belong_are_refused(tmp_path, store):
         load_saes([tmp_path / "a"], store, "cpu")
 
 
+def test_saes_of_a_rewritten_model_are_refused(tmp_path, store):
+    """TransformerLens may centre what writes to the stream, and a store holds the stream as it is."""
+    kwargs = {"center_writing_weights": False, "n_devices": 2}
+    make("topk", model_from_pretrained_kwargs=kwargs).save(tmp_path / "a")
+    assert len(load_saes([tmp_path / "a"], store, "cpu")) == 1
+    make("topk", model_from_pretrained_kwargs=kwargs | {"center_writing_weights": True}).save(tmp_path / "a")
+    with pytest.raises(SaeError, match="SAE 'a' was trained on a model loaded with center_writing_weights = true"):
+        load_saes([tmp_path / "a"], store, "cpu")
+
+
 def test_weights_of_another_library_are_read_beside_their_configuration(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "sae.safetensors")
     with pytest.raises(MissingFileError, match=r"it has sae\.safetensors but no cfg\.json"):

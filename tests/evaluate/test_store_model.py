@@ -267,7 +267,7 @@ def test_the_weights_of_an_adapters_base_and_the_adapters_own_are_compared(tmp_p
     parts = ModelParts(str(tmp_path / "base"), str(tmp_path / "lora"))
     check_weights(store, parts, None, None, asked_for=False)
     (tmp_path / "lora" / "model.safetensors").write_text("3")
-    with pytest.raises(ModelError, match="the adapter weights of '.*/lora' are not those that store 's'"):
+    with pytest.raises(ModelError, match=r"the adapter weights of '.*/lora' are not those that store 's'"):
         check_weights(store, parts, None, None, asked_for=False)
     check_weights(store, parts, None, None, asked_for=True)
     assert "note: the adapter weights of" in capsys.readouterr().err

@@ -75,6 +75,10 @@ def test_another_place_or_a_falling_k_is_told():
     assert told("topk", make("topk", config={"k": 3}, hook_point="blocks.1.resid_post")) == [
         "it is of 'blocks.1.resid_post', this one of 'blocks.0.resid_post'"
     ]
+    metadata = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    assert told("topk", make("topk", config={"k": 3}, metadata=metadata)) == [
+        "it is of a model loaded with center_writing_weights = true, this one of the model as it is"
+    ]
     assert told("topk", make("topk", config={"k": 3}), k_anneal_steps=10) == [
         "k_anneal_steps keeps 6 latents at first, and 3 at the end"
     ]
