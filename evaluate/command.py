@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..shared.cli import run_stage
+from ..shared.cli import PARTLY_FAILED, run_stage
 from .config import EvaluateConfig
 
 CONFIG = EvaluateConfig
@@ -19,4 +19,4 @@ def main(arguments: list[str]) -> int:
 def _run(config: EvaluateConfig) -> Any:
     from .run import evaluate  # here, so that --help stays quick
 
-    return evaluate(config)
+    return PARTLY_FAILED if any(row.get("error") for row in evaluate(config)) else 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from .dictionary import compare, decoder_directions, live
-from .latents import LatentSums
 from .sae_folders import EvaluatedSae
 
 Kind = Literal["widths", "seeds", "other"]
@@ -24,8 +25,15 @@ def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
     return "seeds" if all(a.get(key) == b.get(key) for key in keys) else "other"
 
 
+class Fired(Protocol):
+    """Anything that knows how often each latent fired."""
+
+    @property
+    def firings(self) -> Int64[np.ndarray, " d_sae"]: ...
+
+
 @torch.inference_mode()
-def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, LatentSums]) -> list[dict[str, Any]]:
+def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fired]) -> list[dict[str, Any]]:
     """Compare every two SAEs that reconstruct the same hook point; the narrower one is `a`."""
     directions = {sae.name: live(decoder_directions(sae.sae), latents[sae.name].firings) for sae in saes}
     pairs = [

@@ -69,6 +69,9 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         list[Literal["neuronpedia"]],
         Meta(description="Formats to export the feature index to: `neuronpedia` writes SAEDashboard's JSON batches."),
     ] = []
+    allow_other_model: Annotated[
+        bool, Meta(description="Evaluate SAEs that were trained on another model than the store's.")
+    ] = False
     bootstrap_samples: Annotated[
         int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
     ] = 1000

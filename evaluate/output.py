@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..shared.disk import write_file
 from .latents import LatentSums
 
 
 def write_metrics(output: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Write `metrics.json` and `metrics.parquet`: the same rows, one per SAE."""
-    rows = _with_all_keys(metrics)
+    """Write `metrics.json` and `metrics.parquet`: the same rows, one per SAE; NaN and infinity become null."""
+    rows = finite(_with_all_keys(metrics))
     text = json.dumps(rows, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(output / "metrics.json", text.encode())
-    write_rows(output / "metrics.parquet", metrics)
+    write_file(output / "metrics.json", text.encode())
+    write_rows(output / "metrics.parquet", rows)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows, whose keys may differ, as a Parquet table."""
-    write_atomically(path, parquet_bytes(pa.Table.from_pylist(_with_all_keys(rows))))
+    write_file(path, parquet_bytes(pa.Table.from_pylist(_with_all_keys(rows))))
+
+
+def finite(value: Any) -> Any:
+    """Return a value, or what is in a list or table, with None for NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_all_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -34,10 +44,14 @@ def _with_all_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row.get(key) for key in keys} for row in rows]
 
 
-def write_latents(output: Path, name: str, sums: LatentSums, columns: Mapping[str, np.ndarray]) -> None:
+def latents_path(output: Path, file_name: str) -> Path:
+    """Return where an SAE's latents are written."""
+    return output / "latents" / f"{file_name}.parquet"
+
+
+def write_latents(output: Path, file_name: str, sums: LatentSums, columns: Mapping[str, np.ndarray]) -> None:
     """Write `latents/NAME.parquet`, one row per latent."""
-    path = output / "latents" / f"{name.replace('/', '_')}.parquet"
-    write_atomically(path, parquet_bytes(latent_table(sums, columns)))
+    write_file(latents_path(output, file_name), parquet_bytes(latent_table(sums, columns)))
 
 
 def latent_table(sums: LatentSums, geometry: Mapping[str, np.ndarray]) -> pa.Table:
@@ -64,20 +78,20 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def loss_curve(sae_folder: Path) -> list[dict[str, Any]]:
-    """Read the `metrics.jsonl` that training left beside an SAE; empty where there is none."""
-    file = sae_folder / "metrics.jsonl"
-    if not file.is_file():
+    """Read the `metrics.jsonl` that training left beside an SAE, as far as it is whole; empty where there is none."""
+    try:
+        lines = (sae_folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    read = (_line(line) for line in lines)
+    return [line for line in read if line is not None]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """Return a logged line; None for one that is cut off or damaged."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None

@@ -43,11 +43,11 @@ class Task:
 
 
 def next_tokens(
-    tokens: Int64[np.ndarray, "contexts context_size"], usable: Bool[np.ndarray, "contexts context_size"]
+    tokens: Int64[np.ndarray, "contexts context_size"], unmasked: Bool[np.ndarray, "contexts context_size"]
 ) -> Int64[np.ndarray, "contexts context_size"]:
     """Return the token that follows each row; -1 at a context's end and before a masked row, which is no text."""
     following = np.full_like(tokens, -1)
-    following[:, :-1] = np.where(usable[:, 1:], tokens[:, 1:], -1)
+    following[:, :-1] = np.where(unmasked[:, 1:], tokens[:, 1:], -1)
     return following
 
 
@@ -124,31 +124,40 @@ def probe_accuracy(
     return float((predicted == (test_labels == 1)).double().mean())
 
 
-@torch.inference_mode()
-def sparse_probing(
-    saes: Sequence[EvaluatedSae], rows: HeldOut, config: EvaluateConfig
-) -> dict[str, dict[str, float | int]]:
-    """Return each SAE's mean accuracy over the tasks by k, and the baseline's on the activations themselves.
-
-    Empty where `config.probe_tasks` is 0.
+def probe_tasks(rows: HeldOut, config: EvaluateConfig) -> list[Task]:
+    """Return the tasks to probe for; none where `config.probe_tasks` is 0. Reads tokens, and no activations.
 
     Raises:
         StoreError: the held-out rows are too few or too alike for a single task.
     """
     if config.probe_tasks == 0:
-        return {}
-    hook_points = list(dict.fromkeys(sae.hook_point for sae in saes))
-    read = list(dict.fromkeys(part for place in hook_points for part in places(place)))
-    parts = [block.activations for block in rows.blocks(read, config.block_rows)]
-    x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
+        return []
     tokens = torch.cat([batch for batch, _ in rows.token_batches(64)]).numpy()
-    following = next_tokens(tokens, rows.usable)
+    following = next_tokens(tokens, rows.usable if rows.unmasked is None else rows.unmasked)
     tasks = next_token_tasks(following[rows.usable], rows.group[rows.usable], config.probe_tasks, config.seed)
     if not tasks:
         raise StoreError(
             f"store '{rows.store.path}' has too few held-out rows to probe: no next token occurs often enough in both "
             "training and test documents; harvest more tokens, or set probe_tasks = 0"
         )
+    return tasks
+
+
+@torch.inference_mode()
+def sparse_probing(
+    saes: Sequence[EvaluatedSae], rows: HeldOut, config: EvaluateConfig, tasks: Sequence[Task] | None = None
+) -> dict[str, dict[str, float | int]]:
+    """Return each SAE's mean accuracy over the tasks by k, and the baseline's on the activations themselves.
+
+    The tasks are those of `probe_tasks`, which raises what this does; nothing is returned where there are none.
+    """
+    tasks = probe_tasks(rows, config) if tasks is None else tasks
+    if not tasks:
+        return {}
+    hook_points = list(dict.fromkeys(sae.hook_point for sae in saes))
+    read = list(dict.fromkeys(part for place in hook_points for part in places(place)))
+    parts = [block.activations for block in rows.blocks(read, config.block_rows)]
+    x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
     baseline = {place: _mean([_accuracies(x[place], task, None) for task in tasks]) for place in hook_points}
     results = {}
     for sae in tqdm(saes, unit="SAE", desc="probe", disable=None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,13 @@ def mask_description(store: ActivationStore) -> str:
     return rows + (f" and whose token is not in {masked}" if masked else "")
 
 
-def footer(rows: HeldOut, model: str | None, losses: dict[str, dict[str, Any]]) -> str:
+def footer(rows: HeldOut, model: str | None, metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return the lines under the table: on what the figures rest."""
     lines = [
         f"offline  {rows.n_rows:,} rows of {rows.n_documents:,} held-out documents; {mask_description(rows.store)}"
     ]
     if model:
-        n_tokens = int(next(iter(losses.values()))["n_kl"].sum())
+        n_tokens = next(row["n_model_tokens"] for row in metrics if row.get("n_model_tokens") is not None)
         lines.append(f"model    {model} on {n_tokens:,} of these tokens; scores against zero ablation")
     else:
         lines.append("model    not run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..shared.disk import check_writable
 from ..shared.errors import ConfigError, StoreError
 from ..shared.store import ActivationStore
 from .config import EvaluateConfig
@@ -13,7 +14,8 @@ def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
     """Check what the settings ask for beyond the metrics.
 
     Raises:
-        ConfigError: an export without an index to export, or an output that is no folder.
+        ConfigError: an export without an index to export.
+        OutputError: the output is no folder, or cannot be written.
         StoreError: the store has no tokens for what needs them.
     """
     if config.export and config.feature_rows == 0:
@@ -21,7 +23,4 @@ def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
     for key in ("export", "probe_tasks"):
         if getattr(config, key) and not store.has_tokens:
             raise StoreError(f"store '{store.path}' holds no tokens, which {key} needs; leave {key} out")
-    output = Path(config.output)
-    blocking = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
-    if blocking is not None:
-        raise ConfigError(f"expected output to be a folder, got '{output}', where '{blocking}' is a file; name another")
+    check_writable(Path(config.output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from ..shared.sae import Sae
 from ..shared.sae.files import CONFIG_NAME
 from ..shared.sae.formats import is_sae
 from ..shared.store import ActivationStore
+from .names import printable
 from .places import places, together, width
 
 SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
 """The settings of training that say how sparse an SAE is to be."""
+DIVERGED_NAME = "diverged.json"
+"""What `thresher train` leaves in the folder of an SAE that diverged, instead of weights."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,34 @@ def _natural(path: Path) -> list[tuple[str, int]]:
 
 
 def unique_names(folders: list[Path]) -> list[str]:
-    """Return each folder's name, with as many parents as it takes to tell them apart."""
-    resolved = [folder.resolve() for folder in folders]
+    """Return each folder's name as text that can be printed, with as many parents as it takes to tell them apart."""
+    parts = [[printable(part) for part in folder.resolve().parts] for folder in folders]
     depth = 1
-    while len(names := ["/".join(path.parts[-depth:]) for path in resolved]) != len(set(names)):
+    while len(names := ["/".join(path[-depth:]) for path in parts]) != len(set(names)):
         depth += 1
     return names
 
 
-def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[EvaluatedSae]:
+def diverged_saes(saes: str | list[str]) -> dict[str, str]:
+    """Return, by name, why SAEs of a sweep diverged, where `thresher train` left a note in place of weights."""
+    reasons = {}
+    for path in map(Path, [saes] if isinstance(saes, str) else saes):
+        for note in sorted(path.glob(f"*/{DIVERGED_NAME}")):
+            if not _has_sae(note.parent):
+                try:
+                    reasons[printable(note.parent.name)] = str(json.loads(note.read_bytes())["reason"])
+                except (OSError, ValueError, KeyError, TypeError):
+                    reasons[printable(note.parent.name)] = "no reason is on disk"
+    return reasons
+
+
+def load_saes(
+    folders: list[Path], store: ActivationStore, device: str, failed: dict[str, str] | None = None
+) -> list[EvaluatedSae]:
     """Load every SAE, each checked against the store's hook points and widths.
+
+    With `failed`, an SAE that cannot be read (damaged, NaN, of an unsupported kind) is left out, and the reason noted
+    there by the SAE's name, unless it is so of all.
 
     Raises:
         HookPointError: an SAE was trained at a hook point that the store lacks.
@@ -92,7 +114,13 @@ def load_saes(folders: list[Path], store: ActivationStore, device: str) -> list[
     """
     loaded = []
     for name, folder in zip(unique_names(folders), folders, strict=True):
-        sae = Sae.load(folder).to(device).eval()
+        try:
+            sae = Sae.load(folder).to(device).eval()
+        except SaeError as error:
+            if failed is None or len(failed) == len(folders) - 1:
+                raise
+            failed[name] = str(error)
+            continue
         hook_point = canonical_hook_point(sae.hook_point)
         if sae.architecture == "crosscoder":
             hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])

@@ -11,7 +11,11 @@ Row = Mapping[str, Any]
 
 
 def metrics_table(metrics: Sequence[Row]) -> str:
-    """Return the table of the rows of `metrics.json`; a dash stands for what was not measured."""
+    """Return the table of the rows of `metrics.json`; a dash stands for what was not measured.
+
+    An SAE that could not be read has no line.
+    """
+    metrics = [row for row in metrics if row.get("hook_point")]
     header = ["SAE", "d_sae", "k or λ", "expl. var", "± 95%", "L0", "dead", "CE score", "KL score"]
     cells = [_cells(row) for row in metrics]
     widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]

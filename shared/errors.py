@@ -59,6 +59,10 @@ class DiskSpaceError(ThresherError, OSError):
     """The disk has, or has left, too little room."""
 
 
+class OutputError(ThresherError, OSError):
+    """A file or folder cannot be written."""
+
+
 class SaeError(ThresherError, ValueError):
     """An SAE on disk is damaged, unsupported, or does not fit the store."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ...shared.errors import StoreError
+from ...shared.disk import writing
+from ...shared.errors import DataError, StoreError
 from ...shared.paths import user_path
 from ...shared.store import ActivationStore
 from ..digests import vocabulary
 from ..encoding import rows_at_a_time
+from ..names import file_names
 from ..places import joined, places
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
@@ -75,7 +77,7 @@ class _Pass:
         self.top = BestContexts(d_sae, settings.n_top, window)
         self.sampled = BestContexts(d_sae, settings.n_sampled, window)
         self.co_firing = CoFiring(d_sae, total_rows, settings.max_pairs)
-        self.path, self.fingerprint = path, fingerprint
+        self.path, self.fingerprint, self.failed = path, fingerprint, ""
         self.n_blocks = restore_progress(progress_path(path), fingerprint, self._parts)
 
     @property
@@ -91,6 +93,9 @@ class _Pass:
     def add(self, x: torch.Tensor, usable: np.ndarray, first_row: int, context_size: int) -> None:
         sae = self.sae.sae
         block = active_latents(sae, x, usable, first_row, context_size, rows_at_a_time(sae))
+        if not np.isfinite(block.value).all():
+            self.failed = "its latents are NaN or infinite on some of the rows that the feature index reads"
+            return
         n_rows = int(usable.sum())
         self.statistics.add(block, n_rows)
         self.co_firing.add(block, n_rows)
@@ -109,12 +114,14 @@ def build_feature_index(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: FeatureSettings | None = None,
+    on_failure: Callable[[str, str], object] | None = None,
 ) -> dict[str, FeatureIndex]:
     """Write `<output>/<name>.parquet` for every SAE, reading the store once; return the opened indexes by name.
 
     With `model`, the index holds logit effects; with `tokenizer`, the text of the tokens. An index
     that is there already, of the same SAE, store, model and settings, is kept; a pass that was killed
-    goes on from what it had kept, at most a minute old.
+    goes on from what it had kept, at most a minute old. An SAE whose latents are not finite has no index; `on_failure`
+    is called with its name and the reason.
 
     Raises:
         StoreError: the store holds no tokens.
@@ -122,7 +129,8 @@ def build_feature_index(
     settings = settings or FeatureSettings()
     if not store.has_tokens:
         raise StoreError(f"the store '{store.path}' holds no tokens, which a feature index shows; write it with tokens")
-    paths = {sae.name: user_path(output) / f"{sae.name.replace('/', '_')}.parquet" for sae in saes}
+    files = file_names(sae.name for sae in saes)
+    paths = {sae.name: user_path(output) / f"{files[sae.name]}.parquet" for sae in saes}
     readout = readout_of(model) if model is not None else None
     context = context_fingerprint(store, readout, tokenizer)
     prints = {
@@ -135,6 +143,12 @@ def build_feature_index(
         passes, visited = _walk(store, missing, settings, paths, prints)
         for one in tqdm(passes, unit="SAE", desc="write features", disable=None):
             sae = one.sae
+            if one.failed:
+                if on_failure is not None:
+                    on_failure(sae.name, one.failed)
+                with writing(paths[sae.name]):
+                    paths[sae.name].unlink(missing_ok=True)
+                continue
             effects, note = _effects(readout, sae, settings, tokenizer)
             metadata = {
                 "name": sae.name,
@@ -152,7 +166,7 @@ def build_feature_index(
         remove_progress(path)
     if readout is not None:
         _say_what_is_unusual(readout, list(indexes.values()))
-    return {sae.name: indexes[sae.name] for sae in saes}
+    return {sae.name: indexes[sae.name] for sae in saes if sae.name in indexes}
 
 
 def _effects(
@@ -209,7 +223,7 @@ def _walk(
             start, stop = block * per_block * size, min((block + 1) * per_block, store.n_contexts) * size
             usable = np.asarray(store.row_mask(start, stop))
             visited.add(store, start, stop)
-            waiting = [one for one in passes if one.n_blocks <= number]
+            waiting = [one for one in passes if one.n_blocks <= number and not one.failed]
             hook_points = dict.fromkeys(one.sae.hook_point for one in waiting)
             parts = {part: store.read(part, start, stop) for place in hook_points for part in places(place)}
             activations = {hook_point: joined(parts, hook_point) for hook_point in hook_points}
@@ -220,7 +234,8 @@ def _walk(
             if pace.due():
                 started = time.monotonic()
                 for one in waiting:
-                    one.keep()
+                    if not one.failed:
+                        one.keep()
                 pace.kept(started)
     return passes, visited
 
@@ -252,7 +267,17 @@ def _write(
 
 
 def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:
+    """Return the index that is there, if it is of this fingerprint and undamaged."""
     if not path.is_file():
         return None
-    index = FeatureIndex.open(path)
-    return index if index.metadata.get("fingerprint") == fingerprint else None
+    try:
+        index = FeatureIndex.open(path)
+    except DataError:
+        tqdm.write(f"'{path}' is damaged and is built anew")
+        return None
+    if index.metadata.get("fingerprint") != fingerprint:
+        return None
+    if not index.is_whole():
+        tqdm.write(f"'{path}' is damaged and is built anew")
+        return None
+    return index

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ...shared.disk import write_file, writing
 from ...shared.hook_points import canonical_hook_point
 from ...shared.paths import user_path
-from ..output import write_atomically
+from ..names import file_names
 from .files import FeatureIndex
 
 BATCH_LATENTS = 128
@@ -29,9 +30,9 @@ LEFT_EMPTY = (
 
 def export_indexes(indexes: Mapping[str, FeatureIndex], output: Path, model: str | None, dataset: str) -> list[Path]:
     """Export every index to `<output>/<name>/`, as the model's name, the hook point's layer and the SAE's name say."""
-    folders = []
+    folders, files = [], file_names(indexes)
     for name, index in indexes.items():
-        folders.append(output / name.replace("/", "_"))
+        folders.append(output / files[name])
         model_id = Path(model or "model").name
         layer = layer_number(str(index.metadata["hook_point"]))
         export_neuronpedia(index, folders[-1], model_id=model_id, layer=layer, sae_set=name, dataset=dataset)
@@ -50,6 +51,9 @@ def export_neuronpedia(
     """Write `<output>/batch-<n>.json` and `skipped_indexes.json`, which names the latents that never fire."""
     output = user_path(output)
     density = index.columns(["density"])["density"].to_numpy()
+    with writing(output):
+        for earlier in output.glob("batch-*.json"):  # of an index of more latents
+            earlier.unlink()
     written, skipped = [], []
     for number, lines in enumerate(index.batches(BATCH_LATENTS)):
         skipped += [line["latent"] for line in lines if not line["firings"]]
@@ -123,5 +127,5 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def _write(path: Path, value: Any) -> Path:
-    write_atomically(path, json.dumps(value, ensure_ascii=False).encode())
+    write_file(path, json.dumps(value, ensure_ascii=False).encode())
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...shared.disk import replacing
 from ...shared.errors import DataError, MissingFileError
 from ...shared.paths import user_path
 from .token_text import TokenTexts
@@ -83,11 +83,20 @@ class FeatureIndex:
         if not path.is_file():
             raise MissingFileError(f"no feature index at '{path}'; build it with build_feature_index")
         try:
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
             described = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
-        except (pa.ArrowException, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise DataError(f"'{path}' is no feature index: {error}") from None
         return cls(path, file, described)
+
+    def is_whole(self) -> bool:
+        """Read every page and tell whether all have their checksums."""
+        try:
+            for _ in self._file.iter_batches(batch_size=ROW_GROUP):
+                pass
+        except (pa.ArrowException, OSError, ValueError):
+            return False
+        return True
 
     def batches(self, size: int = ROW_GROUP) -> Iterator[list[dict[str, Any]]]:
         """Yield the latents in order, `size` at a time, as plain objects."""
@@ -121,19 +130,14 @@ def write_index(
     partial = {token: piece.hex() for token, piece in texts.partial.items()}
     described = {"metadata": dict(metadata), "vocabulary": texts.vocabulary, "partial": partial, "documents": documents}
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(described, ensure_ascii=False).encode()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    with unfinished.open("wb") as file:
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for start in range(0, n_latents, ROW_GROUP):
-                stop = min(start + ROW_GROUP, n_latents)
-                columns = rows(start, stop)
-                writer.write_table(
-                    pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema)
-                )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with (
+        replacing(path) as unfinished,
+        unfinished.open("wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for start in range(0, n_latents, ROW_GROUP):
+            columns = rows(start, min(start + ROW_GROUP, n_latents))
+            writer.write_table(pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema))
     return FeatureIndex.open(path)
 
 

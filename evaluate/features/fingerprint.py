@@ -12,7 +12,7 @@ from .readout import Readout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2
+VERSION = 3
 """Counts up whenever an index of the same SAE, store, model and settings comes to hold something else."""
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from ...shared.disk import replacing, writing
 
 SECONDS_BETWEEN = 60.0
 SHARE_OF_TIME = 0.05
@@ -39,15 +41,12 @@ def progress_path(index: Path) -> Path:
 
 def save_progress(path: Path, fingerprint: str, n_blocks: int, parts: Mapping[str, Any]) -> None:
     """Write the plain attributes of `parts`, arrays and numbers, with the number of blocks that they cover."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
         f"{name}.{key}": np.ascontiguousarray(value) for name, part in parts.items() for key, value in _plain(part)
     }
-    partial = _partial(path)
-    save_file(arrays, partial, {"fingerprint": fingerprint, "n_blocks": str(n_blocks)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    described = {"fingerprint": fingerprint, "n_blocks": str(n_blocks), "checksum": _checksum(arrays)}
+    with replacing(path) as partial:
+        save_file(arrays, partial, described)
 
 
 def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> int:
@@ -66,6 +65,8 @@ def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> 
             }
     except (OSError, SafetensorError, KeyError):
         return 0
+    if header.get("checksum") != _checksum({f"{name}.{key}": value for (name, key), (value, _) in loaded.items()}):
+        return 0
     for (name, key), (value, is_array) in loaded.items():
         setattr(parts[name], key, value if is_array else value.item())
     return int(header["n_blocks"])
@@ -74,12 +75,22 @@ def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> 
 def remove_progress(index: Path) -> None:
     """Remove what is kept beside an index that is whole, also by a run that was killed before it could."""
     path = progress_path(index)
-    for file in (path, _partial(path)):
-        file.unlink(missing_ok=True)
+    with writing(path):
+        for file in (path, _partial(path)):
+            file.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
+    return path.with_name(f".{path.name}.partial")
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return a checksum of arrays, which safetensors has none of."""
+    total = 0
+    for name, value in sorted(arrays.items()):
+        content = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+        total = zlib.crc32(content, zlib.crc32(name.encode(), total))
+    return f"{total:08x}"
 
 
 def _plain(part: Any) -> list[tuple[str, Any]]:

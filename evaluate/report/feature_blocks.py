@@ -6,8 +6,6 @@ import base64
 import gzip
 import json
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 from tqdm import tqdm
 
+from ...shared.disk import replacing_folder
 from ..features.files import FeatureIndex
 from ..features.token_text import TokenTexts
 
@@ -48,35 +47,32 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
     inline: list[Block] = []
     room = INLINE_BYTES
     folder = report.with_name(f"{report.stem}_features")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     total = sum(index.n_latents for index in features.values())
     progress = tqdm(total=total, unit="latent", unit_scale=True, desc="report", disable=None)
-    for number, (name, index) in enumerate(features.items()):
-        tokens |= index.vocabulary
-        documents |= index.documents
-        prefix = f"sae{number}"
-        catalogue["saes"][name] = {
-            "n": index.n_latents,
-            "size": BLOCK_LATENTS,
-            "rows": index.metadata.get("n_rows"),
-            "prefix": prefix,
-        }
-        for block in _blocks(prefix, index):
-            progress.update(min(BLOCK_LATENTS, index.n_latents) if not block.id.endswith("summary") else 0)
-            room -= len(block.text)
-            if room >= 0 or block.id.endswith("summary"):
-                inline.append(block)
-            else:
-                partial.mkdir(parents=True, exist_ok=True)
-                script = f"thresherBlock({json.dumps(block.id)},{json.dumps(block.text)})\n"
-                (partial / f"{block.id}.js").write_text(script, encoding="ascii")
+    with replacing_folder(folder) as partial:
+        for number, (name, index) in enumerate(features.items()):
+            tokens |= index.vocabulary
+            documents |= index.documents
+            prefix = f"sae{number}"
+            catalogue["saes"][name] = {
+                "n": index.n_latents,
+                "size": BLOCK_LATENTS,
+                "rows": index.metadata.get("n_rows"),
+                "prefix": prefix,
+            }
+            for block in _blocks(prefix, index):
+                progress.update(min(BLOCK_LATENTS, index.n_latents) if not block.id.endswith("summary") else 0)
+                room -= len(block.text)
+                if room >= 0 or block.id.endswith("summary"):
+                    inline.append(block)
+                else:
+                    partial.mkdir(parents=True, exist_ok=True)
+                    script = f"thresherBlock({json.dumps(block.id)},{json.dumps(block.text)})\n"
+                    (partial / f"{block.id}.js").write_text(script, encoding="ascii")
     progress.close()
     inline.append(encode_block("names", {"tokens": tokens, "documents": documents}))
-    shutil.rmtree(folder, ignore_errors=True)
-    if not partial.is_dir():
+    if not folder.is_dir():
         return Packed(inline, None, catalogue)
-    os.replace(partial, folder)
     return Packed(inline, folder, catalogue | {"folder": folder.name})
 
 

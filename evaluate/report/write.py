@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ...shared.disk import write_file
 from ...shared.paths import user_path
 from ..features.files import FeatureIndex
-from ..output import write_atomically
 from .definitions import ACROSS, PROVENANCE_LABELS, Metric, columns, format_value
 from .feature_blocks import pack_features
 from .labels import point_labels
@@ -32,16 +32,17 @@ def write_report(
     *,
     title: str = "Sparse autoencoder sweep",
     provenance: Mapping[str, Any] | None = None,
+    not_evaluated: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one HTML file that shows a sweep's metrics and loss curves, and return its path.
 
     `metrics` are the rows of metrics.json, `loss_curves` the lines of each SAE's
     metrics.jsonl by name, `features` the SAEs' feature indexes; `provenance` names what was
-    evaluated, on what. Feature data that is too large for one page goes to a folder beside it.
+    evaluated, on what, and `not_evaluated` gives the reasons of SAEs that failed, by name. Feature data that is too
+    large for one page goes to a folder beside it.
     """
     path = user_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [dict(row) for row in metrics]
+    rows = [dict(row) for row in metrics if row.get("hook_point")]
     packed = pack_features(features, path) if features else None
     scripts = (*SCRIPTS, *(BROWSER_SCRIPTS if packed else ()), "main.js")
     data = {
@@ -63,6 +64,8 @@ def write_report(
             across=[(str(row["name"]), part) for row in rows for part in row.get("per_hook") or ()],
             across_columns=ACROSS,
             provenance_labels=PROVENANCE_LABELS,
+            not_evaluated=dict(not_evaluated or {}),
+            notes=_notes(rows),
             format_value=format_value,
             interval=_interval,
             sort_key=_sort_key,
@@ -74,7 +77,7 @@ def write_report(
             data=json_for_script(data),
         )
     )
-    write_atomically(path, page.encode())
+    write_file(path, page.encode())
     return path
 
 
@@ -140,6 +143,11 @@ def _interval(row: Mapping[str, Any], metric: Metric) -> str:
         return ""
     low, high = (format_value(bound, metric.style) for bound in bounds)
     return f"95% confidence interval {low} to {high}, by documents"
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what sets SAEs' training apart from the store, by name."""
+    return {str(row["name"]): "; ".join(row["notes"]) for row in rows if row.get("notes")}
 
 
 def _asset(name: str) -> Markup:

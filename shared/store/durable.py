@@ -6,7 +6,6 @@ Tests set `observer` to see, or die at, each step, and replace `flush`, which is
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from ..disk import FULL
 from ..errors import DiskSpaceError, StoreBusyError, StoreError
 from .location import StoreUrl
 
@@ -120,7 +120,7 @@ def disk_errors(store: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, (StoreError, DiskSpaceError)):
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise DiskSpaceError(
                 f"the disk of the store '{store}' is full; what is committed stays readable: "
                 "make room and start the same command again"

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thresher.evaluate.encoding import FEWEST_ROWS
 from thresher.evaluate.features import build as build_module
@@ -250,26 +252,14 @@ def test_an_index_is_built_anew_after_any_weight_changed(store, tmp_path, name):
 
 
 def test_an_index_is_built_anew_after_the_readout_or_the_tokenizer_changed(store, tmp_path):
-    class Words:
-        """A tokenizer whose name stays while its words change."""
-
-        name_or_path = "words"
-
-        def __init__(self, *words):
-            self.words = words
-
-        def get_vocab(self):
-            return {word: number for number, word in enumerate(self.words)}
-
-        def decode(self, tokens):
-            return "".join(self.words[token] if token < len(self.words) else "?" for token in tokens)
-
     config = GPT2Config(n_layer=1, n_embd=D_IN, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
     model, words = GPT2LMHeadModel(config).eval(), [f"word{i}" for i in range(50)]
 
     def build(*words):
+        model_of = WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model_of), name_or_path="the same")
         indexes = build_feature_index(
-            store, [Named("a", make_sae())], tmp_path, model=model, tokenizer=Words(*words), settings=SETTINGS
+            store, [Named("a", make_sae())], tmp_path, model=model, tokenizer=tokenizer, settings=SETTINGS
         )
         return indexes["a"]
 
@@ -284,6 +274,36 @@ def test_an_index_is_built_anew_after_the_readout_or_the_tokenizer_changed(store
     model.lm_head.weight.data[41, 5] += 1e-4
     fourth = build("other", *words[1:])
     assert len({index.metadata["fingerprint"] for index in (first, second, third, fourth)}) == 4
+
+
+@pytest.mark.parametrize("where", ["page", "end", "empty"])
+def test_a_damaged_index_is_built_anew(store, tmp_path, capsys, where):
+    whole = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=SETTINGS)["a"]
+    content, expected = bytearray(whole.path.read_bytes()), lines(whole)
+    content[{"page": 300, "end": -6, "empty": 0}[where]] ^= 0x55
+    whole.path.write_bytes(b"" if where == "empty" else content)
+    again = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=SETTINGS)["a"]
+    assert lines(again) == expected
+    assert "is damaged and is built anew" in capsys.readouterr().out
+
+
+def test_a_flipped_byte_in_kept_progress_is_noticed(tmp_path):
+    path, other = tmp_path / ".a.progress", ActivationStatistics(3)
+    save_progress(path, "print", 5, {"s": ActivationStatistics(3)})
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert restore_progress(path, "print", {"s": other}) == 0
+
+
+def test_latents_that_are_not_finite_have_no_index(store, tmp_path):
+    broken, failures = make_sae("standard"), {}
+    broken.b_enc.data[4] = float("inf")
+    saes = [Named("a", make_sae()), Named("b", broken)]
+    indexes = build_feature_index(store, saes, tmp_path, settings=SETTINGS, on_failure=failures.__setitem__)
+    assert list(indexes) == ["a"]
+    assert "NaN or infinite" in failures["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_why_there_are_no_logit_effects_is_said(store, tmp_path, capsys):

@@ -1,0 +1,92 @@
+"""Open all that an evaluation needs, and refuse what cannot be had, before the first row is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..shared.device import choose_device
+from ..shared.hook_points import ResolvedHookPoint
+from ..shared.store import ActivationStore
+from .config import EvaluateConfig
+from .held_out import HeldOut, held_out
+from .origin import compare_origins
+from .probing import Task, probe_tasks
+from .refusals import refuse
+from .sae_folders import EvaluatedSae, diverged_saes, load_saes, sae_folders
+from .same_model import check_vocabulary
+from .store_model import model_name, open_model, open_tokenizer, splice_points
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation works with.
+
+    `failed` gives the reason of each SAE that cannot be read, `diverged` of each that training gave up; `notes` what
+    sets an SAE's training apart from the store.
+    """
+
+    config: EvaluateConfig
+    output: Path
+    device: str
+    store: ActivationStore
+    rows: HeldOut
+    saes: list[EvaluatedSae]
+    failed: dict[str, str]
+    diverged: dict[str, str]
+    notes: dict[str, list[str]]
+    model_name: str | None
+    model: PreTrainedModel | None
+    hook_points: dict[str, ResolvedHookPoint]
+    tokenizer: PreTrainedTokenizerBase | None
+    tasks: list[Task]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether a feature index is asked for, and the store has the tokens that it shows."""
+        return self.config.feature_rows > 0 and self.store.has_tokens
+
+
+def prepare(config: EvaluateConfig) -> Prepared:
+    """Open store, SAEs, model and tokenizer, each checked against the others.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+        OutputError: the output cannot be written.
+        MissingFileError: the store or an SAE is not there.
+        StoreError: the store is damaged, holds nothing out, or lacks what the settings ask for.
+        HookPointError, SaeError: an SAE does not fit the store, is of another model, or none can be read.
+        ModelError: the model or the tokenizer cannot be loaded, or the model does not fit the store.
+    """
+    device = choose_device(config.device)
+    store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
+    refuse(config, store)
+    failed: dict[str, str] = {}
+    saes = load_saes(sae_folders(config.saes), store, device, failed)
+    notes = compare_origins(saes, store, config.allow_other_model)
+    rows = held_out(store, config.max_rows)
+    tasks = probe_tasks(rows.subset(config.model_rows), config)
+    shows_tokens = config.feature_rows > 0 and store.has_tokens
+    model = open_model(config, store, device)
+    hook_points = splice_points(model, saes, store) if model is not None else {}
+    tokenizer = open_tokenizer(config, store) if shows_tokens else None
+    if model is not None and isinstance(config.model, str):
+        check_vocabulary(rows, config.model, model, config.cache)
+    return Prepared(
+        config=config,
+        output=Path(config.output),
+        device=device,
+        store=store,
+        rows=rows,
+        saes=saes,
+        failed=failed,
+        diverged=diverged_saes(config.saes),
+        notes=notes,
+        model_name=model_name(config, store),
+        model=model,
+        hook_points=hook_points,
+        tokenizer=tokenizer,
+        tasks=tasks,
+    )

@@ -1,0 +1,177 @@
+"""The stages of an evaluation: each adds what it finds of every SAE to the results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int64
+
+from ..shared.errors import NonFiniteError
+from .across_places import across_places, losses_across_places, place_columns
+from .bootstrap import confidence_intervals, estimate
+from .comparison import Fired
+from .dictionary import geometry
+from .digests import digest_of, sae_digest
+from .features.build import FeatureSettings, build_feature_index
+from .features.files import FeatureIndex
+from .offline import SaeSums, accumulate, offline_metrics
+from .output import latents_path, write_latents
+from .places import places
+from .prepare import Prepared
+from .probing import sparse_probing
+from .provenance import provenance
+from .reconstruction import InputSums
+from .results import Results
+from .sae_folders import EvaluatedSae
+from .spliced import accumulate_losses, run_name, splice_metrics
+
+VERSION = 1
+"""Counts up whenever the results of the same inputs come to be others."""
+INCIDENTAL = ("store", "saes", "output", "cache", "cache_bytes", "feature_rows", "export", "allow_other_model")
+"""Settings on which no result depends; the store counts by its checksums."""
+FIRINGS = "firings"
+"""What the digest of the firings in an SAE's file of latents is noted under."""
+
+
+def result_digests(given: Prepared) -> dict[str, str]:
+    """Return, by SAE, a digest of everything that its results depend on."""
+    settings = {key: value for key, value in msgspec.to_builtins(given.config).items() if key not in INCIDENTAL}
+    found = (given.rows.contexts, given.rows.usable, given.rows.group, given.rows.unmasked)
+    rows = [torch.from_numpy(values) for values in found if values is not None]
+    model = [] if given.model is None else list(given.model.state_dict().values())
+    facts = [VERSION, version("thresher"), settings, given.device, given.store.manifest.checksum, given.model_name]
+    context = digest_of(facts, [*rows, *model])
+    return {
+        sae.name: digest_of([context, sae.name, sae.hook_point, sae.target, sae_digest(sae.sae)]) for sae in given.saes
+    }
+
+
+@dataclass(frozen=True)
+class KeptLatents:
+    """What an interrupted evaluation wrote of an SAE's latents."""
+
+    firings: Int64[np.ndarray, " d_sae"]
+
+
+def judge_offline(given: Prepared, results: Results) -> dict[str, Fired]:
+    """Walk over the held-out rows once; return how often every SAE's latents fired, by the SAE's name."""
+    config = given.config
+    fired: dict[str, Fired] = {}
+    for sae in results.saes:
+        if (kept := _kept_latents(results, sae)) is not None:
+            fired[sae.name] = kept
+    waiting = results.waiting("offline", only=fired)
+    if not waiting:
+        return fired
+    inputs, sums = accumulate(waiting, given.rows, config.block_rows, given.device)
+    for sae in waiting:
+        reason = _not_finite(sae, inputs[sae.target], sums[sae.name])
+        if reason is not None:
+            results.fail(sae.name, reason)
+            continue
+        measured, intervals = offline_metrics(inputs[sae.target], sums[sae.name], config.bootstrap_samples, config.seed)
+        found: dict[str, Any] = provenance(given.rows, given.model_name) | measured
+        found |= across_places(sae, inputs, sums[sae.name])
+        found["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
+        columns = {}
+        latents = sums[sae.name].latents
+        if config.dictionary:
+            columns, summary = geometry(sae.sae, latents.firings, config.n_neighbours)
+            found |= summary
+        fired[sae.name] = latents
+        results.note(sae.name, FIRINGS, _firings_digest(latents.firings))
+        write_latents(results.output, results.files[sae.name], latents, columns | place_columns(sae))
+        results.add("offline", sae.name, found)
+    return fired
+
+
+def _kept_latents(results: Results, sae: EvaluatedSae) -> KeptLatents | None:
+    """Return what an interrupted evaluation wrote of an SAE's latents; None if that is not there."""
+    noted = results.noted(sae.name, FIRINGS)
+    if noted is None:
+        return None
+    try:
+        table = pq.read_table(latents_path(results.output, results.files[sae.name]), columns=["firings"])
+    except (OSError, ValueError):  # Arrow's own errors are among them
+        return None
+    firings = table["firings"].to_numpy()
+    return KeptLatents(firings) if _firings_digest(firings) == noted else None
+
+
+def _firings_digest(firings: np.ndarray) -> str:
+    return digest_of("firings", [torch.tensor(firings)])
+
+
+def _not_finite(sae: EvaluatedSae, inputs: InputSums, sums: SaeSums) -> str | None:
+    """Return why an SAE has no metrics, if it has none."""
+    if not all(np.isfinite(values).all() for values in inputs.sums().values()):
+        return f"the store's rows at '{sae.target}' are not finite; check it with `thresher store verify`"
+    if not all(np.isfinite(values).all() for values in sums.reconstruction.sums().values()):
+        return "its latents or reconstructions of held-out rows are NaN or infinite; train it again, or leave it out"
+    return None
+
+
+def judge_in_model(given: Prepared, results: Results) -> None:
+    """Run the model with every SAE spliced in.
+
+    Raises:
+        NonFiniteError: the model's own predictions are not finite.
+    """
+    if given.model is None:
+        return
+    config, waiting = given.config, results.waiting("model")
+    if not waiting:
+        return
+    part = given.rows.subset(config.model_rows)
+    losses = accumulate_losses(given.model, given.hook_points, waiting, part, config.batch_size)
+    for sae in waiting:
+        first = losses[run_name(sae, places(sae.target)[0])]
+        if not np.isfinite(first["ce_clean"]).all():
+            raise NonFiniteError(
+                f"the predictions of '{given.model_name}' on the stored tokens are NaN or infinite; its data type is "
+                f'{given.model.dtype}: try model_dtype = "float32"'
+            )
+        found: dict[str, Any] = {"n_model_tokens": int(first["n_kl"].sum()), "n_predictions": int(first["n_ce"].sum())}
+        found |= losses_across_places(sae, losses)
+        is_finite = all(np.isfinite(losses[run_name(sae, place)]["kl_sae"]).all() for place in places(sae.target))
+        if sae.name in losses:
+            found |= estimate(splice_metrics, losses[sae.name])
+        if sae.name in losses and is_finite:
+            intervals = confidence_intervals(splice_metrics, losses[sae.name], config.bootstrap_samples, config.seed)
+            found["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
+        results.add("model", sae.name, found)
+        if not is_finite:
+            results.fail(sae.name, "the model's predictions with it are NaN or infinite")
+
+
+def probe(given: Prepared, results: Results) -> None:
+    """Probe every SAE's latents for the next token, if that is asked for."""
+    if not given.tasks:
+        return
+    waiting = results.waiting("probes")
+    if waiting:
+        found = sparse_probing(waiting, given.rows.subset(given.config.model_rows), given.config, given.tasks)
+        for name, values in found.items():
+            results.add("probes", name, values)
+
+
+def index_features(given: Prepared, results: Results) -> dict[str, FeatureIndex] | None:
+    """Build the feature index of every SAE, where one is asked for and the store has the tokens that it shows."""
+    if not given.has_features:
+        return None
+    settings = FeatureSettings(max_rows=given.config.feature_rows)
+    return build_feature_index(
+        given.store,
+        results.saes,
+        results.output / "features",
+        model=given.model,
+        tokenizer=given.tokenizer,
+        settings=settings,
+        on_failure=results.fail,
+    )

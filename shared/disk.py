@@ -1,0 +1,107 @@
+"""Write files whole or not at all, and say in one line why the disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import DiskSpaceError, OutputError, ThresherError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system answers where there is no room: the disk, the quota, or the limit on a file's size."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write to `path` into errors that say what to do.
+
+    Raises:
+        DiskSpaceError: the disk is full.
+        OutputError: the path cannot be written for another reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = _code(error)
+        if isinstance(error, ThresherError) or code is None:
+            raise
+        if code in FULL:
+            raise DiskSpaceError(
+                f"the disk is full: cannot write '{path}'; make room and start the same command again"
+            ) from error
+        raise OutputError(
+            f"cannot write '{path}': {os.strerror(code)}; make it writable, or choose another place"
+        ) from error
+
+
+def _code(error: OSError | SafetensorError) -> int | None:
+    """Return an error's number; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file beside `path`, which takes its place, flushed to disk, when the block ends.
+
+    An error within the block leaves `path` as it was and no temporary file. Raises what `writing` does.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raise what `writing` does."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary folder, yet to be made, which takes the place of `path` when the block ends.
+
+    Where the block makes none, what was at `path` is removed. Raises what `writing` does.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+        if partial.is_dir():
+            os.replace(partial, path)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder, there or yet to be made, in which nothing can be written; write nothing.
+
+    Raises:
+        OutputError: a part of the path is a file, or the folder that is there refuses new files.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise OutputError(f"expected '{folder}' to be a folder, but '{there}' is a file; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write in '{there}'; make it writable, or choose another place than '{folder}'")
