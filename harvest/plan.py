@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared.adapters import model_parts
 from ..shared.context_limit import context_limit
 from ..shared.device import choose_device
-from ..shared.errors import ModelError
+from ..shared.errors import ConfigError, ModelError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
 from ..shared.model.certificate import certificate
@@ -53,6 +54,11 @@ class Plan:
 def make_plan(config: HarvestConfig) -> Plan:
     """Load model and tokenizer and find the hook points; raise `ModelError` or `HookPointError` if they do not fit."""
     device = choose_device(config.device)
+    if config.revision is not None and Path(config.model).expanduser().is_dir():
+        raise ConfigError(
+            f"revision '{config.revision}' is for a model on the Hugging Face hub, but '{config.model}' is a folder; "
+            "leave out revision, or give the folder that holds that revision"
+        )
     tokenizer = load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     tokenizer_files = serialise_tokenizer(tokenizer)
     model = load_model(

@@ -213,6 +213,8 @@ def test_errors_name_what_to_do(config, tmp_path):
         harvest(replaced(config, context_size=64, store=str(tmp_path / "c")))
     with pytest.raises(ConfigError, match="bos_token '<s>' is not in the tokenizer's vocabulary"):
         harvest(replaced(config, bos_token="<s>", store=str(tmp_path / "d")))
+    with pytest.raises(ConfigError, match="revision 'main' is for a model on the Hugging Face hub, but"):
+        harvest(replaced(config, revision="main", store=str(tmp_path / "f")))
     with pytest.raises(ConfigError, match="no CUDA device"):
         harvest(replaced(config, device="cuda:0", store=str(tmp_path / "e")))
 
