@@ -19,7 +19,10 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 def is_sae(folder: str | Path) -> bool:
     """Return whether a folder has the weights of a format that is known."""
-    return any(fmt.recognises(user_path(folder)) for fmt in FORMATS)
+    try:
+        return any(fmt.recognises(user_path(folder)) for fmt in FORMATS)
+    except OSError:
+        return False
 
 
 def read_sae(path: str | Path) -> SaeParts:
@@ -29,6 +32,15 @@ def read_sae(path: str | Path) -> SaeParts:
         MissingFileError: there is none, or one of its files is missing.
         SaeError: it is damaged, or cannot be computed here as its library computes it.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        if isinstance(error, MissingFileError):
+            raise
+        raise SaeError(f"no SAE can be read at '{path}': {error.strerror or error}") from None
+
+
+def _read(path: str | Path) -> SaeParts:
     folder = user_path(path)
     if folder.name == dictionary_learning.ARCHIVE_NAME and folder.is_file():
         folder = folder.parent

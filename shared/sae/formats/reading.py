@@ -63,27 +63,30 @@ def read_torch_archive(path: Path, where: str) -> dict[str, Tensor]:
         SaeError: it is damaged, holds anything but named tensors, or would take more memory than its size allows.
     """
     size = path.stat().st_size
-    too_large = f"{where} is damaged: {path.name} has {size:,} bytes and unpacks to more"
+    too_large = SaeError(f"{where} is damaged: {path.name} has {size:,} bytes and unpacks to more")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _MOST_OF_FILE * size:
-                raise SaeError(too_large)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise SaeError(f"{where} is damaged: {path.name} is not a file that torch.save writes: {error}") from None
-    try:
+                raise too_large
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise SaeError(f"{where} is damaged: {damaged} in {path.name} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError) as error:
+    except SaeError:
+        raise
+    except pickle.UnpicklingError as error:
         reason = str(error).strip().split("\n")[0]
-        raise SaeError(
-            f"{where} cannot be read without running code: {path.name} may hold tensors alone ({reason})"
-        ) from None
+        raise SaeError(f"{where} cannot be read: {path.name} may hold tensors alone, and no code ({reason})") from None
+    except Exception as error:  # what damaged bytes raise is not bounded
+        reason = str(error).strip().split("\n")[0]
+        raise SaeError(f"{where} is damaged: {path.name}: {reason}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise SaeError(f"{where} is damaged: {path.name} holds a {type(content).__name__}, expected named tensors")
     other = [name for name, value in content.items() if not _is_dense(value)]
     if other:
         raise SaeError(f"{where} is damaged: '{other[0]}' in {path.name} is not a dense tensor")
     if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > _MOST_OF_FILE * size:
-        raise SaeError(too_large)
+        raise too_large
     return _plain({name: tensor.detach() for name, tensor in content.items()}, path, where)
 
 
