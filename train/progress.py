@@ -1,8 +1,7 @@
-"""What a training run shows while it goes on: a bar, each SAE's lines of metrics, and how fast it is."""
+"""What a training run shows: a bar, or lines without a terminal, each SAE's lines of metrics, and how fast it is."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
+from ..shared.progress import progress
 from .config import TrainConfig
 from .loggers import loggers_of
 from .metrics import Line, MetricsLog
@@ -28,13 +26,13 @@ class Progress:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         self._logs = {folder.name: MetricsLog(folder, step, loggers_of(config, folder, step)) for folder in folders}
-        self._bar = tqdm(
+        self._bar = progress(
             total=schedule.n_steps * schedule.batch_size,
             initial=step * schedule.batch_size,
             unit="token",
             unit_scale=True,
             desc="train",
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not shown,
         )
         self._started, self._waited, self._logged_step = time.perf_counter(), 0.0, step
 
@@ -80,7 +78,7 @@ class Progress:
             for name, values in by_sae.items():
                 if name in self._logs:
                     self._logs[name].write(at, at * self._schedule.batch_size, {**values, **speed})
-        self._bar.set_postfix_str(_losses(metrics), refresh=False)
+        self._bar.set_postfix_str(f"step {step:,} of {self._schedule.n_steps:,}, {_losses(metrics)}", refresh=False)
         self._started, self._waited, self._logged_step = time.perf_counter(), 0.0, step
 
 
