@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from jaxtyping import Int64
-from tqdm import tqdm
 
+from ..shared.progress import progress
 from .dictionary import compare, decoder_directions, live
 from .sae_folders import EvaluatedSae
 
@@ -41,7 +41,7 @@ def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fir
     ]
     rows = []
     settings = {sae.name: sae.sae.config | sae.description() for sae in saes}
-    for a, b in tqdm(pairs, unit="pair", desc="compare", disable=None):
+    for a, b in progress(pairs, unit="pair", desc="compare"):
         described = {"a": a.name, "b": b.name, "hook_point": a.target}
         described |= {"kind": pair_kind(settings[a.name], settings[b.name])}
         rows.append(described | compare(directions[a.name], directions[b.name]))

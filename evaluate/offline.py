@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ..shared.progress import progress as show_progress
 from .bootstrap import confidence_intervals, estimate
 from .crosscoder import PlaceSums
 from .encoding import encode, rows_at_a_time
@@ -47,7 +47,7 @@ def accumulate(
     targets = list(dict.fromkeys(place for sae in saes for place in (sae.target, *places(sae.target))))
     inputs = {place: InputSums(held_out.n_groups, width(store, place), device) for place in targets}
     sums = {sae.name: _sums(sae, held_out.n_groups, device) for sae in saes}
-    with tqdm(total=held_out.n_rows, unit="row", unit_scale=True, desc="evaluate", disable=None) as progress:
+    with show_progress(total=held_out.n_rows, unit="row", unit_scale=True, desc="evaluate") as progress:
         for block in held_out.blocks(read, block_rows, device):
             for place in targets:
                 inputs[place].add(joined(block.activations, place), block.group)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from tqdm import tqdm
 
 from ..shared.errors import StoreError
+from ..shared.progress import progress
 from .config import EvaluateConfig
 from .encoding import encode
 from .held_out import HeldOut
@@ -160,7 +160,7 @@ def sparse_probing(
     x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
     baseline = {place: _mean([_accuracies(x[place], task, None) for task in tasks]) for place in hook_points}
     results = {}
-    for sae in tqdm(saes, unit="SAE", desc="probe", disable=None):
+    for sae in progress(saes, unit="SAE", desc="probe"):
         accuracies = _mean([_accuracies(x[sae.hook_point], task, sae) for task in tasks])
         results[sae.name] = {"probe_tasks": len(tasks), **accuracies, **baseline[sae.hook_point]}
     return results

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..shared.capture import reading, splice
 from ..shared.hook_points import ResolvedHookPoint
+from ..shared.progress import progress as show_progress
 from .encoding import reconstruct
 from .held_out import HeldOut
 from .places import joined, places
@@ -174,7 +174,7 @@ def accumulate_losses(
     sums = {run: LossSums(held_out.n_groups, device) for run in runs}
     counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in LOSSES}
     total = len(held_out.contexts) * held_out.store.context_size
-    with tqdm(total=total, unit="token", unit_scale=True, desc="splice", disable=None) as progress:
+    with show_progress(total=total, unit="token", unit_scale=True, desc="splice") as progress:
         for cpu_tokens, part in held_out.token_batches(batch_size):
             tokens = cpu_tokens.to(device)
             usable = torch.from_numpy(held_out.usable[part]).to(device)

@@ -1,11 +1,11 @@
-"""The harvest's progress bar: tokens/s, GB written and compression ratio; quiet when not a terminal."""
+"""The harvest's progress bar: tokens/s, GB written and compression ratio; lines where there is no terminal."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tqdm import tqdm
+from ..shared.progress import progress
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStoreWriter
@@ -24,7 +24,7 @@ class Progress:
     ) -> None:
         self._writer = writer
         self._context_size = context_size
-        self._bar = tqdm(
+        self._bar = progress(
             total=n_contexts * context_size,
             initial=n_done * context_size,
             unit="token",

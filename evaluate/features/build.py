@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ...shared.disk import writing
 from ...shared.errors import DataError, StoreError
 from ...shared.paths import user_path
+from ...shared.progress import progress as show_progress
 from ...shared.store import ActivationStore
 from ..digests import vocabulary
 from ..encoding import rows_at_a_time
@@ -141,7 +142,7 @@ def build_feature_index(
     missing = [sae for sae in saes if sae.name not in indexes]
     if missing:
         passes, visited = _walk(store, missing, settings, paths, prints)
-        for one in tqdm(passes, unit="SAE", desc="write features", disable=None):
+        for one in show_progress(passes, unit="SAE", desc="write features"):
             sae = one.sae
             if one.failed:
                 if on_failure is not None:
@@ -215,7 +216,7 @@ def _walk(
     # A new thread's first product would otherwise still use all cores, and round differently.
     n_torch_threads = max(1, torch.get_num_threads() // n_threads)
     with (
-        tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=None) as progress,
+        show_progress(total=total, unit="token", unit_scale=True, desc="features") as progress,
         _threads_of_torch(n_torch_threads),
         ThreadPoolExecutor(n_threads, "features", torch.set_num_threads, (n_torch_threads,)) as threads,
     ):

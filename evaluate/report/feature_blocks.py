@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from tqdm import tqdm
 
 from ...shared.disk import replacing_folder
+from ...shared.progress import progress as show_progress
 from ..features.files import FeatureIndex
 from ..features.token_text import TokenTexts
 
@@ -48,7 +48,7 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
     room = INLINE_BYTES
     folder = report.with_name(f"{report.stem}_features")
     total = sum(index.n_latents for index in features.values())
-    progress = tqdm(total=total, unit="latent", unit_scale=True, desc="report", disable=None)
+    progress = show_progress(total=total, unit="latent", unit_scale=True, desc="report")
     with replacing_folder(folder) as partial:
         for number, (name, index) in enumerate(features.items()):
             tokens |= index.vocabulary

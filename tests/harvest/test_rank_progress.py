@@ -31,7 +31,7 @@ class Bar:
 
 def test_rank_0_shows_the_sum_and_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Bar] = []
-    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    monkeypatch.setattr(progress, "progress", lambda **options: bars.append(Bar(**options)) or bars[-1])
     monkeypatch.setattr(rank_progress, "SECONDS", 0.0)
     words = HashStore()
     share = Share(contexts_per_shard=10, n_committed=20, staged={3: 10})
