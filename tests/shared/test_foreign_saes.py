@@ -205,6 +205,20 @@ def test_the_configuration_wins_over_what_training_noted(tmp_path):
     assert int((Sae.load(tmp_path / "sae").encode(rows()) != 0).sum(1).max()) > 2
 
 
+def test_a_changed_hook_name_is_not_passed_over(tmp_path):
+    for hook_point in ("blocks.1.mlp_in", "blocks.1.hook_resid_post", "model.layers.1.mlp"):
+        folder = Sae("standard", weights(), hook_point=hook_point).save(tmp_path / "sae")
+        assert Sae.load(folder).hook_point == hook_point
+        config = json.loads((folder / "cfg.json").read_text())
+        config["metadata"]["hook_name"] = "blocks.1.ln2.hook_normalized"
+        (folder / "cfg.json").write_text(json.dumps(config))
+        if hook_point == "blocks.1.mlp_in":
+            assert Sae.load(folder).hook_point == hook_point
+            continue
+        with pytest.raises(SaeError, match=r"but thresher\.hook_point '.*' in its metadata; expected the same place"):
+            Sae.load(folder)
+
+
 def test_a_transcoder_says_what_it_reconstructs(tmp_path):
     config = SAELENS_6 | {"architecture": "transcoder", "d_out": D, "apply_b_dec_to_input": False}
     metadata = config["metadata"]

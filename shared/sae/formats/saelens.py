@@ -64,11 +64,10 @@ def read(folder: Path) -> SaeParts:
         check_top_k(config["k"], d_sae, where)
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
-    hook_name = metadata.pop("hook_name", None) or ""
     return SaeParts(
         architecture,
         tensors,
-        text(own, "hook_point", where) or canonical_hook_point(hook_name),
+        _hook_point(text(own, "hook_point", where), metadata.pop("hook_name", None) or "", where),
         mapping(own, "config", where) | config,
         metadata,
     )
@@ -136,6 +135,20 @@ def _joined_metadata(saved: Mapping[str, Any], metadata: Mapping[str, Any], wher
         if joined.get(key) is not None:
             raise SaeError(f"{where} has {key} = {joined[key]!r}: it is of a single head, which is not supported")
     return joined
+
+
+def _hook_point(trained_on: str | None, hook_name: str, where: str) -> str:
+    """Return our name of the hook point, which `hook_name` may have been changed since to contradict."""
+    if not trained_on:
+        return canonical_hook_point(hook_name)
+    # Before the two were told apart, `mlp_in` was exported by the name of what TransformerLens reads before the gain.
+    named = re.sub(r"\.ln2\.hook_normalized$", ".mlp_in", hook_name) if trained_on.endswith(".mlp_in") else hook_name
+    if named and canonical_hook_point(named) != canonical_hook_point(trained_on):
+        raise SaeError(
+            f"{where} has hook_name '{hook_name}', but thresher.hook_point '{trained_on}' in its metadata; expected "
+            "the same place: change both"
+        )
+    return trained_on
 
 
 def _config(
