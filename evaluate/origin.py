@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..shared.content import stored_model_content
 from ..shared.errors import SaeError
 from ..shared.store import ActivationStore
 from .sae_folders import EvaluatedSae
@@ -14,7 +15,7 @@ from .sae_folders import EvaluatedSae
 Relation = Literal["same", "perhaps", "other"]
 
 CONTENT = "model_content"
-"""Key of an SAE's metadata for what identifies its model's weights, as a store's harvest records them."""
+"""Key of an SAE's metadata for what identifies the files of its model, as a store's harvest records them."""
 
 
 def model_relation(a: str, b: str) -> Relation:
@@ -58,7 +59,7 @@ def compare_origins(
 def _compare_models(said: Mapping[str, Any], store: ActivationStore) -> tuple[Relation, str]:
     """Return how the SAE's model and the store's relate, and the difference in words if there may be one."""
     trained, stored = said.get("model_name"), store.metadata.get("model")
-    contents = said.get(CONTENT), stored_content(store)
+    contents = said.get(CONTENT), stored_model_content(store.metadata)
     if all(isinstance(content, str) and "blake2b" in content for content in contents):
         if contents[0] == contents[1]:
             return "same", ""
@@ -70,13 +71,6 @@ def _compare_models(said: Mapping[str, Any], store: ActivationStore) -> tuple[Re
         return relation, ""
     other = "another model" if relation == "other" else "perhaps another model"
     return relation, f"was trained on '{trained}', {other} than the store's '{stored}'"
-
-
-def stored_content(store: ActivationStore) -> str | None:
-    """Return what identifies the weights of the model that a store was harvested from, where the store says."""
-    harvest = store.metadata.get("harvest")
-    content = harvest.get("content") if isinstance(harvest, Mapping) else None
-    return content.get("weights") if isinstance(content, Mapping) else None
 
 
 def _differences(said: Mapping[str, Any], store: ActivationStore) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm import tqdm
@@ -37,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     given = prepare(config)
     for line in told(given.notes):
-        tqdm.write(line)
+        tqdm.write(line, file=sys.stderr)
     output = given.output
     write_file(output / "config.toml", to_toml(config).encode())
     results = Results(output, given.saes, given.failed, result_digests(given))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import MissingFileError
 from .store.location import cache_folder
@@ -168,6 +168,14 @@ def model_content(model: str, revision: str | None = None, cache: str | Path | N
         return {what: describe_files(files, cache) if files else None for what, files in found.items()}
     commit = hub_commit(model, revision)
     return dict.fromkeys(("weights", "tokenizer"), f"commit {commit}" if commit else None)
+
+
+def stored_model_content(metadata: Mapping[str, Any]) -> str | None:
+    """Return what identifies the model, and its adapter, of a store with this metadata; None where it does not say."""
+    harvest = metadata.get("harvest")
+    content = harvest.get("content") if isinstance(harvest, Mapping) else None
+    found = [content.get(what) for what in ("weights", "adapter")] if isinstance(content, Mapping) else []
+    return " with adapter ".join(str(part) for part in found if part) or None
 
 
 def hub_commit(model: str, revision: str | None = None) -> str | None:

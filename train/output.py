@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from ..shared.disk import FULL
 from ..shared.errors import ConfigError, DiskSpaceError, OutputBusyError, ThresherError
 
 if TYPE_CHECKING:
     from .parallel.ranks import Ranks
 
 LOCK_NAME = ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -109,7 +109,7 @@ def output_error(output: Path, error: OSError) -> ThresherError | None:
     elsewhere = error.filename is not None and not str(error.filename).startswith(str(output))
     if isinstance(error, ThresherError) or elsewhere:
         return None
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return DiskSpaceError(
             f"the disk of '{output}' is full; the last checkpoint is whole: make room, "
             "and start the same command again to resume from it"

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from ..shared.config import read_toml, to_toml
+from ..shared.content import stored_model_content
 from ..shared.errors import ConfigError
 from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
 from .batches import ShuffledBatches
@@ -347,6 +348,7 @@ def _sae_metadata(store: ActivationStore) -> dict[str, Any]:
     return {
         **roles,
         "model_name": said.get("model"),
+        "model_content": stored_model_content(said),
         "dataset_path": said.get("dataset"),
         "context_size": store.context_size,
         "prepend_bos": said.get("bos_token_id") is not None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..disk import replacing, write_file
 from ..errors import SaeError
 from ..paths import user_path
 
@@ -71,22 +71,16 @@ def tensor_names(architecture: str, where: str = "this SAE") -> tuple[str, ...]:
 
 
 def write_folder(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each atomically and the configuration last, so that a folder with it is complete."""
+    """Write both files, each atomically and the configuration last, so that a folder with it is complete.
+
+    Raises:
+        DiskSpaceError, OutputError: the disk refuses them.
+    """
     folder = user_path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    partial = folder / f".{WEIGHTS_NAME}.partial"
-    save_file(plain, partial, metadata={"format": "pt"})
-    _publish(partial, folder / WEIGHTS_NAME)
-    partial = folder / f".{CONFIG_NAME}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _publish(partial, folder / CONFIG_NAME)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, final)
+    with replacing(folder / WEIGHTS_NAME) as partial:
+        save_file(plain, partial, metadata={"format": "pt"})
+    write_file(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def saelens_config(

@@ -61,7 +61,7 @@ def test_an_sae_of_another_model_is_refused(judged, tmp_path):
 def test_an_sae_of_another_model_is_evaluated_if_that_is_asked_for(judged, tmp_path):
     code, told = judged({"model_name": "gpt2"}, {"model": "EleutherAI/pythia-160m"}, "--allow_other_model", "true")
     assert code == 0
-    assert "note: SAE 'sae' was trained on 'gpt2', another model" in told.out
+    assert "note: SAE 'sae' was trained on 'gpt2', another model" in told.err
     assert "another model" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -75,7 +75,18 @@ def test_weights_decide_where_both_are_known(judged):
     assert code == 2
     assert "a model 'm' whose files are not those of the store's 'm'" in told.err
     code, told = judged(said | {"model_name": "elsewhere/name"}, stored("aa"))
-    assert (code, "note" in told.out) == (0, False)
+    assert (code, "note" in told.err) == (0, False)
+
+
+def test_training_says_what_it_was_trained_on(tiny, tmp_path):
+    from thresher.train.run_state import _sae_metadata
+
+    store = ActivationStore.open(tiny.store)
+    files, adapter = "2 files, 9 bytes, blake2b aa", "1 file, 3 bytes, blake2b bb"
+    store.metadata["harvest"] = {"content": {"weights": files, "adapter": adapter, "tokenizer": "3 files"}}
+    assert _sae_metadata(store)["model_content"] == f"{files} with adapter {adapter}"
+    del store.metadata["harvest"]
+    assert _sae_metadata(store)["model_content"] is None
 
 
 def test_other_differences_are_noted(judged, tmp_path):
@@ -88,7 +99,7 @@ def test_other_differences_are_noted(judged, tmp_path):
         "was trained on text of 'org/c4', and the store holds 'org/pile'",
         "was trained on contexts of 1,024 tokens, and the store's have 12",
     ]
-    assert all(f"note: SAE 'sae' {note}" in told.out for note in notes)
+    assert all(f"note: SAE 'sae' {note}" in told.err for note in notes)
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert row["notes"] == notes
 

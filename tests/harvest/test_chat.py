@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-import hypothesis
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

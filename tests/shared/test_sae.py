@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from thresher.shared import Sae
-from thresher.shared.errors import MissingFileError, SaeError
+from thresher.shared.errors import DiskSpaceError, MissingFileError, OutputError, SaeError
 
 D_IN, D_SAE = 5, 11
 
@@ -30,6 +31,28 @@ KINDS = [
     ("skip_transcoder", {"d_out": 7}),
     ("jumprelu_transcoder", {"d_out": 4}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), DiskSpaceError, "the disk is full"),
+        (OSError(30, "Read-only file system"), OutputError, "cannot write"),
+    ],
+)
+def test_a_disk_that_refuses_leaves_the_folder_as_it_was(tmp_path, monkeypatch, error, kind, said):
+    sae = make("standard")
+    sae.save(tmp_path / "sae")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "sae").iterdir()}
+
+    def refuse(tensors, path, **options):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("thresher.shared.sae.files.save_file", refuse)
+    with pytest.raises(kind, match=f"{said}.*sae_weights"):
+        make("topk", k=2).save(tmp_path / "sae")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sae").iterdir()} == before
 
 
 @pytest.mark.parametrize(("architecture", "options"), KINDS)
