@@ -15,7 +15,7 @@ from .chat import ChatTemplate, given_messages
 from .documents import Document
 from .holdout import document_hash, ids_hash
 from .packing import TokenizedDocument
-from .text_rules import TextRules, all_special_ids
+from .text_rules import TextRules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,21 +77,21 @@ def _tokenize_batch(
         encoded = _encode([_encodable(document.text) for document in batch], tokenizer, rules.keeps_special_tokens)
         for document, ids in zip(batch, encoded, strict=True):
             tokens = np.array(ids, np.int32)
-            yield document_hash(document.text), tokens, _special_roles(tokens, tokenizer, rules)
+            yield document_hash(document.text), tokens, _special_roles(tokens, rules)
 
 
 def _tokenize_one(document: Document, tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> Tokenized:
     if rules.chat is not None:
         return _conversation(document, tokenizer, rules.chat)
     ids = _checked_ids(document, tokenizer)
-    return ids_hash(ids), ids, _special_roles(ids, tokenizer, rules)
+    return ids_hash(ids), ids, _special_roles(ids, rules)
 
 
-def _special_roles(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> np.ndarray | None:
+def _special_roles(ids: np.ndarray, rules: TextRules) -> np.ndarray | None:
     """Return which tokens of plain text are special ones, where those are kept as such."""
-    if not rules.marks_special_tokens:
+    if not rules.marker_ids:
         return None
-    return np.where(np.isin(ids, sorted(all_special_ids(tokenizer))), np.int8(MARKER), np.int8(TEXT))
+    return np.where(np.isin(ids, rules.marker_ids), np.int8(MARKER), np.int8(TEXT))
 
 
 def _conversation(document: Document, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate) -> Tokenized:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..shared.errors import ConfigError, DataError, ModelError
 from .chat import ChatTemplate
@@ -12,6 +13,10 @@ from .documents import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+LOOK_AT_CHARACTERS = 50_000
+_BRACKETS = re.compile(r"[<\[{(|].*[>\]})|]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ class TextRules:
     """Whether the store keeps roles, so that rows are masked by what packing placed."""
     keeps_special_tokens: bool
     """Whether a document's special tokens are kept as single tokens."""
-    marks_special_tokens: bool
-    """Whether the special tokens of plain text have the role of markers."""
+    marker_ids: tuple[int, ...] = ()
+    """Ids of plain text's tokens that have the role of markers."""
     chat: ChatTemplate | None = None
 
 
-PLAIN_TEXT = TextRules("text", 0, [], keeps_roles=False, keeps_special_tokens=False, marks_special_tokens=False)
+PLAIN_TEXT = TextRules("text", 0, [], keeps_roles=False, keeps_special_tokens=False)
 
 
 def text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, first: Document | None) -> TextRules:
@@ -54,22 +59,21 @@ def text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, first:
             "leave it out, or set text_column"
         )
     markers = chat is not None or config.special_tokens == "tokens"
+    special = all_special_ids(tokenizer) - ordinary_ids(tokenizer)
     if markers:
         # Special tokens are markers, whose rows may be used; unknown text is not one of them.
         unknown = getattr(tokenizer, "unk_token_id", None)
         others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep", "mask")}
         masked = {unknown} if isinstance(unknown, int) and unknown not in others | {bos} else set()
-    elif bos in all_special_ids(tokenizer):
-        masked = set(special_token_ids(tokenizer, bos))
     else:
-        masked = set(tokenizer.all_special_ids)
+        masked = {*tokenizer.all_special_ids, bos} & special
     return TextRules(
         kind,
         bos,
         sorted(masked),
         keeps_roles=bos not in masked,
         keeps_special_tokens=markers or kind == "token ids",
-        marks_special_tokens=markers and chat is None,
+        marker_ids=tuple(sorted(special)) if markers and chat is None else (),
         chat=chat,
     )
 
@@ -93,13 +97,30 @@ def all_special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
 
-def special_token_ids(tokenizer: PreTrainedTokenizerBase, bos: int) -> list[int]:
-    """Return the ids of the BOS and of the tokenizer's special tokens."""
-    return sorted({bos, *tokenizer.all_special_ids})
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of special tokens that ordinary text gives too, such as a line end or "!" named as BOS or padding.
+
+    A token in brackets, such as </s>, counts as special even if the tokenizer gives it for the same text.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return set()
+    found = set()
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    for number in all_special_ids(tokenizer):
+        token = backend.id_to_token(number)
+        if token is None or _BRACKETS.search(token):
+            continue
+        texts = {token, backend.decoder.decode([token]) if backend.decoder else token}
+        if any(backend.encode(text, add_special_tokens=False).ids == [number] for text in texts):
+            found.add(number)
+    backend.encode_special_tokens = before
+    return found
 
 
 def most_frequent_special(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """Return the special token that most of the documents spell out, and how many do."""
     special = tokenizer.convert_ids_to_tokens(sorted(all_special_ids(tokenizer)))
-    counts = {token: sum(token in document.text for document in documents) for token in special}
+    texts = [document.text[:LOOK_AT_CHARACTERS] for document in documents]
+    counts = {token: sum(token in text for text in texts) for token in special}
     return max(counts.items(), key=lambda item: item[1], default=("", 0))

@@ -100,7 +100,7 @@ class ShardAssembly:
         self, rows: dict[str, np.ndarray], training_roles: np.ndarray, pipeline: Pipeline, owner: ChunkBuffers | None
     ) -> None:
         """Have a whole chunk encoded and written; its rows then go back to their owner, if they have one."""
-        self._role_rows.append(np.bincount(training_roles, minlength=N_ROLES))
+        self._role_rows.append(np.bincount(training_roles, minlength=N_ROLES) * (np.arange(N_ROLES) != PLACED))
         for name, part in rows.items():
 
             def encode(name: str = name, part: np.ndarray = part) -> EncodedChunk:
@@ -140,7 +140,7 @@ class ShardAssembly:
         statistics = Statistics(
             self._moments,
             np.concatenate(self._held_out),
-            np.array([rows[1:].sum() for rows in self._role_rows], dtype=np.int64),
+            np.array([rows.sum() for rows in self._role_rows], dtype=np.int64),
             {name: products.co_moment(self._moments[name]) for name, products in self._products.items()},
             self._by_role if self._header.has_roles else {},
             np.array(self._role_rows, dtype=np.int64) if self._header.has_roles else None,

@@ -340,6 +340,20 @@ def test_special_tokens_of_text_are_kept_where_asked_for():
     assert tokenized(tokenizer, [Document("d", text)])[1][0].tokens.tolist() != ids
 
 
+@pytest.mark.parametrize("named", [{"bos_token": "Ċ"}, {"bos_token": "!"}, {"pad_token": "!"}, {"eos_token": "Ċ"}])
+def test_an_ordinary_token_that_is_named_as_special_is_not_masked_in_text(named):
+    options = dict(bos_token="<s>", eos_token="</s>", extra_special_tokens=[]) | named
+    tokenizer = byte_tokenizer(**options)
+    ordinary = tokenizer.convert_tokens_to_ids(next(iter(named.values())))
+    rules, (document,) = tokenized(tokenizer, [Document("d", "go!\nstop!\n")])
+    assert ordinary in document.tokens
+    assert ordinary not in rules.mask_token_ids
+    assert rules.keeps_roles == ("bos_token" in named)
+    assert set(rules.mask_token_ids) == set(tokenizer.all_special_ids) - {ordinary}
+    usual, _ = tokenized(byte_tokenizer(), [Document("d", "go")])
+    assert set(usual.mask_token_ids) == set(byte_tokenizer().all_special_ids)
+
+
 def test_token_ids_are_used_as_they_are():
     tokenizer = byte_tokenizer()
     rules, documents = tokenized(

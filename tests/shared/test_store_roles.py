@@ -46,7 +46,8 @@ def test_roles_are_stored_and_read_by_zarr(written):
     assert store.verify() == []
     assert store.roles(5, 200).tolist() == roles[5:200].tolist()
     assert np.array_equal(zarr.open_group(path, mode="r")["roles"][:], roles)
-    assert "by role" in "\n".join(describe(store))
+    assert "by role     text " in "\n".join(describe(store))
+    assert store.training_rows_by_role()["placed"] == 0
 
 
 @pytest.mark.parametrize("names", [None, ["assistant"], ["user", "marker", "assistant"]])
