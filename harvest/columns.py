@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from .tally import Place, Tally
 
 NAME_COLUMNS = ("path", "name", "title", "url", "id")
+LIST_COLUMNS = ("messages", "conversation", "conversations", "input_ids", "token_ids")
+"""Columns that are not text, so that a list in brackets there is a table's way to write lists."""
 MAX_NAME = 200
 MAX_COLUMNS = 20
 SKIP = 'or set on_bad_document = "skip" to pass it over'
@@ -46,6 +48,7 @@ class Columns:
         self._roots = {".".join(parts[: n + 1]) for n in range(len(parts))}
         self._name_column = ""
         self._kind: str | None = None
+        self._holds_lists = parts[-1] in LIST_COLUMNS
         self._n_rows = 0
 
     def needed(self, names: Iterable[str]) -> list[str]:
@@ -74,12 +77,13 @@ class Columns:
         if number == 0:
             self._name_column = next((name for name in NAME_COLUMNS if isinstance(row.get(name), (str, int))), "")
         name = str(row.get(self._name_column))[:MAX_NAME] if self._name_column else f"row {number}"
-        document = _document(encodable(name), value)
+        is_list = not (self._holds_lists and isinstance(value, str) and value.lstrip().startswith("["))
+        document = _document(encodable(name), value) if is_list else None
         if document is None:
-            held = "null" if value is None else type(value).__name__
             self._tally.bad(
                 at,
-                f"must hold text, a list of messages or a list of token ids in column '{self.column}', got {held}",
+                f"must hold text, a list of messages or a list of token ids in column '{self.column}', "
+                f"got {self._described(value)}",
             )
             return None
         if value != []:  # an empty list may be of either kind
@@ -90,6 +94,14 @@ class Columns:
                 )
                 return None
         return document
+
+    def _described(self, value: Any) -> str:
+        if isinstance(value, Mapping):
+            inner = ", ".join(f"{self.column}.{name}" for name in _paths(value))
+            return f"the nested columns {inner}"
+        if isinstance(value, str):
+            return "a list that is written as text"
+        return "null" if value is None else type(value).__name__
 
 
 def encodable(text: str) -> str:

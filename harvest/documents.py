@@ -64,8 +64,8 @@ def _counted(documents: Iterator[Document], tally: Tally, tell: bool) -> Iterato
     try:
         for document in documents:
             tally.n_documents += 1
-            tally.n_characters += len(document.text)
-            tally.n_characters += sum(len(str(m.get("content") or "")) for m in document.messages or ())
+            contents = [message.get("content") for message in document.messages or ()]
+            tally.n_characters += len(document.text) + sum(len(text) for text in contents if isinstance(text, str))
             tally.n_token_ids += len(document.input_ids or ())
             yield document
     except GeneratorExit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -10,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..shared.errors import ConfigError, DataError, MissingFileError
 from ..shared.paths import user_path
 from .config import HarvestConfig
-from .splits import DEFAULT, SYNONYMS, by_name, matching, split_files
+from .splits import DEFAULT, by_name, matching, named_splits, split_files, split_order
 
 PYTHON_STDLIB = "python-stdlib"
 FORMATS = {
@@ -46,6 +48,8 @@ _DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|code_of_conduct|authors)(?![a-z0-9])",
     re.IGNORECASE,
 )
+_SPLIT_TEXT = {".txt", ".text", ".raw", ".tokens"}
+"""Suffixes of text whose names may tell splits; a file test.py is no test split."""
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 SNIFFED_BYTES = 8192
 FEW_BYTES = 1_000_000
@@ -70,6 +74,7 @@ def find_files(config: HarvestConfig) -> FoundFiles | None:
         ConfigError: a setting does not apply to what is there.
     """
     if config.dataset == PYTHON_STDLIB:
+        _refuse(config, dataset_revision="it is this Python's", files="it is read whole")
         root = Path(sysconfig.get_paths()["stdlib"])
         return _text_files(root, _stdlib_files(root), config)
     path = user_path(config.dataset)
@@ -134,19 +139,49 @@ def _stdlib_files(root: Path) -> list[Path]:
 
 
 def _text_files(root: Path, paths: Iterable[Path], config: HarvestConfig) -> FoundFiles:
-    """Return text files shuffled by the seed."""
+    """Return text files shuffled by the seed; those of one split if the names of .txt files tell splits."""
     _refuse(config, dataset_config="text files have no configurations")
-    if config.split != DEFAULT:
-        raise ConfigError(f"split is '{config.split}', but '{config.dataset}' is text, which has no splits; remove it")
-    files = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+    if config.text_column != TEXT:
+        raise ConfigError(
+            f"text_column is '{config.text_column}', but '{config.dataset}' is read as text files; remove text_column, "
+            "or set files to the patterns of data files"
+        )
+    files = sorted(paths, key=lambda path: _name(path, root))
     random.Random(config.seed).shuffle(files)
-    return FoundFiles(root, TEXT, files)
+    chosen = _text_names(config, [_name(path, root) for path in files])
+    return FoundFiles(
+        root,
+        TEXT,
+        [path for path in files if _name(path, root) in chosen],
+        [("of other splits", name) for name in sorted({_name(path, root) for path in files} - chosen)],
+    )
+
+
+def _text_names(config: HarvestConfig, names: list[str]) -> set[str]:
+    """Return the text files of the split; all of them if their names tell no splits."""
+    splits = named_splits([name for name in names if suffix_of(name) in _SPLIT_TEXT])
+    if len(names) == 1 or not (len(splits) > 1 or config.split in splits):
+        if config.split not in (DEFAULT, *splits):
+            raise ConfigError(f"split is '{config.split}', but '{config.dataset}' is text without splits; remove split")
+        return set(names)
+    chosen = set(splits.get(config.split, ()))
+    if config.split == DEFAULT:
+        chosen |= set(names).difference(*splits.values())
+    if not chosen:
+        raise _no_split(config, splits)
+    return chosen
+
+
+def _no_split(config: HarvestConfig, splits: Iterable[str]) -> DataError:
+    there = ", ".join(sorted(splits, key=split_order)) or "none"
+    return DataError(f"'{config.dataset}' has no split '{config.split}'; set split to one that it has: {there}")
 
 
 def _in_folder(folder: Path, config: HarvestConfig) -> FoundFiles:
     """Find the files of a folder: a dataset saved to disk, data files of one format, or text files."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _saved(folder, config)
+    saved = _saved(folder, config)
+    if saved is not None:
+        return saved
     paths, left_out = walk(folder)
     if config.files is not None:
         patterns = [pattern if "/" in pattern else f"**/{pattern}" for pattern in config.files]
@@ -205,8 +240,7 @@ def _data_files(folder: Path, paths: list[Path], config: HarvestConfig) -> Found
     names = {_name(path, folder): path for path in paths}
     splits = split_files(folder, list(names), config.dataset_config)
     if not splits.get(config.split):
-        there = ", ".join(sorted((split for split, found in splits.items() if found), key=_split_order))
-        raise DataError(f"'{folder}' has no files of split '{config.split}'; it has {there or 'none of its card'}")
+        raise _no_split(config, [split for split, found in splits.items() if found])
     chosen = {names[name] for name in splits[config.split]}
     files = sorted(chosen)
     formats = sorted({format_of(path.name) or TEXT for path in files})
@@ -219,24 +253,29 @@ def _data_files(folder: Path, paths: list[Path], config: HarvestConfig) -> Found
     return FoundFiles(folder, formats[0], files, left_out)
 
 
-def _split_order(split: str) -> tuple[int, str]:
-    known = list(SYNONYMS)
-    return (known.index(split) if split in known else len(known), split)
+def _saved(folder: Path, config: HarvestConfig) -> FoundFiles | None:
+    """Return the files of a dataset that `datasets` saved to disk, or of one split of it; None for other folders."""
+    splits = _read_json(folder / "dataset_dict.json").get("splits")
+    state = _read_json(folder / "state.json")
+    if not isinstance(splits, list) and "_data_files" not in state:
+        return None
+    _refuse(config, dataset_config="a saved dataset has no configurations", files="a saved dataset is read whole")
+    if isinstance(splits, list):
+        if config.split not in splits:
+            raise _no_split(config, map(str, splits))
+        folder = folder / config.split
+    elif config.split not in (DEFAULT, state.get("_split")):
+        raise ConfigError(f"split is '{config.split}', but '{folder}' is read whole; remove split")
+    return FoundFiles(folder, SAVED, walk(folder)[0])
 
 
-def _saved(folder: Path, config: HarvestConfig) -> FoundFiles:
-    """Return the files of a dataset that `datasets` saved to disk, or of one split of it."""
-    _refuse(
-        config,
-        dataset_config="a saved dataset has no configurations",
-        files="a saved dataset is read whole",
-    )
-    if (folder / "state.json").is_file():
-        return FoundFiles(folder, SAVED, walk(folder)[0])
-    splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-    if config.split not in splits:
-        raise DataError(f"'{folder}' has no split '{config.split}'; it has {', '.join(splits)}")
-    return FoundFiles(folder / config.split, SAVED, walk(folder / config.split)[0])
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:

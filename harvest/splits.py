@@ -53,12 +53,28 @@ def split_files(folder: Path, names: Sequence[str], config_name: str | None) -> 
 
 def by_name(names: Sequence[str]) -> Splits:
     """Return relative paths by the splits that they name; a path that names two is in both."""
+    splits = named_splits(names)
+    named = {name for found in splits.values() for name in found}
+    if set(names) - named:
+        in_train = named.intersection(splits.get(DEFAULT, ()))
+        splits[DEFAULT] = [name for name in names if name in in_train or name not in named]
+    return splits
+
+
+def named_splits(names: Sequence[str]) -> Splits:
+    """Return by split those relative paths whose names tell one."""
     splits: Splits = {}
     shards = _shard_folders(names)
     for name in names:
-        for split in _named(name, shards) or [DEFAULT]:
+        for split in _named(name, shards):
             splits.setdefault(split, []).append(name)
     return splits
+
+
+def split_order(split: str) -> tuple[int, str]:
+    """Return the key by which splits are listed: train, validation, test, then others by name."""
+    known = list(SYNONYMS)
+    return (known.index(split) if split in known else len(known), split)
 
 
 def _named(name: str, shard_folders: set[PurePosixPath]) -> list[str]:

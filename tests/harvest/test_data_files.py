@@ -318,6 +318,17 @@ def test_conversations_and_token_ids(tmp_path):
     assert documents(tmp_path / "a.jsonl", text_column="empty")[0].messages == []
 
 
+def test_lists_that_are_written_as_text_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("""messages,input_ids,text\n"[{'role': 'user'}]","[1, 2]",[brackets]\n""")
+    for column in ("messages", "input_ids"):
+        with pytest.raises(DataError, match=f"in column '{column}', got a list that is written as text"):
+            read(tmp_path, text_column=column)
+    assert read(tmp_path) == ["[brackets]"]
+    (tmp_path / "b.jsonl").write_text('{"data": {"text": "a", "meta": {"n": 1}}}')
+    with pytest.raises(DataError, match=r"got the nested columns data\.text, data\.meta\.n"):
+        read(tmp_path / "b.jsonl", text_column="data")
+
+
 def test_the_summary_counts_messages_and_token_ids(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"m": [{"role": "user", "content": "four"}], "i": [1, 2]}\n' * 1000)
     documents(tmp_path, tell=True, text_column="m")

@@ -110,7 +110,7 @@ def test_arrow_and_a_saved_dataset(tmp_path):
     assert read(arrow) == expected
     datasets.DatasetDict({"valid": dataset}).save_to_disk(tmp_path / "dict")
     assert read(tmp_path / "dict", split="valid") == expected
-    with pytest.raises(DataError, match="no split 'train'; it has valid"):
+    with pytest.raises(DataError, match="no split 'train'; set split to one that it has: valid"):
         read(tmp_path / "dict")
 
 
@@ -125,6 +125,18 @@ def test_a_dataset_id_goes_to_load_dataset(monkeypatch):
     documents = read("org/corpus", dataset_config="en", split="validation", streaming=True, dataset_revision="v1")
     assert texts(documents) == TEXTS
     assert calls == [(("org/corpus", "en"), {"split": "validation", "revision": "v1", "streaming": True})]
+
+
+def test_files_of_a_dataset_id(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append(kwargs["data_files"])
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts(read("org/corpus", files=["en/*.jsonl"], split="validation")) == TEXTS
+    assert calls == [{"validation": ["en/*.jsonl"]}]
 
 
 def test_an_unreachable_dataset_is_one_line(monkeypatch):

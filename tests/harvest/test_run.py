@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -133,6 +134,24 @@ def test_an_interrupted_harvest_resumes_to_the_same_bytes(config, tmp_path, monk
     assert not is_complete(Path(config.store), identity(config))
     harvest(config)
     assert files_of(config.store) == whole
+
+
+def test_a_harvest_that_ends_at_a_damaged_document_resumes_without_it(config, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(rng.choice(["dust", "grain", "chaff"], 8))}) for _ in range(400)]
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines[:300], '{"text": null}', *lines[300:]]))
+    config = replaced(config, dataset=str(tmp_path / "text.jsonl"), tokens=16_000, batch_size=50)
+    config = replaced(config, shard_bytes=1 << 18, holdout_fraction=0.2)
+    with pytest.raises(DataError, match=r"text\.jsonl', line 301 must hold text, .* got null"):
+        harvest(config)
+    assert not ActivationStore.open(config.store).complete
+    harvest(replaced(config, on_bad_document="skip"))
+    err = capsys.readouterr().err
+    assert err.count("text: read 1 file, ") == 1
+    assert "skipped 1 damaged, first" in err
+    whole = harvest(replaced(config, on_bad_document="skip", store=str(tmp_path / "whole")))
+    assert files_of(config.store) == files_of(whole)
+    assert ActivationStore.open(config.store).n_rows == config.tokens
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -8,6 +8,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from thresher.harvest.config import HarvestConfig
@@ -69,7 +70,7 @@ def test_a_split_is_what_datasets_makes_of_it(tmp_path, layout):
     for split, names in splits.items():
         assert read(tmp_path, split=split) == sorted(names)
         assert source_files(config_of(tmp_path, split=split)) == [tmp_path / name for name in sorted(names)]
-    with pytest.raises(DataError, match=f"has no files of split 'other'; it has {', '.join(splits)}$"):
+    with pytest.raises(DataError, match=f"no split 'other'; set split to one that it has: {', '.join(splits)}$"):
         read(tmp_path, split="other")
 
 
@@ -140,8 +141,9 @@ def test_configurations_of_a_dataset_card(tmp_path):
 def test_settings_that_would_have_no_effect_are_refused(tmp_path):
     put(tmp_path, "a.jsonl", "text/a.txt", "text/b.txt", "test.jsonl")
     for options, told in (
-        ({"split": "test"}, "is text, which has no splits"),
+        ({"split": "test"}, "is text without splits; remove split"),
         ({"dataset_config": "en"}, "text files have no configurations"),
+        ({"text_column": "body"}, "is read as text files; remove text_column"),
         ({"dataset_revision": "v1"}, "a local folder has no revisions"),
     ):
         with pytest.raises(ConfigError, match=told):
@@ -151,6 +153,39 @@ def test_settings_that_would_have_no_effect_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="is read whole; remove split"):
         read(tmp_path / "a.jsonl", split="test")
     assert read(tmp_path / "test.jsonl") == read(tmp_path / "test.jsonl", split="test") == ["test.jsonl"]
+
+
+def test_splits_of_text_files(tmp_path):
+    put(tmp_path / "ptb", "ptb.train.txt", "ptb.valid.txt", "ptb.test.txt", "README")
+    assert sorted(read(tmp_path / "ptb")) == ["README", "ptb.train.txt"]
+    assert read(tmp_path / "ptb", split="validation") == ["ptb.valid.txt"]
+    put(tmp_path / "imdb", "train/pos/1.txt", "train/neg/2.txt", "test/pos/3.txt")
+    assert sorted(read(tmp_path / "imdb")) == ["train/neg/2.txt", "train/pos/1.txt"]
+    assert read(tmp_path / "imdb", split="test") == ["test/pos/3.txt"]
+    with pytest.raises(DataError, match="no split 'validation'; set split to one that it has: train, test"):
+        read(tmp_path / "imdb", split="validation")
+    put(tmp_path / "code", "train.py", "test.py", "eval/dev.py", "notes/test.txt")
+    assert len(read(tmp_path / "code")) == 4
+
+
+def test_saved_datasets_and_other_folders_with_a_state(tmp_path):
+    saved = Dataset.from_dict({"text": ["a"]}, split="test")
+    saved.save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == read(tmp_path / "saved", split="test") == ["a"]
+    assert {path.name for path in source_files(config_of(tmp_path / "saved"))} == {
+        "data-00000-of-00001.arrow",
+        "dataset_info.json",
+        "state.json",
+    }
+    with pytest.raises(ConfigError, match="is read whole; remove split"):
+        read(tmp_path / "saved", split="validation")
+    with pytest.raises(ConfigError, match="a saved dataset is read whole"):
+        read(tmp_path / "saved", files=["*"])
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"cannot load dataset '.*saved'"):
+        read(tmp_path / "saved")
+    put(tmp_path / "other", "a.txt", "state.json")
+    assert read(tmp_path / "other") == ["a.txt"]
 
 
 def test_one_json_file_does_not_hide_text(tmp_path, capsys):
