@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..shared.errors import ConfigError
+from ..shared.disk import replacing
+from ..shared.errors import OutputError
 from ..shared.store.checksum import crc32c
 from .output import sync_folder
 
@@ -26,27 +25,17 @@ def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) 
     """Write one SAE's state at a step, read it back, and return its checksum, which is of what is in memory.
 
     Raises:
-        ConfigError: what is read back is not what was written.
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written, or what is read back is not what was written.
+        DiskSpaceError: the disk is full.
     """
     path = state_path(output, name, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     checksum = _checksum((key, plain[key]) for key in sorted(plain))
-    try:
+    with replacing(path) as partial:
         save_file(plain, partial)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    fault = fault_of(partial, checksum)
-    if fault:
-        raise ConfigError(f"the checkpoint '{path}' {fault} right after it was written; check the disk")
-    os.replace(partial, path)
+        fault = fault_of(partial, checksum)
+        if fault:
+            raise OutputError(f"the checkpoint '{path}' {fault} right after it was written; check the disk")
     sync_folder(path.parent)
     return checksum
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..shared.disk import write_file, writing
 from .loggers import Logger
 
 METRICS_NAME = "metrics.jsonl"
@@ -70,14 +70,11 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, resume_step: int = 0, loggers: Sequence[Logger] = ()):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_NAME
+        self._path = path = folder / METRICS_NAME
         kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else b""
-        if not path.exists() or path.read_bytes() != kept:
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_bytes(kept)
-            os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
+        write_file(path, kept)
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
         self._loggers = loggers
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
@@ -86,18 +83,21 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics.items()
         }
-        self._file.write(json.dumps({"step": step, "tokens": tokens, **plain}) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, "tokens": tokens, **plain}) + "\n")
         numbers = {key: value for key, value in plain.items() if isinstance(value, (int, float))}
         for logger in self._loggers:
             logger.write(step, tokens, numbers)
 
     def flush(self) -> None:
         """Hand everything written to the operating system."""
-        self._file.flush()
+        with writing(self._path):
+            self._file.flush()
 
     def close(self) -> None:
         """Finish the file and the loggers."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         for logger in self._loggers:
             logger.close()
 

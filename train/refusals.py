@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..shared.disk import check_writable
 from ..shared.errors import ConfigError, NonFiniteError, StoreError
 from .architectures.base import Architecture
 
@@ -103,12 +104,10 @@ def check_output(output: Path, store: ActivationStore) -> None:
     """Refuse an output that is not a folder of its own; nothing is written.
 
     Raises:
-        ConfigError: it is a file, is below one, or is in the store.
+        OutputError: it is a file or below one, or cannot be written.
+        ConfigError: it is in the store.
     """
-    there = next(path for path in (output, *output.parents) if path.exists())
-    if not there.is_dir():
-        where = "is a file" if there == output else f"is below '{there}', which is a file"
-        raise ConfigError(f"the output '{output}' {where}; choose a folder")
+    check_writable(output)
     inside = output.resolve()
     if isinstance(store.path, Path) and store.path.resolve() in (inside, *inside.parents):
         raise ConfigError(f"the output '{output}' is in the store '{store.path}'; choose a folder outside it")

@@ -15,7 +15,7 @@ from .batches import ShuffledBatches
 from .config import TrainConfig
 from .initialise import initialise_trainers
 from .metrics import PendingLines
-from .output import locked, output_errors
+from .output import locked
 from .parallel.layout import Layout
 from .parallel.ranks import Agreement, Ranks, open_ranks
 from .plan import Plan, plan_run
@@ -61,7 +61,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
     if config.dry_run:
         say(plan.describe())
         return TrainedSaes()
-    with locked(output, ranks), output_errors(output):
+    with locked(output, ranks):
         run = RunState(config, plan, store, ranks, say)
         if run.finished:
             say(f"this run is finished; its SAEs are in '{output}'; choose another output to train again")

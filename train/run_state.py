@@ -15,6 +15,7 @@ import torch
 
 from ..shared.config import read_toml, to_toml
 from ..shared.content import stored_model_content
+from ..shared.disk import writing
 from ..shared.errors import ConfigError
 from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
 from .batches import ShuffledBatches
@@ -299,7 +300,9 @@ class RunState:
                 parameters = self.layout.whole(trainer.name, trainer.trained_parameters, trainer.config.d_sae)
                 if not self.layout.saves(trainer.name):
                     continue
-                folder = trainer.to_sae(self._metadata, parameters).save(self.output / trainer.name)
+                folder = self.output / trainer.name
+                with writing(folder):
+                    trainer.to_sae(self._metadata, parameters).save(folder)
                 own = msgspec.structs.replace(self._config, sae=[trainer.config])
                 write_atomically(folder / CONFIG_NAME, to_toml(own))
         final = Checkpoint(

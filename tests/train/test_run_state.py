@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,9 +19,10 @@ import thresher.train.run_state as run_state_module
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.cli import main
 from thresher.shared.config import read_toml, to_toml
-from thresher.shared.errors import ConfigError, DiskSpaceError, OutputBusyError
+from thresher.shared.errors import ConfigError, DiskSpaceError, OutputBusyError, OutputError
 from thresher.train import ShuffledBatches, TrainConfig, train
 from thresher.train.kernels import kernels_for
+from thresher.train.metrics import MetricsLog
 from thresher.train.normalization import normalization_of, scale_of_raw_norm
 from thresher.train.sae_trainer import SaeTrainer, Schedule
 from thresher.train.schedule import lr_factor
@@ -241,7 +243,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_an_error_and_the_one_before_it
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "save_file", bad_disk)
         with pytest.raises(
-            ConfigError, match=r"step-000000016.* does not have its checksum right after it was written"
+            OutputError, match=r"step-000000016.* does not have its checksum right after it was written"
         ):
             train(change(config, keep_checkpoints=1))
     assert json.loads((tmp_path / "out/checkpoint.json").read_text())["checkpoints"][0]["step"] == 8
@@ -251,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_an_error_and_the_one_before_it
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("where", ["checkpoint", "record", "metrics"])
+@pytest.mark.parametrize("where", ["checkpoint", "rename"])
 def test_a_disk_that_refuses_is_one_line_and_the_run_resumes(config, whole, monkeypatch, number, where):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
@@ -259,14 +261,24 @@ def test_a_disk_that_refuses_is_one_line_and_the_run_resumes(config, whole, monk
     with monkeypatch.context() as patch:
         target = {
             "checkpoint": (checkpoint_module, "save_file"),
-            "record": ("thresher.train.record.write_atomically",),
-            "metrics": ("thresher.train.metrics.MetricsLog.write",),
+            "rename": ("thresher.shared.disk.os.replace",),
         }[where]
         patch.setattr(*target, refuse)
-        error, said = {errno.ENOSPC: (DiskSpaceError, "is full"), errno.EROFS: (ConfigError, "cannot write to")}[number]
+        error, said = {errno.ENOSPC: (DiskSpaceError, "is full"), errno.EROFS: (OutputError, "cannot write")}[number]
         with pytest.raises(error, match=said):
             train(config)
     assert weights(train(config)) == weights(whole)
+
+
+def test_metrics_on_a_full_disk_are_one_line(tmp_path):
+    log = MetricsLog(tmp_path)
+    log._file.close()
+    log._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    log.write(1, 64, {"loss": 0.5})
+    with pytest.raises(DiskSpaceError, match=r"cannot write '.*metrics\.jsonl'"):
+        log.flush()
+    with pytest.raises(DiskSpaceError):
+        log.close()
 
 
 # --- one process at a time
