@@ -138,10 +138,10 @@ class ChatTemplate:
     ) -> Iterator[tuple[int, int]]:
         """Yield the ranges of the rendering that a text fills beside its tagged characters, which are at `places`."""
         text, step = leaf.text, np.diff(places)
-        for gap in np.flatnonzero((step > 1) & (step == np.diff(within))).tolist():
-            p, q, u, v = places[gap], places[gap + 1], within[gap], within[gap + 1]
-            if rendered[p:q] == text[u:v]:
-                yield int(p), int(q)
+        for gap in np.flatnonzero((step > 1) & (step <= np.diff(within))).tolist():
+            start, stop = int(places[gap]) + 1, int(places[gap + 1])
+            if _is_within(rendered[start:stop], text[within[gap] + 1 : within[gap + 1]]):
+                yield start, stop
         # What lies before the first and behind the last tagged character: tags, and beyond them white space.
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
         start, stop = int(places[0]), int(places[-1]) + 1
@@ -258,6 +258,14 @@ def _replaced(messages: list[dict[str, Any]], texts: Mapping[Leaf, str]) -> list
             parts = message[leaf.key] = list(message[leaf.key])
             parts[leaf.part] = parts[leaf.part] | {"text": text}
     return copies
+
+
+def _is_within(text: str, other: str) -> bool:
+    """Tell whether a text is another one, of which some characters may be left out."""
+    if text == other:
+        return True
+    rest = iter(other)
+    return all(character in rest for character in text)
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -150,6 +150,11 @@ CASES = {
             ("assistant", ("<think>\nso\n</think>\n\nd \n", ASSISTANT)),
         ),
     ),
+    "white space collapsed": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.replace('\n\n', '\n') }}\n\n{% endfor %}",
+        [{"role": "user", "content": "b\n\n</x>\n\nc"}],
+        [("user: ", MARKER), ("b\n</x>\nc", USER), ("\n\n", MARKER)],
+    ),
     "other roles, parts, reasoning": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -255,6 +260,19 @@ def test_a_long_conversation_whose_tags_repeat():
     roles = template.character_roles(messages, rendered, "d")
     assert [(roles == role).sum() for role in (USER, ASSISTANT)] == [120_000, 80_000]
     assert "".join(np.array(list(rendered))[roles != MARKER]) == "ab" * 100_000
+
+
+def test_the_assistants_rows_are_those_that_transformers_marks():
+    """A template whose generation blocks hold the content alone says in another way which rows are the assistant's."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    encoded = tokenizer.apply_chat_template(TURNS, return_assistant_tokens_mask=True, return_dict=True)
+    _, (document,) = tokenized(tokenizer, [Document("d", "", messages=TURNS)])
+    assert document.tokens.tolist() == encoded["input_ids"]
+    assert (document.roles == ASSISTANT).astype(int).tolist() == encoded["assistant_masks"]
 
 
 @pytest.mark.parametrize(
