@@ -17,6 +17,9 @@ Relation = Literal["same", "perhaps", "other"]
 CONTENT = "model_content"
 """Key of an SAE's metadata for what identifies the files of its model, as a store's harvest records them."""
 
+TRANSFORMER_LENS = {"gpt2small": "gpt2"}
+"""TransformerLens's names of models that are not their own at Hugging Face, without punctuation."""
+
 
 def model_relation(a: str, b: str) -> Relation:
     """Say whether two names of models can be the same model's.
@@ -25,6 +28,7 @@ def model_relation(a: str, b: str) -> Relation:
     that begins like another may be short for it, or a fine-tuned model of it. Two other names are two models.
     """
     short = [re.sub(r"[^a-z0-9]", "", Path(name).name.lower()) for name in (a, b)]
+    short = [TRANSFORMER_LENS.get(name, name) for name in short]
     if short[0] == short[1]:
         return "same"
     if any(_is_folder(name) for name in (a, b)) or short[0] in short[1] or short[1] in short[0]:

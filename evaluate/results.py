@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ class Results:
         write_metrics(self.output, rows)
         write_file(self._path, json.dumps(self._kept).encode())
         return rows
+
+    def remove_stale(self) -> None:
+        """Remove what earlier evaluations wrote of SAEs that now have no results."""
+        for name in self.failed:
+            if "explained_variance" not in self.rows[name]:
+                file = self.files[name]
+                paths = [self.output / f"{kind}/{file}.parquet" for kind in ("latents", "features")]
+                with writing(self.output):
+                    for path in paths:
+                        path.unlink(missing_ok=True)
+                    shutil.rmtree(self.output / "neuronpedia" / file, ignore_errors=True)
 
     def finish(self) -> None:
         """Remove what was kept for a restart."""

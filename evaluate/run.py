@@ -57,6 +57,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         write_rows(output / "dictionaries.parquet", compare_dictionaries(results.saes, firings))
     features = index_features(given, results)
     metrics = _write(results)
+    results.remove_stale()
 
     title, facts = report_title(given.rows, given.model_name), provenance(given.rows, given.model_name)
     curves = {sae.name: loss_curve(sae.path) for sae in given.saes}

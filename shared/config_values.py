@@ -20,10 +20,11 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
     """Return a value as its field holds it: paths become text, NumPy numbers and arrays Python's own.
 
     Raises:
-        ConfigError: the value is of another type, out of bounds, not finite, or empty text.
+        ConfigError: the value is of another type, out of bounds, not finite, empty text, or text that is not UTF-8.
     """
     kind = types.type_info(annotation)
     plain = plain_value(value)
+    _refuse_other_encodings(key, plain)
     try:
         _refuse_nonsense(plain)
         return msgspec.convert(plain, annotation)
@@ -54,6 +55,20 @@ def _refuse_nonsense(value: Any) -> None:
         raise msgspec.ValidationError
     for item in value if isinstance(value, (list, tuple)) else ():
         _refuse_nonsense(item)
+
+
+def _refuse_other_encodings(key: str, value: Any) -> None:
+    """Refuse names of files that are not UTF-8: the resolved configuration, which is TOML, cannot hold them."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            shown = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise ConfigError(
+                f"{key}: '{shown}' is not UTF-8, which config files cannot hold; rename the file or folder"
+            ) from None
+    for item in value if isinstance(value, (list, tuple)) else ():
+        _refuse_other_encodings(key, item)
 
 
 def members(kind: types.Type) -> tuple[types.Type, ...]:

@@ -220,3 +220,11 @@ def test_home_in_grids_of_tables(monkeypatch, tmp_path):
     ]
     assert locate("~/store") == locate(Path("~/store")) == tmp_path / "store"
     assert locate("s3://bucket/~/store") == StoreUrl("s3", "bucket", "~/store")
+
+
+@pytest.mark.parametrize("name", ["model", "hook_points"])
+def test_text_that_is_not_utf8_is_one_line(name):
+    text = b"caf\xe9".decode("utf-8", "surrogateescape")
+    given = {"model": "m", "hook_points": ["h"]} | {name: [text] if name == "hook_points" else text}
+    with pytest.raises(ConfigError, match=rf"{name}: 'caf\\xe9' is not UTF-8.*rename"):
+        Example(**given)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from ...errors import SaeError
@@ -50,10 +50,19 @@ def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
         SaeError: it is damaged, or a tensor is not finite or of a type that SAEs do not have.
     """
     try:
-        tensors = load_file(path)
+        tensors = load_file(path) if _is_utf8(path) else load(path.read_bytes())
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise SaeError(f"{where} is damaged: {path.name}: {error}") from None
     return _plain(tensors, path, where)
+
+
+def _is_utf8(path: Path) -> bool:
+    """Tell whether safetensors, which takes no other paths, can open a path itself."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_torch_archive(path: Path, where: str) -> dict[str, Tensor]:
