@@ -29,6 +29,7 @@ HEAD_BYTES = 1 << 16
 CHUNK_CHARACTERS = 1 << 20
 MAX_VALUE_CHARACTERS = 1 << 28
 ROWS_AT_ONCE = 256
+BUFFER_BYTES = 1 << 20
 ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 LFS = b"version https://git-lfs.github.com/spec/"
 _SIGNATURES = {
@@ -248,7 +249,8 @@ class DataFile:
             fault = signature(file.read(HEAD_BYTES))
         if fault and "Parquet" not in fault:
             return self._tally.bad(self.at.source, fault)
-        with pq.ParquetFile(self.path) as parquet:
+        # Without these, a whole column of a row group is read at once.
+        with pq.ParquetFile(self.path, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
             if columns := self._needed(parquet.schema_arrow.names):
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
                     yield from self._numbered(batch.to_pylist())

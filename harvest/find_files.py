@@ -16,7 +16,7 @@ from typing import Any
 from ..shared.errors import ConfigError, DataError, MissingFileError
 from ..shared.paths import user_path
 from .config import HarvestConfig
-from .splits import DEFAULT, by_name, matching, named_splits, split_files, split_order
+from .splits import ALL, DEFAULT, by_name, matching, named_splits, split_files, split_order
 
 PYTHON_STDLIB = "python-stdlib"
 FORMATS = {
@@ -50,7 +50,8 @@ _DOCUMENTATION = re.compile(
 )
 _SPLIT_TEXT = {".txt", ".text", ".raw", ".tokens"}
 """Suffixes of text whose names may tell splits; a file test.py is no test split."""
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+CACHE = "__pycache__"
+_NOT_STDLIB = {"site-packages", "dist-packages", CACHE}
 SNIFFED_BYTES = 8192
 FEW_BYTES = 1_000_000
 
@@ -89,7 +90,7 @@ def find_files(config: HarvestConfig) -> FoundFiles | None:
             return _text_files(path.parent, [path], config)
         _refuse(config, dataset_config="a file has no configurations")
         splits = by_name([path.name])
-        if config.split != DEFAULT and config.split not in splits:
+        if config.split not in (DEFAULT, ALL, *splits):
             raise ConfigError(f"split is '{config.split}', but '{path}' is read whole; remove split")
         return FoundFiles(path.parent, format_of(path.name) or TEXT, [path])
     if _looks_like_a_path(config.dataset):
@@ -160,8 +161,8 @@ def _text_files(root: Path, paths: Iterable[Path], config: HarvestConfig) -> Fou
 def _text_names(config: HarvestConfig, names: list[str]) -> set[str]:
     """Return the text files of the split; all of them if their names tell no splits."""
     splits = named_splits([name for name in names if suffix_of(name) in _SPLIT_TEXT])
-    if len(names) == 1 or not (len(splits) > 1 or config.split in splits):
-        if config.split not in (DEFAULT, *splits):
+    if config.split == ALL or len(names) == 1 or not (len(splits) > 1 or config.split in splits):
+        if config.split not in (DEFAULT, ALL, *splits):
             raise ConfigError(f"split is '{config.split}', but '{config.dataset}' is text without splits; remove split")
         return set(names)
     chosen = set(splits.get(config.split, ()))
@@ -197,10 +198,10 @@ def _in_folder(folder: Path, config: HarvestConfig) -> FoundFiles:
     if not data and not others:
         data = paths
     if _reads_text(folder, data, others, config):
-        cached = [path for path in others if "__pycache__" in path.parts]
-        left_out += [("data files among text", sorted({*paths} - {*others})), ("cache files", cached)]
+        cached = {path for path in others if CACHE in path.relative_to(folder).parts}
+        left_out += [("data files among text", sorted({*paths} - {*others})), ("cache files", sorted(cached))]
         found = _text_files(folder, others, config)
-        found.files = [path for path in found.files if path not in {*cached}]
+        found.files = [path for path in found.files if path not in cached]
     else:
         left_out.append(("not data", sorted({*paths} - {*data})))
         found = _data_files(folder, data, config)
@@ -216,7 +217,7 @@ def _reads_text(folder: Path, data: list[Path], others: list[Path], config: Harv
     """
     if not data:
         return True
-    text = [path for path in others if not _is_incidental(path) and not _is_binary_file(path)]
+    text = [path for path in others if not _is_incidental(path.relative_to(folder)) and not _is_binary_file(path)]
     if not text:
         return False
     if config.files is None:
@@ -239,8 +240,9 @@ def _data_files(folder: Path, paths: list[Path], config: HarvestConfig) -> Found
     """Return the data files of the split."""
     names = {_name(path, folder): path for path in paths}
     splits = split_files(folder, list(names), config.dataset_config)
+    splits.setdefault(ALL, list({name: None for found in splits.values() for name in found}))
     if not splits.get(config.split):
-        raise _no_split(config, [split for split, found in splits.items() if found])
+        raise _no_split(config, [split for split, found in splits.items() if found and split != ALL])
     chosen = {names[name] for name in splits[config.split]}
     files = sorted(chosen)
     formats = sorted({format_of(path.name) or TEXT for path in files})
@@ -264,7 +266,7 @@ def _saved(folder: Path, config: HarvestConfig) -> FoundFiles | None:
         if config.split not in splits:
             raise _no_split(config, map(str, splits))
         folder = folder / config.split
-    elif config.split not in (DEFAULT, state.get("_split")):
+    elif config.split not in (DEFAULT, ALL, state.get("_split")):
         raise ConfigError(f"split is '{config.split}', but '{folder}' is read whole; remove split")
     return FoundFiles(folder, SAVED, walk(folder)[0])
 
@@ -279,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:
-    """Return the files below a folder, sorted, and what is left out: hidden files and what links do not lead to.
+    """Return the files below a folder, sorted, and what is left out and why.
 
     Links to folders are followed, but no folder is read twice.
     """
@@ -330,7 +332,7 @@ def _name(path: Path, root: Path) -> str:
 
 def _is_incidental(path: Path) -> bool:
     """Tell whether a file documents a dataset, or is no more than a cache."""
-    return bool(_DOCUMENTATION.match(path.name)) or path.name.lower() in METADATA or "__pycache__" in path.parts
+    return bool(_DOCUMENTATION.match(path.name)) or path.name.lower() in METADATA or CACHE in path.parts
 
 
 def _is_binary_file(path: Path) -> bool:

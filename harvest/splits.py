@@ -16,7 +16,7 @@ from fsspec.utils import glob_translate
 
 from ..shared.errors import ConfigError, DataError
 
-DEFAULT = "train"
+DEFAULT, ALL = "train", "all"
 SYNONYMS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),

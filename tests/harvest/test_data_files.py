@@ -375,6 +375,19 @@ def test_a_stream_that_breaks_is_one_line(monkeypatch):
         read("org/corpus")
 
 
+def test_memory_for_one_large_row_group_stays_bounded(tmp_path):
+    rows = [f"{i} " * 1000 for i in range(8_000)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    config = HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(tmp_path))
+    before, peak, n_characters = pa.total_allocated_bytes(), 0, 0
+    for document in read_documents(config):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        n_characters += len(document.text)
+    assert n_characters == sum(map(len, rows))
+    assert peak < 10_000_000 < n_characters
+
+
 def test_memory_stays_bounded(tmp_path):
     import tracemalloc
 

@@ -70,6 +70,7 @@ def test_a_split_is_what_datasets_makes_of_it(tmp_path, layout):
     for split, names in splits.items():
         assert read(tmp_path, split=split) == sorted(names)
         assert source_files(config_of(tmp_path, split=split)) == [tmp_path / name for name in sorted(names)]
+    assert read(tmp_path, split="all") == sorted(name for names in splits.values() for name in names)
     with pytest.raises(DataError, match=f"no split 'other'; set split to one that it has: {', '.join(splits)}$"):
         read(tmp_path, split="other")
 
@@ -161,6 +162,7 @@ def test_splits_of_text_files(tmp_path):
     assert read(tmp_path / "ptb", split="validation") == ["ptb.valid.txt"]
     put(tmp_path / "imdb", "train/pos/1.txt", "train/neg/2.txt", "test/pos/3.txt")
     assert sorted(read(tmp_path / "imdb")) == ["train/neg/2.txt", "train/pos/1.txt"]
+    assert len(read(tmp_path / "imdb", split="all")) == 3
     assert read(tmp_path / "imdb", split="test") == ["test/pos/3.txt"]
     with pytest.raises(DataError, match="no split 'validation'; set split to one that it has: train, test"):
         read(tmp_path / "imdb", split="validation")
