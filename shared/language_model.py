@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,9 +150,13 @@ def load_tokenizer(
         with _few_words():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
-        if Path(name).is_dir() and not vocabulary_files(name):
+        found = vocabulary_files(name, revision)
+        if Path(name).is_dir() and not found:
             raise ModelError(no_tokenizer) from error
-        raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {_reason(error)}") from error
+        reason = _reason(error)
+        if any(file.endswith(".model") for file in found) and find_spec("sentencepiece") is None:
+            reason = "its vocabulary is a SentencePiece model; to read it, pip install sentencepiece protobuf"
+        raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {reason}") from error
     kind = type(tokenizer)
     if not needs_no_vocabulary(kind) and not vocabulary_files(name, revision, kind):
         raise ModelError(no_tokenizer)
@@ -200,9 +205,10 @@ def _read_tokens(model: PreTrainedModel, name: str) -> None:
             model.base_model(input_ids=tokens, **options)
     except Exception as error:
         others = [key for key in inspect.signature(model.base_model.forward).parameters if key in NOT_TEXT]
+        reason = f": {_reason(error)}" if not others or isinstance(error, (ValueError, RuntimeError)) else ""
         reads = f" (it also reads {', '.join(others)})" if others else ""
         raise ModelError(
-            f"'{name}' ({type(model).__name__}) cannot run on tokens alone{reads}: {_reason(error)}; {EXPECTED}"
+            f"'{name}' ({type(model).__name__}) cannot run on tokens alone{reads}{reason}; {EXPECTED}"
         ) from error
 
 

@@ -14,17 +14,18 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 # What transformers converts to the class that it chose, whatever that class's own files are called.
-_ANY_CLASS = ("tokenizer.json", "tokenizer.model*", "tiktoken.model", "tekken.json")
+_ANY_CLASS = {"tokenizer.json", "tokenizer.model*", "tiktoken.model", "tekken.json"}
+_OF_SOME_CLASS = {"*.model", "*.spm", "*.tiktoken", "*.codes", "vocab*.json", "vocab.txt", "merges.txt"}
 _NOT_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"}
 
 
 def vocabulary_files(name: str, revision: str | None = None, tokenizer_class: type[Any] | None = None) -> list[str]:
     """Return the names of the files with a vocabulary in a model's folder, or in its snapshot in the cache.
 
-    With a tokenizer's class, those that it reads; without one, those that any class reads.
+    With a tokenizer's class, those that it reads; without one, those that some class reads.
     """
     own = dict(getattr(tokenizer_class, "vocab_files_names", None) or {}).values()
-    patterns = {*_ANY_CLASS, *own} - _NOT_VOCABULARY
+    patterns = _ANY_CLASS | (_OF_SOME_CLASS if tokenizer_class is None else set(own) - _NOT_VOCABULARY)
     folder = _folder(name, revision)
     if folder is None:
         return []

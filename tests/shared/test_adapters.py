@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -148,3 +149,19 @@ def test_an_adapter_without_a_base_model_is_refused(text, tmp_path):
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ModelError, match="names no base model"):
         load_model(str(tmp_path))
+
+
+def test_an_adapter_of_the_hub_is_applied_to_the_model_that_it_names(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    save_adapter("lab/base", lora(), tmp_path / "adapter")
+    expected = ours(base, adapter=str(tmp_path / "adapter"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, folder in (("lora", tmp_path / "adapter"), ("base", base)):
+        repository = tmp_path / f"models--lab--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+    for found in (ours("lab/lora"), ours("lab/base", adapter="lab/lora")):
+        torch.testing.assert_close(found["blocks.1.resid_post"], expected["blocks.1.resid_post"], rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -213,6 +214,17 @@ def test_tokenizers_of_every_kind_of_file_are_loaded(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     tr.LlamaConfig(**TEXT).save_pretrained(tmp_path / "llama")
     assert load_tokenizer(str(tmp_path / "llama")).vocab_size == 257
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+@pytest.mark.parametrize(
+    ("kind", "file"), [("llama", "tokenizer.model"), ("t5", "spiece.model"), ("xlm-roberta", "sentencepiece.bpe.model")]
+)
+def test_a_vocabulary_of_sentencepiece_needs_its_library(kind, file, tmp_path):
+    tr.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(b"a model")
+    with pytest.raises(ModelError, match="to read it, pip install sentencepiece protobuf"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_damaged_tokenizer_is_named(copy):
