@@ -66,7 +66,7 @@ def weights_content(config: HarvestConfig) -> dict[str, str | None]:
     adapter = model_content(parts.adapter, cache=config.cache)
     if parts.adapter == parts.base:
         return adapter | {"adapter": adapter["weights"]}
-    base = model_content(parts.base, config.revision if config.adapter else None, config.cache)
+    base = model_content(parts.base, config.revision or parts.base_revision, config.cache)
     tokenizers = [base["tokenizer"]] if config.adapter else [adapter["tokenizer"], base["tokenizer"]]
     return {
         "weights": base["weights"],

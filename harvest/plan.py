@@ -54,7 +54,7 @@ class Plan:
 def make_plan(config: HarvestConfig) -> Plan:
     """Load model and tokenizer and find the hook points; raise `ModelError` or `HookPointError` if they do not fit."""
     device = choose_device(config.device)
-    if config.revision is not None and Path(config.model).expanduser().is_dir():
+    if config.revision is not None and Path(model_parts(config.model, config.adapter).base).is_dir():
         raise ConfigError(
             f"revision '{config.revision}' is for a model on the Hugging Face hub, but '{config.model}' is a folder; "
             "leave out revision, or give the folder that holds that revision"

@@ -25,6 +25,8 @@ class ModelParts(NamedTuple):
 
     base: str
     adapter: str | None
+    base_revision: str | None = None
+    """Branch, tag or commit of the base model that the adapter's configuration asks for."""
 
 
 def model_parts(model: str, adapter: str | None = None) -> ModelParts:
@@ -45,21 +47,28 @@ def model_parts(model: str, adapter: str | None = None) -> ModelParts:
         )
     if any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         return ModelParts(model, model)
-    return ModelParts(base_of(folder / ADAPTER_CONFIG), model)
+    parts = adapted_base(folder / ADAPTER_CONFIG, model)
+    if (Path(parts.base) / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"expected one adapter, got two: '{model}' is one, and its base model's folder '{parts.base}' holds another; "
+            f"merge that one into its model first, or move {ADAPTER_CONFIG} out of that folder"
+        )
+    return parts
 
 
-def base_of(adapter_config: Path) -> str:
-    """Return the base model that an adapter's configuration file names, or raise `ModelError`."""
+def adapted_base(adapter_config: Path, adapter: str) -> ModelParts:
+    """Return an adapter and the base model that its configuration file names, or raise `ModelError`."""
     try:
-        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, OSError):
-        base = None
+        settings = json.loads(adapter_config.read_text(encoding="utf-8"))
+        base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        base, revision = None, None
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"'{adapter_config}' names no base model: expected JSON with base_model_name_or_path; "
             f"give the base model as model, and '{adapter_config.parent}' as adapter"
         )
-    return expand_home(base)
+    return ModelParts(expand_home(base), adapter, revision)
 
 
 def apply_adapter(model: PreTrainedModel, adapter: str, revision: str | None = None) -> PreTrainedModel:

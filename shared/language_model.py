@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .adapters import ModelParts, apply_adapter, base_of, model_parts
+from .adapters import ModelParts, adapted_base, apply_adapter, model_parts
 from .capture import capture as capture
 from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
@@ -80,7 +80,7 @@ def load_model(
     torch_dtype = model_dtype(dtype, device)
     _quiet_unless_terminal()
     parts = _find_parts(name_or_path, revision, adapter)
-    base_revision = revision if parts.base == name_or_path else None
+    base_revision, adapter_revision = _revisions(name_or_path, revision, parts)
     config = load_model_config(parts.base, base_revision, trust_remote_code)
     _check_reads_tokens(config, name_or_path)
     loader = AutoModel if is_encoder(config) else AutoModelForCausalLM
@@ -101,7 +101,7 @@ def load_model(
             partial = loader is AutoModel or type(model.config) is not type(config)
             check_checkpoint_keys(model, info, name_or_path, partial)
             if parts.adapter is not None:
-                model = apply_adapter(model, parts.adapter, revision if parts.adapter != adapter else None)
+                model = apply_adapter(model, parts.adapter, adapter_revision)
             model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
             model.eval().requires_grad_(False)
             _read_tokens(model, name_or_path)
@@ -141,7 +141,7 @@ def load_tokenizer(
         raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds the tokenizer")
     parts = _find_parts(name, revision, None)
     if parts.base != name and not vocabulary_files(name, revision):
-        name, revision = parts.base, None
+        name, revision = parts.base, _revisions(name, revision, parts)[0]
     no_tokenizer = (
         f"'{name_or_path}' holds no tokenizer: expected a vocabulary such as tokenizer.json beside config.json; "
         "save the model's tokenizer there too (tokenizer.save_pretrained)"
@@ -181,7 +181,19 @@ def _find_parts(name: str, revision: str | None, adapter: str | None) -> ModelPa
         found = find_adapter_config_file(parts.base, revision=revision)
     except Exception:  # no such model: loading its configuration says so
         found = None
-    return parts if found is None else ModelParts(base_of(Path(found)), parts.base)
+    return parts if found is None else adapted_base(Path(found), parts.base)
+
+
+def _revisions(name: str, revision: str | None, parts: ModelParts) -> tuple[str | None, str | None]:
+    """Return the revisions of base model and adapter: the one asked for is that of what the name stands for.
+
+    A folder has no revision: for an adapter's folder, it is that of the base model.
+    """
+    if parts.base == name:
+        return revision, None
+    if Path(name).is_dir():
+        return revision or parts.base_revision, None
+    return parts.base_revision, revision
 
 
 def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:

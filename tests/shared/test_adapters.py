@@ -100,9 +100,12 @@ def test_an_adapter_in_the_model_s_folder_is_applied(base, tmp_path):
     for file in (tmp_path / "adapter").iterdir():
         file.rename(base / file.name)
     torch.testing.assert_close(ours(base)["blocks.1.resid_post"], expected, rtol=1e-5, atol=1e-5)
-    assert model_parts(str(base), str(base)) == (str(base), str(base))
+    assert model_parts(str(base), str(base)) == (str(base), str(base), None)
     with pytest.raises(ModelError, match="expected one adapter, got two"):
         load_model(str(base), "float32", adapter=str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(ModelError, match="expected one adapter, got two"):
+        load_model(str(tmp_path / "adapter"), "float32")
 
 
 def test_weights_of_the_base_model_are_checked_beneath_an_adapter(base):
@@ -163,5 +166,11 @@ def test_an_adapter_of_the_hub_is_applied_to_the_model_that_it_names(base, tmp_p
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(commit)
         shutil.copytree(folder, repository / "snapshots" / commit)
-    for found in (ours("lab/lora"), ours("lab/base", adapter="lab/lora")):
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"revision": commit}))
+    (tmp_path / "models--lab--base" / "refs" / "main").write_text("f" * 40)  # later than what the adapter is for
+    for found in (ours(tmp_path / "adapter"), ours("lab/base", revision=commit, adapter="lab/lora")):
+        torch.testing.assert_close(found["blocks.1.resid_post"], expected["blocks.1.resid_post"], rtol=0, atol=0)
+    (tmp_path / "models--lab--base" / "refs" / "main").write_text(commit)
+    for found in (ours("lab/lora"), ours("lab/lora", revision="main"), ours("lab/base", adapter="lab/lora")):
         torch.testing.assert_close(found["blocks.1.resid_post"], expected["blocks.1.resid_post"], rtol=0, atol=0)
