@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..shared.adapters import ModelParts
 from ..shared.content import model_content
 from ..shared.errors import ModelError, StoreError
+from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_tokenizer
 from ..shared.store import ActivationStore
 from ..shared.stored_tokenizer import load_stored_tokenizer
@@ -146,3 +147,22 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str | 
     """Return the token of each id, None where the tokenizer has none."""
     vocabulary = {number: token for token, number in tokenizer.get_vocab().items()}
     return [vocabulary.get(number) for number in ids]
+
+
+def check_place(store: ActivationStore, model: PreTrainedModel, hook_point: ResolvedHookPoint) -> None:
+    """Raise `StoreError` if the store was harvested from another place of the model than the name now stands for.
+
+    Before harvests measured hook points, some names stood for another tensor: BLOOM's `mlp_out` was the stream.
+    """
+    modules = store.metadata.get("hook_modules")
+    if not isinstance(modules, dict) or store.metadata.get("model_class") != type(model).__name__:
+        return
+    module = modules.get(hook_point.name)
+    measured = isinstance(store.metadata.get("certificate"), dict)
+    raw = measured or not (hook_point.derived or hook_point.clone)
+    if module is None or (module == hook_point.module_path and raw):
+        return
+    raise StoreError(
+        f"store '{store.path}' holds what '{module}' gives as '{hook_point.name}', but that is not what the name "
+        f"stands for in {type(model).__name__} ({hook_point.identity}); harvest the store again"
+    )

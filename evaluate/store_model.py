@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..shared.adapters import model_parts
+from ..shared.capture import check_splices
 from ..shared.errors import ModelError, StoreError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
@@ -15,7 +16,7 @@ from ..shared.stored_tokenizer import load_stored_tokenizer
 from .config import EvaluateConfig
 from .places import places
 from .sae_folders import EvaluatedSae
-from .same_model import check_class, check_is_here, check_weights, harvest_record, harvested_commit
+from .same_model import check_class, check_is_here, check_place, check_weights, harvest_record, harvested_commit
 
 
 def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
@@ -97,8 +98,9 @@ def splice_points(
     """Find the hook points that the SAEs read and reconstruct in the model.
 
     Raises:
-        HookPointError: the model lacks one.
+        HookPointError: the model lacks one, or no reconstruction can take its place there.
         ModelError: the model is of another width than the store there.
+        StoreError: the store holds another of the model's activations under the name.
     """
     named = {part for sae in saes for place in (sae.hook_point, sae.target) for part in places(place)}
     found = resolve_hook_points(model, sorted(named))
@@ -108,6 +110,9 @@ def splice_points(
                 f"expected a model of width {store.d_in(name)} at '{name}', as in store '{store.path}'; got "
                 f"{type(model).__name__} of width {hook_point.d_in}; give the model that was harvested"
             )
+        check_place(store, model, hook_point)
+    for name in {part for sae in saes for part in places(sae.target)}:
+        check_splices(model, found[name])
     return found
 
 

@@ -18,7 +18,11 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(description="Folder or Hugging Face id of the language model.")]
     hook_points: Annotated[
-        list[str], Meta(min_length=1, description="Where to read activations, such as blocks.2.resid_post.")
+        list[str],
+        Meta(
+            min_length=1,
+            description="Where to read activations, such as blocks.2.resid_post; `thresher hooks MODEL` lists them.",
+        ),
     ]
     store: Annotated[
         str, Meta(min_length=1, description="Activation store to write: a folder, or a URL such as s3://bucket/prefix.")

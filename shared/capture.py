@@ -19,6 +19,9 @@ from .model.blocks import Blocks
 from .model.certificate import measure
 from .model.finding import Finding
 
+NAMES_A_MODULE = "any module's path names that module's own output"
+"""What there is beside the canonical names."""
+
 
 class _Enough(BaseException):
     """Ends a forward pass once every hook point was read; nothing between may catch it."""
@@ -164,7 +167,7 @@ def _resolved(
         assert blocks is not None
         raise HookPointError(
             f"no hook point '{name}' in {type(model).__name__}: {found.reason}; `thresher hooks MODEL` lists those it "
-            f"has, and any module's own output can be named by its path, such as '{blocks.path}.{layer}'"
+            f"has, and {NAMES_A_MODULE}, such as '{blocks.path}.{layer}'"
         )
     return ResolvedHookPoint(
         name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -53,9 +54,8 @@ def certificate(model: nn.Module, hook_points: Mapping[str, ResolvedHookPoint]) 
 
     Numbers would differ between machines, and the metadata of one harvest must not.
     """
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return {
-        "measured_in": "float32" if _copies(model) else str(dtype).removeprefix("torch."),
+        "measured_in": measured_in(model),
         "hook_points": {
             name: {
                 "module": hook_point.module_path,
@@ -68,6 +68,12 @@ def certificate(model: nn.Module, hook_points: Mapping[str, ResolvedHookPoint]) 
             for name, hook_point in hook_points.items()
         },
     }
+
+
+def measured_in(model: nn.Module) -> str:
+    """Return the data type that the identities of a model are measured in."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return "float32" if _copies(model) else str(dtype).removeprefix("torch.")
 
 
 def _copies(model: nn.Module) -> bool:
@@ -99,14 +105,12 @@ def _both(found: Finding, exact: Finding) -> Finding:
 def running_blocks(model: nn.Module) -> Blocks | None:
     """Return the first list of blocks, by name and size, all of which a pass over tokens runs through."""
     lists = list(block_lists(model))
-    if not lists:
-        return None
-    firsts = [(f"{found.path}.{i}", block) for found in lists for i, block in enumerate(found.modules)]
-    ran = {place.path for place in run(model, firsts).values}
-    for found in lists:
-        if all(f"{found.path}.{i}" in ran for i in range(len(found.modules))):
-            return found
-    return None
+    ran: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for block in {block for found in lists for block in found.modules}:
+            stack.callback(block.register_forward_hook(lambda module, *_: ran.add(module)).remove)
+        run(model, [])
+    return next((found for found in lists if ran.issuperset(found.modules)), None)
 
 
 def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
@@ -162,6 +166,7 @@ def _readable(found: Finding, natural: Record, changed: set[Place]) -> Finding:
     return replace(found, clone=found.place in changed)
 
 
+_ENDS = {"resid_pre": "input", "resid_post": "output"}
 _NOT_ONE = "the block does not read and return one activation of shape [batch, context, d] for each token"
 
 
@@ -189,24 +194,41 @@ def _check_stream(
     last = len(blocks.modules) - 1
     hidden: Any = getattr(natural.output, "hidden_states", None)
     hidden = hidden if isinstance(hidden, (tuple, list)) and len(hidden) == last + 2 else None
-    if any(block._forward_hooks or block._forward_pre_hooks for block in blocks.modules):
+    if any(_foreign_hooks(block) for block in blocks.modules):
         hidden = None  # the library may list what blocks return before the caller's own hooks change it
     if hidden is not None and all(same(hidden[probe.layer], probe.natural_post) for probe in probes):
         hidden = None  # Mamba and RWKV list what their blocks return, not what they read
     for probe in probes:
-        after = Place(f"{blocks.path}.{probe.layer + 1}", "input")
-        gap = ""
-        if probe.layer < last and not (after in natural.values and same(natural.values[after], probe.natural_post)):
-            gap = f"block {probe.layer + 1} does not read what block {probe.layer} returns"
-        elif hidden is not None and not _is_hidden(hidden, probe, probe.layer == last, natural):
-            gap = f"the library's hidden_states[{probe.layer + 1}] differ from it"
-        if gap:
-            findings[probe.layer, "resid_post"] = Finding(reason=gap)
-        if hidden is not None and not same(hidden[probe.layer], probe.natural_pre):
-            findings[probe.layer, "resid_pre"] = Finding(
-                reason=f"the library's hidden_states[{probe.layer}] differ from the block's input"
-            )
+        layer = probe.layer
+        before, after = Place(f"{blocks.path}.{layer - 1}", "output"), Place(f"{blocks.path}.{layer + 1}", "input")
+        follows = layer == 0 or _holds(natural, before, probe.natural_pre)
+        leads = layer == last or _holds(natural, after, probe.natural_post)
+        listed = hidden is None or same(hidden[layer], probe.natural_pre)
+        ends = hidden is None or _is_hidden(hidden, probe, layer == last, natural)
+        for kind, linked, of_library, link, at in (
+            ("resid_pre", follows, listed, "resid_post of block N - 1, if any", "N"),
+            ("resid_post", leads, ends, "resid_pre of block N + 1, if any", "N + 1"),
+        ):
+            library = "" if hidden is None else f"the library's hidden_states[{at}]"
+            if not linked:
+                findings[layer, kind] = Finding(reason=f"the block's {_ENDS[kind]} is not {link}, with N = {layer}")
+            elif not of_library:
+                findings[layer, kind] = Finding(reason=f"the block's {_ENDS[kind]} is not {library}, with N = {layer}")
+            else:
+                identity = "; ".join(filter(None, (link, library)))
+                findings[layer, kind] = replace(findings[layer, kind], identity=identity)
     _check_replaced_post(model, blocks, probes, natural, findings)
+
+
+def _foreign_hooks(block: nn.Module) -> bool:
+    """Tell whether a block has hooks beside those by which transformers itself lists hidden states."""
+    hooks = [*block._forward_hooks.values(), *block._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
+def _holds(record: Record, place: Place, value: torch.Tensor) -> bool:
+    """Tell whether this is what was recorded at a place."""
+    return place in record.values and same(record.values[place], value)
 
 
 def _is_hidden(hidden: Any, probe: BlockProbe, is_last: bool, natural: Record) -> bool:

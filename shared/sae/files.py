@@ -83,6 +83,14 @@ def write_folder(path: str | Path, config: Mapping[str, Any], tensors: Mapping[s
     write_file(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
 
+def _model_options(hook_point: str) -> dict[str, Any]:
+    """Return how SAELens must load the model for its hook to give these activations.
+
+    The weight and bias of a norm are part of the MLP's input, so they must not be folded into the MLP.
+    """
+    return {"model_from_pretrained_kwargs": {"fold_ln": False}} if hook_point.endswith(".mlp_in") else {}
+
+
 def saelens_config(
     architecture: str, d_in: int, d_sae: int, hook_point: str, config: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -106,6 +114,7 @@ def saelens_config(
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
             "hook_name": hook_name,
+            **_model_options(hook_point),
             **metadata,
             "thresher": {"version": version("thresher"), "hook_point": hook_point, "config": dict(config)},
         },

@@ -18,13 +18,16 @@ from thresher.evaluate.command import main
 from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.held_out import held_out
-from thresher.evaluate.same_model import check_vocabulary, check_weights, stored_ids
+from thresher.evaluate.same_model import check_place, check_vocabulary, check_weights, stored_ids
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
 from thresher.shared.adapters import ModelParts
+from thresher.shared.capture import resolve_hook_points
 from thresher.shared.content import model_content
-from thresher.shared.errors import ModelError
+from thresher.shared.errors import HookPointError, ModelError, StoreError
+
+from ..tiny_models import build
 
 HOOK = "blocks.1.resid_post"
 WORDS = ["<s>", "dust", "grain", "chaff", "husk", "straw", "<unk>"]
@@ -300,3 +303,38 @@ def test_a_model_of_another_width_is_refused(tiny, sweep, tmp_path, capsys):
     assert "got GPT2LMHeadModel of width 8" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_of_another_tensor_under_the_name_is_refused():
+    model = build("bloom")
+    found = resolve_hook_points(model, ["blocks.1.mlp_out"])["blocks.1.mlp_out"]
+
+    def store(module, **more):
+        modules = {"blocks.1.mlp_out": module}
+        metadata = {"model_class": type(model).__name__, "hook_modules": modules} | more
+        return SimpleNamespace(path="s", metadata=metadata)
+
+    check_place(store("transformer.h.1.mlp.dense_4h_to_h"), model, found)
+    check_place(store("transformer.h.1.mlp", model_class="Another"), model, found)
+    check_place(SimpleNamespace(path="s", metadata={}), model, found)
+    with pytest.raises(StoreError, match=r"holds what 'transformer.h.1.mlp' gives as .* harvest the store again"):
+        check_place(store("transformer.h.1.mlp"), model, found)
+
+
+def test_a_store_without_the_scale_or_the_copy_is_refused():
+    for model_type, module in (("granite", "model.layers.1.mlp"), ("falcon", "transformer.h.1.mlp")):
+        model = build(model_type)
+        found = resolve_hook_points(model, ["blocks.1.mlp_out"])["blocks.1.mlp_out"]
+        metadata = {"model_class": type(model).__name__, "hook_modules": {"blocks.1.mlp_out": module}}
+        with pytest.raises(StoreError, match="harvest the store again"):
+            check_place(SimpleNamespace(path="s", metadata=metadata), model, found)
+        check_place(SimpleNamespace(path="s", metadata=metadata | {"certificate": {}}), model, found)
+
+
+def test_an_sae_where_nothing_can_be_spliced_in_is_refused_before_the_work():
+    name = "blocks.1.mlp_in_normalized"
+    sae = SimpleNamespace(hook_point=name, target=name)
+    store = SimpleNamespace(path="s", metadata={}, d_in=lambda _: 32)
+    assert store_model.splice_points(build("gpt2"), [sae], store)
+    with pytest.raises(HookPointError, match=f"nothing can be spliced in at '{name}' in GPTJForCausalLM"):
+        store_model.splice_points(build("gptj"), [sae], store)

@@ -161,3 +161,37 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "cfg.json").write_text("{")
     with pytest.raises(SaeError, match="damaged"):
         Sae.load(tmp_path)
+
+
+def test_a_transcoder_is_saved_under_the_hook_that_gives_its_input(tmp_path):
+    sae = make("transcoder")
+    sae.hook_point = "blocks.2.mlp_in"
+    metadata = json.loads((sae.save(tmp_path / "a") / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.2.mlp.hook_in"
+    assert metadata["model_from_pretrained_kwargs"] == {"fold_ln": False}, "else the norm's weight is in the MLP"
+    assert Sae.load(tmp_path / "a").hook_point == "blocks.2.mlp_in"
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "hook_point"),
+    [
+        ("blocks.2.ln2.hook_normalized", "blocks.2.mlp_in_normalized"),
+        ("blocks.2.hook_mlp_in", "blocks.2.mlp_branch"),
+        ("blocks.2.mlp.hook_in", "blocks.2.mlp_in"),
+    ],
+)
+def test_public_transcoders_are_read_at_the_hook_that_they_name(hook_name, hook_point, tmp_path):
+    config = json.loads((make("transcoder").save(tmp_path) / "cfg.json").read_text())
+    del config["metadata"]["thresher"]
+    config["metadata"]["hook_name"] = hook_name
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert Sae.load(tmp_path).hook_point == hook_point
+
+
+def test_an_earlier_transcoder_of_ours_is_read_at_mlp_in(tmp_path):
+    sae = make("transcoder")
+    sae.hook_point = "blocks.2.mlp_in"
+    config = json.loads((sae.save(tmp_path) / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = "blocks.2.ln2.hook_normalized"
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert Sae.load(tmp_path).hook_point == "blocks.2.mlp_in", "it was trained there, whatever name was saved"

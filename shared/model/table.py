@@ -1,0 +1,71 @@
+"""Print what was measured of a model's hook points."""
+
+from __future__ import annotations
+
+from ..capture import NAMES_A_MODULE
+from ..device import choose_device
+from ..hook_points import KINDS
+from ..language_model import load_model
+from .certificate import Findings, measure, measured_in
+from .command import HooksConfig
+from .finding import Finding
+
+_WIDEST = max(map(len, KINDS))
+
+
+def print_hook_points(config: HooksConfig) -> None:
+    """Load a model, measure its hook points and print them, blocks that are alike together."""
+    model = load_model(
+        config.model,
+        config.model_dtype,
+        choose_device(config.device),
+        config.revision,
+        adapter=config.adapter,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+    )
+    blocks, findings = measure(model)
+    if blocks is None:
+        print(f"{type(model).__name__} has no list of blocks that a pass over tokens runs through; {NAMES_A_MODULE}")
+        return
+    print(f"{type(model).__name__}: {len(blocks.modules)} blocks in {blocks.path}, measured in {measured_in(model)}")
+    for layers, lines in group_blocks(blocks.path, len(blocks.modules), findings):
+        print(f"\n{layers}")
+        for line in lines:
+            print(f"  {line}")
+    print(f"\nA hook point is named blocks.N.KIND; {NAMES_A_MODULE}.")
+
+
+def group_blocks(path: str, n_blocks: int, findings: Findings) -> list[tuple[str, list[str]]]:
+    """Return a heading for each group of blocks whose hook points are alike, such as "blocks 0 to 3", and its lines."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for layer in range(n_blocks):
+        lines = (_line(kind, findings[layer, kind]).replace(f"{path}.{layer}", f"{path}.N") for kind in KINDS)
+        groups.setdefault(tuple(lines), []).append(layer)
+    return [(_heading(layers), list(lines)) for lines, layers in groups.items()]
+
+
+def _heading(layers: list[int]) -> str:
+    """Name layers by their ranges: "blocks 0 to 3, 5"."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and ranges[-1][-1] == layer - 1:
+            ranges[-1] = [ranges[-1][0], layer]
+        else:
+            ranges.append([layer])
+    named = ", ".join(" to ".join(map(str, ends)) for ends in ranges)
+    return f"block{'s' if len(layers) > 1 else ''} {named}"
+
+
+def _line(kind: str, found: Finding) -> str:
+    if found.place is None:
+        return f"{kind:<{_WIDEST}}  refused: {found.reason}"
+    notes = [found.identity]
+    if found.derived:
+        notes.append(f"taken as {found.derived}")
+    if found.clone:
+        notes.append("copied, because the model writes into it later")
+    if not found.splice:
+        notes.append("can be read, but not be spliced in")
+    side = "input" if found.place.side == "input" else "output"
+    return f"{kind:<{_WIDEST}}  {found.d_in:>6}  {found.place.path} ({side})  {'; '.join(notes)}"
