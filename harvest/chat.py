@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,12 +147,14 @@ class ChatTemplate:
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
         start, stop = int(places[0]), int(places[-1]) + 1
         before, after = text[first : within[0]], text[within[-1] + 1 : last]
-        if rendered.startswith(before, start - len(before)):
-            lost = self._lost(messages, leaf, text[first:], rendered, document) if first else 0
-            yield start - len(before) - lost, start
-        if rendered.startswith(after, stop):
-            lost = self._lost(messages, leaf, text[:last], rendered, document) if last < len(text) else 0
-            yield stop, stop + len(after) + lost
+        same = _common_prefix(before[::-1], rendered[max(0, start - len(before)) : start][::-1])[::-1]
+        if same == before and first:
+            yield start - len(same) - self._lost(messages, leaf, text[first:], rendered, document), start
+        yield start - len(same if same == before else same.lstrip()), start
+        same = _common_prefix(after, rendered[stop : stop + len(after)])
+        if same == after and last < len(text):
+            yield stop, stop + len(same) + self._lost(messages, leaf, text[:last], rendered, document)
+        yield stop, stop + len(same if same == after else same.rstrip())
 
     def _lost(self, messages: list[dict[str, Any]], leaf: Leaf, text: str, rendered: str, document: str) -> int:
         """Return how much shorter the rendering is if a message has this text, which lacks white space at one end."""
@@ -258,6 +261,10 @@ def _replaced(messages: list[dict[str, Any]], texts: Mapping[Leaf, str]) -> list
             parts = message[leaf.key] = list(message[leaf.key])
             parts[leaf.part] = parts[leaf.part] | {"text": text}
     return copies
+
+
+def _common_prefix(first: str, second: str) -> str:
+    return "".join(mine for mine, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _is_within(text: str, other: str) -> bool:

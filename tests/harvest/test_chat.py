@@ -65,7 +65,9 @@ TURNS = [
 HIDDEN = [
     {"role": "user", "content": "a?"},
     {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
-    {"role": "user", "content": "c?"},
+    {"role": "user", "content": "<q>c?</q>"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\n<b>no</b>"},
+    {"role": "user", "content": "<q>"},
     {"role": "assistant", "content": "<think>\nso\n</think>\n\nd \n"},
 ]
 
@@ -146,7 +148,9 @@ CASES = {
         chatml(
             ("user", ("a?", USER)),
             ("assistant", ("b", ASSISTANT)),
-            ("user", ("c?", USER)),
+            ("user", ("<q>c?</q>", USER)),
+            ("assistant", ("<b>no</b>", ASSISTANT)),
+            ("user", ("<q>", USER)),
             ("assistant", ("<think>\nso\n</think>\n\nd \n", ASSISTANT)),
         ),
     ),
