@@ -15,7 +15,7 @@ from .held_out import HeldOut, held_out
 from .origin import compare_origins
 from .probing import Task, probe_tasks
 from .refusals import refuse
-from .sae_folders import EvaluatedSae, diverged_saes, load_saes, sae_folders
+from .sae_folders import EvaluatedSae, diverged_saes, divergence_notes, load_saes, sae_folders
 from .same_model import check_vocabulary
 from .store_model import model_name, open_model, open_tokenizer, splice_points
 
@@ -66,6 +66,8 @@ def prepare(config: EvaluateConfig) -> Prepared:
     failed: dict[str, str] = {}
     saes = load_saes(sae_folders(config.saes), store, device, failed)
     notes = compare_origins(saes, store, config.allow_other_model)
+    for name, note in divergence_notes(saes).items():
+        notes.setdefault(name, []).append(note)
     rows = held_out(store, config.max_rows)
     tasks = probe_tasks(rows.subset(config.model_rows), config)
     shows_tokens = config.feature_rows > 0 and store.has_tokens

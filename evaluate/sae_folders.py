@@ -93,11 +93,25 @@ def diverged_saes(saes: str | list[str]) -> dict[str, str]:
     for path in map(Path, [saes] if isinstance(saes, str) else saes):
         for note in sorted(path.glob(f"*/{DIVERGED_NAME}")):
             if not _has_sae(note.parent):
-                try:
-                    reasons[printable(note.parent.name)] = str(json.loads(note.read_bytes())["reason"])
-                except (OSError, ValueError, KeyError, TypeError):
-                    reasons[printable(note.parent.name)] = "no reason is on disk"
+                reasons[printable(note.parent.name)] = _reason_in(note)
     return reasons
+
+
+def divergence_notes(saes: list[EvaluatedSae]) -> dict[str, str]:
+    """Return, by name, a note on each SAE that diverged when it was trained on, and still has its earlier weights."""
+    notes = {sae.name: sae.path / DIVERGED_NAME for sae in saes}
+    return {
+        name: f"diverged when it was trained on ({_reason_in(note)}): these are its weights from before"
+        for name, note in notes.items()
+        if note.is_file()
+    }
+
+
+def _reason_in(note: Path) -> str:
+    try:
+        return str(json.loads(note.read_bytes())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "no reason is on disk"
 
 
 def load_saes(

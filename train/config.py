@@ -207,7 +207,7 @@ class TrainConfig(Config, frozen=True):
     cache: Cache = None
     cache_bytes: CacheBytes = None
     checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000
-    keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep.")] = 2
+    keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep, that of the run's end included.")] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
     tensorboard: Annotated[bool, Meta(description="Also write TensorBoard event files, if it is installed.")] = False
     wandb: Annotated[

@@ -64,7 +64,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
     with locked(output, ranks):
         run = RunState(config, plan, store, ranks, say)
         if run.finished:
-            say(f"this run is finished; its SAEs are in '{output}'; choose another output to train again")
+            say(
+                f"this run is finished; its SAEs are in '{output}'; "
+                "give more tokens to train on, or another output to train again"
+            )
         else:
             _train_to_end(config, run, store, say)
     if run.diverged:

@@ -97,6 +97,18 @@ def test_an_sae_that_diverged_in_training_is_named(tiny, saes, tmp_path, capsys)
     assert "diverged: loss NaN at step 7" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_an_sae_that_diverged_when_it_was_trained_on_is_noted(tiny, saes, tmp_path, capsys):
+    """Its folder still has the weights of the shorter run, which are judged."""
+    folder = next(folder for folder in saes.iterdir() if (folder / "cfg.json").is_file())
+    (folder / "diverged.json").write_text('{"reason": "loss NaN at step 70", "lr": 1}')
+    assert run(tiny, saes, tmp_path / "out", "--model", "false", "--feature_rows", 0) == 0
+    note = "diverged when it was trained on (loss NaN at step 70): these are its weights from before"
+    said = capsys.readouterr()
+    assert note in said.out + said.err
+    (row,) = [row for row in json.loads((tmp_path / "out" / "metrics.json").read_text()) if row["name"] == folder.name]
+    assert row["notes"] == [note]
+
+
 def test_predictions_that_are_not_finite_are_no_scores(tiny, saes, healthy, tmp_path, monkeypatch, capsys):
     original = stages.accumulate_losses
 
