@@ -50,8 +50,8 @@ def model_parts(model: str, adapter: str | None = None) -> ModelParts:
     parts = adapted_base(folder / ADAPTER_CONFIG, model)
     if (Path(parts.base) / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            f"expected one adapter, got two: '{model}' is one, and its base model's folder '{parts.base}' holds another; "
-            f"merge that one into its model first, or move {ADAPTER_CONFIG} out of that folder"
+            f"expected one adapter, got two: '{model}' is one, and the folder of its base model '{parts.base}' holds "
+            f"another; merge that one into its model first, or move {ADAPTER_CONFIG} out of that folder"
         )
     return parts
 

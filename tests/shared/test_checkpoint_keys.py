@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from thresher.shared.errors import ModelError
 from thresher.shared.language_model import load_model
 
+from ..tiny_models import TESTED, build
+
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 TEXT = SHAPE | dict(vocab_size=37, max_position_embeddings=20, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 VISION = SHAPE | dict(image_size=16, patch_size=8)
@@ -163,3 +165,14 @@ def test_a_configuration_of_another_model_is_refused(changes, told, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ModelError, match=told):
         load_model(str(tmp_path), "float32")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", TESTED)
+def test_every_causal_class_loads_as_it_was_saved(model_type, tmp_path):
+    saved = build(model_type)
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), "float32")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    ours, theirs = (model.base_model(input_ids=tokens, use_cache=False)[0] for model in (loaded, saved))
+    torch.testing.assert_close(ours, theirs)
