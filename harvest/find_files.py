@@ -187,7 +187,7 @@ def _in_folder(folder: Path, config: HarvestConfig) -> FoundFiles:
     if config.files is not None:
         patterns = [pattern if "/" in pattern else f"**/{pattern}" for pattern in config.files]
         chosen = set(matching([_name(path, folder) for path in paths], patterns))
-        left_out.append(("not in files", [path for path in paths if _name(path, folder) not in chosen]))
+        left_out.append(("not matched by files", [path for path in paths if _name(path, folder) not in chosen]))
         paths = [path for path in paths if _name(path, folder) in chosen]
         if not paths:
             raise DataError(f"no file in '{folder}' matches files = {config.files}")

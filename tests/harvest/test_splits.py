@@ -221,11 +221,12 @@ def test_an_ambiguous_folder_is_refused(tmp_path, names):
     assert read(tmp_path, files=["*.json*", "*.parquet"]) == [name for name in names if not name.endswith(".py")]
 
 
-def test_formats_do_not_mix(tmp_path):
+def test_formats_do_not_mix(tmp_path, capsys):
     put(tmp_path, "a.jsonl", "b.csv", "deep/c.csv")
     with pytest.raises(DataError, match=r"mixes csv and json files \(2 \.csv, 1 \.jsonl\); set files"):
         read(tmp_path)
-    assert read(tmp_path, files=["*.csv"]) == ["b.csv", "deep/c.csv"]
+    assert read(tmp_path, tell=True, files=["*.csv"]) == ["b.csv", "deep/c.csv"]
+    assert "left out: 1 not matched by files (a.jsonl)" in capsys.readouterr().err
     assert read(tmp_path, files=["deep/*"]) == read(tmp_path, files=["./deep/"]) == ["deep/c.csv"]
     with pytest.raises(DataError, match=r"no file in '.*' matches files = \['\*.txt'\]"):
         read(tmp_path, files=["*.txt"])
