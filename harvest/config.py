@@ -34,7 +34,10 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
             "dataset (docs/text.md)."
         ),
     ] = "python-stdlib"
-    tokens: Annotated[int, Meta(ge=1, description="Rows to harvest, rounded up to whole contexts.")] = 1_000_000
+    tokens: Annotated[
+        int,
+        Meta(ge=1, description="Rows to harvest, rounded up to whole contexts; a store that holds fewer is extended."),
+    ] = 1_000_000
     context_size: Annotated[int, Meta(ge=2, description="Tokens in a context.")] = 256
     batch_size: Annotated[int, Meta(ge=1, description="Contexts in a forward pass.")] = 32
     holdout_fraction: Annotated[

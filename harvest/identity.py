@@ -17,7 +17,7 @@ from ..shared.adapters import model_parts
 from ..shared.content import describe_files, model_content
 from ..shared.errors import DataError, MissingFileError, StoreError
 from ..shared.hook_points import unique_canonical
-from ..shared.store.format import MANIFEST
+from ..shared.store.format import MANIFEST, Header
 from ..shared.store.location import StoreUrl
 from ..shared.store.manifest import Manifest, read_manifest
 from .chat import template_source
@@ -28,8 +28,8 @@ INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers", "on
 """Settings that are no part of a harvest's record."""
 LATER = ("covariance", "special_tokens", "holdout", "trust_remote_code")
 """Settings that are recorded only where they are not the default."""
-NEUTRAL = ("batch_size",)
-"""Settings that are recorded, but change the rows by rounding at most."""
+NEUTRAL = ("batch_size", "tokens")
+"""Settings that are recorded, but change the rows by rounding at most, or only how many there are."""
 CONTENT = {
     "text": ("dataset", "dataset_revision"),
     "weights": ("model", "revision"),
@@ -117,14 +117,40 @@ def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> Standing:
     if differing:
         told = ", ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in sorted(differing.items()))
         raise StoreError(f"the store '{store}' is of another harvest: it differs in {told}; {_advice(differing)}")
-    complete = manifest.completion is not None
-    notes = _notes(found, wanted)
+    complete, told = _compare_size(store, manifest, wanted)
+    notes = _notes(found, wanted) + told
     if not complete and found.get("batch_size") != wanted["batch_size"]:
         notes.append(
             f"resumes with batch_size {wanted['batch_size']} a store that was begun with {found.get('batch_size')}: "
             "its rows agree with those of one batch size up to rounding, but not to the bit"
         )
     return Standing(complete, tuple(notes))
+
+
+def _compare_size(store: Path | StoreUrl, manifest: Manifest, wanted: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Tell whether a store of the same harvest holds as many rows as are asked for, or all there are, and what to say.
+
+    Raises `StoreError` for an unfinished store that is asked for fewer rows than it holds.
+    """
+    size, header = wanted["context_size"], manifest.header
+    n_wanted, n_stored = -(-wanted["tokens"] // size), manifest.n_contexts
+    n_declared = n_stored if header.n_contexts is None else header.n_contexts
+    holds = f"holds {n_stored * size:,} rows"
+    if manifest.completion is None:
+        if n_wanted < n_stored:
+            raise StoreError(
+                f"the store '{store}' is not finished and {holds} already, more than the {wanted['tokens']:,} asked "
+                f"for; ask for at least as many (tokens = {n_declared * size} finishes it), or name another store"
+            )
+        begun = f"the store {holds} and was begun for {n_declared * size:,}; it is now to hold {n_wanted * size:,}"
+        return False, [begun] if n_wanted != n_declared else []
+    if n_wanted < n_stored:
+        return True, [f"the store {holds}, more than the {wanted['tokens']:,} asked for"]
+    if n_wanted in (n_stored, n_declared):
+        return True, []
+    if n_stored < n_declared:
+        return True, [f"the store {holds}, all that the text has; {wanted['tokens']:,} were asked for"]
+    return False, [f"the store {holds} and is extended to {n_wanted * size:,}"]
 
 
 def _differing_settings(
@@ -190,18 +216,22 @@ def _advice(differing: dict[str, tuple[Any, Any]]) -> str:
     return "name another store"
 
 
-def continued_metadata(store: Path | StoreUrl, found: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+def continued_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata with which a store that was begun is resumed: its own, where the rest agrees.
 
-    Raises `StoreError` for what differs beyond the spelling of names.
+    Raises `StoreError` for what differs beyond the spelling of names and the number of rows.
     """
+    found = header.metadata
     for key in sorted(found.keys() & metadata.keys() - SPELLING):
         if found[key] != metadata[key]:
             raise StoreError(
                 f"the store '{store}' was begun with {key} = {found[key]!r}, now {metadata[key]!r}; "
                 "use the same settings and versions, or name another store"
             )
-    return found
+    wanted = metadata["harvest"]
+    if header.n_contexts == -(-wanted["tokens"] // wanted["context_size"]):
+        return found
+    return found | {"harvest": found["harvest"] | {"tokens": wanted["tokens"]}}
 
 
 def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

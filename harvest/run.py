@@ -38,8 +38,8 @@ BATCHES_AHEAD = 4
 def harvest(config: HarvestConfig) -> Path | StoreUrl:
     """Write the activation store that the configuration describes, and return its path or URL.
 
-    A store that is complete is reused without loading the model; one that was interrupted is
-    resumed, and ends with the same bytes as one that was not.
+    A store that is complete is reused without loading the model; one that was interrupted, or holds fewer
+    rows than are asked for, is resumed, and ends with the same bytes as one that was harvested at once.
     """
     store = locate(config.store)
     if needs_ranks(store, config.cache):
@@ -54,28 +54,38 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
         return store
     with importing():  # transformers imports a model's code as it loads the model
         from ..shared.store import ActivationStoreWriter
+        from ..shared.store.commit import check_free
         from .plan import make_plan
+        from .resume import resume_contexts
         from .tokens import read_contexts
 
+        if isinstance(store, Path):
+            check_free(store)
         plan = make_plan(config)
-    with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter) as writer:
+    contexts = read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings)
+    contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
+    with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter, n_kept) as writer:
         write_sources(config, plan, writer)
-        contexts = read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings)
         with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
     tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
     return store
 
 
-def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], make: Callable[..., Writer]) -> Writer:
-    """Begin the store, or open it where an interrupted harvest left it."""
+def open_writer(
+    config: HarvestConfig, plan: Plan, identity: dict[str, object], make: Callable[..., Writer], n_kept: int = 0
+) -> Writer:
+    """Begin the store, or open it where an earlier harvest left it, of which `n_kept` contexts are kept.
+
+    That number counts only for a store that was begun for another number of contexts.
+    """
     from .plan import metadata_of
 
     metadata = metadata_of(config, identity, plan)
     store = locate(config.store)
     begun = find_manifest(store)
     if begun is not None:
-        metadata = continued_metadata(store, begun.header.metadata, metadata)
+        metadata = continued_metadata(store, begun.header, metadata)
     return make(
         config.store,
         plan.widths,
@@ -92,6 +102,7 @@ def open_writer(config: HarvestConfig, plan: Plan, identity: dict[str, object], 
         covariance=config.covariance,
         roles=plan.rules.keeps_roles,
         cache=config.cache,
+        keep_contexts=n_kept,
     )
 
 

@@ -30,6 +30,7 @@ from .packing import Context
 from .plan import Plan, make_plan
 from .rank_progress import RankProgress
 from .ranks import Ranks, join_ranks, rank_device
+from .resume import resume_contexts
 from .run import open_writer, run_model, tell_standing, tell_stored, write_sources
 from .tokens import read_contexts
 
@@ -51,10 +52,14 @@ def harvest_together(config: HarvestConfig) -> Path | StoreUrl:
         here = on_this_rank(config, ranks)
         ranks.agree({"torch": torch.__version__, "processor": processor(here.device)})
         plan = make_plan(here)
-        writer = open_writer(here, plan, wanted, partial(RankWriter, group=ranks))
+        text = Text()
+        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings))
+        contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
+        ranks.agree({"contexts that the store holds": n_kept})
+        writer = open_writer(here, plan, wanted, partial(RankWriter, group=ranks), n_kept)
         try:
             with Interrupt() as interrupt, writer, ranks.tells_failures():
-                text, written = harvest_share(config, here, plan, writer, ranks, interrupt)
+                written = harvest_share(config, here, plan, writer, ranks, interrupt, text, contexts)
         finally:
             writer.release()
         tell_stored(config, plan, text.n_contexts, *written)
@@ -87,9 +92,16 @@ def processor(device: str) -> str:
 
 
 def harvest_share(
-    config: HarvestConfig, here: HarvestConfig, plan: Plan, writer: RankWriter, ranks: Ranks, interrupt: Interrupt
-) -> tuple[Text, tuple[int, int]]:
-    """Harvest this rank's shards, and see the store completed; return the text that was read and all ranks' bytes."""
+    config: HarvestConfig,
+    here: HarvestConfig,
+    plan: Plan,
+    writer: RankWriter,
+    ranks: Ranks,
+    interrupt: Interrupt,
+    text: Text,
+    contexts: Iterator[Context],
+) -> tuple[int, int]:
+    """Harvest this rank's shards of the text, and see the store completed; return all ranks' bytes."""
     ranks.meet()
     writer.watch()
     ranks.presence = writer.presence
@@ -102,9 +114,7 @@ def harvest_share(
         interrupt.check()
         ranks.check()
 
-    text = Text()
     with RankProgress(ranks, writer, config) as progress:
-        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings))
         run_model(here, plan, writer, contexts, progress, check)
         writer.close()
         progress.refresh(now=True)
@@ -115,7 +125,7 @@ def harvest_share(
         else:
             wait_for(lambda: ranks.heard("complete", [0]), check)
         ranks.meet()
-    return text, (progress.bytes_written, progress.raw_bytes)
+    return progress.bytes_written, progress.raw_bytes
 
 
 def complete(ranks: Ranks, writer: RankWriter, text: Text, progress: RankProgress, check: Callable[[], None]) -> None:

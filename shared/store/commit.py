@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 import msgspec
+from msgspec.structs import replace
 
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, StoreBusyError, StoreError
 from .checksum import crc32c
 from .durable import (
     announce,
@@ -42,25 +44,45 @@ from .staging import StagedShard, drop_unusable, list_staged, read_staged
 from .statistics import encode_statistics, merge_statistics
 from .zarr_metadata import metadata_files
 
+RECOVERED_SHARDS = 4
+"""Shards behind the last one named of which a killed writer may have left files: the one that it committed, or those
+that it made anew."""
+
 
 class StoreFolder:
     """The folder, locked for this process until `close`."""
 
-    def __init__(self, path: Path, file: IO[bytes], manifest: Manifest | None) -> None:
+    def __init__(
+        self, path: Path, file: IO[bytes], manifest: Manifest | None, keep_contexts: int | None = None
+    ) -> None:
         self.path = path
         self.partial = path / PARTIAL_FOLDER
         self.faults: list[str] = []
         self._file = file
         self._manifest = manifest
+        self._keep_shards = None
+        if manifest is not None and keep_contexts is not None:
+            per_shard = manifest.header.contexts_per_shard
+            whole = sum(shard.contexts == per_shard for shard in manifest.shards)
+            self._keep_shards = min(keep_contexts // per_shard, whole)
 
     @classmethod
     def open(
-        cls, path: Path, proposed: Header, resume: bool, any_level: bool, keep_staged: bool = False
+        cls,
+        path: Path,
+        proposed: Header,
+        resume: bool,
+        any_level: bool,
+        keep_staged: bool = False,
+        keep_contexts: int | None = None,
     ) -> StoreFolder:
         """Lock the store at `path`, made if need be, and clear what a killed writer left half done.
 
         Shards that ranks staged directly behind the committed ones become part of the store; those behind a gap are
         kept if asked for, or else removed.
+
+        A store that was declared with another number of contexts is refused unless `keep_contexts` is given: then
+        `start` declares it anew, and keeps the shards that lie wholly within so many contexts.
         """
         if path.exists() and not path.is_dir():
             raise StoreError(f"expected a folder for the store, got a file at '{path}'; name another path")
@@ -71,12 +93,20 @@ class StoreFolder:
             file = (path / MANIFEST).open("a+b")
             try:
                 lock(file, path)
+                check_in_place(file, path)
                 manifest = read_manifest(path)
                 if manifest is not None:
-                    check_same(
-                        manifest, proposed, path, resume, {"has_tokens", "codec_level"} if any_level else {"has_tokens"}
-                    )
-                folder = cls(path, file, manifest)
+                    if manifest.header.n_contexts == proposed.n_contexts:
+                        keep_contexts = None
+                    free = {"has_tokens"} | ({"codec_level"} if any_level else set())
+                    free |= {"n_contexts", "metadata"} if keep_contexts is not None else set()
+                    check_same(manifest, proposed, path, resume, free)
+                    if keep_contexts is not None and list_staged(path, manifest.header):
+                        raise StoreError(
+                            f"finished shards of several ranks wait in the store '{path}', which was begun with "
+                            f"{manifest.header.n_contexts} contexts: resume it with these before it is extended"
+                        )
+                folder = cls(path, file, manifest, keep_contexts)
                 folder._recover(keep_staged)
             except BaseException:
                 close(file)
@@ -85,18 +115,22 @@ class StoreFolder:
 
     @property
     def header(self) -> Header | None:
-        """The store's header, or None before the first batch."""
-        return self._manifest.header if self._manifest else None
+        """The store's header, or None before the first batch, with which it is begun or declared anew."""
+        return self._manifest.header if self._manifest and self._keep_shards is None else None
 
     @property
     def n_contexts(self) -> int:
-        """Contexts in committed shards."""
+        """Contexts in committed shards, of those that are kept."""
+        if self._manifest is not None and self._keep_shards is not None:
+            return self._keep_shards * self._manifest.header.contexts_per_shard
         return self._manifest.n_contexts if self._manifest else 0
 
     @property
     def may_append(self) -> bool:
         """Whether more shards may follow: not after the last one."""
         manifest = self._manifest
+        if self._keep_shards is not None:
+            return True
         if manifest is None or not manifest.shards:
             return manifest is None or manifest.completion is None
         return manifest.completion is None and manifest.shards[-1].contexts == manifest.header.contexts_per_shard
@@ -114,13 +148,22 @@ class StoreFolder:
             self._write_metadata(0)
             self.faults = drop_unusable(self.path, manifest)
             self.adopt()
-            for key in shard_keys(manifest.header, len(manifest.shards)):
-                (self.path / key).unlink(missing_ok=True)
+            self._remove_unnamed(RECOVERED_SHARDS)
         if not keep_staged:
             self._clear_staged()
 
+    def _remove_unnamed(self, n_shards: int) -> None:
+        """Remove files of the shards behind the last that the manifest names."""
+        assert self._manifest is not None
+        first = len(self._manifest.shards)
+        for shard in range(first, first + n_shards):
+            for key in shard_keys(self._manifest.header, shard):
+                (self.path / key).unlink(missing_ok=True)
+
     def start(self, header: Header) -> Header:
-        """Begin the store: its header line, then the metadata of its arrays."""
+        """Begin the store, or declare it anew: its header line, then the metadata of its arrays."""
+        if self._keep_shards is not None:
+            return self._declare_anew(header, self._keep_shards)
         with disk_errors(self.path):
             try:
                 line, checksum = encode_line(header, 0)
@@ -131,6 +174,40 @@ class StoreFolder:
             self._manifest = Manifest(header, shards=[], n_bytes=len(line), checksum=checksum)
             self._write_metadata(0)
         return header
+
+    def _declare_anew(self, header: Header, n_shards: int) -> Header:
+        """Replace the manifest by one with another header that names the first shards, then remove what it does not.
+
+        Before the one step that replaces it the store is what it was, afterwards one that can be resumed.
+        """
+        assert self._manifest is not None
+        old = self._manifest
+        header = replace(header, has_tokens=old.header.has_tokens, codec_level=old.header.codec_level)
+        manifest = Manifest(header, shards=old.shards[:n_shards])
+        content = b""
+        for entry in (header, *manifest.shards):
+            line, manifest.checksum = encode_line(entry, manifest.checksum)
+            content += line
+        manifest.n_bytes = len(content)
+        with disk_errors(self.path):
+            staged = stage(self.partial, MANIFEST, content)
+            file = staged.open("a+b")
+            try:
+                lock(file, self.path)  # so that no other writer comes in between
+                move_into_place([(staged, self.path / MANIFEST)])
+            except BaseException:
+                close(file)
+                raise
+            close(self._file)
+            self._file, self._manifest, self._keep_shards = file, manifest, None
+            self._follow(content)
+            self._write_metadata(0)
+            (self.path / STATISTICS).unlink(missing_ok=True)
+            self._remove_unnamed(len(old.shards) - n_shards)
+        return header
+
+    def _follow(self, content: bytes) -> None:
+        """Take note of a manifest that was replaced."""
 
     def _write_metadata(self, n_rows: int) -> dict[str, FileRecord]:
         """Write each `zarr.json` that is not as it should be; return their records."""
@@ -244,6 +321,19 @@ def finish_shard(header: Header, shard: WrittenShard, partial: Path) -> tuple[di
         written[key] = stage(partial, key, content)
         files[key] = _record(content)
     return written, ShardRecord(shard=number, contexts=shard.n_contexts, files=files)
+
+
+def check_free(store: Path) -> None:
+    """Raise `StoreBusyError` if another process is writing to the store, before work that would be in vain."""
+    if (store / MANIFEST).is_file():
+        with (store / MANIFEST).open("rb") as file:
+            lock(file, store)
+
+
+def check_in_place(file: IO[bytes], store: Path) -> None:
+    """Raise `StoreBusyError` if another writer replaced the manifest while this one waited for its lock."""
+    if os.fstat(file.fileno()).st_ino != (store / MANIFEST).stat().st_ino:
+        raise StoreBusyError(f"another process is writing to the store '{store}'; start the same command again")
 
 
 def _record(content: bytes) -> FileRecord:

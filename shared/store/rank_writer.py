@@ -94,11 +94,21 @@ class RankWriter(ActivationStoreWriter):
     def _begin(self, proposed: Header, resume: bool, any_level: bool) -> tuple[int, dict[int, int]]:
         """Open the store, as rank 0; return the committed contexts and those of each staged shard."""
         if isinstance(self.path, Path):
-            store = StoreFolder.open(self.path, proposed, resume, any_level, keep_staged=True)
+            store = StoreFolder.open(
+                self.path, proposed, resume, any_level, keep_staged=True, keep_contexts=self._keep_contexts
+            )
         else:
             from .remote_commit import open_remote
 
-            store = open_remote(self.path, proposed, resume, any_level, self._cache, keep_staged=True)
+            store = open_remote(
+                self.path,
+                proposed,
+                resume,
+                any_level,
+                self._cache,
+                keep_staged=True,
+                keep_contexts=self._keep_contexts,
+            )
         self._store = store
         if store.header is None:
             store.start(proposed)

@@ -54,7 +54,8 @@ class RemoteStoreFolder(StoreFolder):
             self._upload_later(record, self._content[:n_bytes])
 
     def start(self, header: Header) -> Header:
-        """Begin the store: its header line, then the metadata of its arrays."""
+        """Begin the store, or declare it anew: its header line, then the metadata of its arrays."""
+        self._uploads.wait()
         header = super().start(header)
         self._put_manifest(self._content)
         self._put_metadata()
@@ -65,6 +66,10 @@ class RemoteStoreFolder(StoreFolder):
         assert self._remote is not None
         super().admit_ranks()
         lock(self._held, self._remote.url, shared=True)
+
+    def _follow(self, content: bytes) -> None:
+        self._content = content
+        self._is_complete = False
 
     def _append(self, line: bytes) -> None:
         super()._append(line)
@@ -189,6 +194,7 @@ def open_remote(
     any_level: bool,
     cache: str | Path | None,
     keep_staged: bool = False,
+    keep_contexts: int | None = None,
 ) -> RemoteStoreFolder:
     """Open a remote store for writing: its staging folder locked, its lease taken, both brought in line.
 
@@ -205,7 +211,7 @@ def open_remote(
         uploaded, version = remote_manifest(remote)
         bring_in_line(staging, uploaded)
         try:
-            folder = RemoteStoreFolder.open(staging, proposed, resume, any_level, keep_staged)
+            folder = RemoteStoreFolder.open(staging, proposed, resume, any_level, keep_staged, keep_contexts)
         except StoreError as error:
             raise type(error)(str(error).replace(str(staging), str(url))) from None
         assert isinstance(folder, RemoteStoreFolder)

@@ -31,6 +31,10 @@ class ActivationStoreWriter:
     tokens and provenance, and one batch converted to the stored dtype; with covariances, as many rows again and
     a matrix of float64 per hook point and shard in progress.
 
+    A store that was declared with another number of contexts can be extended: with `keep_contexts`, the first append
+    declares it with `n_contexts` and `metadata`, and keeps the shards that lie wholly within so many contexts. Until
+    then it is what it was.
+
     A context manager: leaving it normally completes the store, leaving it by an exception keeps the committed shards,
     so that the same program can go on with context number `n_committed_contexts`.
 
@@ -62,6 +66,7 @@ class ActivationStoreWriter:
         covariance: bool = False,
         roles: bool = False,
         cache: str | Path | None = None,
+        keep_contexts: int | None = None,
     ) -> None:
         header = make_header(
             hook_points,
@@ -81,6 +86,7 @@ class ActivationStoreWriter:
         self.path = locate(path)
         self.raw_bytes = 0
         self._cache = cache
+        self._keep_contexts = keep_contexts
         self._folder = self._open_folder(header, resume, codec_level is None)
         self._header: Header | None = self._folder.header
         self._beside: dict[str, bytes] = {}
@@ -199,10 +205,10 @@ class ActivationStoreWriter:
 
     def _open_folder(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
         if isinstance(self.path, Path):
-            return StoreFolder.open(self.path, proposed, resume, any_level)
+            return StoreFolder.open(self.path, proposed, resume, any_level, keep_contexts=self._keep_contexts)
         from .remote_commit import open_remote
 
-        return open_remote(self.path, proposed, resume, any_level, self._cache)
+        return open_remote(self.path, proposed, resume, any_level, self._cache, keep_contexts=self._keep_contexts)
 
     def write_beside(self, name: str, content: str | bytes) -> None:
         """Write a file that the manifest does not name into the store's folder or below its URL.

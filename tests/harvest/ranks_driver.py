@@ -202,6 +202,17 @@ def one_killed(scene: Scene) -> None:
         scene.go_on(then)
 
 
+def extended(scene: Scene) -> None:
+    """Let a plain harvest of fewer rows be extended by ranks, one of which is killed, and others finish it."""
+    scene.begin("extended")
+    whole = scene.config
+    scene.config = msgspec.structs.replace(whole, tokens=400)
+    scene.expect(scene.run(1), [0])
+    scene.config = whole
+    scene.expect(scene.run(2, at_step(30, 1, signal.SIGKILL)), [2, -signal.SIGKILL])
+    scene.go_on(2)
+
+
 def one_interrupted(scene: Scene) -> None:
     """End one rank by a signal, as a launcher does, and go on."""
     scene.begin("interrupted")
@@ -319,7 +330,7 @@ def random_kills_on_a_server(scene: Scene, count: int = 12) -> None:
         scene.go_on(rng.choice((1, 2, 3)))
 
 
-QUICK = (numbers_of_ranks, one_killed, one_interrupted, another_harvester, differences)
+QUICK = (numbers_of_ranks, one_killed, one_interrupted, extended, another_harvester, differences)
 
 
 MODES = {

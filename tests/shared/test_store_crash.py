@@ -26,6 +26,19 @@ def test_a_kill_before_some_steps_of_the_disk_is_mended(tmp_path: Path) -> None:
     assert result["kills"] == 8
 
 
+def test_a_kill_of_an_extension_leaves_the_old_store_or_one_that_resumes(tmp_path: Path) -> None:
+    result = kill(tmp_path, "extend-some-steps", 8, seed=3)
+    assert result["problems"] == []
+    assert result["kills"] == 8
+
+
+@pytest.mark.long
+def test_a_kill_of_an_extension_before_every_step_leaves_the_old_store_or_one_that_resumes(tmp_path: Path) -> None:
+    result = kill(tmp_path, "extend-every-step", 10**6, seed=0)
+    assert result["problems"] == []
+    assert result["kills"] > 70
+
+
 @pytest.mark.long
 def test_a_kill_before_every_step_of_the_disk_is_mended(tmp_path: Path) -> None:
     result = kill(tmp_path, "every-step", 10**6, seed=0)

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.errors import ConfigError, MissingFileError, StoreBusyError, StoreError
+from thresher.shared.errors import ConfigError, MissingFileError, StoreBusyError, StoreError, UnreachableError
 from thresher.shared.store import encode
 from thresher.shared.store.codecs import encode_chunk
 from thresher.shared.store.command import main
 from thresher.shared.store.location import cache_limit, locate
+from thresher.shared.store.remote import RemoteStore
 from thresher.shared.store.remote_files import RemoteShardCache
+from thresher.shared.store.remote_lease import LEASE
 
 N, CONTEXT, WIDTHS = 41, 8, {"a": 12, "b": 5}
 
@@ -56,6 +58,59 @@ def test_every_object_is_the_file_of_a_local_store(s3, objects, tmp_path, codec)
     assert len(ActivationStore.open(url).manifest.shards) >= 3, "the test must cross shards"
     staging = tmp_path / "cache" / "writing"
     assert [path.suffix for path in staging.iterdir()] == [".lock"], "nothing is left of the staging folder"
+
+
+def extend(place, n=N, keep=None):
+    """Write a store of so many contexts of the test's, or extend it to them."""
+    rows = {name: torch.arange(n * CONTEXT * d).reshape(n, CONTEXT, d) % 97 for name, d in WIDTHS.items()}
+    sizes = {"chunk_bytes": 200, "shard_bytes": 2000, "n_contexts": n, "keep_contexts": keep}
+    with ActivationStoreWriter(place, WIDTHS, CONTEXT, metadata={"n": n}, **sizes) as writer:
+        first = writer.n_committed_contexts
+        if first < n:
+            writer.append({name: part[first:].float() for name, part in rows.items()})
+
+
+@pytest.mark.parametrize(("before", "keep"), [(29, 25), (29, 0), (24, 24), (3, 3)])
+def test_an_extended_store_is_the_one_written_at_once(s3, objects, tmp_path, before, keep):
+    extend(tmp_path / "whole")
+    url = s3()
+    extend(url, before)
+    extend(url, keep=keep)
+    assert objects.read(url) == tree(tmp_path / "whole")
+    assert [path.suffix for path in (tmp_path / "cache" / "writing").iterdir()] == [".lock"]
+    assert ActivationStore.open(url).verify() == []
+
+
+@pytest.mark.parametrize("fails_at", range(1, 12, 2))
+def test_an_extension_that_stops_at_any_request_leaves_a_store_that_is_extended_again(
+    s3, objects, tmp_path, fails_at, monkeypatch
+):
+    extend(tmp_path / "whole")
+    url = s3()
+    extend(url, 29)
+    before = objects.read(url)
+    puts = []
+    with monkeypatch.context() as patch:
+        for name in ("put", "replace"):
+            original = getattr(RemoteStore, name)
+
+            def counted(self, key, *arguments, original=original):
+                if key != LEASE:
+                    puts.append(key)
+                    if len(puts) >= fails_at:
+                        raise UnreachableError("the connection is gone")
+                return original(self, key, *arguments)
+
+            patch.setattr(RemoteStore, name, counted)
+        with pytest.raises(UnreachableError):
+            extend(url, keep=25)
+    store = ActivationStore.open(url)
+    assert store.n_contexts >= 20  # two whole shards of those that may be kept
+    assert [fault for fault in store.verify() if "not finished" not in fault] == []
+    if fails_at == 1:
+        assert objects.read(url) == before
+    extend(url, keep=25)
+    assert objects.read(url) == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("codec", "cache_bytes"), [("zstd", None), ("none", 6000), ("int8", 4000), ("int8", 0)])
