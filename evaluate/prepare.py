@@ -75,7 +75,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
     hook_points = splice_points(model, saes, store) if model is not None else {}
     tokenizer = open_tokenizer(config, store) if shows_tokens else None
     if model is not None and isinstance(config.model, str):
-        check_vocabulary(rows, config.model, model, config.cache)
+        check_vocabulary(rows, config.model, model, config.cache, config.trust_remote_code)
     return Prepared(
         config=config,
         output=Path(config.output),

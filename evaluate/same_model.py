@@ -91,7 +91,9 @@ def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> No
         )
 
 
-def check_vocabulary(rows: HeldOut, name: str, model: PreTrainedModel, cache: str | None) -> None:
+def check_vocabulary(
+    rows: HeldOut, name: str, model: PreTrainedModel, cache: str | None, trust_remote_code: bool = False
+) -> None:
     """Check that a model that was asked for takes the stored tokens for what they were to the one harvested.
 
     Raises `ModelError` if it has no embedding for one of them, or if its own tokenizer gives the ids to other tokens.
@@ -107,11 +109,11 @@ def check_vocabulary(rows: HeldOut, name: str, model: PreTrainedModel, cache: st
     now = model_content(name, None, cache)["tokenizer"]
     if now is not None and now == harvested_content(store, "tokenizer"):
         return
-    tokenizer = harvested_tokenizer(store)
+    tokenizer = harvested_tokenizer(store, trust_remote_code)
     if tokenizer is None or now is None:
         tqdm.write(f"note: the vocabulary of '{name}' could not be compared with the store's", file=sys.stderr)
         return
-    ours, theirs = tokens_of(tokenizer, ids), tokens_of(load_tokenizer(name), ids)
+    ours, theirs = tokens_of(tokenizer, ids), tokens_of(load_tokenizer(name, trust_remote_code=trust_remote_code), ids)
     differing = [place for place in range(len(ids)) if ours[place] != theirs[place]]
     if differing:
         first = differing[0]
@@ -122,16 +124,16 @@ def check_vocabulary(rows: HeldOut, name: str, model: PreTrainedModel, cache: st
         )
 
 
-def harvested_tokenizer(store: ActivationStore) -> PreTrainedTokenizerBase | None:
+def harvested_tokenizer(store: ActivationStore, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that the store keeps, or else the one that it names, if there is one to be had."""
     with suppress(StoreError, ModelError):
-        if (stored := load_stored_tokenizer(store)) is not None:
+        if (stored := load_stored_tokenizer(store, trust_remote_code=trust_remote_code)) is not None:
             return stored
     name = store.metadata.get("tokenizer")
     with suppress(ModelError):
         if name:
             check_is_here(str(name), store, "model = false")
-            return load_tokenizer(str(name))
+            return load_tokenizer(str(name), trust_remote_code=trust_remote_code)
     return None
 
 

@@ -124,7 +124,7 @@ def open_tokenizer(config: EvaluateConfig, store: ActivationStore) -> PreTrained
         ModelError: the store keeps none, and the one that it names cannot be loaded.
     """
     try:
-        stored = load_stored_tokenizer(store)
+        stored = load_stored_tokenizer(store, trust_remote_code=config.trust_remote_code)
     except StoreError as error:
         if not is_asked_for(config):
             raise StoreError(f"{error}; give the model with its tokenizer (--model PATH)") from None

@@ -32,7 +32,7 @@ def serialise_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     return files
 
 
-def load_stored_tokenizer(store: ActivationStore) -> PreTrainedTokenizerBase | None:
+def load_stored_tokenizer(store: ActivationStore, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that a store keeps, or return None if it keeps none.
 
     Its `name_or_path` is the digest of its files. Raises `StoreError` if they are damaged, `ModelError` if they cannot
@@ -46,6 +46,6 @@ def load_stored_tokenizer(store: ActivationStore) -> PreTrainedTokenizerBase | N
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     tokenizer.name_or_path = store.metadata["tokenizer_digest"]
     return tokenizer

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import ConfigError
-from ..paths import expand_home
+from ..errors import ConfigError, ModelError, StoreError
 from .format import ITEM_BYTES, arrays_of
 from .reader import ActivationStore
 
@@ -147,14 +146,22 @@ def sample(store: ActivationStore, options: dict[str, str]) -> list[str]:
 
 def _tokenizer(store: ActivationStore, path: str | None) -> Any:
     """Return the tokenizer named, or the store's own where it can be loaded without a network; else None."""
-    name = expand_home(path) or store.metadata.get("tokenizer") or store.metadata.get("model")
-    if not name or not store.has_tokens:
+    if not store.has_tokens:
         return None
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=path is None)
-    except (OSError, ValueError) as error:
-        if path is not None:
-            raise ConfigError(f"no tokenizer at '{Path(path)}': {str(error).splitlines()[0]}") from None
+    from ..language_model import load_tokenizer
+    from ..stored_tokenizer import load_stored_tokenizer
+    from ..tokenizer_files import vocabulary_files
+
+    if path is not None:
+        return load_tokenizer(path)
+    with suppress(StoreError, ModelError):
+        if (stored := load_stored_tokenizer(store)) is not None:
+            return stored
+    name = str(store.metadata.get("tokenizer") or store.metadata.get("model") or "")
+    if not vocabulary_files(name):
         return None
+    with suppress(OSError, ValueError):
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    return None

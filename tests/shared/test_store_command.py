@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.store import durable
@@ -53,6 +54,19 @@ def test_sample_shows_contexts_with_their_norms(store: Path, capsys: pytest.Capt
     assert "context 1 (held out), document 1 (file1.py) from position 0" in out
     assert "norms of mean 5, least 5, most 5" in out
     assert "8 9 10 11 12 13 14 15" in out
+
+
+def test_sample_shows_no_text_of_a_tokenizer_that_is_made_up(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BertConfig().save_pretrained(tmp_path / "bare")  # for which transformers makes a tokenizer of five tokens
+    assert main(["sample", str(store), "--tokenizer", str(tmp_path / "bare")]) == 2
+    assert f"'{tmp_path / 'bare'}' holds no tokenizer" in capsys.readouterr().err
+    settings = {"metadata": {"tokenizer": str(tmp_path / "bare")}}
+    with ActivationStoreWriter(tmp_path / "t", {"h": 1}, 8, **settings) as writer:
+        writer.append({"h": torch.ones(1, 8, 1)}, torch.arange(8)[None])
+    assert main(["sample", str(tmp_path / "t")]) == 0
+    assert "0 1 2 3 4 5 6 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
