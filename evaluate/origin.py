@@ -86,6 +86,10 @@ def _differences(said: Mapping[str, Any], store: ActivationStore) -> list[str]:
     size = said.get("context_size")
     if isinstance(size, int) and size != store.context_size:
         found.append(f"was trained on contexts of {size:,} tokens, and the store's have {store.context_size:,}")
+    roles, used = said.get("roles"), store.used_roles
+    if store.has_roles and (list(roles) if isinstance(roles, list) else None) != (list(used) if used else None):
+        rows = "rows of every role" if not isinstance(roles, list) else f"rows of role {' or '.join(map(str, roles))}"
+        found.append(f"was trained on {rows}, and is evaluated on {' or '.join(used or ['every role'])}")
     return found
 
 

@@ -20,12 +20,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOOK_AT_DOCUMENTS = 32
+LOOK_AT_CHARACTERS = 1 << 20
 
 
 def find_text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -> TextRules:
     """Return how the documents of a harvest become rows; note on stderr if special tokens in them are taken apart."""
-    documents = (document for document in read_documents(config) if document.messages != [])
-    first = list(islice(documents, LOOK_AT_DOCUMENTS))
+    first, n_characters = [], 0
+    for document in read_documents(config):
+        if document.messages != []:
+            first.append(document)
+            n_characters += len(document.text)
+        if len(first) == LOOK_AT_DOCUMENTS or n_characters > LOOK_AT_CHARACTERS:
+            break
     rules = text_rules(config, tokenizer, first[0] if first else None)
     if rules.kind == "text" and not rules.keeps_special_tokens:
         token, n = most_frequent_special(first, tokenizer)

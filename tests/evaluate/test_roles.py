@@ -92,3 +92,14 @@ def test_metrics_are_of_the_roles(chat, tmp_path, roles):
     losses = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double().numpy()
     counted = usable[:, :-1] & (kind[held_out][:, 1:] != PLACED)
     assert row["ce_clean"] == pytest.approx(losses[counted].mean(), rel=1e-5)
+
+
+def test_other_roles_than_in_training_are_noted(chat, tmp_path, capsys):
+    sae = Sae.load(chat / "saes" / "topk")
+    sae.metadata["roles"] = ["assistant"]
+    sae.save(tmp_path / "sae")
+    options = dict(store=str(chat / "store"), saes=[str(tmp_path / "sae")], device="cpu", model=False, feature_rows=0)
+    for number, (roles, noted) in enumerate([(None, True), (["user"], True), (["assistant"], False)]):
+        evaluate(EvaluateConfig(output=str(tmp_path / str(number)), roles=roles, **options))
+        said = capsys.readouterr().err
+        assert ("was trained on rows of role assistant, and is evaluated on" in said) == noted
