@@ -166,7 +166,8 @@ class TrainConfig(Config, frozen=True):
     ]
     batch_size: Annotated[int, Meta(ge=1, description="Activations per step.")] = 4096
     tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="Activations to train on; `epochs` of the store's.")
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Activations to train on; `epochs` of the store's. More of them train a finished run on."),
     ] = None
     epochs: Annotated[float, Meta(gt=0, description="Passes over the store when `tokens` is not given.")] = 1.0
     seed: Annotated[int, Meta(ge=0, description="Seed of the order of the activations.")] = 0

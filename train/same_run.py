@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..shared.errors import ConfigError
 from ..shared.store.identity import StoreIdentity
+from .architectures import architectures_using
 from .record import RunRecord
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ _MAY_CHANGE = {
 """Keys that may differ on resuming: they do not change the result, or what they decide is compared instead."""
 
 _OLD_AUX_COEFFICIENT = 1 / 32
-"""What releases without records of the configuration wrote for every SAE where it was not given."""
+"""What releases that recorded no configuration wrote in `config.toml` where it was not given.
+
+They also took options that an architecture does not use, without effect.
+"""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,10 @@ def _differing_keys(
     if name not in before or name not in now:
         return [f"sae '{name}' (only one has it)"]
     saved, current = dict(before[name]), now[name]
-    if record.config is None and saved.get("aux_coefficient") == _OLD_AUX_COEFFICIENT:
-        saved = {key: value for key, value in saved.items() if key != "aux_coefficient" or key in current}
+    if record.config is None:
+        saved = {key: value for key, value in saved.items() if saved.get("architecture") in architectures_using(key)}
+        if saved.get("aux_coefficient") == _OLD_AUX_COEFFICIENT and "aux_coefficient" not in current:
+            del saved["aux_coefficient"]
     return [
         f"sae '{name}'.{key}" for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)
     ]

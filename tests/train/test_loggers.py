@@ -1,6 +1,7 @@
 """What is logged of each SAE, where, and what a resumed run adds; TensorBoard and W&B skip where not installed."""
 
 import json
+import re
 import struct
 import sys
 import warnings
@@ -57,6 +58,15 @@ def test_jsonl_has_every_number(config, kill_and_resume):
             assert set(line) >= LOGGED | own | {"step", "tokens", "data_wait_fraction"}
             assert 0 <= line["data_wait_fraction"] <= 1
     assert not list(a.glob("tensorboard")) + list(a.glob("wandb*"))
+
+
+def test_without_a_terminal_lines_say_how_far_a_run_is(config, monkeypatch, capsys):
+    monkeypatch.setattr("thresher.shared.progress.SECONDS_BETWEEN_LINES", 0.0)
+    train(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+    assert len(told) == 12
+    assert told[-1].startswith("train: 768 of 768 tokens (100%), ")
+    assert re.search(r"tokens/s, 00:00 left, step 10 of 12, fvu \d\.\d{3} \d\.\d{3}$", told[-1])
 
 
 def test_tensorboard(config, kill_and_resume):

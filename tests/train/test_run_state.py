@@ -144,7 +144,7 @@ def test_a_run_of_an_older_release_is_resumed_with_its_own_scale(config, tmp_pat
     old |= {key: record["checkpoints"][0][key] for key in ("stream", "diverged")}
     path.write_text(json.dumps(old))
     table = read_toml(tmp_path / "out/config.toml")
-    table["sae"] = [sae | {"aux_coefficient": 1 / 32} for sae in table["sae"]]
+    table["sae"] = [sae | {"aux_coefficient": 1 / 32, "k": 4} for sae in table["sae"]]
     config_path = tmp_path / "out/config.toml"
     config_path.write_text(msgspec.toml.encode(table).decode())
     assert weights(train(config)) == weights(expected)
