@@ -37,9 +37,9 @@ class ShuffledBatches:
     """Iterator over a store's training rows, epoch after epoch.
 
     Each batch is a dict of hook point to `[batch, d_in]` in the store's dtype; all hook points of a batch
-    carry the same tokens. Held-out contexts and masked tokens never appear. Batches run across the
-    ends of windows and epochs, so no row is dropped or repeated. The state is the number of rows
-    taken so far; with several ranks, each takes its slice of every batch of the same stream.
+    carry the same tokens. Held-out contexts and masked tokens never appear, nor rows of other roles than the store
+    was opened with. Batches run across the ends of windows and epochs, so no row is dropped or repeated. The state is
+    the number of rows taken so far; with several ranks, each takes its slice of every batch of the same stream.
 
     On the CPU a batch is a view of the rows in memory: copy what is kept for long, and write into none.
 

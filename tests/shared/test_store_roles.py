@@ -17,6 +17,7 @@ from thresher.shared.store import ActivationStoreWriter
 from thresher.shared.store.format import make_header
 from thresher.shared.store.inspect import describe
 from thresher.shared.store.manifest import Manifest, encode_line, parse_manifest
+from thresher.shared.store.rank_writer import RankWriter
 from thresher.shared.store.roles import ASSISTANT, PLACED, USER, role_codes
 
 CONTEXT, D_IN, N, HOOK = 6, 5, 40, "blocks.0.resid_post"
@@ -120,3 +121,46 @@ def test_an_older_store_may_have_a_hook_point_named_roles():
     found = parse_manifest(encode_line(older, 0)[0])
     assert isinstance(found, Manifest)
     assert found.header == older
+
+
+class Alone:
+    """A group of one rank."""
+
+    rank, world = 0, 1
+
+    def lead(self, action):
+        return action()
+
+    def check(self):
+        """Do nothing: there is no other rank."""
+
+
+def test_ranks_and_a_resumed_writer_write_the_same_bytes(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(N, CONTEXT, D_IN)).astype(np.float32)
+    tokens, roles = rng.integers(0, 9, (N, CONTEXT)), rng.integers(0, 8, (N, CONTEXT))
+    settings = {"roles": True, "n_contexts": N, "chunk_bytes": 17 * D_IN * 2, "shard_bytes": 90 * D_IN * 2}
+
+    def give(writer, start, stop):
+        writer.append({HOOK: rows[start:stop]}, tokens[start:stop], roles=roles[start:stop])
+
+    def files(name):
+        paths = (path for path in (tmp_path / name).rglob("*") if path.is_file())
+        return {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+
+    with ActivationStoreWriter(tmp_path / "whole", {HOOK: D_IN}, CONTEXT, **settings) as writer:
+        give(writer, 0, N)
+    writer = ActivationStoreWriter(tmp_path / "resumed", {HOOK: D_IN}, CONTEXT, **settings)
+    give(writer, 0, 33)
+    writer.abandon()
+    with ActivationStoreWriter(tmp_path / "resumed", {HOOK: D_IN}, CONTEXT, **settings) as writer:
+        assert 0 < writer.n_committed_contexts < 33
+        give(writer, writer.n_committed_contexts, N)
+    writer = RankWriter(tmp_path / "ranks", {HOOK: D_IN}, CONTEXT, group=Alone(), **settings)
+    for part in writer.share.parts(0, N):
+        give(writer, part.start, part.stop)
+    writer.close()
+    assert writer.adopt() == N
+    writer.complete()
+    writer.release()
+    assert files("whole") == files("resumed") == files("ranks")
