@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_MAPPING,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapters import ModelParts, adapted_base, apply_adapter, model_parts
@@ -140,7 +141,7 @@ def load_tokenizer(
     if Path(name).is_file():
         raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds the tokenizer")
     parts = _find_parts(name, revision, None)
-    if parts.base != name and not vocabulary_files(name, revision):
+    if parts.base != name and not _has_tokenizer(name, revision):
         name, revision = parts.base, _revisions(name, revision, parts)[0]
     no_tokenizer = (
         f"'{name_or_path}' holds no tokenizer: expected a vocabulary such as tokenizer.json beside config.json; "
@@ -150,7 +151,7 @@ def load_tokenizer(
         with _few_words():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
-        found = vocabulary_files(name, revision)
+        found = vocabulary_files(name, revision) or []
         if Path(name).is_dir() and not found:
             raise ModelError(no_tokenizer) from error
         reason = _reason(error)
@@ -158,7 +159,7 @@ def load_tokenizer(
             reason = "its vocabulary is a SentencePiece model; to read it, pip install sentencepiece protobuf"
         raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {reason}") from error
     kind = type(tokenizer)
-    if not needs_no_vocabulary(kind) and not vocabulary_files(name, revision, kind):
+    if vocabulary_files(name, revision, kind) == [] and not needs_no_vocabulary(kind):
         raise ModelError(no_tokenizer)
     return tokenizer
 
@@ -170,6 +171,16 @@ def is_encoder(config: PretrainedConfig) -> bool:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return True
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    """Tell whether an adapter's folder or id has a tokenizer of its own."""
+    if Path(name).is_dir():
+        return bool(vocabulary_files(name))
+    try:
+        return cached_file(name, "tokenizer.json", revision=revision) is not None
+    except OSError:
+        return False
 
 
 def _find_parts(name: str, revision: str | None, adapter: str | None) -> ModelParts:
@@ -211,7 +222,8 @@ def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
 def _read_tokens(model: PreTrainedModel, name: str) -> None:
     """Raise `ModelError` for a model that cannot run on tokens alone."""
     tokens = torch.zeros(1, 3, dtype=torch.long, device=model.device)
-    options = {"use_cache": False} if hasattr(model.base_model.config, "use_cache") else {}
+    config = getattr(model.base_model, "config", None)
+    options = {"use_cache": False} if hasattr(config, "use_cache") else {}
     try:
         with torch.no_grad():
             model.base_model(input_ids=tokens, **options)

@@ -19,16 +19,19 @@ _OF_SOME_CLASS = {"*.model", "*.spm", "*.tiktoken", "*.codes", "vocab*.json", "v
 _NOT_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"}
 
 
-def vocabulary_files(name: str, revision: str | None = None, tokenizer_class: type[Any] | None = None) -> list[str]:
+def vocabulary_files(
+    name: str, revision: str | None = None, tokenizer_class: type[Any] | None = None
+) -> list[str] | None:
     """Return the names of the files with a vocabulary in a model's folder, or in its snapshot in the cache.
 
-    With a tokenizer's class, those that it reads; without one, those that some class reads.
+    With a tokenizer's class, those that it reads; without one, those that some class reads. None where there is
+    neither folder nor snapshot.
     """
     own = dict(getattr(tokenizer_class, "vocab_files_names", None) or {}).values()
     patterns = _ANY_CLASS | (_OF_SOME_CLASS if tokenizer_class is None else set(own) - _NOT_VOCABULARY)
     folder = _folder(name, revision)
     if folder is None:
-        return []
+        return None
     return sorted(path.name for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in patterns))
 
 

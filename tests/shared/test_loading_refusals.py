@@ -248,6 +248,13 @@ def test_the_tokenizer_of_a_snapshot_in_the_cache(tmp_path, monkeypatch):
     assert load_tokenizer("lab/whole").vocab_size == 257
     with pytest.raises(ModelError, match="'lab/bare' holds no tokenizer"):
         load_tokenizer("lab/bare")
+    for name in ("bare", "whole"):  # adapters without a tokenizer, and with one
+        settings = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+        folder = tmp_path / f"models--lab--{name}" / "snapshots" / commit
+        (folder / "adapter_config.json").write_text(settings)
+    tr.GPT2Config(vocab_size=257).save_pretrained(tmp_path / "base")
+    byte_tokenizer(pad_token="<pad>").save_pretrained(tmp_path / "base")
+    assert [len(load_tokenizer(f"lab/{name}")) for name in ("bare", "whole")] == [258, 257]
 
 
 def test_an_adapter_has_its_own_tokenizer_or_the_base_model_s(copy, tmp_path):
