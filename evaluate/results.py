@@ -69,14 +69,14 @@ class Results:
 
         With `only`, what is kept of other SAEs than those named is not used.
         """
-        waiting = []
+        waiting, n_kept = [], 0
         for sae in self.saes:
             kept = self._kept.get(self._digests[sae.name], {}).get(stage)
             if kept is None or (only is not None and sae.name not in only):
                 waiting.append(sae)
             else:
                 self._merge(sae.name, kept)
-        n_kept = len(self.saes) - len(waiting)
+                n_kept += 1
         if n_kept:
             tqdm.write(f"kept    {stage} results of {n_kept} SAE{'s' * (n_kept != 1)} from an interrupted evaluation")
         return waiting

@@ -35,6 +35,7 @@ VERSION = 1
 """Counts up whenever the results of the same inputs come to be others."""
 INCIDENTAL = ("store", "saes", "output", "cache", "cache_bytes", "feature_rows", "export", "allow_other_model")
 """Settings on which no result depends; the store counts by its checksums."""
+BAD_PREDICTIONS = "the model's predictions with it are NaN or infinite"
 FIRINGS = "firings"
 """What the digest of the firings in an SAE's file of latents is noted under."""
 
@@ -145,9 +146,9 @@ def judge_in_model(given: Prepared, results: Results) -> None:
         if sae.name in losses and is_finite:
             intervals = confidence_intervals(splice_metrics, losses[sae.name], config.bootstrap_samples, config.seed)
             found["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
-        results.add("model", sae.name, found)
+        results.add("model", sae.name, found if is_finite else found | {"error": BAD_PREDICTIONS})
         if not is_finite:
-            results.fail(sae.name, "the model's predictions with it are NaN or infinite")
+            results.fail(sae.name, BAD_PREDICTIONS)
 
 
 def probe(given: Prepared, results: Results) -> None:

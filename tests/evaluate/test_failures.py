@@ -118,8 +118,14 @@ def test_predictions_that_are_not_finite_are_no_scores(tiny, saes, healthy, tmp_
         losses["topk_k2"]["ce_sae"][:] = float("inf")
         return losses
 
-    monkeypatch.setattr(stages, "accumulate_losses", overflow)
-    assert run(tiny, saes, tmp_path / "out") == 3
+    def cut(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "accumulate_losses", overflow)
+        patch.setattr("thresher.evaluate.run.index_features", cut)
+        assert run(tiny, saes, tmp_path / "out") == 130
+    assert run(tiny, saes, tmp_path / "out") == 3  # what a restart takes over says that it failed, too
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
     assert rows["topk_k2"]["kl_sae"] is rows["topk_k2"]["ce_sae"] is None
     assert rows["topk_k2"]["error"] == "the model's predictions with it are NaN or infinite"
