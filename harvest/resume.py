@@ -7,14 +7,15 @@ when a store is extended, the last few may differ, since packing ends with what 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..shared.errors import StoreError
+from ..shared.progress import progress
 from ..shared.store import ActivationStore
 from ..shared.store.location import StoreUrl
 from .config import HarvestConfig
@@ -47,9 +48,8 @@ def resume_contexts(store: Path | StoreUrl, config: HarvestConfig, contexts: Ite
     n_free = 0 if header.n_contexts == config.n_contexts else 2 * group - 1
     recent: list[Context] = []
     first = n_same = 0
-    with tqdm(
-        total=stored.n_rows, unit="token", unit_scale=True, desc="compare", disable=None, delay=SECONDS_BEFORE_BAR
-    ) as bar:
+    bar = progress(total=stored.n_rows, desc="compare", unit="token", unit_scale=True, delay=SECONDS_BEFORE_BAR)
+    with closing(bar):
         for start in range(0, stored.n_contexts, header.contexts_per_shard):
             stop = min(start + header.contexts_per_shard, stored.n_contexts)
             packed = list(islice(contexts, stop - start))

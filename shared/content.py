@@ -11,11 +11,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import MissingFileError
+from .progress import progress
 from .store.location import cache_folder
 
 KEPT_FOLDER = "digests"
@@ -56,40 +57,41 @@ def describe_files(files: Mapping[str, Path], cache: str | Path | None = None) -
     sizes = {name: _status(path).st_size for name, path in files.items()}
     n_bytes = sum(sizes.values())
     digest = hashlib.blake2b(digest_size=16)
-    with _Progress(n_bytes) as progress, ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    bar = progress(total=n_bytes, desc="checksum", unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR)
+    with closing(bar), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         names = sorted(files)
-        digests = pool.map(lambda name: file_digest(files[name], cache, progress.update), names)
+        digests = pool.map(lambda name: file_digest(files[name], cache, bar.update), names)
         for name, found in zip(names, digests, strict=True):
             digest.update(f"{name}\0{found}\n".encode("utf-8", "surrogateescape"))
     return f"{len(files)} file{'s' * (len(files) != 1)}, {n_bytes:,} bytes, blake2b {digest.hexdigest()}"
 
 
-def file_digest(path: Path, cache: str | Path | None = None, progress: Callable[[int], object] | None = None) -> str:
+def file_digest(path: Path, cache: str | Path | None = None, count: Callable[[int], object] | None = None) -> str:
     """Return the BLAKE2b digest of a file's whole content, computed or, for an unchanged large file, kept."""
     try:
         with path.open("rb") as file:
             before, now = _fields(file), time.time()
             if before[1] < KEPT_BYTES:
-                return _hash(file, progress)
+                return _hash(file, count)
             kept = cache_folder(cache) / KEPT_FOLDER / _key(path)
             found = _read_kept(kept, before)
             if found is None:
-                found = _hash(file, progress)
+                found = _hash(file, count)
                 if _fields(file) == before and now - max(before[2:]) / 1e9 > SETTLED_SECONDS:
                     _keep(kept, before, found)
-            elif progress is not None:
-                progress(before[1])
+            elif count is not None:
+                count(before[1])
             return found
     except OSError as error:
         raise MissingFileError(f"cannot read '{path}': {error.strerror or error}") from None
 
 
-def _hash(file: BinaryIO, progress: Callable[[int], object] | None) -> str:
+def _hash(file: BinaryIO, count: Callable[[int], object] | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     while block := file.read(BLOCK_BYTES):
         digest.update(block)  # releases the interpreter's lock
-        if progress is not None:
-            progress(len(block))
+        if count is not None:
+            count(len(block))
     return digest.hexdigest()
 
 
@@ -128,27 +130,6 @@ def _keep(kept: Path, fields: tuple[int, ...], digest: str) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(" ".join([*map(str, fields), digest]), encoding="ascii")
         os.replace(partial, kept)
-
-
-class _Progress:
-    """A bar of the bytes that were hashed, if it takes longer than two seconds."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self._n_bytes = n_bytes
-
-    def __enter__(self) -> _Progress:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=self._n_bytes, unit="B", unit_scale=True, desc="checksum", disable=None, delay=SECONDS_BEFORE_BAR
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, n_bytes: int) -> None:
-        self._bar.update(n_bytes)
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:

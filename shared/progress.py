@@ -22,10 +22,14 @@ def progress(
     initial: int = 0,
     unit_scale: bool = False,
     disable: bool | None = None,
+    delay: float = 0.0,
 ) -> tqdm[Any] | ProgressLines:
-    """Return tqdm's bar, or its stand-in where stderr is no terminal; `disable` shows nothing in either place."""
+    """Return tqdm's bar, or its stand-in where stderr is no terminal; `disable` shows nothing in either place.
+
+    The bar appears after `delay` seconds.
+    """
     if disable or sys.stderr.isatty():
-        options: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
+        options: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial, "delay": delay}
         bar: tqdm[Any] = tqdm(iterable, unit_scale=unit_scale, disable=bool(disable), **options)
         return bar
     if total is None and hasattr(iterable, "__len__"):
