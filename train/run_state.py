@@ -202,6 +202,13 @@ class RunState:
             self._tell(f"warning: {faults[0]}; resuming from {instead}")
         pending = set(self._record.pending or [])
         self._record.diverged = {name: why for name, why in self._record.diverged.items() if name not in pending}
+        self._remove_notes(trainers)
+
+    def _remove_notes(self, trainers: list[SaeTrainer]) -> None:
+        """Remove what says that an SAE diverged which, from where the run resumes, has not."""
+        for trainer in trainers:
+            if trainer.diverged is None and self.layout.saves(trainer.name):
+                (self.output / trainer.name / DIVERGED_NAME).unlink(missing_ok=True)
 
     def _faults(self, checkpoint: Checkpoint, trainers: list[SaeTrainer]) -> list[str]:
         """Return what is wrong with the files that this rank saved."""
@@ -229,8 +236,7 @@ class RunState:
                 except (KeyError, RuntimeError) as error:
                     path = state_path(self.output, trainer.name, self.step)
                     raise ConfigError(f"the checkpoint '{path}' does not fit this SAE: {error}") from None
-                if self.layout.saves(trainer.name):
-                    (self.output / trainer.name / DIVERGED_NAME).unlink(missing_ok=True)
+        self._remove_notes(trainers)
 
     def checkpoint(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
         """Save everything that the rest of the run depends on."""
@@ -277,8 +283,7 @@ class RunState:
         """Return the error that all SAEs diverged."""
         last = next(name for name in reversed([str(sae.name) for sae in self._saes]) if name in self._record.diverged)
         return ConfigError(
-            f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates "
-            "and start again to train them anew"
+            f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates and start again"
         )
 
     def finish(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:

@@ -430,6 +430,13 @@ def test_a_new_try_that_diverges_leaves_the_others(config, tmp_path):
     assert lines(longer[0])[-1]["step"] == 70
 
 
+def test_what_diverged_before_the_first_checkpoint_leaves_no_note(config, whole, tmp_path, train_killed):
+    train_killed(change(config, sae=[TOPK | {"lr": 1e18}, TANH]), 5)
+    assert (tmp_path / "out/a/diverged.json").exists()
+    assert weights(train(config)) == weights(whole)
+    assert not (tmp_path / "out/a/diverged.json").exists()
+
+
 def test_where_all_diverged_the_run_fails_and_can_be_tried_again(config, whole):
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"all SAEs diverged, 'bad' with .* start again"):
