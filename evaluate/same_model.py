@@ -69,8 +69,10 @@ def check_weights(
     contents = {"weights": (model.base, revision), "adapter": (model.adapter, None)}
     for what, (name, commit) in contents.items():
         harvested = harvested_content(store, what)
-        now = model_content(name, commit, cache)["weights"] if harvested and name else None
-        if harvested is None or now is None or now == harvested:
+        if harvested is None or name is None or harvested == f"commit {commit}":
+            continue  # nothing to compare, or the very commit is loaded
+        now = model_content(name, commit, cache)["weights"]
+        if now is None or now == harvested:
             continue
         kind = "weights" if what == "weights" else "adapter weights"
         told = f"{kind} of '{name}' are not those that store '{store.path}' was harvested with ({harvested}; now {now})"

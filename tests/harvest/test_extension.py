@@ -112,6 +112,17 @@ def test_the_last_groups_of_both_splits_are_made_again(config, before):
     assert torch.equal(ActivationStore.open(config.store).read(HOOKS[0], 0, n_kept), kept[:n_kept])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"holdout": "contexts"}, {"special_tokens": "tokens"}, {"codec": "int8"}, {"covariance": True}]
+)
+def test_other_ways_to_hold_out_and_to_store_are_extended_alike(config, changes):
+    config = replaced(config, **changes)
+    harvest(config)
+    larger = replaced(config, tokens=SIZES[1] * CONTEXT)
+    harvest(larger)
+    assert files_of(config.store) == at_once(larger, SIZES[1])
+
+
 def test_a_store_can_be_extended_again_and_again(config):
     for n_contexts in (9, 17, 30, 31, 59):
         harvest(replaced(config, tokens=n_contexts * CONTEXT))
