@@ -257,6 +257,8 @@ def _reason(error: Exception, config: PretrainedConfig | None = None) -> str:
     if "trust_remote_code" in str(error):
         return "it comes with code of its own; read that code, then set trust_remote_code = true"
     words = one_line(error)
+    if "Repo id must be" in words:
+        return "there is no such folder, and it is no Hugging Face id"
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method

@@ -159,6 +159,12 @@ def test_a_file_is_not_a_model(copy):
             load(str(copy / "model.safetensors"))
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    for load in (load_model, load_model_config, load_tokenizer):
+        with pytest.raises(ModelError, match=r"'.*/nowhere': .*there is no such folder"):
+            load(str(tmp_path / "nowhere"))
+
+
 def test_the_home_folder(copy, monkeypatch):
     monkeypatch.setenv("HOME", str(copy.parent))
     byte_tokenizer().save_pretrained(copy)
