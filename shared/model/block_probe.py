@@ -24,6 +24,8 @@ Stages = Generator[list[Edit], Record, None]
 PRE_ATTN_MID = "resid_pre + attn_out = resid_mid"
 MID_MLP_POST = "resid_mid + mlp_out = resid_post"
 PARALLEL = "resid_pre + attn_out + mlp_out = resid_post"
+_NOTHING = 1e-4
+"""Scales below are of parts that the block does not add."""
 POST_NORM = "norm(stream + attn_out or mlp_out) = stream"
 
 
@@ -139,7 +141,7 @@ class BlockProbe:
     def _adds(self, kind: str, part: Place, after: Tensor, before: Tensor, noise: Tensor, identity: str) -> bool:
         """Tell whether `after - before` is the noise put in place of a part, times a scale that is explained."""
         found = fit(after.double() - before.double(), [noise])
-        if found.left > tolerance(noise) or abs(found.scales[0]) < 1e-4:
+        if found.left > tolerance(noise) or abs(found.scales[0]) < _NOTHING:
             return False
         if kind in self.findings:
             return True
@@ -160,7 +162,7 @@ class BlockProbe:
             for scale, part in zip(found.scales, (attn, mlp), strict=True)
         ]
         for kind, part, scale, explained in zip(noises, (attn, mlp), found.scales, exact, strict=True):
-            if explained is None:
+            if explained is None and abs(scale) > _NOTHING:
                 self.gaps.setdefault(kind, f"the block adds {scale:.4g} times what {part.path} returns")
         if exact[0] is None or exact[1] is None:
             return

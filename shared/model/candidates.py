@@ -25,6 +25,7 @@ _LAST_OF_ATTENTION = (
     "linear_out",
     "Wo",
     "attention.out_proj",
+    "attn.o",
 )
 _LAST_OF_MLP = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "lin2", "dense", "out_proj", "wo", "Wo")
 _LATER = ("output.dense", "fc2")

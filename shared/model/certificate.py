@@ -19,14 +19,13 @@ from torch import nn
 from ..hook_points import ResolvedHookPoint
 from .block_probe import BlockProbe
 from .blocks import Blocks, block_lists, text_config
-from .finding import Finding
-from .probe import Edit, Place, Record, run
-from .scales import same
+from .finding import Finding, Findings
+from .passes import Passes
+from .probe import Place, Record, run
+from .stream import check_stream
 
 FLOAT32_COPY_PARAMETERS = 1 << 28
 """Largest model that is measured as a copy in float32 too: 1 GiB of it."""
-
-Findings = dict[tuple[int, str], Finding]
 
 
 def measure(model: nn.Module, layers: Iterable[int] | None = None) -> tuple[Blocks | None, Findings]:
@@ -115,32 +114,19 @@ def running_blocks(model: nn.Module) -> Blocks | None:
 
 def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
     """Measure the blocks of these layers in one precision."""
-    listed = list(blocks.modules)
-    last = len(listed) - 1
-    inside = [
-        (f"{blocks.path}.{layer}" + (f".{path}" if path else ""), module)
-        for layer in layers
-        for path, module in listed[layer].named_modules()
-    ]
-    around = [(f"{blocks.path}.{layer}", block) for layer, block in enumerate(listed) if layer not in layers]
-    natural = _natural_pass(model, [*inside, *around, *_outside(model, blocks)])
+    passes = Passes(model, blocks, layers)
     probes: list[BlockProbe] = []
     findings: Findings = {}
     for layer in layers:
         path = f"{blocks.path}.{layer}"
-        if Place(path, "input") not in natural.values or Place(path, "output") not in natural.values:
+        if Place(path, "input") not in passes.natural.values or Place(path, "output") not in passes.natural.values:
             findings |= {(layer, kind): Finding(reason=_NOT_ONE) for kind in BlockProbe.kinds}
             continue
-        probes.append(BlockProbe(layer, path, listed[layer], text_config(model), natural))
-    stop = listed[layers[-1] + 1] if layers and layers[-1] < last else None
-
-    def together(edits: Iterable[Edit]) -> Record:
-        return run(model, inside, list(edits), stop)
-
+        probes.append(BlockProbe(layer, path, blocks.modules[layer], text_config(model), passes.natural))
     stages = [probe.stages() for probe in probes]
     pending = [(stage, next(stage)) for stage in stages]
     while pending:  # each pass serves one stage of every block: their inputs are fixed, so blocks do not mix
-        record = together(edit for _, edits in pending for edit in edits)
+        record = passes.run([edit for _, edits in pending for edit in edits])
         advanced = []
         for stage, _ in pending:
             try:
@@ -150,9 +136,9 @@ def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
         pending = advanced
     for probe in probes:
         findings |= {(probe.layer, kind): found for kind, found in probe.findings.items()}
-    _check_stream(model, blocks, probes, natural, findings)
-    changed = natural.changed()
-    return {key: _readable(found, natural, changed) for key, found in findings.items()}
+    check_stream(passes, probes, findings)
+    changed = passes.natural.changed()
+    return {key: _readable(found, passes.natural, changed) for key, found in findings.items()}
 
 
 def _readable(found: Finding, natural: Record, changed: set[Place]) -> Finding:
@@ -166,102 +152,4 @@ def _readable(found: Finding, natural: Record, changed: set[Place]) -> Finding:
     return replace(found, clone=found.place in changed)
 
 
-_ENDS = {"resid_pre": "input", "resid_post": "output"}
 _NOT_ONE = "the block does not read and return one activation of shape [batch, context, d] for each token"
-
-
-def _natural_pass(model: nn.Module, recorded: list[tuple[str, nn.Module]]) -> Record:
-    """Run the model as it is, with its own hidden states where it gives them."""
-    try:
-        return run(model, recorded, output_hidden_states=True)
-    except (TypeError, ValueError, NotImplementedError):
-        return run(model, recorded)
-
-
-def _outside(model: nn.Module, blocks: Blocks) -> list[tuple[str, nn.Module]]:
-    """Return the modules that neither are in the blocks nor hold them."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if not path.startswith(f"{blocks.path}.") and not blocks.path.startswith(path) and not list(module.children())
-    ]
-
-
-def _check_stream(
-    model: nn.Module, blocks: Blocks, probes: list[BlockProbe], natural: Record, findings: Findings
-) -> None:
-    """Check that a block's output is the next one's input, also when replaced, and the library's hidden state."""
-    last = len(blocks.modules) - 1
-    hidden: Any = getattr(natural.output, "hidden_states", None)
-    hidden = hidden if isinstance(hidden, (tuple, list)) and len(hidden) == last + 2 else None
-    if any(_foreign_hooks(block) for block in blocks.modules):
-        hidden = None  # the library may list what blocks return before the caller's own hooks change it
-    if hidden is not None and all(same(hidden[probe.layer], probe.natural_post) for probe in probes):
-        hidden = None  # Mamba and RWKV list what their blocks return, not what they read
-    for probe in probes:
-        layer = probe.layer
-        before, after = Place(f"{blocks.path}.{layer - 1}", "output"), Place(f"{blocks.path}.{layer + 1}", "input")
-        follows = layer == 0 or _holds(natural, before, probe.natural_pre)
-        leads = layer == last or _holds(natural, after, probe.natural_post)
-        listed = hidden is None or same(hidden[layer], probe.natural_pre)
-        ends = hidden is None or _is_hidden(hidden, probe, layer == last, natural)
-        for kind, linked, of_library, link, at in (
-            ("resid_pre", follows, listed, "resid_post of block N - 1, if any", "N"),
-            ("resid_post", leads, ends, "resid_pre of block N + 1, if any", "N + 1"),
-        ):
-            library = "" if hidden is None else f"the library's hidden_states[{at}]"
-            if not linked:
-                findings[layer, kind] = Finding(reason=f"the block's {_ENDS[kind]} is not {link}, with N = {layer}")
-            elif not of_library:
-                findings[layer, kind] = Finding(reason=f"the block's {_ENDS[kind]} is not {library}, with N = {layer}")
-            else:
-                identity = "; ".join(filter(None, (link, library)))
-                findings[layer, kind] = replace(findings[layer, kind], identity=identity)
-    _check_replaced_post(model, blocks, probes, natural, findings)
-
-
-def _foreign_hooks(block: nn.Module) -> bool:
-    """Tell whether a block has hooks beside those by which transformers itself lists hidden states."""
-    hooks = [*block._forward_hooks.values(), *block._forward_pre_hooks.values()]
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
-
-
-def _holds(record: Record, place: Place, value: torch.Tensor) -> bool:
-    """Tell whether this is what was recorded at a place."""
-    return place in record.values and same(record.values[place], value)
-
-
-def _is_hidden(hidden: Any, probe: BlockProbe, is_last: bool, natural: Record) -> bool:
-    """Tell whether a block's output is the library's hidden state, which of the last block is after the final norm."""
-    state = hidden[probe.layer + 1]
-    if same(state, probe.natural_post):
-        return True
-    if not is_last:
-        return False
-    readers = [p.path for p, value in natural.values.items() if p.side == "input" and same(value, probe.natural_post)]
-    results = [natural.values.get(Place(path, "output")) for path in readers]
-    return any(result is not None and same(state, result) for result in results)
-
-
-def _check_replaced_post(
-    model: nn.Module, blocks: Blocks, probes: list[BlockProbe], natural: Record, findings: Findings
-) -> None:
-    """Put noise in place of the blocks' outputs and check that what comes after reads it."""
-    last = len(blocks.modules) - 1
-    edits = {probe.layer: Edit(Place(probe.path, "output"), probe.noise(9, probe.natural_post)) for probe in probes}
-    after = [(f"{blocks.path}.{layer + 1}", blocks.modules[layer + 1]) for layer in edits if layer < last]
-    outside = _outside(model, blocks) if last in edits else []
-    record = run(model, [*after, *outside], list(edits.values()))
-    for layer, edit in edits.items():
-        found = findings[layer, "resid_post"]
-        if found.place is None:
-            continue
-        if layer < last:
-            value = record.values.get(Place(f"{blocks.path}.{layer + 1}", "input"))
-            follows = value is not None and same(value, edit.value)
-        else:
-            final = getattr(record.output, "last_hidden_state", None)
-            values = [v for p, v in record.values.items() if p.side == "input"] + ([final] if final is not None else [])
-            follows = any(same(value, edit.value) for value in values)
-        if not follows:
-            findings[layer, "resid_post"] = replace(found, splice="")

@@ -28,3 +28,7 @@ class Finding:
     splice: Literal["replace", "write", ""] = "replace"
     affine: Affine | None = None
     reason: str = ""
+
+
+Findings = dict[tuple[int, str], Finding]
+"""Findings by a block's index and the kind of hook point."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -87,11 +87,12 @@ def run(
     recorded: Iterable[tuple[str, nn.Module]],
     edits: Sequence[Edit] = (),
     stop_before: nn.Module | None = None,
+    skipped: Mapping[nn.Module, Any] | None = None,
     **arguments: Any,
 ) -> Record:
     """Run the model without its unembedding, and return what the `recorded` modules read and returned after the edits.
 
-    `stop_before` is a module at which the pass may end.
+    `stop_before` is a module at which the pass may end. The `skipped` modules do not run, and return what is given.
     """
     record = Record()
     base: Any = getattr(model, "base_model", model)
@@ -105,6 +106,8 @@ def run(
             for side in ("input", "output"):
                 place = Place(path, side)
                 _hook(stack, module, side, lambda value, place=place: record.add(place, value))
+        for module, output in (skipped or {}).items():
+            _skip(stack, module, output)
         if stop_before is not None:
             stack.callback(stop_before.register_forward_pre_hook(_stop).remove)
         try:
@@ -112,6 +115,20 @@ def run(
         except Stop:
             pass
     return record
+
+
+def _skip(stack: ExitStack, module: nn.Module, output: Any) -> None:
+    """Let a module return copies of an activation that it once returned, until the stack is closed."""
+    activation: Tensor = activation_of(output)
+    own = module.__dict__.get("forward")  # as libraries that place a model on several devices set it
+
+    def restore() -> None:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+    module.forward = lambda *_, **__: with_output(output, activation.clone())
+    stack.callback(restore)
 
 
 def _stop(*_: Any) -> None:

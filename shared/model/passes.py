@@ -1,0 +1,83 @@
+"""The passes of a model over a few tokens in which some of its blocks are measured."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from .arguments import with_output
+from .blocks import Blocks
+from .probe import Edit, Place, Record, run
+from .scales import same
+
+
+class Passes:
+    """A model, the blocks of it that are measured, and a natural pass.
+
+    In later passes the other blocks return what they did in the natural one, without running, if that makes no
+    difference to the measured ones.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks, layers: list[int]):
+        self.model = model
+        self.blocks = blocks
+        self.layers = layers
+        listed = list(blocks.modules)
+        self.last = len(listed) - 1
+        self._inside = [
+            (f"{blocks.path}.{layer}" + (f".{path}" if path else ""), module)
+            for layer in layers
+            for path, module in listed[layer].named_modules()
+        ]
+        around = [(f"{blocks.path}.{layer}", block) for layer, block in enumerate(listed) if layer not in layers]
+        outputs: dict[str, Any] = {}
+        with ExitStack() as stack:
+            for path, block in around:
+                keep = block.register_forward_hook(lambda _, __, output, path=path: outputs.__setitem__(path, output))
+                stack.callback(keep.remove)
+            self.natural = self._natural([*self._inside, *around, *self.outside()])
+        self._stop = listed[layers[-1] + 1] if layers and layers[-1] < self.last else None
+        self._skipped = {
+            block: with_output(outputs[path], self.natural.values[Place(path, "output")])
+            for path, block in around
+            if Place(path, "output") in self.natural.values and Place(path, "output") not in self.natural.flat
+        }
+        if self._skipped and not self._skipping_changes_nothing():
+            self._skipped = {}
+
+    def run(self, edits: list[Edit]) -> Record:
+        """Run the model with edits and return what the measured blocks and the modules in them read and returned."""
+        return run(self.model, self._inside, edits, self._stop, self._skipped)
+
+    def run_after(self, edits: list[Edit]) -> Record:
+        """Run the model with edits and return what the blocks and the modules outside them read and returned."""
+        after = [(f"{self.blocks.path}.{layer}", block) for layer, block in enumerate(self.blocks.modules) if layer]
+        return run(self.model, [*after, *self.outside()], edits, self._stop, self._skipped)
+
+    def outside(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules that neither are in the blocks nor hold them."""
+        return [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if not path.startswith(f"{self.blocks.path}.")
+            and not self.blocks.path.startswith(path)
+            and not list(module.children())
+        ]
+
+    def _natural(self, recorded: list[tuple[str, nn.Module]]) -> Record:
+        """Run the model as it is, with its own hidden states where it gives them."""
+        try:
+            return run(self.model, recorded, output_hidden_states=True)
+        except (TypeError, ValueError, NotImplementedError):
+            return run(self.model, recorded)
+
+    def _skipping_changes_nothing(self) -> bool:
+        try:
+            skipping = self.run([])
+        except Exception:  # a block may fill what a later one reads from it
+            return False
+        places = [place for path, _ in self._inside for place in (Place(path, "input"), Place(path, "output"))]
+        natural, now = self.natural.values, skipping.values
+        return all(place in now and same(now[place], natural[place]) for place in places if place in natural)
