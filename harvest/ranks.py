@@ -27,7 +27,7 @@ from .launch import n_ranks
 T = TypeVar("T")
 CHECK_SECONDS = 0.5
 SECONDS_TO_HEAR = 5.0
-_GO_ON = "what was harvested is kept: start the same command again to go on"
+_GO_ON = "what was harvested is kept: start the same command again to resume"
 _meetings = count()
 
 

@@ -174,8 +174,10 @@ def tell_standing(store: Path | StoreUrl, standing: Standing) -> None:
 
 def tell_stored(config: HarvestConfig, plan: Plan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
     """Say what the store holds and what this run wrote."""
+    n_places = len(plan.widths)
     print(
-        f"stored {n_contexts * config.context_size:,} rows at {len(plan.widths)} hook points in '{config.store}'; "
+        f"stored {n_contexts * config.context_size:,} rows at {n_places} hook point{'s'[: n_places != 1]} in "
+        f"'{config.store}'; "
         f"this run wrote {human_bytes(bytes_written)} for {human_bytes(raw_bytes)} of activations",
         file=sys.stderr,
     )

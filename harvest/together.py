@@ -150,7 +150,7 @@ def complete(ranks: Ranks, writer: RankWriter, text: Text, progress: RankProgres
         if time.monotonic() > seen_until:
             raise StoreError(
                 f"the ranks are done, but only {n_contexts} of {text.n_contexts} contexts are to be seen in "
-                f"'{writer.path}'; start the same command again to go on"
+                f"'{writer.path}'; start the same command again to resume"
             )
         time.sleep(POLL_SECONDS)
     writer.complete()

@@ -92,7 +92,8 @@ def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, sa
         run.finish(trainers, batches)
     n_tokens = plan.schedule.n_steps * plan.schedule.batch_size
     n_trained = sum(name not in run.diverged for name in plan.n_parameters)
-    say(f"trained {n_trained} SAEs on {n_tokens:,} tokens; they are in '{config.output}'", file=sys.stderr)
+    saes = "1 SAE" if n_trained == 1 else f"{n_trained} SAEs"
+    say(f"trained {saes} on {n_tokens:,} tokens, in '{config.output}'", file=sys.stderr)
 
 
 def _told_of(diverged: Mapping[str, str], n_trained: int) -> str:

@@ -69,7 +69,7 @@ def describe(store: ActivationStore) -> list[str]:
         for key, file in record.files.items():
             name = key.rsplit("/", 1)[0]
             files[name] = files.get(name, 0) + file.bytes
-    state = "complete" if store.complete else "unfinished: start its harvest again to go on"
+    state = "complete" if store.complete else "unfinished: start its harvest again to resume it"
     held_out = int(store.held_out_contexts().sum())
     n_shards = len(store.manifest.shards)
     n_bytes = sum(files.values())

@@ -223,7 +223,7 @@ class RemoteStore:
             )
         told = f"after {tries} tries" if tries > 1 else "for good"
         return UnreachableError(
-            f"cannot {what} in '{self.url}': given up {told} ({_reason(error)}); start again to go on"
+            f"cannot {what} in '{self.url}': given up {told} ({_reason(error)}); start again to resume"
         )
 
 

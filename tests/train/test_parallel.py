@@ -196,7 +196,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(configs, tmp_path):
     path = save(config, tmp_path / "stopped")
     codes, said = run_ranks(2, "SIGTERM", path)
     assert sorted(codes) == [2, 128 + signal.SIGINT]
-    assert said.count("interrupted; start the same command again to go on") == 1
+    assert said.count("interrupted; start the same command again to resume") == 1
     step = json.loads((tmp_path / "stopped" / "checkpoint.json").read_text())["step"]
     assert 17 <= step < 24
     assert {len(numbers(tmp_path / "stopped" / str(sae.name))) for sae in config.sae} == {step}

@@ -200,5 +200,5 @@ def _rank_errors() -> Iterator[None]:
             raise
         raise RankError(
             "another process of this run stopped or cannot be reached; "
-            "start the same command again to go on from the last checkpoint"
+            "start the same command again to resume from the last checkpoint"
         ) from error
