@@ -226,3 +226,28 @@ def test_a_hook_point_that_never_runs():
     model = build("gpt2")
     with pytest.raises(HookPointError, match="got none"):
         resolve_hook_points(model, ["lm_head"])
+
+
+def test_splicing_zeros_at_resid_mid_equals_a_forward_from_there(input_ids):
+    model = build("gpt2")
+    (mid,) = resolve_hook_points(model, ["blocks.1.resid_mid"]).values()
+    with splice(model, mid, torch.zeros_like):
+        logits = model(input_ids).logits
+    block = model.transformer.h[1]
+    stream = torch.zeros(2, 7, 24)
+    stream = stream + block.mlp(block.ln_2(stream))
+    stream = model.transformer.h[2](stream)
+    stream = stream if torch.is_tensor(stream) else stream[0]
+    close(logits, model.lm_head(model.transformer.ln_f(stream)))
+
+
+def test_splicing_at_mlp_branch_leaves_the_skip_path_alone(input_ids):
+    model = build("llama")
+    names = ["blocks.1.resid_mid", "blocks.1.mlp_branch", "blocks.1.resid_post"]
+    mid, branch, post = resolve_hook_points(model, names).values()
+    values = capture(model, input_ids, {"mid": mid, "branch": branch})
+    assert torch.equal(values["mid"], values["branch"])
+    block = model.model.layers[1]
+    with splice(model, branch, torch.zeros_like):
+        (after,) = capture(model, input_ids, {"post": post}).values()
+    close(after, values["mid"] + block.mlp(block.post_attention_layernorm(torch.zeros_like(values["mid"]))))
