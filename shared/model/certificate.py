@@ -97,7 +97,10 @@ def _both(found: Finding, exact: Finding) -> Finding:
     if exact.place is None:
         return exact
     if found.place != exact.place or found.scale != exact.scale:
-        return Finding(reason=f"{found.place.path} holds it in {exact.place.path}'s place as rounded")
+        return Finding(
+            reason=f"in its own data type the model gives it at {found.place.path} times {found.scale:.6g}, "
+            f"in float32 at {exact.place.path} times {exact.scale:.6g}"
+        )
     return replace(found, splice=found.splice if exact.splice else "")
 
 
