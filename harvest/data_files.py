@@ -185,6 +185,8 @@ class DataFile:
                 else:
                     return
                 continue
+            except (RecursionError, ValueError) as error:
+                return self._tally.bad(self.at, _beyond(error))
             if _SURROGATE.search(buffer, position, end) and not _is_encodable(row):
                 self._tally.bad(self.at, _LONE)
             elif isinstance(row, dict):
@@ -298,9 +300,14 @@ def _decode(line: bytes) -> tuple[Any, str | None]:
         return None, f"is not UTF-8 (byte {error.start + 1})"
     except json.JSONDecodeError as error:
         return None, f"is not valid JSON: {error.msg} (column {error.colno})"
-    except RecursionError:
-        return None, "is nested too deeply"
+    except (RecursionError, ValueError) as error:
+        return None, _beyond(error)
     return value, None if _is_encodable(value) else _LONE
+
+
+def _beyond(error: RecursionError | ValueError) -> str:
+    """Return what is wrong with JSON that is valid, but more than Python reads."""
+    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of thousands of digits"
 
 
 def _is_encodable(value: Any) -> bool:

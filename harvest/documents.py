@@ -88,7 +88,7 @@ def _texts(found: FoundFiles, tally: Tally) -> Iterator[Document]:
             with open_bytes(path) as file:
                 head = file.read(SNIFFED_BYTES)
                 content = None if is_binary(head) else head + file.read()
-            text = None if content is None else content.decode("utf-8")
+            text = None if content is None else content.decode("utf-8-sig")
         except UnicodeDecodeError:
             pass
         except damage() as error:

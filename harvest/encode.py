@@ -154,14 +154,14 @@ def _prepare(backend: Any, keep_special_tokens: bool) -> None:
 
 def _checked_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Return a document's token ids; raise `DataError` for one that is not in the tokenizer's vocabulary."""
-    ids = np.array(document.input_ids or [], dtype=np.int64)
-    wrong = ids[(ids < 0) | (ids >= len(tokenizer))]
-    if len(wrong):
+    ids = document.input_ids or []
+    if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):  # before NumPy, which refuses what no int64 can be
+        wrong = [number for number in ids if not 0 <= number < len(tokenizer)]
         raise DataError(
             f"document '{document.name}' holds token id {wrong[0]}; expected 0 to {len(tokenizer) - 1}, the vocabulary "
             f"of '{tokenizer.name_or_path}': give ids of this tokenizer"
         )
-    return ids.astype(np.int32)
+    return np.array(ids, dtype=np.int32)
 
 
 def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -8,7 +8,7 @@ packs the same contexts again and passes over those it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -112,23 +112,14 @@ def pack(
     Raises `DataError` when there was no text, or none for one of the splits.
     """
     splits = {held_out: _Split(held_out, context_size) for held_out in (False, True)}
-    whole = _Split(False, context_size)
-    n_emitted, n_seen, n_numbered, n_documents = 0, {False: 0, True: 0}, 0, 0
-    for document in documents:
-        n_documents += 1
-        if holdout == "documents":
-            filled = [splits[is_held_out(document.hash, holdout_fraction)]]
-            filled[0].add(document, bos, bos_every_context)
-        else:
-            filled = list(splits.values())
-            whole.add(document, bos, bos_every_context)
-            n_numbered = _deal(whole, splits, n_numbered, holdout_fraction)
-        for split in filled:
-            while len(split.ready) >= group and n_emitted + group <= n_contexts:
-                yield from split.ready[:group]
-                del split.ready[:group]
-                n_emitted += group
-                n_seen[split.held_out] += group
+    n_emitted, n_seen, n_documents = 0, {False: 0, True: 0}, 0
+    fill = _fill_by_document if holdout == "documents" else _fill_by_context
+    for n_documents, split in fill(documents, splits, bos, bos_every_context, holdout_fraction):
+        while len(split.ready) >= group and n_emitted + group <= n_contexts:
+            yield from split.ready[:group]
+            del split.ready[:group]
+            n_emitted += group
+            n_seen[split.held_out] += group
         if n_emitted + sum(len(split.ready) for split in splits.values()) >= n_contexts:
             break
     for split in (splits[True], splits[False]):
@@ -139,15 +130,42 @@ def pack(
         yield from rest
 
 
-def _deal(whole: _Split, splits: dict[bool, _Split], n_numbered: int, fraction: float) -> int:
-    """Give the contexts that are ready to the splits by their number; return the number of the next one."""
-    for number, context in enumerate(whole.ready, n_numbered):
-        held_out = context_split(number, fraction)
-        if held_out is not None:
-            splits[held_out].ready.append(context._replace(held_out=held_out))
-    n_numbered += len(whole.ready)
-    whole.ready.clear()
-    return n_numbered
+def _fill_by_document(
+    documents: Iterable[TokenizedDocument],
+    splits: Mapping[bool, _Split],
+    bos: int,
+    bos_every_context: bool,
+    fraction: float,
+) -> Iterator[tuple[int, _Split]]:
+    """Pack each document into its split; yield how many there were so far, and that split."""
+    for n_documents, document in enumerate(documents, 1):
+        split = splits[is_held_out(document.hash, fraction)]
+        split.add(document, bos, bos_every_context)
+        yield n_documents, split
+
+
+def _fill_by_context(
+    documents: Iterable[TokenizedDocument],
+    splits: Mapping[bool, _Split],
+    bos: int,
+    bos_every_context: bool,
+    fraction: float,
+) -> Iterator[tuple[int, _Split]]:
+    """Pack all documents alike and give each context to a split by its number; yield as `_fill_by_document` does.
+
+    It yields after every context, since one document may fill more than are wanted.
+    """
+    whole = _Split(False, splits[False].context_size)
+    number = 0
+    for n_documents, document in enumerate(documents, 1):
+        whole.add(document, bos, bos_every_context)
+        for context in whole.ready:
+            held_out = context_split(number, fraction)
+            number += 1
+            if held_out is not None:
+                splits[held_out].ready.append(context._replace(held_out=held_out))
+                yield n_documents, splits[held_out]
+        whole.ready.clear()
 
 
 def _check(split: _Split, n_contexts: int, holdout_fraction: float, holdout: str, n_documents: int) -> None:

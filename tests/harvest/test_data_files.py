@@ -79,6 +79,22 @@ def test_layouts_of_json(tmp_path, content, chunk, monkeypatch):
     assert read(tmp_path) == TEXTS
 
 
+@pytest.mark.parametrize("value", [b"[" * 100_000 + b"]" * 100_000, b"9" * 5000], ids=["nested", "number"])
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_json_that_is_more_than_python_reads(tmp_path, value, layout):
+    row = b'{"text": "a", "more": ' + value + b"}"
+    name = {"lines": "a.jsonl", "array": "a.json"}[layout]
+    (tmp_path / name).write_bytes(b"[" + row + b"]" if layout == "array" else row + b"\n" + LINES[0])
+    with pytest.raises(DataError, match=r"line 1 (is nested too deeply|holds a number of thousands of digits)"):
+        read(tmp_path / name)
+    assert layout == "array" or read(tmp_path / name, on_bad_document="skip") == TEXTS[:1]
+
+
+def test_a_text_file_begins_behind_its_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert read(tmp_path / "a.txt") == ["one"]
+
+
 def test_csv_and_tsv(tmp_path):
     rows = 'id,text\r\n1,"a ""b""\nc, d"\r\n\r\n2,\r\n3,e\tf\r\n'
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())

@@ -62,6 +62,16 @@ def test_contexts_of_one_document_are_held_out_with_a_gap(config, tmp_path, caps
         assert shared[tuple(row)] == held
 
 
+def test_a_document_longer_than_the_harvest_gives_both_splits(config, tmp_path):
+    (tmp_path / "book.txt").write_text(" ".join(f"chapter {i} of dust and grain" for i in range(4000)))
+    for tokens in (400, 8 * 656):  # within a cycle of 82 contexts; about 8 of them
+        store = ActivationStore.open(
+            harvest(config(holdout="contexts", tokens=tokens, holdout_fraction=0.1, store=str(tmp_path / f"{tokens}")))
+        )
+        assert store.n_rows == tokens
+        assert 0.08 < store.held_out_contexts().mean() < 0.18
+
+
 @pytest.mark.parametrize("bos_every_context", [True, False])
 def test_a_bos_that_is_an_ordinary_token_is_masked_only_where_it_was_placed(config, bos_every_context):
     store = ActivationStore.open(
