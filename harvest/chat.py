@@ -86,11 +86,9 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, Any]], document: str) -> str:
         """Return a conversation as text; raise `DataError`, naming the document, if the template refuses it."""
-        from jinja2 import TemplateError
-
         try:
             rendered = self._tokenizer.apply_chat_template(messages, chat_template=self._dated, tokenize=False)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # a template is a program: whatever it does wrong
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"the chat template refuses the messages of document '{document}': {reason}; change them, or set "
@@ -187,6 +185,30 @@ def given_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
     ]
+
+
+def check_contents(messages: list[dict[str, Any]], document: str) -> None:
+    """Raise `DataError` unless a message's content is text, null, or a list of parts that hold text.
+
+    A template prints other contents as Python writes them, drops them, or leaves a place for an image that the model
+    is not given.
+    """
+    for message in messages:
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            continue
+        wrong = [content] if not isinstance(content, list) else [part for part in content if not _is_text(part)]
+        if wrong or not content:
+            kind = wrong[0].get("type") if wrong and isinstance(wrong[0], dict) else None
+            got = f"a part of type '{kind}'" if kind else f"{wrong[0] if wrong else content!r}"[:60]
+            raise DataError(
+                f"a message of document '{document}' has content that is not text: expected text, null or a list of "
+                f'{{"type": "text", "text": ...}}, got {got}; leave it out'
+            )
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
 
 
 def leaves_of(messages: list[dict[str, Any]]) -> Iterator[Leaf]:

@@ -11,7 +11,7 @@ from jaxtyping import Int8
 
 from ..shared.errors import DataError, ModelError
 from ..shared.store.roles import MARKER, TEXT
-from .chat import ChatTemplate, given_messages
+from .chat import ChatTemplate, check_contents, given_messages
 from .documents import Document
 from .holdout import document_hash, ids_hash
 from .packing import TokenizedDocument
@@ -99,6 +99,7 @@ def _conversation(document: Document, tokenizer: PreTrainedTokenizerBase, chat: 
     name = json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
     if not messages:
         return document_hash(name), np.zeros(0, np.int32), None
+    check_contents(messages, document.name)
     rendered = chat.render(messages, document.name)
     roles = chat.character_roles(messages, rendered, document.name)
     encoding = _with_offsets(_encodable(rendered), tokenizer)

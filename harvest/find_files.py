@@ -15,6 +15,7 @@ from typing import Any
 
 from ..shared.errors import ConfigError, DataError, MissingFileError
 from ..shared.paths import user_path
+from ..shared.store.format import MANIFEST
 from .config import HarvestConfig
 from .splits import ALL, DEFAULT, by_name, matching, named_splits, split_files, split_order
 
@@ -54,6 +55,9 @@ CACHE = "__pycache__"
 _NOT_STDLIB = {"site-packages", "dist-packages", CACHE}
 SNIFFED_BYTES = 8192
 FEW_BYTES = 1_000_000
+_HEADER = b'{"entry":{"type":"header","format_version":'
+"""What a store's manifest begins with."""
+_BEGUN = (MANIFEST, "harvest.toml")
 
 
 @dataclass
@@ -80,6 +84,8 @@ def find_files(config: HarvestConfig) -> FoundFiles | None:
         return _text_files(root, _stdlib_files(root), config)
     path = user_path(config.dataset)
     if path.is_dir():
+        if is_store(path):
+            raise DataError(f"'{config.dataset}' is an activation store; expected the text to make one from")
         _refuse(config, dataset_revision="a local folder has no revisions")
         return _in_folder(path, config)
     if path.is_file():
@@ -287,6 +293,7 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:
     """
     files: list[Path] = []
     hidden: list[Path] = []
+    stores: list[Path] = []
     broken: list[Path] = []
     repeated: list[Path] = []
     links: list[Path] = []
@@ -297,6 +304,8 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:
             here = [Path(parent, name) for name in sorted(subfolders)]
             hidden.extend(path for path in here if path.name.startswith("."))
             here = [path for path in here if not path.name.startswith(".")]
+            stores.extend(path for path in here if is_store(path))
+            here = [path for path in here if path not in stores]
             links.extend(path for path in here if path.is_symlink())
             here = [path for path in here if not path.is_symlink() and _identity(path) not in seen]
             seen.update(map(_identity, here))
@@ -313,8 +322,24 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:
         else:
             seen.add(_identity(link))
             visit(link)
-    left_out = [("hidden", hidden), ("broken links or devices", broken), ("links to folders read elsewhere", repeated)]
+    left_out = [
+        ("hidden", hidden),
+        ("activation stores", stores),
+        ("broken links or devices", broken),
+        ("links to folders read elsewhere", repeated),
+    ]
     return sorted(files), [(reason, sorted(paths)) for reason, paths in left_out]
+
+
+def is_store(folder: Path) -> bool:
+    """Tell whether a folder is an activation store, whose files tell of text and are none; also one that is begun."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            head = file.read(len(_HEADER))
+        # The manifest is empty until the first shard is stored.
+        return head == _HEADER or (not head and all(path.is_dir() or path.name in _BEGUN for path in folder.iterdir()))
+    except OSError:
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int]:

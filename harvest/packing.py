@@ -113,8 +113,15 @@ def pack(
     """
     splits = {held_out: _Split(held_out, context_size) for held_out in (False, True)}
     n_emitted, n_seen, n_documents = 0, {False: 0, True: 0}, 0
+
+    def counted() -> Iterator[TokenizedDocument]:
+        nonlocal n_documents
+        for document in documents:
+            n_documents += 1
+            yield document
+
     fill = _fill_by_document if holdout == "documents" else _fill_by_context
-    for n_documents, split in fill(documents, splits, bos, bos_every_context, holdout_fraction):
+    for split in fill(counted(), splits, bos, bos_every_context, holdout_fraction):
         while len(split.ready) >= group and n_emitted + group <= n_contexts:
             yield from split.ready[:group]
             del split.ready[:group]
@@ -136,12 +143,12 @@ def _fill_by_document(
     bos: int,
     bos_every_context: bool,
     fraction: float,
-) -> Iterator[tuple[int, _Split]]:
-    """Pack each document into its split; yield how many there were so far, and that split."""
-    for n_documents, document in enumerate(documents, 1):
+) -> Iterator[_Split]:
+    """Pack each document into its split, and yield that."""
+    for document in documents:
         split = splits[is_held_out(document.hash, fraction)]
         split.add(document, bos, bos_every_context)
-        yield n_documents, split
+        yield split
 
 
 def _fill_by_context(
@@ -150,21 +157,21 @@ def _fill_by_context(
     bos: int,
     bos_every_context: bool,
     fraction: float,
-) -> Iterator[tuple[int, _Split]]:
-    """Pack all documents alike and give each context to a split by its number; yield as `_fill_by_document` does.
+) -> Iterator[_Split]:
+    """Pack all documents alike and give each context to a split by its number; yield that split.
 
     It yields after every context, since one document may fill more than are wanted.
     """
     whole = _Split(False, splits[False].context_size)
     number = 0
-    for n_documents, document in enumerate(documents, 1):
+    for document in documents:
         whole.add(document, bos, bos_every_context)
         for context in whole.ready:
             held_out = context_split(number, fraction)
             number += 1
             if held_out is not None:
                 splits[held_out].ready.append(context._replace(held_out=held_out))
-                yield n_documents, splits[held_out]
+                yield splits[held_out]
         whole.ready.clear()
 
 

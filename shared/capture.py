@@ -203,7 +203,9 @@ def _widths(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
     with ExitStack() as stack, torch.inference_mode():
         for name, hook_point in hook_points.items():
             seen = shapes[name]
-            stack.enter_context(reading(model, hook_point, lambda x, seen=seen: seen.append(tuple(x.shape))))
+            stack.enter_context(
+                reading(model, hook_point, lambda x, seen=seen: seen.append(tuple(getattr(x, "shape", ()))))
+            )
         _forward(model, torch.zeros(2, 3, dtype=torch.long, device=next(model.parameters()).device))
     for name, seen in shapes.items():
         if len(seen) != 1 or len(seen[0]) != 3 or seen[0][:2] != (2, 3):

@@ -79,9 +79,10 @@ class ResolvedHookPoint:
 def canonical_hook_point(name: str) -> str:
     """Return our spelling of a hook point: `blocks.2.hook_resid_post` -> `blocks.2.resid_post`."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match is None or match[2] not in _TRANSFORMER_LENS:
+    if match is None:
         return name
-    return f"blocks.{int(match[1])}.{_TRANSFORMER_LENS[match[2]]}"
+    kind = _TRANSFORMER_LENS.get(match[2], match[2])
+    return f"blocks.{int(match[1])}.{kind}" if kind in KINDS else name
 
 
 def block_and_kind(name: str) -> tuple[int, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -40,11 +41,9 @@ def locate(place: str | Path | StoreUrl) -> Path | StoreUrl:
     """Return where a store named in a configuration is; raise `ConfigError` for a URL that cannot hold one."""
     if isinstance(place, StoreUrl):
         return place
-    if isinstance(place, Path):
-        return user_path(place)
-    found = _URL.fullmatch(place)
+    found = None if isinstance(place, Path) else _URL.fullmatch(place)
     if found is None:
-        return user_path(place)
+        return _possible(user_path(place))
     scheme, rest = found[1].lower(), found[2]
     if scheme not in SCHEMES:
         known = ", ".join(f"{known}://" for known in SCHEMES)
@@ -54,6 +53,18 @@ def locate(place: str | Path | StoreUrl) -> Path | StoreUrl:
     if not bucket or not prefix or any(part in ("", ".", "..") for part in prefix.split("/")):
         raise ConfigError(f"cannot keep a store at '{place}'; expected {scheme}://bucket/prefix")
     return StoreUrl(scheme, bucket, prefix)
+
+
+def _possible(path: Path) -> Path:
+    """Return the path; raise `ConfigError` for one that no file system can have."""
+    try:
+        os.lstat(path)
+    except ValueError:
+        raise ConfigError(f"cannot keep a store at {str(path)!r}: no path holds a NUL character") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ConfigError(f"cannot keep a store at '{path}': {error.strerror}") from None
+    return path
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:

@@ -310,6 +310,30 @@ def test_refusals_name_the_document():
         tokenized(byte_tokenizer(chat_template=CHATML), [Document("d", "", messages=[user]), Document("e", "x")])
 
 
+def test_a_template_that_breaks_is_one_line():
+    with pytest.raises(DataError, match=r"refuses the messages of document 'd': integer division"):
+        ChatTemplate(byte_tokenizer(), "{{ 1 // 0 }}").render(TURNS, "d")
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ([{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}], "a part of type 'image'"),
+        ([{"type": "image_url", "text": "a", "image_url": {"url": "b"}}], "a part of type 'image_url'"),
+        (["a", "b"], "'a'"),
+        ([], r"\[\]"),
+        ({"text": "a"}, r"\{'text': 'a'\}"),
+        (42, "42"),
+        (False, "False"),
+    ],
+)
+def test_contents_that_are_not_text_are_refused(content, got):
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=f"a message of document 'd' has content that is not text: .*, got {got};"):
+        tokenized(tokenizer, [Document("d", "", messages=messages)])
+
+
 def test_refused_documents_are_passed_over_where_asked_for(chat_model, tmp_path, capsys):
     folder, _, conversations = chat_model
     strict = "{% if messages | length < 4 %}{{ raise_exception('too short') }}{% endif %}" + CHATML

@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.documents import read_documents, source_files
 from thresher.harvest.prefetch import Prefetch
+from thresher.shared import ActivationStoreWriter
 from thresher.shared.errors import DataError, MissingFileError
 
 TEXTS = ["one\ntwo\n", "", "größer ≥ 3", "def f():\n\treturn 1\n"]
@@ -62,6 +64,24 @@ def test_python_stdlib_is_this_interpreters():
     assert not any("site-packages" in name for name in names)
     by_name = dict(documents)
     assert by_name["argparse.py"] == (stdlib / "argparse.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_stores_beside_the_text_are_left_out(tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"text": "one"}\n')
+    before = contents(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for store in (tmp_path / "runs" / "store", tmp_path / "elsewhere" / "other"):
+        with ActivationStoreWriter(store, {"h": 4}, 2, n_contexts=1) as writer:
+            assert contents(tmp_path) == before  # while it is written
+            writer.append({"h": np.ones((1, 2, 4), np.float32)}, held_out=[False])
+            writer.write_beside("harvest.toml", "model = 1")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "other")
+    capsys.readouterr()
+    assert [document[1] for document in read(tmp_path, tell=True)] == [document[0] for document in before]
+    assert "3 activation stores (elsewhere/other, link, runs/store)" in capsys.readouterr().err
+    with pytest.raises(DataError, match="is an activation store; expected the text"):
+        read(tmp_path / "runs" / "store")
 
 
 def test_a_text_file_is_one_document(tmp_path):

@@ -84,6 +84,7 @@ def test_canonical_names():
     assert canonical_hook_point("blocks.3.ln2.hook_normalized") == "blocks.3.mlp_in_normalized"
     assert canonical_hook_point("blocks.3.hook_mlp_in") == "blocks.3.mlp_branch"
     assert canonical_hook_point("blocks.3.mlp.hook_in") == "blocks.3.mlp_in"
+    assert canonical_hook_point("blocks.03.resid_post") == "blocks.3.resid_post"
     for same in ("blocks.2.resid_post", "transformer.h.2.mlp", "hook_embed", "blocks.x.hook_resid_post"):
         assert canonical_hook_point(same) == same
 
@@ -220,6 +221,8 @@ def test_unknown_hook_points_list_the_models():
         resolve_hook_points(model, [])
     with pytest.raises(HookPointError, match="one activation of shape"):
         resolve_hook_points(model, ["transformer.h.1.mlp.act", "transformer.wpe"])
+    with pytest.raises(HookPointError, match="one activation of shape"):
+        resolve_hook_points(model, ["transformer"])  # it gives an object of several
 
 
 def test_a_hook_point_that_never_runs():

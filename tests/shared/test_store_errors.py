@@ -122,6 +122,9 @@ def test_a_path_that_is_no_store_is_one_clear_line(tmp_path: Path) -> None:
         writer(tmp_path / "file")
     with pytest.raises(StoreError, match="holds other files and no store"):
         writer(tmp_path)
+    for impossible in ("a\0b", "x" * 300):
+        with pytest.raises(ConfigError, match="cannot keep a store at"):
+            writer(tmp_path / impossible)
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "manifest.jsonl").write_text("")
     with pytest.raises(StoreError, match="is empty: its writing was cut off at the start"):
