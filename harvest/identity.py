@@ -16,7 +16,7 @@ import msgspec
 from ..shared.adapters import model_parts
 from ..shared.content import describe_files, model_content
 from ..shared.errors import DataError, MissingFileError, StoreError
-from ..shared.hook_points import unique_canonical
+from ..shared.hook_points import block_and_kind, unique_canonical
 from ..shared.store.format import MANIFEST, Header
 from ..shared.store.location import StoreUrl
 from ..shared.store.manifest import Manifest, read_manifest
@@ -118,7 +118,7 @@ def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> Standing:
         told = ", ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in sorted(differing.items()))
         raise StoreError(f"the store '{store}' is of another harvest: it differs in {told}; {_advice(differing)}")
     complete, told = _compare_size(store, manifest, wanted)
-    notes = _notes(found, wanted) + told
+    notes = _notes(found, wanted) + _unmeasured(manifest.header) + told
     if not complete and found.get("batch_size") != wanted["batch_size"]:
         notes.append(
             f"resumes with batch_size {wanted['batch_size']} a store that was begun with {found.get('batch_size')}: "
@@ -228,6 +228,14 @@ def continued_metadata(store: Path | StoreUrl, header: Header, metadata: dict[st
                 f"the store '{store}' was begun with {key} = {found[key]!r}, now {metadata[key]!r}; "
                 "use the same settings and versions, or name another store"
             )
+    if "certificate" not in found:
+        for name, point in metadata["certificate"]["hook_points"].items():
+            if point["derived"] or point["cloned"]:
+                now = f"taken as {point['derived']}" if point["derived"] else "copied before the model writes into it"
+                raise StoreError(
+                    f"the store '{store}' was begun by a version of Thresher that took '{name}' from "
+                    f"{point['module']} as it is; it is now {now}, and the store would mix both: name another store"
+                )
     wanted = metadata["harvest"]
     if header.n_contexts == -(-wanted["tokens"] // wanted["context_size"]):
         return found
@@ -246,6 +254,17 @@ def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if not unknown:
         return []
     return [f"the content of {' and '.join(unknown)} is not known here: names and settings were compared instead"]
+
+
+def _unmeasured(header: Header) -> list[str]:
+    """Return what to know of a store that was written before hook points were measured."""
+    kinds = {found[1] for found in map(block_and_kind, header.hook_points) if found is not None}
+    if "certificate" in header.metadata or kinds <= {"resid_pre", "resid_post"}:
+        return []
+    return [
+        "the store was begun by a version of Thresher that did not measure hook points: in models such as BLOOM, MPT, "
+        "Granite and Falcon, its attn_out and mlp_out are not what these names stand for; harvest such a model again"
+    ]
 
 
 def sampled_fingerprint(model: Path) -> str | None:

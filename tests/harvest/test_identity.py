@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
 from thresher.harvest import identity as identity_module
 from thresher.harvest import run as run_module
@@ -211,12 +211,13 @@ def test_another_batch_size_resumes_to_the_same_rows_and_says_so(config, tmp_pat
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def without_content(store, **changes):
-    """Rewrite a store's header as an older version wrote it."""
+def without_content(store, *, without=(), **changes):
+    """Rewrite a store's header as an older version wrote it, `without` some of the metadata."""
     path = Path(store) / "manifest.jsonl"
     manifest = read_manifest(Path(store))
     harvest_record = {key: value for key, value in manifest.header.metadata["harvest"].items() if key != "content"}
     metadata = manifest.header.metadata | {"harvest": harvest_record | changes}
+    metadata = {key: value for key, value in metadata.items() if key not in without}
     lines, checksum = [], 0
     for entry in (msgspec.structs.replace(manifest.header, metadata=metadata), *manifest.shards, manifest.completion):
         if entry is not None:
@@ -251,6 +252,24 @@ def test_an_interrupted_store_of_an_older_version_is_resumed_with_a_note(config,
     assert store.complete
     assert torch.equal(store.tokens(0, store.n_rows), whole.tokens(0, whole.n_rows))
     assert "content" not in store.metadata["harvest"]
+
+
+@pytest.mark.parametrize("multiplier", [0.25, 1.0])
+def test_a_store_from_before_hook_points_were_measured(config, monkeypatch, capsys, multiplier):
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    granite = GraniteConfig(vocab_size=257, num_key_value_heads=2, residual_multiplier=multiplier, **shape)
+    GraniteForCausalLM(granite).save_pretrained(config.model)
+    config = replaced(config, hook_points=["blocks.0.attn_out"])
+    interrupt(config, monkeypatch)
+    without_content(config.store, without=("certificate",))
+    before = files_of(config.store)
+    if multiplier == 1:  # the version before took the same tensor
+        assert ActivationStore.open(harvest(config)).complete
+    else:
+        with pytest.raises(StoreError, match=r"attn_out' .* taken as .* times residual_multiplier, and .* mix both"):
+            harvest(config)
+        assert files_of(config.store) == before
+    assert "note: the store was begun by a version of Thresher that did not measure" in capsys.readouterr().err
 
 
 def test_settings_that_an_older_version_did_not_have_had_their_default(config):
