@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Cache, CacheBytes, Config, Device, Roles
+from ..shared.config import MAX_SEED, Cache, CacheBytes, Config, Device, Roles
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
@@ -18,7 +18,9 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
             description="Activation store whose held-out contexts are used: a folder, or a URL as s3://bucket/prefix."
         ),
     ]
-    saes: Annotated[str | list[str], Meta(description="Folder of a sweep, or a list of SAE folders.")]
+    saes: Annotated[
+        str | Annotated[list[str], Meta(min_length=1)], Meta(description="Folder of a sweep, or a list of SAE folders.")
+    ]
     output: Annotated[str, Meta(description="Folder for metrics.json, metrics.parquet and report.html.")]
     model: Annotated[
         str | bool | None,
@@ -75,4 +77,6 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     bootstrap_samples: Annotated[
         int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
     ] = 1000
-    seed: Annotated[int, Meta(ge=0, description="Seed of the resampling and of the rows that probes draw.")] = 0
+    seed: Annotated[
+        int, Meta(ge=0, le=MAX_SEED, description="Seed of the resampling and of the rows that probes draw.")
+    ] = 0

@@ -6,15 +6,19 @@ from pathlib import Path
 
 from ..shared.disk import check_writable
 from ..shared.errors import ConfigError, StoreError
+from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
 from ..shared.store import ActivationStore
 from .config import EvaluateConfig
+
+RUN_RECORD_NAME = "checkpoint.json"
+"""What `thresher train` keeps in its output folder."""
 
 
 def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
     """Check what the settings ask for beyond the metrics.
 
     Raises:
-        ConfigError: an export without an index to export.
+        ConfigError: an export without an index to export, or an output that is the store's, an SAE's or a run's.
         OutputError: the output is no folder, or cannot be written.
         StoreError: the store has no tokens for what needs them.
     """
@@ -23,4 +27,23 @@ def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
     for key in ("export", "probe_tasks"):
         if getattr(config, key) and not store.has_tokens:
             raise StoreError(f"store '{store.path}' holds no tokens, which {key} needs; leave {key} out")
-    check_writable(Path(config.output))
+    check_output(Path(config.output), store)
+
+
+def check_output(output: Path, store: ActivationStore) -> None:
+    """Refuse an output whose files would replace those of the store, of an SAE or of a training run.
+
+    Raises:
+        OutputError: it is no folder of this machine, or cannot be written.
+        ConfigError: it is in the store, or the folder of an SAE or of a training run.
+    """
+    check_writable(output)
+    inside = output.resolve()
+    if isinstance(store.path, Path) and store.path.resolve() in (inside, *inside.parents):
+        raise ConfigError(f"the output '{output}' is in the store '{store.path}'; choose a folder outside it")
+    for name, what in ((SAE_CONFIG_NAME, "an SAE"), (RUN_RECORD_NAME, "a training run")):
+        if (inside / name).exists():
+            raise ConfigError(
+                f"the output '{output}' is the folder of {what}, whose config.toml the evaluation would replace; "
+                f"choose another folder, such as '{output / 'evaluation'}'"
+            )

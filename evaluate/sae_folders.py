@@ -119,18 +119,19 @@ def load_saes(
 ) -> list[EvaluatedSae]:
     """Load every SAE, each checked against the store's hook points and widths.
 
-    With `failed`, an SAE that cannot be read (damaged, NaN, of an unsupported kind) is left out, and the reason noted
-    there by the SAE's name, unless it is so of all.
+    With `failed`, an SAE that cannot be read (damaged, incomplete, NaN, of an unsupported kind) is left out, and the
+    reason noted there by the SAE's name, unless it is so of all.
 
     Raises:
         HookPointError: an SAE was trained at a hook point that the store lacks.
+        MissingFileError: a file of an SAE is missing.
         SaeError: an SAE expects rows of another width, cannot be read, or does not say where it belongs.
     """
     loaded = []
     for name, folder in zip(unique_names(folders), folders, strict=True):
         try:
             sae = Sae.load(folder).to(device).eval()
-        except SaeError as error:
+        except (SaeError, MissingFileError) as error:
             if failed is None or len(failed) == len(folders) - 1:
                 raise
             failed[name] = str(error)

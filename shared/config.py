@@ -42,6 +42,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 msgspec.structs.force_setattr(self, field.name, value)
 
 
+MAX_SEED = 2**63 - 1
+"""The largest seed: more does not fit in the integers of TOML and of PyTorch's generators."""
+
 Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")]
 Cache = Annotated[
     str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")

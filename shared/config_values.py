@@ -115,7 +115,8 @@ def _in_words(kind: types.Type) -> str:
 
 def _bounds(kind: types.IntType | types.FloatType) -> str:
     named = (("of at least", kind.ge), ("above", kind.gt), ("of at most", kind.le), ("below", kind.lt))
-    return " and".join(f" {words} {bound:g}" for words, bound in named if bound is not None)
+    given = ((words, bound) for words, bound in named if bound is not None)
+    return " and".join(f" {words} {bound if isinstance(bound, int) else f'{bound:g}'}" for words, bound in given)
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .errors import ConfigError
@@ -11,11 +13,9 @@ def choose_device(device: str) -> str:
     """Return the device that "auto" means here (CUDA where there is any); refuse one that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ConfigError(f"expected device auto, cpu, cuda or cuda:N; got '{device}'") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"expected device auto, cpu, cuda or cuda:N; got '{device}'")
+    if device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' asked for, but this machine has no CUDA device; use device = 'cpu'")
     return device
 

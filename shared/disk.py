@@ -17,6 +17,9 @@ from .errors import DiskSpaceError, OutputError, ThresherError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the operating system answers where there is no room: the disk, the quota, or the limit on a file's size."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+"""How the path of a URL begins once it is a `Path`, which keeps one of its slashes."""
+
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
@@ -98,8 +101,12 @@ def check_writable(folder: Path) -> None:
     """Refuse a folder, there or yet to be made, in which nothing can be written; write nothing.
 
     Raises:
-        OutputError: a part of the path is a file, or the folder that is there refuses new files.
+        OutputError: it is a URL, a part of the path is a file, or the folder that is there refuses new files.
     """
+    if _SCHEME.fullmatch(folder.parts[0] if folder.parts else ""):
+        raise OutputError(
+            f"expected a folder on this machine, got the URL '{folder}'; choose a local folder and copy it"
+        )
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise OutputError(f"expected '{folder}' to be a folder, but '{there}' is a file; choose another place")

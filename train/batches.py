@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..shared.device import choose_device
 from ..shared.errors import ConfigError, HookPointError, StoreError
 from ..shared.hook_points import canonical_hook_point
 from .buffers import Buffers
@@ -57,6 +59,7 @@ class ShuffledBatches:
 
     Raises:
         HookPointError: the store does not have one of the hook points.
+        ConfigError: a number is out of bounds, or the device is not there.
         StoreError: the store has no training rows.
     """
 
@@ -79,13 +82,24 @@ class ShuffledBatches:
                 raise HookPointError(
                     f"no hook point '{name}' in store '{store.path}'; it has: {', '.join(store.hook_points)}"
                 )
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("window_bytes", window_bytes, 0),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+        ):
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ConfigError(f"{key}: expected an integer of at least {least}, got {value!r}")
+        if rank >= world_size:
+            raise ConfigError(f"rank is {rank}, expected less than the world_size of {world_size}")
         if batch_size % world_size:
             raise ConfigError(f"batch_size is {batch_size}, expected a multiple of the {world_size} ranks")
         self.store = store
         self.hook_points = tuple(dict.fromkeys(names))
         self.batch_size = batch_size
         self.seed = seed
-        self.device = torch.device(device)
+        self.device = torch.device(choose_device(str(device)))
         self.window_bytes = window_bytes
         self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._rows_per_chunk = np.asarray(store.training_rows_per_chunk(), dtype=np.int64)

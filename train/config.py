@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Cache, CacheBytes, Config, Device, Roles
+from ..shared.config import MAX_SEED, Cache, CacheBytes, Config, Device, Roles
 
 
 class SaeConfig(Config, frozen=True):
@@ -89,7 +89,7 @@ class SaeConfig(Config, frozen=True):
         Annotated[float, Meta(ge=0, le=1)] | None,
         Meta(description="Last fraction of the run over which this SAE's learning rate falls, where not the run's."),
     ] = None
-    seed: Annotated[int, Meta(ge=0, description="Seed of the initial weights.")] = 0
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of the initial weights.")] = 0
     init_from: Annotated[
         str | None,
         Meta(
@@ -170,7 +170,7 @@ class TrainConfig(Config, frozen=True):
         Meta(description="Activations to train on; `epochs` of the store's. More of them train a finished run on."),
     ] = None
     epochs: Annotated[float, Meta(gt=0, description="Passes over the store when `tokens` is not given.")] = 1.0
-    seed: Annotated[int, Meta(ge=0, description="Seed of the order of the activations.")] = 0
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of the order of the activations.")] = 0
     warmup_steps: Annotated[int, Meta(ge=0, description="Steps over which the learning rate grows from zero.")] = 1000
     decay_fraction: Annotated[
         float, Meta(ge=0, le=1, description="Last fraction of the run, over which the learning rate falls to zero.")

@@ -71,9 +71,13 @@ def _of_places(architecture: Architecture, sae: Sae) -> list[str]:
 
 
 def _of_sparsity(architecture: Architecture, sae: Sae) -> list[str]:
+    config = architecture.config
+    unused = ["initial_l0"] if config.initial_l0 is not None else []
+    if config.initial_threshold is not None and config.resample_every_tokens is None:
+        unused.append("initial_threshold")
+    found = [f"{key} = {getattr(config, key):g} is not used: thresholds and biases start at its" for key in unused]
     if not isinstance(architecture, TopK):
-        return []
-    found = []
+        return found
     theirs, k = sae.config.get("k"), architecture.config.k
     if isinstance(theirs, int) and theirs != k:
         found.append(f"it keeps k = {theirs} latents, this one {k}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..shared.errors import StoreError
+from ..shared.errors import NonFiniteError, StoreError
 from .usable import UsableRows
 
 if TYPE_CHECKING:
@@ -72,12 +73,16 @@ def scale_of(store: ActivationStore, hook_point: str, kind: str) -> float:
 
     Raises:
         StoreError: the rows that it is taken from do not vary.
+        NonFiniteError: their norms overflow float32.
     """
     if kind != "expected_average_only_in":
         return 1.0
     norm = mean_centred_norm(store, hook_point, torch.as_tensor(store.moments(hook_point).mean).to(torch.float32))
+    where = f"the activations at '{hook_point}' in store '{store.path}'"
     if not norm > 0:
-        raise StoreError(f"the activations at '{hook_point}' in store '{store.path}' do not vary; harvest again")
+        raise StoreError(f"{where} do not vary in float32; harvest again")
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"{where} are so large that their norms overflow float32; scale them down and store again")
     return store.d_in(hook_point) ** 0.5 / norm
 
 

@@ -18,6 +18,7 @@ from ..shared.content import stored_model_content
 from ..shared.disk import writing
 from ..shared.errors import ConfigError
 from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
+from ..shared.sae.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
 from .batches import ShuffledBatches
 from .checkpoint import fault_of, load_state, remove_states, save_state, state_path
 from .config import SaeConfig, TrainConfig
@@ -140,10 +141,11 @@ class RunState:
         return [sae for sae in self._saes if sae.name not in self._record.diverged]
 
     def _lacks_an_sae(self) -> bool:
-        """Return whether a trained SAE's folder is gone and its final state is not."""
+        """Return whether a file of a trained SAE is gone and its final state is not."""
         newest = self._record.checkpoints[:1]
         there = bool(newest) and newest[0].step == self._record.n_steps
-        gone = [folder for folder in self.folders() if not (folder / SAE_CONFIG_NAME).is_file()]
+        files = (SAE_CONFIG_NAME, SAE_WEIGHTS_NAME)
+        gone = [folder for folder in self.folders() if not all((folder / name).is_file() for name in files)]
         return self._ranks.from_first(there and bool(gone))
 
     def _continue(self, n_steps: int) -> None:

@@ -55,6 +55,11 @@ class Batch:
         batch = cls(n, rows)
         grid = (n, header.context_size)
         batch.usable = np.ones(grid, dtype=bool)
+        if tokens is None and header.mask_token_ids:
+            raise ConfigError(
+                f"the store masks the token ids {header.mask_token_ids}, but a batch has no tokens to find them by; "
+                "append the tokens, or leave out mask_token_ids"
+            )
         if tokens is not None:
             batch.tokens = _integers("tokens", tokens, grid, np.int32)
             if header.mask_token_ids:
@@ -81,10 +86,10 @@ def _integers(what: str, values: Any, shape: tuple[int, ...], dtype: Any) -> np.
     array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
     if array.shape != shape or array.dtype.kind not in "iub":
         raise ConfigError(f"expected {what} of integers of shape {shape}, got {array.dtype} of shape {array.shape}")
-    if (
-        dtype != np.bool_
-        and array.size
-        and not -(MAX_ROWS << 14) <= int(array.min()) <= int(array.max()) <= (np.iinfo(dtype).max)
-    ):
-        raise ConfigError(f"expected {what} that fit {np.dtype(dtype)}, got up to {int(array.max())}")
+    if dtype == np.bool_ and not np.isin(array, (0, 1)).all():
+        raise ConfigError(f"expected {what} of true and false, one for each context, got {array.tolist()[:8]}")
+    if dtype != np.bool_ and array.size:
+        least, most = max(-(MAX_ROWS << 14), np.iinfo(dtype).min), np.iinfo(dtype).max
+        if not least <= int(array.min()) <= int(array.max()) <= most:
+            raise ConfigError(f"expected {what} that fit {np.dtype(dtype)}, got {array.min()} to {array.max()}")
     return array.astype(dtype)

@@ -254,6 +254,38 @@ def test_everything_is_refused_before_a_row_is_read(tiny, saes, tmp_path, monkey
     assert not out.exists()
 
 
+def test_an_output_that_holds_something_else_is_refused_and_stays_as_it_is(tiny, saes, tmp_path, capsys):
+    (saes / "checkpoint.json").write_text("{}")
+    for folder in (saes, saes / "topk_k2"):
+        (folder / "config.toml").write_text("of the run")
+    for output, reason in (
+        (tiny.store / "new", "is in the store"),
+        (tiny.store, "is in the store"),
+        (saes / "topk_k2", "is the folder of an SAE"),
+        (saes, "is the folder of a training run"),
+        ("s3://bucket/evaluation", "got the URL"),
+    ):
+        assert run(tiny, saes, output) == 2
+        assert reason in capsys.readouterr().err
+    assert (saes / "config.toml").read_text() == (saes / "topk_k2/config.toml").read_text() == "of the run"
+    assert not list(tiny.store.glob("new")) + list(saes.glob("*.html"))
+
+
+def test_an_sae_whose_weights_are_gone_costs_the_others_nothing(tiny, saes, healthy, tmp_path, capsys):
+    (saes / "topk_k2" / "sae_weights.safetensors").unlink()
+    assert run(tiny, saes, tmp_path / "out", "--model", "false") == 3
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
+    assert "no SAE at" in rows["topk_k2"]["error"]
+    assert rows["topk_k10"]["explained_variance"] == healthy["topk_k10"]["explained_variance"]
+
+
+def test_no_sae_to_evaluate_is_refused_as_such():
+    with pytest.raises(
+        ThresherError, match=r"saes: expected text or a list \(at least one item, each text\), got \[\]"
+    ):
+        EvaluateConfig(store="store", saes=[], output="out")
+
+
 def test_a_tokenizer_that_is_gone_is_refused_before_a_row_is_read(tiny, saes, tmp_path, monkeypatch, capsys):
     def gone(*arguments):
         raise ThresherError("gone")

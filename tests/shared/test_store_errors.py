@@ -176,6 +176,18 @@ def test_settings_are_checked(tmp_path: Path, settings: dict, message: str) -> N
     assert not (tmp_path / "s").exists()
 
 
+def test_roles_are_not_wrapped_around(tmp_path: Path) -> None:
+    w = ActivationStoreWriter(tmp_path / "s", {"a": 4}, 8, roles=True)
+    with w, pytest.raises(ConfigError, match="expected roles that fit int8, got -256 to -256"):
+        w.append({"a": torch.zeros(2, 8, 4)}, roles=np.full((2, 8), -256))
+
+
+def test_masked_tokens_need_tokens(tmp_path: Path) -> None:
+    w = ActivationStoreWriter(tmp_path / "s", {"a": 4}, 8, mask_token_ids=[0])
+    with w, pytest.raises(ConfigError, match="a batch has no tokens to find them by"):
+        w.append({"a": torch.zeros(2, 8, 4)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,7 +197,9 @@ def test_settings_are_checked(tmp_path: Path, settings: dict, message: str) -> N
         ({"tokens": np.zeros((2, 8))}, "expected tokens of integers"),
         ({"tokens": np.zeros((2, 7), dtype=int)}, r"expected tokens of integers of shape \(2, 8\)"),
         ({"tokens": np.full((2, 8), 2**40)}, "expected tokens that fit int32"),
+        ({"tokens": np.full((2, 8), -(2**40))}, "expected tokens that fit int32"),
         ({"held_out": [True]}, r"expected held_out of integers of shape \(2,\)"),
+        ({"held_out": [1, 4]}, r"expected held_out of true and false, one for each context, got \[1, 4\]"),
     ],
 )
 def test_a_batch_is_checked_before_any_of_it_is_stored(tmp_path: Path, change: dict, message: str) -> None:

@@ -140,6 +140,25 @@ print(peak)
 """
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 0},
+        {"batch_size": -8},
+        {"batch_size": 8.0},
+        {"seed": -1},
+        {"seed": None},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1, "world_size": 2},
+        {"world_size": 0},
+        {"device": "xpu"},
+    ],
+)
+def test_settings_that_no_stream_has_are_refused(numbered, change):
+    with pytest.raises(ConfigError, match="expected"):
+        ShuffledBatches(numbered(), ["a"], **{"batch_size": 8} | change)
+
+
 def test_memory_stays_within_the_windows(tmp_path):
     """Of anonymous memory: mapped files are the page cache's, which gives them back."""
     megabyte = 1 << 20

@@ -34,8 +34,9 @@ def test_auto_is_what_there_is(monkeypatch):
     assert device_module.describe_device("cpu") == "cpu"
     with pytest.raises(ConfigError, match="no CUDA device; use device = 'cpu'"):
         device_module.choose_device("cuda:1")
-    with pytest.raises(ConfigError, match="expected device auto, cpu, cuda or cuda:N; got 'gpu'"):
-        device_module.choose_device("gpu")
+    for other in ("gpu", "xpu", "meta", "cpu:1", "cuda:", ""):
+        with pytest.raises(ConfigError, match=f"expected device auto, cpu, cuda or cuda:N; got '{other}'"):
+            device_module.choose_device(other)
 
 
 @pytest.mark.parametrize(("kernels", "said"), [("auto", "cpu"), ("reference", "reference")])

@@ -71,6 +71,15 @@ def test_thresholds_that_are_raised_and_norms_that_are_folded_are_told():
     ]
 
 
+def test_a_start_that_is_not_used_is_told():
+    sae = make("jumprelu", "threshold")
+    sae.threshold.data.fill_(0.1)
+    said = "initial_l0 = 5 is not used: thresholds and biases start at its"
+    assert said in told("jumprelu", sae, initial_l0=5)
+    assert told("jumprelu", sae, initial_threshold=0.5) == [said.replace("l0 = 5", "threshold = 0.5")]
+    assert told("jumprelu", sae, initial_threshold=0.5, resample_every_tokens=10) == []
+
+
 def test_another_place_or_a_falling_k_is_told():
     assert told("topk", make("topk", config={"k": 3}, hook_point="blocks.1.resid_post")) == [
         "it is of 'blocks.1.resid_post', this one of 'blocks.0.resid_post'"

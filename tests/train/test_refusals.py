@@ -233,11 +233,41 @@ def test_moments_that_are_not_finite_are_refused(config, store, monkeypatch):
         plan_run(config, opened, 1000)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_whose_norms_overflow_are_refused(config, tmp_path, dtype):
+    with ActivationStoreWriter(tmp_path / "huge", {"h": 32}, 16, dtype=dtype) as writer:
+        writer.append({"h": 1e25 * torch.randn(8, 16, 32)})
+    with pytest.raises(NonFiniteError, match="norms overflow float32"):
+        train(change(config, store=str(tmp_path / "huge")))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 33.0},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "initial_l0": 32.5},
+        {"architecture": "gated", "l1_coefficient": 1.0, "initial_l0": 33.0},
+    ],
+)
+def test_more_active_latents_than_there_are_is_refused(config, table):
+    with pytest.raises(ConfigError, match=r"_l0 is 3.*, expected at most d_sae = 32"):
+        train(change(config, sae=[{"hook_point": "h", "d_sae": 32} | table]))
+
+
+def test_seeds_that_no_generator_takes_are_refused(config):
+    with pytest.raises(
+        ConfigError, match=rf"sae\[0\]: seed: expected an integer of at least 0 and of at most {2**63 - 1}"
+    ):
+        train(change(config, sae=[TOPK | {"seed": 2**64}]))
+    with pytest.raises(ConfigError, match="seed: expected"):
+        change(config, seed=2**63)
+
+
 def test_an_output_that_is_no_folder_of_its_own_is_refused(config, store, tmp_path):
     (tmp_path / "file").write_text("x")
-    for output in (tmp_path / "file", tmp_path / "file/below/it", store, store / "saes"):
+    for output in (tmp_path / "file", tmp_path / "file/below/it", store, store / "saes", "s3://bucket/saes"):
         for dry_run in (True, False):
-            with pytest.raises((ConfigError, OutputError), match=r"/file' is a file|is in the store"):
+            with pytest.raises((ConfigError, OutputError), match=r"/file' is a file|is in the store|got the URL"):
                 train(change(config, output=str(output), dry_run=dry_run))
     assert (tmp_path / "file").read_text() == "x"
     assert not (store / "config.toml").exists()

@@ -129,6 +129,10 @@ class Architecture:
                 raise ConfigError(f"architecture '{self.name}' needs '{key}'; give it in the [[sae]] table")
         if config.k is not None and config.k > config.d_sae:
             raise ConfigError(f"k is {config.k}, expected at most d_sae = {config.d_sae}; give a smaller k")
+        for key in ("target_l0", "initial_l0"):
+            l0 = getattr(config, key)
+            if l0 is not None and l0 > config.d_sae:
+                raise ConfigError(f"{key} is {l0:g}, expected at most d_sae = {config.d_sae}; give a smaller {key}")
         self.config = config
         self.d_in = self.d_out = d_in
         self.d_sae = config.d_sae
