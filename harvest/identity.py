@@ -90,6 +90,16 @@ def text_content(config: HarvestConfig) -> str | None:
         return None  # a complete store can be used without its text; a harvest will say what is missing
 
 
+def check_unchanged(config: HarvestConfig, wanted: dict[str, Any]) -> None:
+    """Raise `DataError` if local text is no longer what it was when its identity was taken."""
+    was = wanted["content"]["text"]
+    if was is not None and not was.startswith("revision ") and (now := text_content(config)) != was:
+        raise DataError(
+            f"the text of '{config.dataset}' changed while it was harvested ({was}, now {now}): the store "
+            f"'{config.store}' may hold some of both and is left unfinished; harvest into another store"
+        )
+
+
 class Standing(NamedTuple):
     """Whether a store already holds what a harvest asks for, and what the user should know about it."""
 

@@ -18,7 +18,7 @@ from ..shared.lazy import importing
 from ..shared.store.location import StoreUrl, locate
 from .config import HarvestConfig
 from .estimate import announce, human_bytes
-from .identity import Standing, compare, continued_metadata, find_manifest, identity
+from .identity import Standing, check_unchanged, compare, continued_metadata, find_manifest, identity
 from .launch import needs_ranks, quiet_network
 from .prefetch import Prefetch
 from .progress import Progress
@@ -68,6 +68,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
         write_sources(config, plan, writer)
         with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
+        check_unchanged(config, wanted)
     tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
     return store
 

@@ -17,7 +17,7 @@ from thresher.harvest.config import HarvestConfig
 from thresher.harvest.identity import compare, identity, is_complete, sampled_fingerprint
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
-from thresher.shared.errors import StoreBusyError, StoreError
+from thresher.shared.errors import DataError, StoreBusyError, StoreError
 from thresher.shared.store.commit import StoreFolder
 from thresher.shared.store.manifest import encode_line, read_manifest
 
@@ -252,6 +252,19 @@ def test_an_interrupted_store_of_an_older_version_is_resumed_with_a_note(config,
     assert store.complete
     assert torch.equal(store.tokens(0, store.n_rows), whole.tokens(0, whole.n_rows))
     assert "content" not in store.metadata["harvest"]
+
+
+def test_text_that_changes_while_it_is_harvested(config, monkeypatch):
+    run_model = run_module.run_model
+
+    def changing(*arguments):
+        run_model(*arguments)
+        edit_text(config)
+
+    monkeypatch.setattr(run_module, "run_model", changing)
+    with pytest.raises(DataError, match="changed while it was harvested"):
+        harvest(config)
+    assert not ActivationStore.open(config.store).complete
 
 
 @pytest.mark.parametrize("multiplier", [0.25, 1.0])
