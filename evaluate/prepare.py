@@ -16,7 +16,7 @@ from .origin import compare_origins
 from .probing import Task, probe_tasks
 from .refusals import refuse
 from .sae_folders import EvaluatedSae, diverged_saes, divergence_notes, load_saes, sae_folders
-from .same_model import check_vocabulary
+from .same_model import check_embeddings, check_vocabulary
 from .store_model import model_name, open_model, open_tokenizer, splice_points
 
 
@@ -74,6 +74,8 @@ def prepare(config: EvaluateConfig) -> Prepared:
     model = open_model(config, store, device)
     hook_points = splice_points(model, saes, store) if model is not None else {}
     tokenizer = open_tokenizer(config, store) if shows_tokens else None
+    if model is not None:
+        check_embeddings(rows, model_name(config, store) or "the model", model)
     if model is not None and isinstance(config.model, str):
         check_vocabulary(rows, config.model, model, config.cache, config.trust_remote_code)
     return Prepared(

@@ -93,6 +93,19 @@ def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> No
         )
 
 
+def check_embeddings(rows: HeldOut, name: str, model: PreTrainedModel) -> list[int]:
+    """Return the stored token ids, ascending; raise `ModelError` if the model has no embedding for one of them."""
+    ids = stored_ids(rows)
+    embeddings: Any = model.get_input_embeddings()
+    for token in (ids[0], ids[-1]):
+        if not 0 <= token < len(embeddings.weight):
+            raise ModelError(
+                f"store '{rows.store.path}' holds token {token}, '{name}' has {len(embeddings.weight)} embeddings; "
+                "give a model with the vocabulary of the one that was harvested"
+            )
+    return ids
+
+
 def check_vocabulary(
     rows: HeldOut, name: str, model: PreTrainedModel, cache: str | None, trust_remote_code: bool = False
 ) -> None:
@@ -100,14 +113,7 @@ def check_vocabulary(
 
     Raises `ModelError` if it has no embedding for one of them, or if its own tokenizer gives the ids to other tokens.
     """
-    store = rows.store
-    ids = stored_ids(rows)
-    embeddings: Any = model.get_input_embeddings()
-    if ids[-1] >= len(embeddings.weight):
-        raise ModelError(
-            f"store '{store.path}' holds token {ids[-1]}, '{name}' has {len(embeddings.weight)} embeddings; "
-            "give a model with the vocabulary of the one that was harvested"
-        )
+    store, ids = rows.store, check_embeddings(rows, name, model)
     now = model_content(name, None, cache)["tokenizer"]
     if now is not None and now == harvested_content(store, "tokenizer"):
         return

@@ -21,7 +21,7 @@ from thresher.evaluate.held_out import held_out
 from thresher.evaluate.same_model import check_place, check_vocabulary, check_weights, stored_ids
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
-from thresher.shared import ActivationStore
+from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.adapters import ModelParts
 from thresher.shared.capture import resolve_hook_points
 from thresher.shared.content import model_content
@@ -289,6 +289,20 @@ def test_a_model_without_an_embedding_for_a_stored_token_is_refused(harvested, e
     small = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(5, 1)))
     with pytest.raises(ModelError, match="holds token 5, 'small' has 5 embeddings"):
         check_vocabulary(rows, "small", small, None)
+
+
+@pytest.mark.parametrize(("shift", "token"), [(45, 94), (-60, -60)])
+def test_tokens_that_the_stores_own_model_has_no_embedding_for_are_refused(tiny, sweep, tmp_path, capsys, shift, token):
+    path = tmp_path / "store"
+    metadata = {"model": str(tiny.root / "model"), "model_dtype": "float32"}
+    widths = {name: rows.shape[-1] for name, rows in tiny.activations.items()}
+    with ActivationStoreWriter(path, widths, tiny.tokens.shape[1], dtype="float32", metadata=metadata) as writer:
+        writer.append(tiny.activations, tokens=tiny.tokens + shift, held_out=tiny.held_out)
+    out = tmp_path / "out"
+    arguments = ["--store", path, "--saes", sweep, "--output", out, "--feature_rows", 0]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert f"holds token {token}, " in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_model_of_another_width_is_refused(tiny, sweep, tmp_path, capsys):
