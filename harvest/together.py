@@ -25,7 +25,7 @@ from ..shared.store.location import StoreUrl, locate
 from ..shared.store.rank_writer import POLL_SECONDS, RankWriter
 from .config import HarvestConfig
 from .forward import MAX_WORKERS
-from .identity import compare, identity
+from .identity import check_unchanged, compare, identity
 from .packing import Context
 from .plan import Plan, make_plan
 from .rank_progress import RankProgress
@@ -59,7 +59,7 @@ def harvest_together(config: HarvestConfig) -> Path | StoreUrl:
         writer = open_writer(here, plan, wanted, partial(RankWriter, group=ranks), n_kept)
         try:
             with Interrupt() as interrupt, writer, ranks.tells_failures():
-                written = harvest_share(config, here, plan, writer, ranks, interrupt, text, contexts)
+                written = harvest_share(config, wanted, here, plan, writer, ranks, interrupt, text, contexts)
         finally:
             writer.release()
         tell_stored(config, plan, text.n_contexts, *written)
@@ -93,6 +93,7 @@ def processor(device: str) -> str:
 
 def harvest_share(
     config: HarvestConfig,
+    wanted: dict[str, Any],
     here: HarvestConfig,
     plan: Plan,
     writer: RankWriter,
@@ -120,7 +121,7 @@ def harvest_share(
         progress.refresh(now=True)
         ranks.say("read", text.word)
         if ranks.rank == 0:
-            complete(ranks, writer, text, progress, check)
+            complete(ranks, writer, text, progress, check, lambda: check_unchanged(config, wanted))
             ranks.say("complete", "yes")
         else:
             wait_for(lambda: ranks.heard("complete", [0]), check)
@@ -128,8 +129,15 @@ def harvest_share(
     return progress.bytes_written, progress.raw_bytes
 
 
-def complete(ranks: Ranks, writer: RankWriter, text: Text, progress: RankProgress, check: Callable[[], None]) -> None:
-    """Adopt what the ranks stage until all of them are done, and complete the store."""
+def complete(
+    ranks: Ranks,
+    writer: RankWriter,
+    text: Text,
+    progress: RankProgress,
+    check: Callable[[], None],
+    check_text: Callable[[], None],
+) -> None:
+    """Adopt what the ranks stage until all of them are done, and complete the store if its text is still the same."""
 
     def all_done() -> list[str] | None:
         writer.adopt()
@@ -141,7 +149,7 @@ def complete(ranks: Ranks, writer: RankWriter, text: Text, progress: RankProgres
         if word != text.word:
             raise DataError(
                 f"rank {rank} read {word} of text, rank 0 {text.word}: the store mixes both; "
-                f"remove it and give all ranks the same text"
+                f"give all ranks the same text, and name another store"
             )
     progress.refresh(now=True)
     seen_until = time.monotonic() + SECONDS_TO_SEE
@@ -153,6 +161,7 @@ def complete(ranks: Ranks, writer: RankWriter, text: Text, progress: RankProgres
                 f"'{writer.path}'; start the same command again to resume"
             )
         time.sleep(POLL_SECONDS)
+    check_text()
     writer.complete()
 
 

@@ -168,9 +168,16 @@ def is_encoder(config: PretrainedConfig) -> bool:
     """Tell whether a configuration is that of a model without a head for the next token (BERT, RoBERTa, ...)."""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return False
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or _was_saved_bare(config):
         return True
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _was_saved_bare(config: PretrainedConfig) -> bool:
+    """Tell whether a decoder was saved without a head, as text embedders are, and has none in its embeddings either."""
+    bare = getattr(MODEL_MAPPING.get(type(config), None), "__name__", None)
+    named = getattr(config, "architectures", None) or []
+    return bare in named and not getattr(config, "tie_word_embeddings", False)
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:

@@ -266,6 +266,23 @@ def differences(scene: Scene) -> None:
     )
     scene.expect(scene.run(2, read_less), [2, 2], *words)
 
+    scene.begin("a text that changes")
+    path = next(path for path in sorted(Path(scene.config.dataset).rglob("*")) if path.is_file())
+    before = path.read_bytes()
+
+    def rewrite(rank: int) -> None:
+        check = together.check_unchanged
+
+        def late(*arguments: object) -> None:
+            path.write_bytes(before + b" more")
+            check(*arguments)
+
+        together.check_unchanged = late
+
+    codes = scene.run(2, rewrite)
+    path.write_bytes(before)
+    scene.expect(codes, [2, 2], "error: the text of", "changed while it was harvested", "is left unfinished")
+
     scene.begin("a rank that fails")
 
     def fail(rank: int) -> None:
