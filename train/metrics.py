@@ -71,9 +71,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, resume_step: int = 0, loggers: Sequence[Logger] = ()):
         self._path = path = folder / METRICS_NAME
-        kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else b""
-        write_file(path, kept)
         with writing(path):
+            kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else b""
+            write_file(path, kept)
             self._file = path.open("a", encoding="utf-8")
         self._loggers = loggers
 

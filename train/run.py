@@ -63,12 +63,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
         return TrainedSaes()
     with locked(output, ranks):
         run = RunState(config, plan, store, ranks, say)
-        if run.finished:
+        if run.finished and run.folders():
             say(
                 f"this run is finished; its SAEs are in '{output}'; "
                 "give more tokens to train on, or another output to train again"
             )
-        else:
+        elif not run.finished:
             _train_to_end(config, run, store, say)
     if run.diverged:
         if not run.folders():

@@ -438,11 +438,21 @@ def test_what_diverged_before_the_first_checkpoint_leaves_no_note(config, whole,
     assert not (tmp_path / "out/a/diverged.json").exists()
 
 
-def test_where_all_diverged_the_run_fails_and_can_be_tried_again(config, whole):
+def test_where_all_diverged_the_run_fails_and_can_be_tried_again(config, whole, capsys):
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"all SAEs diverged, 'bad' with .* start again"):
             train(change(config, sae=[TOPK | {"lr": 1e18}, BAD]))
+    assert "its SAEs are in" not in capsys.readouterr().out
     assert weights(train(change(config, sae=[TOPK]))) == weights(whole)[:1]
+
+
+def test_metrics_that_are_a_folder_are_one_line(config, tmp_path, train_killed):
+    train_killed(config, 25)
+    path = tmp_path / "out/a/metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError, match=f"cannot write '{path}'"):
+        train(config)
 
 
 @pytest.mark.parametrize(
