@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..shared.disk import check_writable
+from ..shared.disk import check_output
 from ..shared.errors import ConfigError, StoreError
 from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
 from ..shared.store import ActivationStore
@@ -27,22 +27,15 @@ def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
     for key in ("export", "probe_tasks"):
         if getattr(config, key) and not store.has_tokens:
             raise StoreError(f"store '{store.path}' holds no tokens, which {key} needs; leave {key} out")
-    check_output(Path(config.output), store)
+    output = Path(config.output)
+    check_output(output, store.path)
+    _check_replaces_nothing(output)
 
 
-def check_output(output: Path, store: ActivationStore) -> None:
-    """Refuse an output whose files would replace those of the store, of an SAE or of a training run.
-
-    Raises:
-        OutputError: it is no folder of this machine, or cannot be written.
-        ConfigError: it is in the store, or the folder of an SAE or of a training run.
-    """
-    check_writable(output)
-    inside = output.resolve()
-    if isinstance(store.path, Path) and store.path.resolve() in (inside, *inside.parents):
-        raise ConfigError(f"the output '{output}' is in the store '{store.path}'; choose a folder outside it")
+def _check_replaces_nothing(output: Path) -> None:
+    """Refuse an output whose files would replace those of an SAE or of a training run; raise `ConfigError`."""
     for name, what in ((SAE_CONFIG_NAME, "an SAE"), (RUN_RECORD_NAME, "a training run")):
-        if (inside / name).exists():
+        if (output / name).exists():
             raise ConfigError(
                 f"the output '{output}' is the folder of {what}, whose config.toml the evaluation would replace; "
                 f"choose another folder, such as '{output / 'evaluation'}'"

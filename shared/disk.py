@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import DiskSpaceError, OutputError, ThresherError
+from .errors import ConfigError, DiskSpaceError, OutputError, ThresherError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the operating system answers where there is no room: the disk, the quota, or the limit on a file's size."""
@@ -95,6 +95,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         if partial.is_dir():
             os.replace(partial, path)
+
+
+def check_output(output: Path, store: object) -> None:
+    """Refuse an output that is not a folder of its own, outside the store at the path or URL `store`; write nothing.
+
+    Raises:
+        OutputError: what `check_writable` raises.
+        ConfigError: it is in the store.
+    """
+    check_writable(output)
+    inside = output.resolve()
+    if isinstance(store, Path) and store.resolve() in (inside, *inside.parents):
+        raise ConfigError(f"the output '{output}' is in the store '{store}'; choose a folder outside it")
 
 
 def check_writable(folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..shared.disk import replacing
 from ..shared.errors import OutputError
 from ..shared.store.checksum import crc32c
-from .output import sync_folder
+from ..shared.store.durable import sync_folder
 
 
 def state_path(output: Path, name: str, step: int) -> Path:

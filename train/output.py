@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from ..shared.disk import write_file, writing
 from ..shared.errors import OutputBusyError, ThresherError
+from ..shared.store.durable import sync_folder
 
 if TYPE_CHECKING:
     from .parallel.ranks import Ranks
@@ -25,15 +26,6 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content so that readers and crashes see the old or the new, never a part."""
     write_file(path, text.encode())
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

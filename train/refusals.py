@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..shared.disk import check_writable
 from ..shared.errors import ConfigError, NonFiniteError, StoreError
 from .architectures.base import Architecture
 
@@ -98,19 +96,6 @@ def _warmup_notes(saes: Sequence[SaeConfig], schedule: Schedule) -> Iterable[str
                 f"warmup_steps is {schedule.warmup_steps:,}, but {left:,} of the run's {schedule.n_steps:,} steps come "
                 f"before the learning rate falls (decay_fraction {share:g}): {effect}"
             )
-
-
-def check_output(output: Path, store: ActivationStore) -> None:
-    """Refuse an output that is not a folder of its own; nothing is written.
-
-    Raises:
-        OutputError: it is a file or below one, or cannot be written.
-        ConfigError: it is in the store.
-    """
-    check_writable(output)
-    inside = output.resolve()
-    if isinstance(store.path, Path) and store.path.resolve() in (inside, *inside.parents):
-        raise ConfigError(f"the output '{output}' is in the store '{store.path}'; choose a folder outside it")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from ..shared.disk import check_output
 from ..shared.interrupt import Interrupt
 from ..shared.store import ActivationStore
 from .batches import ShuffledBatches
@@ -20,7 +21,6 @@ from .parallel.layout import Layout
 from .parallel.ranks import Agreement, Ranks, open_ranks
 from .plan import Plan, plan_run
 from .progress import Progress
-from .refusals import check_output
 from .run_state import RunState
 from .sae_trainer import SaeTrainer
 from .trainers import make_trainers, prepare, step_all
@@ -56,7 +56,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
     say = print if ranks.first else _say_nothing
     output = Path(config.output)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
-    check_output(output, store)
+    check_output(output, store.path)
     plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks)
     if config.dry_run:
         say(plan.describe())

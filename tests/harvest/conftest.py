@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from thresher.harvest.config import HarvestConfig
 
 BOS = "<bos>"
 
@@ -37,3 +41,22 @@ def text_folder(tmp_path_factory):
         words = rng.choice(["dust", "grain", "größe", BOS, "\n", "chaff "], rng.integers(1, 12))
         (folder / f"{i:02}.txt").write_text(" ".join(words), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def config(model_folder, text_folder, tmp_path):
+    """A harvest of few tokens, from a copy of the model that a test may change."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    return HarvestConfig(
+        model=str(tmp_path / "model"),
+        dataset=str(text_folder),
+        hook_points=["blocks.1.resid_post"],
+        store=str(tmp_path / "store"),
+        tokens=160,
+        context_size=8,
+        batch_size=2,
+        holdout_fraction=0.35,
+        dtype="float32",
+        model_dtype="float32",
+        workers=1,
+    )

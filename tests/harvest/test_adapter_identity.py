@@ -11,30 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from thresher.harvest.config import HarvestConfig
 from thresher.harvest.identity import identity, is_complete
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
 from thresher.shared.errors import StoreError
 
 CONTEXT = 8
-
-
-@pytest.fixture
-def config(model_folder, text_folder, tmp_path):
-    shutil.copytree(model_folder, tmp_path / "model")
-    return HarvestConfig(
-        model=str(tmp_path / "model"),
-        dataset=str(text_folder),
-        hook_points=["blocks.1.resid_post"],
-        store=str(tmp_path / "store"),
-        tokens=20 * CONTEXT,
-        context_size=CONTEXT,
-        holdout_fraction=0.35,
-        dtype="float32",
-        model_dtype="float32",
-        workers=1,
-    )
 
 
 @pytest.fixture

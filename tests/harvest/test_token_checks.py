@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import msgspec
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, GPT2LMHeadModel
 
 from thresher.harvest import tokens
-from thresher.harvest.config import HarvestConfig
 from thresher.harvest.packing import TokenizedDocument
 from thresher.harvest.run import harvest
 from thresher.harvest.token_checks import SAMPLE_TOKENS, check_tokens
@@ -20,24 +18,6 @@ from thresher.shared import ActivationStore
 from thresher.shared.errors import DataError, ModelError
 
 CONTEXT = 8
-
-
-@pytest.fixture
-def config(model_folder, text_folder, tmp_path):
-    shutil.copytree(model_folder, tmp_path / "model")
-    return HarvestConfig(
-        model=str(tmp_path / "model"),
-        dataset=str(text_folder),
-        hook_points=["blocks.1.resid_post"],
-        store=str(tmp_path / "store"),
-        tokens=20 * CONTEXT,
-        context_size=CONTEXT,
-        batch_size=2,
-        holdout_fraction=0.35,
-        dtype="float32",
-        model_dtype="float32",
-        workers=1,
-    )
 
 
 def replaced(config, **changes):
