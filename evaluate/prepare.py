@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..shared.device import choose_device
+from ..shared.device import choose_device, make_current
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
 from .config import EvaluateConfig
@@ -61,6 +61,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
         ModelError: the model or the tokenizer cannot be loaded, or the model does not fit the store.
     """
     device = choose_device(config.device)
+    make_current(device)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     refuse(config, store)
     failed: dict[str, str] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..shared.store import ActivationStore
+from ..shared.version import thresher_version
 from .features.files import FeatureIndex
 from .held_out import HeldOut
 
@@ -27,7 +27,7 @@ def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
         "ablation": ABLATION if model else None,
         "store": str(rows.store.path),
         "dataset": rows.store.metadata.get("dataset"),
-        "thresher_version": version("thresher"),
+        "thresher_version": thresher_version(),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Int64
 
 from ..shared.errors import NonFiniteError
+from ..shared.version import thresher_version
 from .across_places import across_places, losses_across_places, place_columns
 from .bootstrap import confidence_intervals, estimate
 from .comparison import Fired
@@ -46,7 +46,7 @@ def result_digests(given: Prepared) -> dict[str, str]:
     found = (given.rows.contexts, given.rows.usable, given.rows.group, given.rows.unmasked)
     rows = [torch.from_numpy(values) for values in found if values is not None]
     model = [] if given.model is None else list(given.model.state_dict().values())
-    facts = [VERSION, version("thresher"), settings, given.device, given.store.manifest.checksum, given.model_name]
+    facts = [VERSION, thresher_version(), settings, given.device, given.store.manifest.checksum, given.model_name]
     context = digest_of(facts, [*rows, *model])
     return {
         sae.name: digest_of([context, sae.name, sae.hook_point, sae.target, sae_digest(sae.sae)]) for sae in given.saes

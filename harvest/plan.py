@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..shared.adapters import model_parts
 from ..shared.context_limit import context_limit
-from ..shared.device import choose_device
+from ..shared.device import choose_device, make_current
 from ..shared.errors import ConfigError, ModelError
 from ..shared.hook_points import ResolvedHookPoint
 from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
@@ -54,6 +54,7 @@ class Plan:
 def make_plan(config: HarvestConfig) -> Plan:
     """Load model and tokenizer and find the hook points; raise `ModelError` or `HookPointError` if they do not fit."""
     device = choose_device(config.device)
+    make_current(device)
     if config.revision is not None and Path(model_parts(config.model, config.adapter).base).is_dir():
         raise ConfigError(
             f"revision '{config.revision}' is for a model on the Hugging Face hub, but '{config.model}' is a folder; "

@@ -14,12 +14,11 @@ from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ..shared.device import choose_device, device_among
+from ..shared.device import choose_device, device_among, make_current
 from ..shared.errors import ConfigError, RankError, ThresherError
 from ..shared.store.presence import Presence
 from .launch import n_ranks
@@ -200,8 +199,7 @@ def rank_device(device: str, ranks: Ranks) -> str:
     if ranks.world == 1:
         return choose_device(device)
     own = device_among(device, ranks.local_rank, ranks.local_world)
-    if torch.device(own).type == "cuda":
-        torch.cuda.set_device(own)  # so that nothing of this rank's lands on the first GPU
+    make_current(own)
     return own
 
 

@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 from .config import C, Config, describe, load_config, read_toml
 from .errors import ConfigError, ThresherError
+from .version import thresher_version
 
 USAGE_ERROR = 2
 PARTLY_FAILED = 3
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n`thresher COMMAND --help` lists a command's options.")
         return 0
     if arguments[0] == "--version":
-        print(f"thresher {version('thresher')}")
+        print(f"thresher {thresher_version()}")
         return 0
     if arguments[0] not in commands:
         print(f"error: no command '{arguments[0]}'; expected one of: {', '.join(commands)}", file=sys.stderr)

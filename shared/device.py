@@ -43,6 +43,12 @@ def device_among(device: str, local_rank: int, local_n: int) -> str:
     return f"cuda:{local_rank}"
 
 
+def make_current(device: str) -> None:
+    """Make a numbered GPU the current one, on which libraries launch kernels; "cuda" is the current one already."""
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+
+
 def describe_device(device: str) -> str:
     """Return the device and, for a GPU, what it is."""
     if torch.device(device).type == "cuda":

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
-import torch
 
+from ..shared.device import make_current
 from ..shared.disk import check_output
 from ..shared.interrupt import Interrupt
 from ..shared.store import ActivationStore
@@ -51,8 +51,7 @@ def train(config: TrainConfig) -> TrainedSaes:
 
 
 def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
-    if torch.device(config.device).type == "cuda":
-        torch.cuda.set_device(config.device)
+    make_current(config.device)
     say = print if ranks.first else _say_nothing
     output = Path(config.output)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..disk import replacing, write_file
 from ..errors import SaeError
 from ..paths import user_path
+from ..version import thresher_version
 
 CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -116,6 +116,6 @@ def saelens_config(
             "hook_name": hook_name,
             **_model_options(hook_point),
             **metadata,
-            "thresher": {"version": version("thresher"), "hook_point": hook_point, "config": dict(config)},
+            "thresher": {"version": thresher_version(), "hook_point": hook_point, "config": dict(config)},
         },
     }

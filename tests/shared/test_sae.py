@@ -1,12 +1,14 @@
 """SAEs: the formulas, the files, and what a damaged folder says."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import thresher.shared.version as version_module
 from thresher.shared import Sae
 from thresher.shared.errors import DiskSpaceError, MissingFileError, OutputError, SaeError
 
@@ -195,3 +197,14 @@ def test_an_earlier_transcoder_of_ours_is_read_at_mlp_in(tmp_path):
     config["metadata"]["hook_name"] = "blocks.2.ln2.hook_normalized"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     assert Sae.load(tmp_path).hook_point == "blocks.2.mlp_in", "it was trained there, whatever name was saved"
+
+
+def test_an_sae_is_saved_where_the_package_is_only_on_the_path(tmp_path, monkeypatch):
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(version_module, "version", not_installed)
+    make("topk", k=3).save(tmp_path / "sae")
+    written = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert written["metadata"]["thresher"]["version"] == "0+unknown"
+    assert Sae.load(tmp_path / "sae").architecture == "topk"

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 import thresher.shared.device as device_module
+from thresher.evaluate.config import EvaluateConfig
+from thresher.evaluate.prepare import prepare
+from thresher.harvest.config import HarvestConfig
+from thresher.harvest.plan import make_plan
 from thresher.shared import ActivationStoreWriter, Sae
-from thresher.shared.errors import ConfigError
+from thresher.shared.errors import ConfigError, MissingFileError, ModelError
 from thresher.train import TrainConfig, train
 from thresher.train.kernels import cpu, fused, reference
 
@@ -37,6 +41,37 @@ def test_auto_is_what_there_is(monkeypatch):
     for other in ("gpu", "xpu", "meta", "cpu:1", "cuda:", ""):
         with pytest.raises(ConfigError, match=f"expected device auto, cpu, cuda or cuda:N; got '{other}'"):
             device_module.choose_device(other)
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """Pretend that there are GPUs, up to their first tensor; return the numbers of those made the current one."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made_current.append, raising=False)
+    return made_current
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "made_current"),
+    [("auto", "cuda", []), ("cuda", "cuda", []), ("cuda:0", "cuda:0", [0]), ("cuda:1", "cuda:1", [1])],
+)
+def test_every_stage_accepts_a_gpu_with_or_without_its_number(
+    configured, current, capsys, tmp_path, device, said, made_current
+):
+    """PyTorch makes no device the current one that has no number."""
+    train(configured("planned", device=device, dry_run=True))
+    assert f"on {said} (a GPU) with triton kernels" in capsys.readouterr().out
+    assert current == made_current
+    current.clear()
+    store = str(tmp_path / "store")
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        make_plan(HarvestConfig(model=str(tmp_path), dataset="text", hook_points=("x",), store=store, device=device))
+    with pytest.raises(MissingFileError, match="no SAE in"):
+        prepare(EvaluateConfig(store=store, saes=str(tmp_path), output=str(tmp_path / "out"), device=device))
+    assert current == 2 * made_current
 
 
 @pytest.mark.parametrize(("kernels", "said"), [("auto", "cpu"), ("reference", "reference")])
