@@ -37,6 +37,14 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu`, leave alone the files that have no such test: they import libraries that may not be there."""
+    if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
+        return None
+    files = (collection_path, collection_path.with_name("conftest.py"))
+    return None if any(file.exists() and "mark.gpu" in file.read_text() for file in files) else True
+
+
 def pytest_collection_modifyitems(config, items):
     if config.option.markexpr.strip() != "gpu":
         return

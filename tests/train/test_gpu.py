@@ -125,6 +125,7 @@ def test_lines_of_metrics_are_those_of_a_run_that_reads_each(config, tmp_path, m
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("table", tables_of(SWEEP + ANNEALED), ids=lambda table: table["architecture"])
 @pytest.mark.parametrize("capture", [None, capture_on_cuda])
 def test_a_step_waits_for_the_device_only_to_look(table, capture):
@@ -147,8 +148,8 @@ def test_a_step_waits_for_the_device_only_to_look(table, capture):
         for _ in range(5):
             trainer.step(batch)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             metrics = trainer.step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
