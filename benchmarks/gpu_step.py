@@ -96,7 +96,8 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     """Check each kernel against its reference on some rows, then time it; floors from operations and bytes."""
     import torch
 
-    from thresher.train.kernels import fused, reference
+    from thresher.train.kernels import reference
+    from thresher.train.kernels import triton as fused
 
     parameters, x = make_problem(size, device)
     W = parameters["W_dec"].to(torch.bfloat16)
@@ -188,7 +189,7 @@ def step(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]
     """Time a whole step, captured in a CUDA graph and not, once two runs of it agree in every bit; and with AuxK."""
     import torch
 
-    from thresher.train.kernels import fused
+    from thresher.train.kernels import triton as fused
 
     cuda = torch.cuda.is_available()
     parameters, x = make_problem(size, device)
@@ -239,12 +240,12 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
     """Time a trainer's steps of every kind of selection, replayed as graphs, on batches already there."""
     import torch
 
-    from thresher.train.architectures.base import Batch
+    from thresher.train.architectures.contract import Batch
     from thresher.train.config import SaeConfig
-    from thresher.train.kernels import fused
-    from thresher.train.normalization import Normalization
-    from thresher.train.sae_trainer import SaeTrainer, Schedule, read_metrics
-    from thresher.train.step_graphs import capture_on_cuda
+    from thresher.train.kernels import triton as fused
+    from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+    from thresher.train.step.step_graphs import capture_on_cuda
+    from thresher.train.stream.normalization import Normalization
 
     _, x = make_problem(size, device)
     batch = Batch(x.float(), x)

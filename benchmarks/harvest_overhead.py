@@ -38,15 +38,15 @@ from transformers import PreTrainedModel
 from thresher.evaluate.features.readout import find_readout
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.forward import choose_workers
-from thresher.harvest.identity import identity
 from thresher.harvest.plan import Plan, make_plan
 from thresher.harvest.progress import Progress
+from thresher.harvest.reuse import identity
 from thresher.harvest.run import open_writer, run_model
-from thresher.harvest.tokens import batch_contexts, read_contexts
-from thresher.shared.config import load_config
-from thresher.shared.cores import one_thread_an_operator
-from thresher.shared.hook_points import find_blocks
-from thresher.shared.interrupt import Interrupt
+from thresher.harvest.tokens.tokens import batch_contexts, read_contexts
+from thresher.shared.core.config import load_config
+from thresher.shared.core.cores import single_threaded_operators
+from thresher.shared.core.interrupt import Interrupt
+from thresher.shared.model.hook_points import find_blocks
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 
@@ -115,7 +115,7 @@ def main() -> None:
                 base(input_ids=input_ids, use_cache=False)
 
     def bare_side_by_side() -> None:
-        with cut_after(plan.model, last), one_thread_an_operator(), ThreadPoolExecutor(workers) as pool:
+        with cut_after(plan.model, last), single_threaded_operators(), ThreadPoolExecutor(workers) as pool:
             list(pool.map(bare_batch, batches))
 
     def bare_batch(input_ids: torch.Tensor) -> None:

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from thresher.shared.cores import on_cores
-from thresher.train.architectures.latents import encoded_bias
+from thresher.shared.core.cores import on_cores
+from thresher.train.architectures.parts.latents import encoded_bias
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.kernels.cpu import row_blocks
-from thresher.train.kernels.cpu_topk import topk_of_rows
-from thresher.train.normalization import Normalization
-from thresher.train.sae_trainer import SaeTrainer, Schedule
-from thresher.train.trainers import prepare, step_all
+from thresher.train.kernels.cpu.topk import topk_of_rows
+from thresher.train.lockstep import prepare, step_all
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
+from thresher.train.stream.normalization import Normalization
 
 OUTPUT = Path("runs/bench/marginal_cost.json")
 

@@ -5,7 +5,7 @@
 Compression and reading are those of the store's own code on the last hook point; reading is in random
 chunk order, in MB/s of raw rows a CPU second. Shuffle quality is the design effect of a batch's mean:
 its variance over that of independent rows, 1 + 2 rho (pairs of a batch's rows that share a group) / batch.
-Pairs are counted in the orders that `thresher.train.order` gives; rho is measured on the store, for groups of
+Pairs are counted in the orders that `thresher.train.stream.order` gives; rho is measured on the store, for groups of
 the rows that a chunk and a context share. It is that of a large store of 4,096-wide rows in contexts of
 1,024 with batches of 4,096: a window is a vanishing part of a billion rows, so what it holds of one context
 is one chunk. (`benchmarks/train_shuffle.py` measures the design effect of a store that is there.)
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.store.format import choose_chunk_rows
-from thresher.train.order import order_window
+from thresher.shared.store.format.layout import choose_chunk_rows
+from thresher.train.stream.order import order_window
 
 BUDGETS_MIB = (2048, 512)
 """The default budget and a quarter of it; half holds the window, half the next one, which is being decoded."""

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
-from thresher.shared.store.codecs import decode_chunk, encode_chunk
-from thresher.shared.store.encode import encode_hook_chunk
-from thresher.shared.store.format import CHUNK_BYTES, Header, arrays_of
-from thresher.shared.store.quantise import dequantise, quantise
+from thresher.shared.store.format.codecs import decode_chunk, encode_chunk
+from thresher.shared.store.format.layout import CHUNK_BYTES, Header, arrays_of
+from thresher.shared.store.format.quantise import dequantise, quantise
+from thresher.shared.store.write.encode import encode_hook_chunk
 from thresher.train import TrainConfig, train
 
 ROUNDS = 3

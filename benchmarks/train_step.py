@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from thresher.train.architectures.base import Batch, StepInput
-from thresher.train.kernels import cpu_screen, kernels_for
-from thresher.train.kernels.cpu_int8 import multiplies_int8
+from thresher.train.architectures.contract import Batch, StepInput
+from thresher.train.kernels import kernels_for
+from thresher.train.kernels.cpu import screen as cpu_screen
+from thresher.train.kernels.cpu.int8 import multiplies_int8
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks/peers"))

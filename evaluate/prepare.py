@@ -7,17 +7,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..shared.device import choose_device, make_current
-from ..shared.hook_points import ResolvedHookPoint
+from ..shared.core.device import choose_device, make_current
+from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
+from .check_settings import refuse
 from .config import EvaluateConfig
-from .held_out import HeldOut, held_out
-from .origin import compare_origins
-from .probing import Task, probe_tasks
-from .refusals import refuse
-from .sae_folders import EvaluatedSae, diverged_saes, divergence_notes, load_saes, sae_folders
-from .same_model import check_embeddings, check_vocabulary
-from .store_model import model_name, open_model, open_tokenizer, splice_points
+from .metrics.held_out import HeldOut, held_out
+from .saes.origin import compare_origins
+from .saes.sae_folders import EvaluatedSae, diverged_saes, divergence_notes, load_saes, sae_folders
+from .with_model.probing import Task, probe_tasks
+from .with_model.same_model import check_embeddings, check_vocabulary
+from .with_model.store_model import model_name, open_model, open_tokenizer, splice_points
 
 
 @dataclass(frozen=True)

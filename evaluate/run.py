@@ -7,21 +7,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..shared.config import to_toml
-from ..shared.disk import write_file, writing
-from ..shared.errors import SaeError
-from .comparison import compare_dictionaries
+from ..shared.core.config import to_toml
+from ..shared.core.disk import write_file, writing
+from ..shared.core.errors import SaeError
 from .config import EvaluateConfig
 from .features.export import export_indexes
-from .names import printable
-from .origin import told
-from .output import loss_curve, write_rows
+from .metrics.comparison import compare_dictionaries
 from .prepare import prepare
-from .provenance import footer, logit_effects_note, provenance, report_title
 from .report.write import write_report
-from .results import Results
+from .results.output import loss_curve, write_rows
+from .results.provenance import footer, logit_effects_note, provenance, report_title
+from .results.results import Results
+from .results.table import metrics_table
+from .saes.names import printable
+from .saes.origin import told
 from .stages import index_features, judge_in_model, judge_offline, probe, result_digests
-from .table import metrics_table
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..shared.errors import HookPointError, SaeError
-from ..shared.hook_points import canonical_hook_point
+from ..shared.core.errors import HookPointError, SaeError
+from ..shared.model.hook_points import canonical_hook_point
 from ..shared.sae import Sae
-from ..shared.sae.files import saelens_hook_name
+from ..shared.sae.formats.files import saelens_hook_name
 
 
 @dataclass

@@ -11,25 +11,25 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64
 
-from ..shared.errors import NonFiniteError
-from ..shared.version import thresher_version
-from .across_places import across_places, losses_across_places, place_columns
-from .bootstrap import confidence_intervals, estimate
-from .comparison import Fired
-from .dictionary import geometry
-from .digests import digest_of, sae_digest
+from ..shared.core.errors import NonFiniteError
+from ..shared.core.version import thresher_version
 from .features.build import FeatureSettings, build_feature_index
 from .features.files import FeatureIndex
-from .offline import SaeSums, accumulate, offline_metrics
-from .output import latents_path, write_latents
-from .places import places
+from .metrics.bootstrap import confidence_intervals, estimate
+from .metrics.comparison import Fired
+from .metrics.dictionary import geometry
+from .metrics.offline import SaeSums, accumulate, offline_metrics
+from .metrics.reconstruction import InputSums
 from .prepare import Prepared
-from .probing import sparse_probing
-from .provenance import provenance
-from .reconstruction import InputSums
-from .results import Results
-from .sae_folders import EvaluatedSae
-from .spliced import accumulate_losses, run_name, splice_metrics
+from .results.output import latents_path, write_latents
+from .results.provenance import provenance
+from .results.results import Results
+from .saes.digests import digest_of, sae_digest
+from .saes.hook_group import places
+from .saes.sae_folders import EvaluatedSae
+from .with_model.across_places import across_places, losses_across_places, place_columns
+from .with_model.probing import sparse_probing
+from .with_model.splice_losses import accumulate_losses, run_name, splice_metrics
 
 VERSION = 1
 """Counts up whenever the results of the same inputs come to be others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..shared.cli import run_stage
+from ..shared.core.cli import run_stage
 from .config import HarvestConfig
 
 CONFIG = HarvestConfig

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..shared.config import Config
-from ..shared.store.format import CHUNK_BYTES, SHARD_BYTES
+from ..shared.core.config import Config
+from ..shared.store.format.layout import CHUNK_BYTES, SHARD_BYTES
 
 Level = Annotated[int, Meta(ge=0, le=22)]
 Positive = Annotated[int, Meta(ge=1)]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..shared.errors import DiskSpaceError
-from ..shared.store.format import ITEM_BYTES
-from ..shared.store.location import cache_folder, locate
+from ..shared.core.errors import DiskSpaceError
+from ..shared.core.location import cache_folder, locate
+from ..shared.store.format.layout import ITEM_BYTES
 from .config import HarvestConfig
 
 # Stored bytes over raw bytes, with a margin: bitshuffled bfloat16 activations come to 0.70 to 0.78.

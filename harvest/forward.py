@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..shared.capture import capturing
-from ..shared.cores import one_thread_an_operator
-from .packing import ContextBatch
+from ..shared.core.cores import single_threaded_operators
+from ..shared.model.capture import capturing
 from .plan import Plan
+from .tokens.packing import ContextBatch
 
 MAX_WORKERS = 16
 
@@ -59,7 +59,7 @@ def forward_passes(plan: Plan, batches: Iterable[ContextBatch], workers: int) ->
         if device.type != "cpu":
             yield from map(run, batches)
             return
-        with one_thread_an_operator(), _pool(workers) as pool:
+        with single_threaded_operators(), _pool(workers) as pool:
             running: deque[Future[Harvested]] = deque()
             for batch in batches:
                 running.append(pool.submit(run, batch))

@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..shared.adapters import model_parts
-from ..shared.context_limit import context_limit
-from ..shared.device import choose_device, make_current
-from ..shared.errors import ConfigError, ModelError
-from ..shared.hook_points import ResolvedHookPoint
-from ..shared.language_model import load_model, load_tokenizer, resolve_hook_points
+from ..shared.core.device import choose_device, make_current
+from ..shared.core.errors import ConfigError, ModelError
+from ..shared.model.adapters import model_parts
 from ..shared.model.certificate import certificate
-from ..shared.store.format import ITEM_BYTES, choose_chunk_rows
-from ..shared.store.roles import ROLE_NAMES
-from ..shared.store.tokenizer_folder import describe_tokenizer
-from ..shared.stored_tokenizer import serialise_tokenizer
+from ..shared.model.context_limit import context_limit
+from ..shared.model.hook_points import ResolvedHookPoint
+from ..shared.model.language_model import load_model, load_tokenizer, resolve_hook_points
+from ..shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
+from ..shared.store.format.roles import ROLE_NAMES
+from ..shared.store.read.stored_tokenizer import serialise_tokenizer
+from ..shared.store.read.tokenizer_folder import describe_tokenizer
 from .config import HarvestConfig
-from .text_rules import PLAIN_TEXT, TextRules, bos_token_id
-from .tokens import check_splits, find_text_rules
+from .tokens.text_rules import PLAIN_TEXT, TextRules, bos_token_id
+from .tokens.tokens import check_splits, find_text_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..shared.errors import StoreError
-from ..shared.progress import progress
+from ..shared.core.errors import StoreError
+from ..shared.core.location import StoreUrl
+from ..shared.core.progress import progress
 from ..shared.store import ActivationStore
-from ..shared.store.location import StoreUrl
 from .config import HarvestConfig
-from .identity import find_manifest
-from .packing import Context
+from .reuse import find_manifest
+from .tokens.packing import Context
 
 if TYPE_CHECKING:
-    from ..shared.store.format import Header
+    from ..shared.store.format.layout import Header
 
 SECONDS_BEFORE_BAR = 2.0
 

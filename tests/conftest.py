@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-RANKS_DRIVER = Path(__file__).parent / "harvest" / "ranks_driver.py"
+RANKS_DRIVER = Path(__file__).parent / "harvest" / "ranks" / "ranks_driver.py"
 RANKS_CONFIG = """
 model = "{model}"
 dataset = "{text}"

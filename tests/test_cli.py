@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from thresher.shared.cli import main
+from thresher.shared.core.cli import main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from thresher.shared.cli import main; sys.exit(main())"
+    code = "import sys; from thresher.shared.core.cli import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True)
 
 
 def test_help_lists_every_command_and_imports_no_torch():
-    code = "import sys; from thresher.shared.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from thresher.shared.core.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for command in ("harvest", "train", "evaluate", "store"):
@@ -38,7 +38,7 @@ def test_stage_help_names_every_key(stage, capsys):
 
 
 def test_help_may_be_cut_off():
-    code = "from thresher.shared.cli import run; run()"
+    code = "from thresher.shared.core.cli import run; run()"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-P", "-c", code, "train", "--help"], stdout=writer, stderr=subprocess.PIPE)
@@ -77,7 +77,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected):
 
 
 def test_a_bug_keeps_its_traceback():
-    from thresher.shared.cli import run_guarded
+    from thresher.shared.core.cli import run_guarded
 
     with pytest.raises(ZeroDivisionError):
         run_guarded(lambda: 1 / 0)

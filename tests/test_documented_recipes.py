@@ -31,7 +31,7 @@ def recipe(document: str) -> str:
 @pytest.mark.parametrize("document", SIZES)
 def test_a_store_written_as_documented_can_be_evaluated(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("thresher.shared.store.durable.flush", lambda handle: None)
+    monkeypatch.setattr("thresher.shared.store.local.durable.flush", lambda handle: None)
     rows = torch.randn(N, 16, 12, generator=torch.Generator().manual_seed(0))
     given = {"batches": rows.split(7), "n_contexts": N, "rows_of": lambda start, stop: rows[start:stop]}
     exec(compile(recipe(document), document, "exec"), given)

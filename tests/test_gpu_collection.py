@@ -29,6 +29,11 @@ def test_the_tests_that_need_a_gpu_are_found_without_libraries_that_only_others_
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    for file in ("train/test_gpu.py", "train/test_staging.py", "train/kernels/test_select.py", "evaluate/test_run.py"):
+    for file in (
+        "train/test_gpu.py",
+        "train/stream/test_gpu_windows.py",
+        "train/kernels/triton/test_select.py",
+        "evaluate/test_run.py",
+    ):
         assert f"tests/{file}" in found
-    assert "tests/harvest/test_documents.py" not in found
+    assert "tests/harvest/documents/test_documents.py" not in found

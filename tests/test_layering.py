@@ -1,56 +1,154 @@
-"""The direction of imports: the stages import `shared`, never each other; `shared` imports none."""
+"""The direction of imports: each folder imports only what stands above it in `FLOORS`, and no files import in a circle.
+
+Imports inside functions and under `TYPE_CHECKING` count as well.
+"""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
+
+# From the ground up. An entry is a folder, or a file of a folder whose other files stand elsewhere.
+FLOORS = [
+    "shared/core",
+    "shared/model/probe",
+    "shared/model",
+    "shared/sae/formats",
+    "shared/sae",
+    "shared/store/format",
+    "shared/store/local",
+    "shared/store/remote",
+    "shared/store/write",
+    "shared/store/read",
+    "shared/store",
+    "shared",
+    "harvest/config.py",
+    "harvest/documents",
+    "harvest/tokens",
+    "harvest/steps.py",
+    "harvest/ranks",
+    "harvest",
+    "train/config.py",
+    "train/kernels",
+    "train/stream",
+    "train/architectures/contract.py",
+    "train/architectures/parts",
+    "train/architectures",
+    "train/parallel",
+    "train/step",
+    "train/sweep",
+    "train/checkpoints",
+    "train/warm_start",
+    "train/reporting",
+    "train",
+    "evaluate/config.py",
+    "evaluate/saes",
+    "evaluate/metrics",
+    "evaluate/with_model",
+    "evaluate/features",
+    "evaluate/results",
+    "evaluate/report",
+    "evaluate",
+    "thresher",
+]
+SAME_FLOOR = {
+    "harvest/steps.py": ["estimate", "forward", "plan", "prefetch", "progress", "resume", "reuse"],
+    "train/architectures/contract.py": ["capacity"],
+}
 STAGES = ("harvest", "train", "evaluate")
 
 
-def imported_packages(file: Path) -> set[str]:
-    """Return the Thresher packages that a file imports, relative or absolute."""
-    package = file.relative_to(ROOT).parts[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".")
-            if node.level:
-                above = package[: len(package) - node.level + 1]
-                names = [*above, *module] if node.module else [*above, node.names[0].name]
-                if names:
-                    found.add(names[0])
-            elif module[0] == "thresher" and len(module) > 1:
-                found.add(module[1])
-        elif isinstance(node, ast.Import):
-            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("thresher.")}
+def floor_of(file: Path, root: Path = ROOT) -> int:
+    """Return the entry of `FLOORS` that a file stands on."""
+    path = file.relative_to(root).as_posix()
+    for entry, names in SAME_FLOOR.items():
+        if path in [f"{Path(entry).parent}/{name}.py" for name in names]:
+            return FLOORS.index(entry)
+    found = [entry for entry in FLOORS if path == entry or path.startswith(f"{entry}/")]
+    return FLOORS.index(max(found, key=len))
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Return Thresher's files by module name."""
+    found = {}
+    for package in PACKAGES:
+        for file in (root / package).rglob("*.py"):
+            parts = file.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
 
 
-@pytest.mark.parametrize("package", ["shared", *STAGES])
-def test_layers(package):
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert files
-    allowed = {"shared", package}
-    for file in files:
-        strangers = imported_packages(file) & {"shared", *STAGES} - allowed
-        assert not strangers, f"{file.relative_to(ROOT)} imports {sorted(strangers)}"
+def imported(file: Path, known: dict[str, Path], root: Path = ROOT) -> set[str]:
+    """Return the modules of Thresher that a file imports, relative or absolute."""
+    package = list(file.relative_to(root).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                base = package[: len(package) - node.level + 1] + module
+            elif module and module[0] == "thresher":
+                base = module[1:]
+            else:
+                continue
+            for name in node.names:
+                inner = ".".join([*base, name.name])
+                found.add(inner if inner in known else ".".join(base))
+        elif isinstance(node, ast.Import):
+            found |= {name.name.removeprefix("thresher.") for name in node.names if name.name.startswith("thresher.")}
+    return found & known.keys()
 
 
-def test_the_check_sees_relative_imports(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (tmp_path / "train" / "deep").mkdir(parents=True)
+def test_imports_only_go_down():
+    known = modules()
+    assert len(known) > 200
+    upward = []
+    for name, file in known.items():
+        for other in imported(file, known):
+            if floor_of(known[other]) > floor_of(file):
+                upward.append(f"{name} imports {other}")
+            if name.split(".")[0] in STAGES and other.split(".")[0] not in ("shared", name.split(".")[0]):
+                upward.append(f"{name} imports another stage, {other}")
+    assert not upward
+
+
+def test_no_files_import_in_a_circle():
+    known = modules()
+    graph = {name: imported(file, known) - {name} for name, file in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(reversed(error.args[1]))) from None
+
+
+def test_the_check_sees_every_kind_of_import(tmp_path):
     file = tmp_path / "train" / "deep" / "a.py"
-    file.write_text("from ...harvest.run import harvest\nfrom ..x import y\nimport thresher.evaluate.run\n")
-    assert imported_packages(file) == {"harvest", "train", "evaluate"}
+    file.parent.mkdir(parents=True)
+    known = dict.fromkeys(["harvest.run", "train.x", "evaluate.run", "shared", "train.deep.b", "shared.core"], file)
+    file.write_text(
+        "from ...harvest.run import harvest\nfrom .. import x\nimport thresher.evaluate.run\n"
+        "def f():\n    from thresher import shared\n    from .b import c\n"
+        "if TYPE_CHECKING:\n    from ...shared.core import errors\n"
+    )
+    assert imported(file, known, tmp_path) == known.keys()
 
 
-def test_no_file_is_a_house_with_too_few_rooms():
-    files = [
-        p for folder in ("shared", *STAGES, "models", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")
-    ]
-    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 500}
+def test_every_floor_is_there_and_folders_are_of_a_size_to_read():
+    assert [entry for entry in FLOORS if not (ROOT / entry).exists()] == []
+    crowded = {}
+    for package in PACKAGES:
+        for folder in {file.parent for file in (ROOT / package).rglob("*.py")}:
+            n = len([file for file in folder.glob("*.py") if file.stem not in ("__init__", "__main__")])
+            if n > 15:
+                crowded[str(folder.relative_to(ROOT))] = n
+    assert not crowded
+
+
+def test_no_file_is_too_long_to_read():
+    files = [file for folder in (*PACKAGES, "models", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    long = {str(file.relative_to(ROOT)): n for file in files if (n := len(file.read_text().splitlines())) > 500}
     assert not long

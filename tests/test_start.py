@@ -18,11 +18,11 @@ print(*sys.modules)
 """
 SHAPES = """
 import msgspec
-from thresher.shared.config import load_config
+from thresher.shared.core.config import load_config
 from thresher.train.architectures import make_architecture
 from thresher.train.config import TrainConfig
 from thresher.train.memory import held_bytes
-from thresher.train.sweep import expand_sweep
+from thresher.train.sweep.grids import expand_sweep
 for sae in expand_sweep(load_config(TrainConfig, sys.argv[2], []).sae):
     held_bytes(make_architecture(msgspec.structs.replace(sae, d_sae=64, k=sae.k and 8), 16), "bfloat16")
 """
@@ -54,7 +54,7 @@ def test_plain_runs_import_what_they_need(tmp_path):
     )
     imported = modules_after("harvest", harvest)
     assert {"torch", "transformers", "pyarrow"} <= imported
-    assert not imported & {"datasets", "pandas", "zarr", "thresher.harvest.together"}
+    assert not imported & {"datasets", "pandas", "zarr", "thresher.harvest.ranks.multi_process"}
     imported = modules_after("train", train, ROOT / "configs/train/mixed.toml", then=SHAPES)
     assert {"torch", "thresher.train.run", "thresher.train.memory"} <= imported
     unneeded = {"torch._dynamo", "sympy", "triton", "transformers", "datasets", "pandas", "pyarrow", "zarr"}
@@ -63,7 +63,7 @@ def test_plain_runs_import_what_they_need(tmp_path):
 
 ENDING = """
 import atexit, sys
-from thresher.shared.cli import run_process
+from thresher.shared.core.cli import run_process
 
 def command(arguments):
     atexit.register(print, "at exit")
@@ -103,14 +103,14 @@ def test_the_collector_looks_again_after_imports_and_forgets_them_until_the_end(
     code = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))
-from thresher.shared.lazy import importing
+from thresher.shared.core.lazy import fast_imports
 for modules in ("json", "torch"):
-    with importing():
+    with fast_imports():
         print(gc.isenabled(), end=" ")
         __import__(modules)
     print(gc.isenabled(), gc.get_freeze_count() > 0, end=" ")
 gc.disable()
-with importing():
+with fast_imports():
     pass
 print(gc.isenabled())
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..shared.lazy import lazy_exports
+from ..shared.core.lazy import lazy_exports, make_callable
 
 if TYPE_CHECKING:
-    from .batches import ShuffledBatches as ShuffledBatches
     from .config import TrainConfig as TrainConfig
     from .run import train as train
+    from .stream.batches import ShuffledBatches as ShuffledBatches
 
-__getattr__ = lazy_exports(__name__, {"ShuffledBatches": ".batches", "TrainConfig": ".config", "train": ".run"})
+__getattr__ = lazy_exports(__name__, {"ShuffledBatches": ".stream.batches", "TrainConfig": ".config", "train": ".run"})
+make_callable(__name__, "train")

@@ -6,8 +6,8 @@ import os
 import sys
 from typing import Any
 
-from ..shared.cli import PARTLY_FAILED, run_stage
-from ..shared.lazy import importing
+from ..shared.core.cli import PARTLY_FAILED, run_stage
+from ..shared.core.lazy import fast_imports
 from .config import TrainConfig
 
 CONFIG = TrainConfig
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(config: TrainConfig) -> Any:
-    with importing():
+    with fast_imports():
         from .memory import keep_freed_memory  # here, so that --help stays quick
         from .run import train
 
@@ -32,9 +32,9 @@ def _run(config: TrainConfig) -> Any:
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return code_of_training()
-    from .parallel.voice import run_in_one_voice
+    from .parallel.failure_report import report_failure_once
 
-    code = run_in_one_voice(code_of_training)
+    code = report_failure_once(code_of_training)
     if code:
         # Not `sys.exit`: the threads of a process group that has lost a member cannot be joined.
         sys.stdout.flush()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..shared.config import MAX_SEED, Cache, CacheBytes, Config, Device, Roles
+from ..shared.core.config import MAX_SEED, Cache, CacheBytes, Config, Device, Roles
 
 
 class SaeConfig(Config, frozen=True):

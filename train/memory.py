@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .architectures.base import Architecture, Parameters
+from .architectures.base import Architecture
+from .architectures.contract import Parameters
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 256 << 20, 1 << 30

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..shared.device import choose_device, describe_device
-from ..shared.errors import ConfigError, HookPointError, StoreError
+from ..shared.core.device import choose_device, describe_device
+from ..shared.core.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
+from .check_settings import check_activations, check_schedules, notes_of
 from .config import SaeConfig, TrainConfig
-from .initialise import read_initial, source_of
 from .kernels import backend_for
 from .memory import available_memory, held_bytes, parameter_shapes
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import most_held
 from .parallel.ranks import Ranks
-from .refusals import check_activations, check_schedules, notes_of
-from .sae_trainer import Schedule
-from .sweep import expand_sweep
+from .step.sae_trainer import Schedule
+from .sweep.grids import expand_sweep
+from .warm_start.initialise import read_initial, source_of
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import msgspec
 
-from ..shared.device import make_current
-from ..shared.disk import check_output
-from ..shared.interrupt import Interrupt
+from ..shared.core.device import make_current
+from ..shared.core.disk import check_output
+from ..shared.core.interrupt import Interrupt
 from ..shared.store import ActivationStore
-from .batches import ShuffledBatches
+from .checkpoints.output import locked
 from .config import TrainConfig
-from .initialise import initialise_trainers
-from .metrics import PendingLines
-from .output import locked
+from .lockstep import make_trainers, prepare, step_all
 from .parallel.layout import Layout
 from .parallel.ranks import Agreement, Ranks, open_ranks
 from .plan import Plan, plan_run
-from .progress import Progress
+from .reporting.metrics import PendingLines
+from .reporting.progress import Progress
 from .run_state import RunState
-from .sae_trainer import SaeTrainer
-from .trainers import make_trainers, prepare, step_all
+from .step.sae_trainer import SaeTrainer
+from .stream.batches import ShuffledBatches
+from .warm_start.initialise import initialise_trainers
 
 
 class TrainedSaes(list[Path]):

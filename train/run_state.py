@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from ..shared.config import read_toml, to_toml
-from ..shared.content import stored_model_content
-from ..shared.disk import writing
-from ..shared.errors import ConfigError
-from ..shared.sae.files import CONFIG_NAME as SAE_CONFIG_NAME
-from ..shared.sae.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
-from .batches import ShuffledBatches
-from .checkpoint import fault_of, load_state, remove_states, save_state, state_path
+from ..shared.core.config import read_toml, to_toml
+from ..shared.core.disk import writing
+from ..shared.core.errors import ConfigError
+from ..shared.model.content import stored_model_content
+from ..shared.sae.formats.files import CONFIG_NAME as SAE_CONFIG_NAME
+from ..shared.sae.formats.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
+from .checkpoints.checkpoint import fault_of, load_state, remove_states, save_state, state_path
+from .checkpoints.output import write_atomically
+from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
 from .config import SaeConfig, TrainConfig
-from .normalization import scale_of, scale_of_raw_norm
-from .output import write_atomically
 from .parallel.latents import is_sharded
 from .parallel.layout import Layout
 from .parallel.ranks import Ranks
 from .plan import Plan
-from .record import Checkpoint, RunRecord, load_record, save_record
-from .sae_trainer import SaeTrainer
 from .same_run import Difference, Request, compare
+from .step.sae_trainer import SaeTrainer
+from .stream.batches import ShuffledBatches
+from .stream.normalization import scale_of, scale_of_raw_norm
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore

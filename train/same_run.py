@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..shared.errors import ConfigError
-from ..shared.store.identity import StoreIdentity
+from ..shared.core.errors import ConfigError
+from ..shared.store.format.identity import StoreIdentity
 from .architectures import architectures_using
-from .record import RunRecord
+from .checkpoints.record import RunRecord
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore

@@ -11,10 +11,10 @@ import torch
 
 from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
+from thresher.train.lockstep import prepare, step_all
 from thresher.train.memory import keep_freed_memory
-from thresher.train.normalization import Normalization
-from thresher.train.sae_trainer import SaeTrainer, Schedule
-from thresher.train.trainers import prepare, step_all
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
+from thresher.train.stream.normalization import Normalization
 
 OPERATIONS = (
     "select_topk",

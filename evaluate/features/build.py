@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ...shared.disk import writing
-from ...shared.errors import DataError, StoreError
-from ...shared.paths import user_path
-from ...shared.progress import progress as show_progress
+from ...shared.core.disk import writing
+from ...shared.core.errors import DataError, StoreError
+from ...shared.core.paths import user_path
+from ...shared.core.progress import progress as show_progress
 from ...shared.store import ActivationStore
-from ..digests import vocabulary
-from ..encoding import rows_at_a_time
-from ..names import file_names
-from ..places import joined, places
+from ..metrics.encoding import rows_at_a_time
+from ..saes.digests import vocabulary
+from ..saes.hook_group import joined, places
+from ..saes.names import file_names
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
 from .fingerprint import context_fingerprint, fingerprint

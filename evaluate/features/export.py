@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ...shared.disk import write_file, writing
-from ...shared.hook_points import canonical_hook_point
-from ...shared.paths import user_path
-from ..names import file_names
+from ...shared.core.disk import write_file, writing
+from ...shared.core.paths import user_path
+from ...shared.model.hook_points import canonical_hook_point
+from ..saes.names import file_names
 from .files import FeatureIndex
 
 BATCH_LATENTS = 128

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...shared.disk import replacing
-from ...shared.errors import DataError, MissingFileError
-from ...shared.paths import user_path
+from ...shared.core.disk import replacing
+from ...shared.core.errors import DataError, MissingFileError
+from ...shared.core.paths import user_path
 from .token_text import TokenTexts
 
 ROW_GROUP = 512

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...shared.sae import Sae
 from ...shared.store import ActivationStore
-from ..digests import digest_of, sae_digest, tokenizer_digest
+from ..saes.digests import digest_of, sae_digest, tokenizer_digest
 from .readout import Readout
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...shared.disk import replacing, writing
+from ...shared.core.disk import replacing, writing
 
 SECONDS_BETWEEN = 60.0
 SHARE_OF_TIME = 0.05

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ...shared.hook_points import find_blocks
+from ...shared.model.hook_points import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

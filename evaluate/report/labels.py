@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..places import places, together
+from ..saes.hook_group import places, together
 from .definitions import format_value
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ...shared.disk import write_file
-from ...shared.paths import user_path
+from ...shared.core.disk import write_file
+from ...shared.core.paths import user_path
 from ..features.files import FeatureIndex
 from .definitions import ACROSS, PROVENANCE_LABELS, Metric, columns, format_value
 from .feature_blocks import pack_features

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hook_points import ResolvedHookPoint
-from .block_probe import BlockProbe
-from .blocks import Blocks, block_lists, text_config
-from .finding import Finding, Findings
-from .passes import Passes
-from .probe import Place, Record, run
-from .stream import check_stream
+from .hook_points import ResolvedHookPoint
+from .probe.block_probe import BlockProbe
+from .probe.blocks import Blocks, block_lists, text_config
+from .probe.finding import Finding, Findings
+from .probe.passes import Passes
+from .probe.probe import Place, Record, run
+from .probe.stream import check_stream
 
 FLOAT32_COPY_PARAMETERS = 1 << 28
 """Largest model that is measured as a copy in float32 too: 1 GiB of it."""

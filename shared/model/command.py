@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from msgspec import Meta
-
-from ..config import Config, Device, describe, load_config
-from ..errors import ConfigError
+from ..core.config import describe, load_config
+from ..core.errors import ConfigError
+from .hooks_config import HooksConfig
 
 SUMMARY = "List a model's hook points: width, module, and what was measured."
 
 
-class HooksConfig(Config, frozen=True, kw_only=True):
-    """The model and how it is loaded, as for a harvest."""
-
-    model: Annotated[str, Meta(description="Folder or Hugging Face id of the language model.")]
-    model_dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        Meta(description="Data type the model runs in; auto is bfloat16 where the device has it."),
-    ] = "auto"
-    device: Device = "auto"
-    revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model.")] = None
-    adapter: Annotated[
-        str | None, Meta(description="Folder or Hugging Face id of a PEFT adapter to merge into the model.")
-    ] = None
-    trust_remote_code: Annotated[bool, Meta(description="Run Python code that comes with the model.")] = False
-    attn_implementation: Annotated[
-        str | None, Meta(description="How attention is computed: eager, sdpa, flash_attention_2, ...")
-    ] = None
-
-
 def main(arguments: list[str]) -> int:
     """Print the hook points of the model that the first argument names, and return the exit code."""
-    from ..cli import run_guarded
+    from ..core.cli import run_guarded
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(f"usage: thresher hooks MODEL [--key value ...]\n\n{SUMMARY}\n\n{describe(HooksConfig)}")
@@ -41,9 +21,9 @@ def main(arguments: list[str]) -> int:
 
     def run() -> Any:
         config = _config(arguments)
-        from ..lazy import importing
+        from ..core.lazy import fast_imports
 
-        with importing():
+        with fast_imports():
             from .table import print_hook_points  # here, so that --help stays quick
 
             print_hook_points(config)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..capture import NAMES_A_MODULE
-from ..device import choose_device
-from ..hook_points import KINDS
-from ..language_model import load_model
+from ..core.device import choose_device
+from .capture import NAMES_A_MODULE
 from .certificate import Findings, measure, measured_in
-from .command import HooksConfig
-from .finding import Finding
+from .hook_points import KINDS
+from .hooks_config import HooksConfig
+from .language_model import load_model
+from .probe.finding import Finding
 
 _WIDEST = max(map(len, KINDS))
 

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ..errors import SaeError
-from ..hook_points import canonical_hook_point
-from ..paths import user_path
+from ..core.errors import SaeError
+from ..core.paths import user_path
+from ..model.hook_points import canonical_hook_point
 from . import activations
-from .files import saelens_config, tensor_names, write_folder
 from .formats import read_sae
+from .formats.files import saelens_config, tensor_names, write_folder
 from .selection import largest
 
 MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")

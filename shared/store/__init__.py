@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_exports
+from ..core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .moments import Moments as Moments
-    from .reader import ActivationStore as ActivationStore
-    from .writer import ActivationStoreWriter as ActivationStoreWriter
+    from .format.moments import Moments as Moments
+    from .read.reader import ActivationStore as ActivationStore
+    from .write.writer import ActivationStoreWriter as ActivationStoreWriter
 
 __getattr__ = lazy_exports(
-    __name__, {"ActivationStore": ".reader", "ActivationStoreWriter": ".writer", "Moments": ".moments"}
+    __name__,
+    {"ActivationStore": ".read.reader", "ActivationStoreWriter": ".write.writer", "Moments": ".format.moments"},
 )

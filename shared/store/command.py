@@ -14,14 +14,14 @@ PATH is a folder, or a URL such as s3://bucket/prefix (docs/object-stores.md).
 
 def main(arguments: list[str]) -> int:
     """Run `info`, `verify` or `sample` and return the exit code."""
-    from ..cli import run_guarded
+    from ..core.cli import run_guarded
 
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
         return 0 if arguments else 2
 
     def run() -> int:
-        from .inspect import run_command  # here, so that --help stays quick
+        from .read.inspect import run_command  # here, so that --help stays quick
 
         return run_command(arguments)
 

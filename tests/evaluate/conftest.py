@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
     """A model on disk, and a store of its activations in float32 with documents, held-out contexts and masked BOS."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from thresher.shared.language_model import capture, resolve_hook_points
+    from thresher.shared.model.language_model import capture, resolve_hook_points
     from thresher.shared.store import ActivationStoreWriter
 
     root = tmp_path_factory.mktemp("tiny")

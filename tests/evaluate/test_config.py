@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from thresher.evaluate.config import EvaluateConfig
-from thresher.shared.config import describe, load_config, to_toml
-from thresher.shared.errors import ConfigError
+from thresher.shared.core.config import describe, load_config, to_toml
+from thresher.shared.core.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.name for path in (CONFIGS / "evaluate").glob("*.toml"))

@@ -17,7 +17,7 @@ from thresher.evaluate import stages
 from thresher.evaluate.command import main
 from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.run import evaluate
-from thresher.shared.errors import ThresherError
+from thresher.shared.core.errors import ThresherError
 from thresher.shared.sae import Sae
 from thresher.shared.store import ActivationStore
 
@@ -86,7 +86,7 @@ def test_where_every_sae_fails_the_evaluation_does(tiny, saes, tmp_path, capsys)
 
 
 def test_an_sae_that_diverged_in_training_is_named(tiny, saes, tmp_path, capsys):
-    from thresher.evaluate.sae_folders import DIVERGED_NAME
+    from thresher.evaluate.saes.sae_folders import DIVERGED_NAME
     from thresher.train import run_state
 
     assert run_state.DIVERGED_NAME == DIVERGED_NAME
@@ -229,13 +229,13 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_file(
             raise OSError(code, os.strerror(code))
         fsync(handle)
 
-    monkeypatch.setattr("thresher.shared.disk.os.fsync", refuse)
+    monkeypatch.setattr("thresher.shared.core.disk.os.fsync", refuse)
     assert run(tiny, saes / "topk_k2", tmp_path / "out", "--model", "false") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(said)
     assert str(tmp_path / "out") in error
     assert not list((tmp_path / "out").rglob("*.partial"))
-    monkeypatch.setattr("thresher.shared.disk.os.fsync", fsync)
+    monkeypatch.setattr("thresher.shared.core.disk.os.fsync", fsync)
     assert run(tiny, saes / "topk_k2", tmp_path / "out", "--model", "false") == 0
 
 

@@ -14,7 +14,7 @@ from thresher.evaluate.config import EvaluateConfig
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore, Sae
-from thresher.shared.store.roles import ASSISTANT, PLACED
+from thresher.shared.store.format.roles import ASSISTANT, PLACED
 
 HOOK, D, CONTEXT = "blocks.0.resid_post", 8, 16
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thresher.evaluate.saebench import SaeBenchSae, layer_of, saebench_sae
-from thresher.shared.errors import HookPointError, SaeError
+from thresher.shared.core.errors import HookPointError, SaeError
 
 
 @pytest.mark.parametrize("architecture", ["topk", "standard"])

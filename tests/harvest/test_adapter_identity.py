@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from thresher.harvest.identity import identity, is_complete
+from thresher.harvest.reuse import identity, is_complete
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
-from thresher.shared.errors import StoreError
+from thresher.shared.core.errors import StoreError
 
 CONTEXT = 8
 

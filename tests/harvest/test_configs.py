@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from thresher.harvest.config import HarvestConfig
-from thresher.shared.capture import capture, resolve_hook_points
-from thresher.shared.config import load_config
+from thresher.shared.core.config import load_config
+from thresher.shared.model.capture import capture, resolve_hook_points
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "harvest"
 SMALL = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_attention_heads=2, max_position_embeddings=4096)

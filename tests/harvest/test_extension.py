@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from thresher.harvest import resume as resume_module
-from thresher.harvest import run as run_module
+from thresher.harvest import steps as steps_module
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.errors import StoreBusyError, StoreError
-from thresher.shared.store import commit, durable
-from thresher.shared.store.manifest import read_manifest
+from thresher.shared.core.errors import StoreBusyError, StoreError
+from thresher.shared.store.format.manifest import read_manifest
+from thresher.shared.store.local import durable
+from thresher.shared.store.local import store_folder as commit
 
 CONTEXT, GROUP, PER_SHARD, BATCH = 8, 4, 8, 5
 SIZES = (30, 59)
@@ -75,8 +76,10 @@ def at_once(config, n_contexts):
 def count_contexts(monkeypatch):
     """The function that returns how many contexts went through the model since the last call."""
     seen = []
-    append = run_module.append
-    monkeypatch.setattr(run_module, "append", lambda *args: seen.append(args[3].stop - args[3].start) or append(*args))
+    append = steps_module.append
+    monkeypatch.setattr(
+        steps_module, "append", lambda *args: seen.append(args[3].stop - args[3].start) or append(*args)
+    )
 
     def count():
         n = sum(seen)
@@ -132,14 +135,14 @@ def test_a_store_can_be_extended_again_and_again(config):
 
 def interrupt(config, monkeypatch, after):
     with monkeypatch.context() as patch:
-        append, calls = run_module.append, []
+        append, calls = steps_module.append, []
 
         def failing(*arguments):
             if len(calls) == after:
                 raise RuntimeError("interrupted")
             calls.append(append(*arguments))
 
-        patch.setattr(run_module, "append", failing)
+        patch.setattr(steps_module, "append", failing)
         with pytest.raises(RuntimeError, match="interrupted"):
             harvest(config)
 

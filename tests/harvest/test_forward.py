@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from thresher.harvest.forward import choose_workers, forward_passes
-from thresher.harvest.packing import ContextBatch
 from thresher.harvest.plan import Plan
-from thresher.shared.hook_points import ResolvedHookPoint
+from thresher.harvest.tokens.packing import ContextBatch
+from thresher.shared.model.hook_points import ResolvedHookPoint
 
 HOOK = ResolvedHookPoint("embed", "embed", "output", None, 16)
 

@@ -10,7 +10,7 @@ import pytest
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
-from thresher.shared.cli import main
+from thresher.shared.core.cli import main
 
 from ..tiny_models import build
 

@@ -21,14 +21,15 @@ from transformers import (
 
 from thresher.harvest import progress
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.documents import read_documents
-from thresher.harvest.holdout import document_hash, is_held_out
-from thresher.harvest.identity import identity, is_complete
+from thresher.harvest.documents.documents import read_documents
+from thresher.harvest.reuse import identity, is_complete
 from thresher.harvest.run import harvest
-from thresher.shared import ActivationStore, language_model
-from thresher.shared.cli import run_stage
-from thresher.shared.config import to_toml
-from thresher.shared.errors import ConfigError, DataError, DiskSpaceError, ModelError, NonFiniteError, StoreError
+from thresher.harvest.tokens.holdout import document_hash, is_held_out
+from thresher.shared import ActivationStore
+from thresher.shared.core.cli import run_stage
+from thresher.shared.core.config import to_toml
+from thresher.shared.core.errors import ConfigError, DataError, DiskSpaceError, ModelError, NonFiniteError, StoreError
+from thresher.shared.model import language_model
 from thresher.shared.store import ActivationStoreWriter
 
 CONTEXT = 8

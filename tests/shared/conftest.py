@@ -16,7 +16,7 @@ import pytest
 def _no_flush() -> Iterator[None]:
     """Leave out the flushes: they are slow, and matter for power cuts alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thresher.shared.store.durable.flush", lambda handle: None)
+        patch.setattr("thresher.shared.store.local.durable.flush", lambda handle: None)
         yield
 
 
@@ -97,7 +97,7 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture
 def s3(s3_port, monkeypatch, tmp_path) -> Callable[[], str]:
     """Point the environment at the server, with a cache of the test's own; return a maker of new URLs."""
-    from thresher.shared.store import remote
+    from thresher.shared.store.remote import objects as remote
 
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(remote, "CLIENT_RETRIES", 0)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thresher.shared.config import load_config, read_toml
-from thresher.shared.errors import ConfigError
-from thresher.shared.hook_points import canonical_hook_point
+from thresher.shared.core.config import load_config, read_toml
+from thresher.shared.core.errors import ConfigError
+from thresher.shared.model.hook_points import canonical_hook_point
 from thresher.train.architectures import ARCHITECTURES, make_architecture
 from thresher.train.config import TrainConfig
-from thresher.train.sweep import expand_sweep
+from thresher.train.sweep.grids import expand_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SECOND_SWEEPS = {"mixed.toml": "demo.toml"}

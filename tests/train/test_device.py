@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-import thresher.shared.device as device_module
+import thresher.shared.core.device as device_module
 from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.prepare import prepare
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.plan import make_plan
 from thresher.shared import ActivationStoreWriter, Sae
-from thresher.shared.errors import ConfigError, MissingFileError, ModelError
+from thresher.shared.core.errors import ConfigError, MissingFileError, ModelError
 from thresher.train import TrainConfig, train
-from thresher.train.kernels import cpu, fused, reference
+from thresher.train.kernels import cpu, reference
+from thresher.train.kernels import triton as fused
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import thresher.train.metrics as metrics_module
+import thresher.train.reporting.metrics as metrics_module
 import thresher.train.run as run_module
-import thresher.train.sae_trainer as trainer_module
+import thresher.train.step.sae_trainer as trainer_module
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.train import TrainConfig, train
-from thresher.train.architectures.base import Batch
+from thresher.train.architectures.contract import Batch
 from thresher.train.config import SaeConfig
-from thresher.train.kernels import fused
-from thresher.train.normalization import Normalization
-from thresher.train.sae_trainer import SaeTrainer, Schedule, read_metrics
-from thresher.train.step_graphs import capture_on_cuda
+from thresher.train.kernels import triton as fused
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.step.step_graphs import capture_on_cuda
+from thresher.train.stream.normalization import Normalization
 
 pytestmark = pytest.mark.gpu
 
@@ -142,7 +142,7 @@ def test_a_step_waits_for_the_device_only_to_look(table, capture):
         while steps < 40:
             trainer.step(batch)
             steps += 1
-        for look in (trainer.dead_look, trainer.room):
+        for look in (trainer.dead_poll, trainer.room):
             if look is not None:
                 look.look_at = 1 << 60
         for _ in range(5):

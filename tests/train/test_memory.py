@@ -10,13 +10,13 @@ import msgspec
 import pytest
 import torch
 
-from thresher.shared.config import load_config
+from thresher.shared.core.config import load_config
 from thresher.train import TrainConfig
 from thresher.train.architectures import ARCHITECTURES
+from thresher.train.lockstep import make_trainers
 from thresher.train.parallel.layout import Layout
 from thresher.train.plan import plan_run
-from thresher.train.sweep import expand_sweep
-from thresher.train.trainers import make_trainers
+from thresher.train.sweep.grids import expand_sweep
 
 MIXED = Path(__file__).parents[2] / "configs" / "train" / "mixed.toml"
 MORE = {"hook_point": "blocks.1.resid_post", "d_sae": 64, "name": "{architecture}-more"}

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from thresher.shared import ActivationStore, Sae
-from thresher.shared.errors import ConfigError, StoreError
+from thresher.shared.core.errors import ConfigError, StoreError
 from thresher.shared.store import ActivationStoreWriter
-from thresher.shared.store.roles import ASSISTANT, PLACED
+from thresher.shared.store.format.roles import ASSISTANT, PLACED
 from thresher.train import ShuffledBatches, train
 from thresher.train.config import TrainConfig
-from thresher.train.normalization import normalization_of
+from thresher.train.stream.normalization import normalization_of
 
 CONTEXT, D_IN, N, HOOK = 8, 6, 60, "blocks.0.resid_post"
 

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-import thresher.train.checkpoint as checkpoint_module
+import thresher.train.checkpoints.checkpoint as checkpoint_module
 import thresher.train.run_state as run_state_module
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.cli import main
-from thresher.shared.config import read_toml, to_toml
-from thresher.shared.errors import ConfigError, DiskSpaceError, OutputBusyError, OutputError
+from thresher.shared.core.cli import main
+from thresher.shared.core.config import read_toml, to_toml
+from thresher.shared.core.errors import ConfigError, DiskSpaceError, OutputBusyError, OutputError
 from thresher.train import ShuffledBatches, TrainConfig, train
 from thresher.train.kernels import kernels_for
-from thresher.train.metrics import MetricsLog
-from thresher.train.normalization import normalization_of, scale_of_raw_norm
-from thresher.train.sae_trainer import SaeTrainer, Schedule
-from thresher.train.schedule import lr_factor
-from thresher.train.sweep import expand_sweep
-from thresher.train.trainers import prepare
+from thresher.train.lockstep import prepare
+from thresher.train.reporting.metrics import MetricsLog
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
+from thresher.train.step.schedule import lr_factor
+from thresher.train.stream.normalization import normalization_of, scale_of_raw_norm
+from thresher.train.sweep.grids import expand_sweep
 
 BATCH = 64
 TOPK = {"name": "a", "hook_point": "h", "d_sae": 48, "k": 4, "lr": 3e-3, "ema_decay": 0.9}
@@ -261,7 +261,7 @@ def test_a_disk_that_refuses_is_one_line_and_the_run_resumes(config, whole, monk
     with monkeypatch.context() as patch:
         target = {
             "checkpoint": (checkpoint_module, "save_file"),
-            "rename": ("thresher.shared.disk.os.replace",),
+            "rename": ("thresher.shared.core.disk.os.replace",),
         }[where]
         patch.setattr(*target, refuse)
         error, said = {errno.ENOSPC: (DiskSpaceError, "is full"), errno.EROFS: (OutputError, "cannot write")}[number]
@@ -286,7 +286,7 @@ def test_metrics_on_a_full_disk_are_one_line(tmp_path):
 
 def test_an_output_has_one_process_and_a_killed_one_lets_it_go(config, tmp_path, whole):
     script = (
-        "import sys, time; from pathlib import Path; from thresher.train.output import locked;"
+        "import sys, time; from pathlib import Path; from thresher.train.checkpoints.output import locked;"
         "from thresher.train.parallel.ranks import Ranks\n"
         "with locked(Path(sys.argv[1]), Ranks()): print('locked', flush=True); time.sleep(60)"
     )

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from thresher.shared.errors import ConfigError
+from thresher.shared.core.errors import ConfigError
 from thresher.train.config import SaeConfig
-from thresher.train.sweep import expand_sweep
+from thresher.train.sweep.grids import expand_sweep
 
 BASE = {"hook_point": "blocks.2.hook_resid_post", "d_sae": 64}
 

@@ -15,14 +15,14 @@ import torch
 import thresher.train.plan as plan_module
 import thresher.train.run as run_module
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
-from thresher.shared.cli import main
-from thresher.shared.config import to_toml
-from thresher.shared.errors import ConfigError, HookPointError, MissingFileError, StoreError
+from thresher.shared.core.cli import main
+from thresher.shared.core.config import to_toml
+from thresher.shared.core.errors import ConfigError, HookPointError, MissingFileError, StoreError
 from thresher.train import TrainConfig, train
 from thresher.train.architectures.topk import TopK
 from thresher.train.parallel.ranks import Ranks
 from thresher.train.plan import plan_run
-from thresher.train.sweep import expand_sweep
+from thresher.train.sweep.grids import expand_sweep
 
 TOPK = {"architecture": "topk", "hook_point": "blocks.0.resid_post", "d_sae": 96, "lr": 3e-3}
 STANDARD = {
@@ -192,8 +192,8 @@ DRIVER = """
 import os, signal, sys
 from thresher.train import TrainConfig
 from thresher.train.run import train  # imported once, before the processes that train are forked
-from thresher.train.sae_trainer import SaeTrainer
-from thresher.shared.config import load_config
+from thresher.train.step.sae_trainer import SaeTrainer
+from thresher.shared.core.config import load_config
 def counted(function):
     def call(*arguments, **options):
         global left

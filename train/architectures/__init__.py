@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from ...shared.errors import ConfigError
+from ...shared.core.errors import ConfigError
 from ..config import SaeConfig
 from .annealed_topk import AnnealedTopK
 from .base import COMMON_OPTIONS, Architecture

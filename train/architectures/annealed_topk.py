@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import SaeConfig
-from .base import Batch, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .latents import SparseLatents, gradients_of, largest_of_rows
+from .contract import Batch, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.latents import SparseLatents, gradients_of, largest_of_rows
 from .topk import TopK
 
 _WIDER = 4

@@ -8,23 +8,16 @@ activations, and bfloat16 has its precision where the activations vary. While tr
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...shared.errors import ConfigError
+from ...shared.core.errors import ConfigError
 from ...shared.sae import Sae
 from ..config import SaeConfig
-from ..looks import EntryRoom
-from ..normalization import Normalization
-from ..parallel.across import ALONE, Across
-
-Parameters = dict[str, Tensor]
-Buffers = dict[str, Tensor]
-Number = float | Tensor
+from ..stream.normalization import Normalization
+from .contract import Batch, Buffers, Parameters, StepInput, StepOutput
 
 COMMON_OPTIONS = (
     "hook_point",
@@ -45,60 +38,6 @@ COMMON_OPTIONS = (
     "ema_decay",
 )
 """Keys of a `[[sae]]` table that every architecture uses."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A normalised batch, shared by the SAEs of one hook point.
-
-    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default; `target` is what a transcoder
-    estimates.
-    """
-
-    x: Float[Tensor, "batch d_in"]
-    x_compute: Float[Tensor, "batch d_in"]
-    target: Float[Tensor, "batch d_out"] | None = None
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """What a step depends on besides the parameters and the batch; `buffers` it may change in place.
-
-    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks. With `room`,
-    selections find their entries without waiting for the device, in as much memory as that says; with `n_dead`, at
-    most so many latents are dead. With `W_dec_compute`, sums over few latents may be in its precision, and
-    weights' gradients left for the optimizer to compute by blocks. `step_number` is `steps_done` on the device, where
-    a step may be captured: the host's is then that of the capture.
-    """
-
-    kernels: Any
-    W_enc_compute: Float[Tensor, "d_sae d_in"]
-    total_variance: float
-    dead: Bool[Tensor, " d_sae"] | None = None
-    sparsity_scale: Number = 1.0
-    buffers: Buffers = field(default_factory=dict)
-    steps_done: int = 0
-    step_number: Float[Tensor, ""] | None = None
-    across: Across = ALONE
-    room: EntryRoom | None = None
-    n_dead: int | None = None
-    W_dec_compute: Float[Tensor, "d_sae d_out"] | None = None
-
-
-@dataclass
-class StepOutput:
-    """A step's gradients, the latents that fired, and its loss terms.
-
-    `mse` is the mean over rows of the squared error; `loss` is what the gradients are of. Numbers may be
-    float64 tensors of no dimensions, which the host then reads only when it needs to.
-    """
-
-    gradients: Parameters
-    fired: Bool[Tensor, " d_sae"]
-    loss: Number
-    mse: Number
-    l0: Number
-    terms: dict[str, Number] = field(default_factory=dict)
 
 
 class Architecture:

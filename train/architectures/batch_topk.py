@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..normalization import Normalization
-from ..parallel.across import ALONE, Across
-from .base import Batch, Buffers, Parameters, StepInput
-from .latents import SparseLatents, csr_of, encoded_bias, sparse_at, sparse_within
+from ..architectures.contract import SINGLE_PROCESS, Collectives
+from ..stream.normalization import Normalization
+from .contract import Batch, Buffers, Parameters, StepInput
+from .parts.latents import SparseLatents, csr_of, encoded_bias, sparse_at, sparse_within
 from .topk import TopK
 
 _MOMENTUM = 0.95
@@ -39,7 +39,7 @@ class BatchTopK(TopK):
         latents = within_room(step, parameters, batch, bias, k)
         if latents is None:
             pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
-            by_groups = step.across is ALONE and hasattr(step.kernels, "largest_of_batch")
+            by_groups = step.across is SINGLE_PROCESS and hasattr(step.kernels, "largest_of_batch")
             entries = step.kernels.largest_of_batch(pre_acts, k * len(pre_acts)) if by_groups else None
             if entries is None:
                 lowest = batch_threshold(pre_acts, k * step.across.rows(len(pre_acts)), step.across)
@@ -82,7 +82,9 @@ def within_room(
     return sparse_within(step, parameters, batch.x, bias, chosen)
 
 
-def batch_threshold(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int, across: Across = ALONE) -> Tensor:
+def batch_threshold(
+    pre_acts: Float[Tensor, "batch d_sae"], n_kept: int, across: Collectives = SINGLE_PROCESS
+) -> Tensor:
     """Return the `n_kept`-th largest pre-activation of all ranks, or the smallest positive one if fewer are positive.
 
     A sample gives a bound that rarely fails to lie below it, so that only entries above that are ranked.

@@ -7,11 +7,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ...shared.errors import ConfigError
+from ...shared.core.errors import ConfigError
 from ...shared.sae import Sae
 from ..config import SaeConfig
-from ..normalization import Normalization
-from .base import Architecture, Buffers, Parameters
+from ..stream.normalization import Normalization
+from .base import Architecture
+from .contract import Buffers, Parameters
 from .transcoder import Transcoder
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .first_batch import exceeded_by
-from .latents import above_threshold, count, encoded_bias, gradients_of
+from ..stream.normalization import Normalization
+from .base import Architecture
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.first_batch import exceeded_by
+from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 
 # At full size half of all random latents would fire at first, an error that a short run is busy with unlearning.
 _ENCODER_SCALE = 0.1

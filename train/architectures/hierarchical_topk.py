@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..normalization import Normalization
-from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .latents import SparseLatents, add_rows
+from ..stream.normalization import Normalization
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.latents import SparseLatents, add_rows
 from .topk import TopK
 
 

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .first_batch import exceeded_by
-from .latents import above_threshold, count, encoded_bias, gradients_of
+from ..stream.normalization import Normalization
+from .base import Architecture
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.first_batch import exceeded_by
+from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 
 _BANDWIDTH = 0.001
 # From a start at a given L0: this is about a third of a threshold that few latents of unit norm pass.

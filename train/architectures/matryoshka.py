@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ...shared.errors import ConfigError
+from ...shared.core.errors import ConfigError
 from ..config import SaeConfig
-from .base import Batch, Number, Parameters, StepInput, StepOutput
 from .batch_topk import BatchTopK
-from .dense import squared
-from .latents import gradients_of
+from .contract import Batch, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.latents import gradients_of
 
 _DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .latents import above_threshold, count, encoded_bias, gradients_of
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .standard import Standard
 
 _EPSILON = 1e-3

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .latents import above_threshold, count, encoded_bias, gradients_of
+from ..stream.normalization import Normalization
+from .base import Architecture
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 
 
 class Standard(Architecture):

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..normalization import Normalization
-from .base import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .first_batch import exceeded_by
+from ..stream.normalization import Normalization
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .jumprelu import JumpReLU
-from .latents import above_threshold, count, encoded_bias, gradients_of
+from .parts.dense import squared
+from .parts.first_batch import exceeded_by
+from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .standard import fold_decoder_norms
 
 _FIRST_THRESHOLD = 0.1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .auxk import add_auxk
-from .base import Architecture, Batch, Number, Parameters, StepInput, StepOutput
-from .dense import error_of, squared
-from .latents import SparseLatents, count, gradients_of, largest_of_rows
+from .base import Architecture
+from .contract import Batch, Number, Parameters, StepInput, StepOutput
+from .parts.auxk import add_auxk
+from .parts.dense import error_of, squared
+from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows
 
 
 class TopK(Architecture):

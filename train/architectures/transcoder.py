@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...shared.sae import Sae
-from ...shared.sae.files import saelens_hook_name
-from ..normalization import Normalization
-from .base import Architecture, Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .dense import squared
-from .latents import above_threshold, count
+from ...shared.sae.formats.files import saelens_hook_name
+from ..stream.normalization import Normalization
+from .base import Architecture
+from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .parts.dense import squared
+from .parts.latents import above_threshold, count
 
 
 class Transcoder(Architecture):

@@ -3,8 +3,8 @@
 | backend | module | device |
 |---|---|---|
 | reference | `reference.py` | any: plain PyTorch, the oracle of the tests |
-| cpu | `cpu.py` | CPU: bf16 or int8 GEMM in row blocks, selection by groups, `embedding_bag` |
-| triton | `fused.py` | CUDA: hand-written kernels, see docs/kernels.md |
+| cpu | `cpu/` | CPU: bf16 or int8 GEMM in row blocks, selection by groups, `embedding_bag` |
+| triton | `triton/` | CUDA: hand-written kernels, see docs/kernels.md |
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from ...shared.errors import ConfigError
+from ...shared.core.errors import ConfigError
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
@@ -24,7 +24,7 @@ def kernels_for(device: torch.device | str, backend: str = "auto") -> ModuleType
 
     Raises `ConfigError` for a backend that does not exist or does not run there.
     """
-    return import_module({"triton": ".fused"}.get(name := backend_for(device, backend), f".{name}"), __name__)
+    return import_module(f".{backend_for(device, backend)}", __name__)
 
 
 def backend_for(device: torch.device | str, backend: str = "auto") -> str:

@@ -20,8 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import dequantise, feature_major, optimizer, select, threshold, token_major
-from .csc import MAX_SEGMENT
+from .triton import adam as optimizer
+from .triton import feature_major, select, threshold, token_major
+from .triton.csc import MAX_SEGMENT
+from .triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)
 
@@ -114,7 +116,7 @@ def variants() -> Iterator[Variant]:
         constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
         kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")
         types = tuple(zip(("stored_ptr", "out_ptr", "also_ptr"), kinds, strict=True))
-        yield Variant(dequantise.rows_kernel, constants, 4, types=types)
+        yield Variant(rows_kernel, constants, 4, types=types)
 
 
 def argument_type(name: str) -> str:

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .csc import Csc
-    from .optimizer import AdamState, Hyperparameters
+    from .triton.adam import AdamState, Hyperparameters
+    from .triton.csc import Csc
 
 
 def wide(tensor: Tensor) -> Tensor:

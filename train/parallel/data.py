@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..architectures.base import StepOutput
-from .across import AmongRanks
+from ..architectures.contract import StepOutput
+from .collectives import RankCollectives
 
 
-class DataParallel(AmongRanks):
+class DataParallel(RankCollectives):
     """The ranks' slices are of one size, so that the mean of their gradients is the whole batch's."""
 
     def rows(self, n_rows: int) -> int:

@@ -13,18 +13,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...shared.errors import ConfigError
-from ..architectures.base import Architecture, Batch, Parameters, StepInput
+from ...shared.core.errors import ConfigError
+from ..architectures.base import Architecture
 from ..architectures.batch_topk import BatchTopK
-from ..architectures.latents import SparseLatents, csr_of, encoded_bias, sparse_at
+from ..architectures.contract import Batch, Parameters, StepInput
+from ..architectures.parts.latents import SparseLatents, csr_of, encoded_bias, sparse_at
 from ..architectures.topk import TopK
 from ..config import SaeConfig
-from .across import AmongRanks
+from .collectives import RankCollectives
 
 _SHARDED = {"W_enc", "b_enc", "W_dec", "tokens_since_fired"}
 
 
-class LatentShards(AmongRanks):
+class LatentShards(RankCollectives):
     """The latents are cut into one part per rank, in order."""
 
     def shard(self, architecture: Architecture) -> Architecture:

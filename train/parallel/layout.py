@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...shared.errors import ConfigError
-from .across import ALONE, Across
+from ...shared.core.errors import ConfigError
+from ..architectures.contract import SINGLE_PROCESS, Collectives
 from .data import DataParallel
 from .latents import LatentShards
 from .ranks import Ranks
@@ -69,10 +69,10 @@ class Layout:
         return cls(ranks, parallel, dict(zip(n_parameters, owners, strict=True)))
 
     @cached_property
-    def across(self) -> Across:
+    def across(self) -> Collectives:
         """Return what joins this rank's steps to the others'."""
         if self.ranks.n == 1 or self.parallel == "spread":
-            return ALONE
+            return SINGLE_PROCESS
         return DataParallel(self.ranks) if self.parallel == "data" else LatentShards(self.ranks)
 
     def saves(self, name: str) -> bool:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ...shared.device import choose_device, device_among
-from ...shared.errors import RankError
+from ...shared.core.device import choose_device, device_among
+from ...shared.core.errors import RankError
 
 T = TypeVar("T")
 _LAG = 4

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import MissingFileError, SaeError
-from ...paths import user_path
-from ..files import CONFIG_NAME, WEIGHTS_NAME
+from ...core.errors import MissingFileError, SaeError
+from ...core.paths import user_path
 from . import dictionary_learning, saelens, sparsify
+from .files import CONFIG_NAME, WEIGHTS_NAME
 from .parts import SaeParts
 
 FORMATS = (saelens, sparsify, dictionary_learning)

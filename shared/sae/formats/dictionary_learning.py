@@ -12,7 +12,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from ...errors import SaeError
+from ...core.errors import SaeError
 from .parts import SaeParts, check_known, check_tensors, check_top_k, integer, mapping, take, text
 from .reading import read_json, read_safetensors, read_torch_archive
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SaeError
-from ..files import tensor_names
+from ...core.errors import SaeError
+from .files import tensor_names
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from ...errors import SaeError
+from ...core.errors import SaeError
 
 _FLOATS = (
     torch.float32,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SaeError
-from ...hook_points import canonical_hook_point
-from ..files import ARCHITECTURE_KEYS, CONFIG_NAME, WEIGHTS_NAME, tensor_names
+from ...core.errors import SaeError
+from ...model.hook_points import canonical_hook_point
+from .files import ARCHITECTURE_KEYS, CONFIG_NAME, WEIGHTS_NAME, tensor_names
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
 from .reading import read_json, read_safetensors
 from .saelens_keys import METADATA, READ, RENAMED, TRAINING

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ...errors import SaeError
-from ...hook_points import canonical_hook_point
+from ...core.errors import SaeError
+from ...model.hook_points import canonical_hook_point
 from .parts import SaeParts, check_known, check_tensors, check_top_k, integer, take, text
 from .reading import read_json, read_safetensors
 

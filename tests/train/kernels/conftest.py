@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from thresher.shared.cores import one_thread_an_operator
+from thresher.shared.core.cores import single_threaded_operators
 
 # What on a GPU waits for the device, has a shape that only the device knows, or copies from the host's memory.
 ASKING = {
@@ -166,7 +166,7 @@ def taped(monkeypatch):
             tape = Tape()
             recording.append(tape)
             # The batch is not there yet: what its memory holds is anything. The tape sees this thread's operators only.
-            with one_thread_an_operator(), tape, warnings.catch_warnings(), np.errstate(all="ignore"):
+            with single_threaded_operators(), tape, warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
                 run()
             recording.clear()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.shared.store.quantise import dequantise as store_dequantise
-from thresher.train.kernels import fused, reference
-from thresher.train.kernels.csc import to_csc
-from thresher.train.normalization import Normalization
+from thresher.shared.store.format.quantise import dequantise as store_dequantise
+from thresher.train.kernels import reference
+from thresher.train.kernels import triton as fused
+from thresher.train.kernels.triton.csc import to_csc
+from thresher.train.stream.normalization import Normalization
 
 
 def sparse(device, counts, d_sae, d_in, dtype=torch.float32, hot=None):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.train.architectures.base import Batch
+from thresher.train.architectures.contract import Batch
 from thresher.train.architectures.topk import TopK
-from thresher.train.checkpoint import load_state, save_state
+from thresher.train.checkpoints.checkpoint import load_state, save_state
 from thresher.train.config import SaeConfig
-from thresher.train.kernels import fused, reference
-from thresher.train.normalization import Normalization
-from thresher.train.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.kernels import reference
+from thresher.train.kernels import triton as fused
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.stream.normalization import Normalization
 
 D_IN, BATCH, N_STEPS = 24, 4, 4
 NORMALIZATION = Normalization(torch.linspace(-1, 1, D_IN), 1.5, float(D_IN))
@@ -48,13 +49,13 @@ def states(trainer):
 
 def test_every_path_trains_the_same_and_the_whole_step_resumes_in_every_bit(device, tmp_path):
     expected = make_trainer(reference, device)
-    assert expected.whole_step is None
+    assert expected.fused_step is None
     expected_metrics = train(expected)
     assert expected_metrics["auxk_loss"] > 0
     ops = make_trainer(fused, device, fuse=False)
-    assert ops.whole_step is None
+    assert ops.fused_step is None
     whole = make_trainer(fused, device)
-    assert whole.whole_step is not None
+    assert whole.fused_step is not None
     train(whole, 2)
     save_state(tmp_path, "sae", 2, whole.state_dict())
     for trainer in (ops, whole):

@@ -1,0 +1,1 @@
+"""Metrics from saved activations alone."""

@@ -1,0 +1,52 @@
+"""Compare a sweep's dictionaries pair by pair: across widths (feature splitting) and seeds (stability)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from ...shared.core.progress import progress
+from ..saes.sae_folders import EvaluatedSae
+from .dictionary import compare, decoder_directions, live
+
+Kind = Literal["widths", "seeds", "other"]
+
+
+def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
+    """Say what sets two SAEs of a hook point apart, by what their files say of their training."""
+    if a["d_sae"] != b["d_sae"]:
+        return "widths" if a["architecture"] == b["architecture"] else "other"
+    keys = (a.keys() | b.keys()) - {"name", "seed"}
+    return "seeds" if all(a.get(key) == b.get(key) for key in keys) else "other"
+
+
+class Fired(Protocol):
+    """Anything that knows how often each latent fired."""
+
+    @property
+    def firings(self) -> Int64[np.ndarray, " d_sae"]: ...
+
+
+@torch.inference_mode()
+def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fired]) -> list[dict[str, Any]]:
+    """Compare every two SAEs that reconstruct the same hook point; the narrower one is `a`."""
+    directions = {sae.name: live(decoder_directions(sae.sae), latents[sae.name].firings) for sae in saes}
+    pairs = [
+        tuple(sorted(pair, key=lambda sae: sae.sae.d_sae)) for pair in combinations(saes, 2) if _same_target(*pair)
+    ]
+    rows = []
+    settings = {sae.name: sae.sae.config | sae.description() for sae in saes}
+    for a, b in progress(pairs, unit="pair", desc="compare"):
+        described = {"a": a.name, "b": b.name, "hook_point": a.target}
+        described |= {"kind": pair_kind(settings[a.name], settings[b.name])}
+        rows.append(described | compare(directions[a.name], directions[b.name]))
+    return rows
+
+
+def _same_target(a: EvaluatedSae, b: EvaluatedSae) -> bool:
+    return a.target == b.target

@@ -1,0 +1,73 @@
+"""Run an SAE over rows by the cheaper of its two paths: sparse for TopK, dense for the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ...shared.sae import Sae
+from .latents import LatentSums
+
+LATENT_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Pre-activations held at a time. On a CPU 16 MiB in float32: larger temporaries go back to the system each time,
+and getting them anew costs page faults."""
+
+FEWEST_ROWS = 128
+"""Rows encoded at a time however wide the SAE is: fewer would read the encoder more often than they use it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The latents of some rows: entries and their indices, or a dense matrix where `top_indices` is None."""
+
+    latents: Float[Tensor, "rows m"]
+    top_indices: Int64[Tensor, "rows m"] | None
+    x_hat: Float[Tensor, "rows d_out"]
+
+    @cached_property
+    def active(self) -> Float[Tensor, "rows m"]:
+        """One where a latent fires, as none is negative. Sums of float32 are several times faster than of booleans."""
+        return self.latents.sign()
+
+    @property
+    def l0(self) -> Float[Tensor, " rows"]:
+        """The number of latents that are not zero."""
+        return self.active.sum(dim=1)
+
+    @property
+    def l1(self) -> Float[Tensor, " rows"]:
+        """The sum of the latents, none of which is negative."""
+        return self.latents.sum(dim=1)
+
+    def add_to(self, sums: LatentSums) -> None:
+        """Count these latents."""
+        if self.top_indices is None:
+            sums.add_dense(self.latents, self.active)
+        else:
+            sums.add_sparse(self.latents, self.top_indices)
+
+
+def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
+    """Return the latents and the reconstruction of rows."""
+    if sae.architecture == "topk":
+        top_acts, top_indices = sae.encode_sparse(x)
+        return Encoded(top_acts, top_indices, sae.decode_sparse(top_acts, top_indices))
+    latents = sae.encode(x)
+    x_hat = sae.decode(latents)
+    if "W_skip" in sae._parameters:
+        x_hat = x_hat + x @ sae.get_parameter("W_skip").T
+    return Encoded(latents, None, x_hat)
+
+
+def reconstruct(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+    """Return the reconstruction of any number of rows, so many at a time that memory stays bounded."""
+    return torch.cat([encode(sae, part).x_hat for part in x.split(rows_at_a_time(sae))])
+
+
+def rows_at_a_time(sae: Sae) -> int:
+    """Return how many rows to encode at once, so that memory stays bounded at any width."""
+    return max(FEWEST_ROWS, LATENT_ENTRIES[sae.W_enc.device.type] // sae.d_sae)

@@ -1,0 +1,146 @@
+"""Which held-out rows are evaluated, and the walk over them that every SAE shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from ...shared.core.errors import StoreError
+from ...shared.store import ActivationStore
+
+MAX_GROUPS = 1024
+"""Documents beyond this many share bootstrap groups, which bounds the sums that are kept."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutively read held-out rows that may be used; `group` is the bootstrap group of each."""
+
+    n_contexts: int
+    activations: dict[str, Float[Tensor, "rows d_in"]]
+    group: Int64[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out contexts under evaluation, with the document of every row.
+
+    `unmasked` is None unless `usable` is limited to some roles: then it has the rows of every role.
+    """
+
+    store: ActivationStore
+    contexts: Int64[np.ndarray, " contexts"]
+    usable: Bool[np.ndarray, "contexts context_size"]
+    group: Int64[np.ndarray, "contexts context_size"]
+    n_documents: int
+    unmasked: Bool[np.ndarray, "contexts context_size"] | None = None
+
+    @property
+    def n_groups(self) -> int:
+        """The number of bootstrap groups."""
+        return min(self.n_documents, MAX_GROUPS)
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows that may be used."""
+        return int(self.usable.sum())
+
+    def blocks(self, hook_points: Sequence[str], block_rows: int, device: str = "cpu") -> Iterator[Block]:
+        """Read the rows of several hook points, about `block_rows` at a time, as float32."""
+        size = self.store.context_size
+        step = max(1, block_rows // size)
+        for first in range(0, len(self.contexts), step):
+            part = slice(first, min(first + step, len(self.contexts)))
+            usable = torch.from_numpy(self.usable[part].reshape(-1))
+            spans = context_spans(self.contexts[part])
+            activations = {}
+            for hook_point in hook_points:
+                rows = [self.store.read(hook_point, start * size, stop * size) for start, stop in spans]
+                joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+                activations[hook_point] = joined[usable].to(device, torch.float32)
+            group = torch.from_numpy(self.group[part].reshape(-1))[usable].to(device)
+            yield Block(part.stop - part.start, activations, group)
+
+    def token_batches(self, batch_size: int) -> Iterator[tuple[Int64[Tensor, "batch context"], slice]]:
+        """Read the tokens, which the store must hold, of `batch_size` contexts at a time, and say of which contexts."""
+        size = self.store.context_size
+        for first in range(0, len(self.contexts), batch_size):
+            part = slice(first, min(first + batch_size, len(self.contexts)))
+            spans = context_spans(self.contexts[part])
+            tokens = [self.store.tokens(start * size, stop * size) for start, stop in spans]
+            yield torch.cat([rows for rows in tokens if rows is not None]).to(torch.int64).reshape(-1, size), part
+
+    def subset(self, max_rows: int | None) -> HeldOut:
+        """Return at most `max_rows` rows' worth of the contexts, spread evenly; documents keep their groups."""
+        chosen = spread(len(self.contexts), max_rows, self.store.context_size)
+        unmasked = None if self.unmasked is None else self.unmasked[chosen]
+        group = self.group[chosen]
+        return HeldOut(self.store, self.contexts[chosen], self.usable[chosen], group, self.n_documents, unmasked)
+
+
+def spread(n_contexts: int, max_rows: int | None, context_size: int) -> Int64[np.ndarray, " chosen"]:
+    """Return which of `n_contexts` contexts to use: at most `max_rows` rows of them (at least one), evenly spaced."""
+    n_chosen = n_contexts if max_rows is None else min(n_contexts, max(1, max_rows // context_size))
+    return np.arange(n_chosen, dtype=np.int64) * n_contexts // max(n_chosen, 1)
+
+
+def context_spans(contexts: Int64[np.ndarray, " contexts"]) -> list[tuple[int, int]]:
+    """Merge increasing context numbers into runs [start, stop)."""
+    breaks = np.flatnonzero(np.diff(contexts) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(contexts, breaks)]
+
+
+def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
+    """Find a store's held-out contexts, their usable rows and their documents.
+
+    Raises:
+        StoreError: nothing is held out, or every held-out row is masked.
+    """
+    contexts = np.flatnonzero(store.held_out_contexts())
+    if not len(contexts):
+        raise StoreError(
+            f"store '{store.path}' has no held-out rows to evaluate on: {store.n_contexts:,} contexts, 0 held out; "
+            "harvest with holdout_fraction above 0, or more tokens, or pass held_out to ActivationStoreWriter.append"
+        )
+    size = store.context_size
+    contexts = contexts[spread(len(contexts), max_rows, size)]
+    usable = np.empty((len(contexts), size), dtype=bool)
+    unmasked = usable if store.used_roles is None else np.empty_like(usable)
+    documents = np.empty((len(contexts), size), dtype=np.int64)
+    for part, start, stop in _by_shard(contexts, store.shard_rows // size):
+        within = contexts[part] - start
+        usable[part] = store.row_mask(start * size, stop * size).reshape(-1, size)[within]
+        if unmasked is not usable:
+            unmasked[part] = store.row_mask(start * size, stop * size, any_role=True).reshape(-1, size)[within]
+        documents[part] = row_documents(store, start, stop).reshape(-1, size)[within]
+    if not usable.any():
+        raise StoreError(
+            f"store '{store.path}' has {usable.size:,} held-out rows and every one is masked"
+            + (f" or of another role than {', '.join(store.used_roles)}" if store.used_roles else "")
+            + "; harvest more tokens"
+        )
+    _, rank = np.unique(documents[usable], return_inverse=True)
+    group = np.zeros(usable.shape, dtype=np.int64)
+    group[usable] = rank % MAX_GROUPS
+    others = None if unmasked is usable else unmasked
+    return HeldOut(store, contexts, usable, group, int(rank.max()) + 1, others)
+
+
+def _by_shard(contexts: Int64[np.ndarray, " contexts"], per_shard: int) -> Iterator[tuple[slice, int, int]]:
+    """Yield for each shard the slice of `contexts` that lies in it, and the range [start, stop) that they span."""
+    edges = np.flatnonzero(np.diff(contexts // per_shard)) + 1
+    for first, last in pairwise([0, *edges.tolist(), len(contexts)]):
+        yield slice(first, last), int(contexts[first]), int(contexts[last - 1]) + 1
+
+
+def row_documents(store: ActivationStore, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
+    """Return the document of each row of contexts [start, stop); rows without one count as their context's own."""
+    document, _ = store.documents(start * store.context_size, stop * store.context_size)
+    context = np.repeat(np.arange(start, stop), store.context_size)
+    return np.where(document < 0, -1 - context, document)

@@ -1,0 +1,80 @@
+"""The offline metrics: one walk over the store's held-out rows for all SAEs, without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...shared.core.progress import progress as show_progress
+from ..saes.hook_group import joined, places, width
+from ..saes.sae_folders import EvaluatedSae
+from .bootstrap import confidence_intervals, estimate
+from .crosscoder import PlaceSums
+from .encoding import encode, rows_at_a_time
+from .held_out import Block, HeldOut
+from .latents import LatentSums, density_summary
+from .reconstruction import InputSums, ReconstructionSums, reconstruction_metrics
+
+
+@dataclass(frozen=True)
+class SaeSums:
+    """What one SAE accumulates over the walk; a crosscoder also at each of its hook points."""
+
+    reconstruction: ReconstructionSums
+    latents: LatentSums
+    by_place: PlaceSums | None = None
+
+
+def _sums(sae: EvaluatedSae, n_groups: int, device: str) -> SaeSums:
+    several = len(places(sae.target)) > 1
+    return SaeSums(
+        ReconstructionSums(n_groups, device),
+        LatentSums(sae.sae.d_sae, device),
+        PlaceSums(sae.sae, sae.target, n_groups, device) if several else None,
+    )
+
+
+@torch.inference_mode()
+def accumulate(
+    saes: Sequence[EvaluatedSae], held_out: HeldOut, block_rows: int, device: str
+) -> tuple[dict[str, InputSums], dict[str, SaeSums]]:
+    """Walk once over the held-out rows; return the sums by target hook point and by SAE."""
+    store = held_out.store
+    read = list(dict.fromkeys(part for sae in saes for place in (sae.hook_point, sae.target) for part in places(place)))
+    targets = list(dict.fromkeys(place for sae in saes for place in (sae.target, *places(sae.target))))
+    inputs = {place: InputSums(held_out.n_groups, width(store, place), device) for place in targets}
+    sums = {sae.name: _sums(sae, held_out.n_groups, device) for sae in saes}
+    with show_progress(total=held_out.n_rows, unit="row", unit_scale=True, desc="evaluate") as progress:
+        for block in held_out.blocks(read, block_rows, device):
+            for place in targets:
+                inputs[place].add(joined(block.activations, place), block.group)
+            for sae in saes:
+                _add_block(sae, block, sums[sae.name])
+            progress.update(len(block.group))
+    return inputs, sums
+
+
+def _add_block(sae: EvaluatedSae, block: Block, sums: SaeSums) -> None:
+    step = rows_at_a_time(sae.sae)
+    x = joined(block.activations, sae.hook_point)
+    target = x if sae.target == sae.hook_point else joined(block.activations, sae.target)
+    for start in range(0, len(block.group), step):
+        rows = slice(start, start + step)
+        encoded = encode(sae.sae, x[rows])
+        sums.reconstruction.add(target[rows], encoded.x_hat, encoded.l0, encoded.l1, block.group[rows])
+        if sums.by_place is not None:
+            sums.by_place.add(target[rows], encoded, block.group[rows])
+        encoded.add_to(sums.latents)
+
+
+def offline_metrics(
+    inputs: InputSums, sums: SaeSums, bootstrap_samples: int, seed: int
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """Return one SAE's offline metrics, and the confidence intervals of those that are means over rows."""
+    rows = inputs.sums() | sums.reconstruction.sums()
+    metrics: dict[str, Any] = dict(estimate(reconstruction_metrics, rows))
+    metrics |= density_summary(sums.latents.density)
+    return metrics, confidence_intervals(reconstruction_metrics, rows, bootstrap_samples, seed)

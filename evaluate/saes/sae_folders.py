@@ -1,0 +1,169 @@
+"""Find the SAEs to evaluate, and check each against the store."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...shared.core.errors import HookPointError, MissingFileError, SaeError
+from ...shared.model.hook_points import canonical_hook_point
+from ...shared.sae import Sae
+from ...shared.sae.formats import is_sae
+from ...shared.sae.formats.files import CONFIG_NAME
+from ...shared.store import ActivationStore
+from .hook_group import places, together, width
+from .names import printable
+
+SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
+"""The settings of training that say how sparse an SAE is to be."""
+DIVERGED_NAME = "diverged.json"
+"""What `thresher train` leaves in the folder of an SAE that diverged, instead of weights."""
+
+
+@dataclass(frozen=True)
+class EvaluatedSae:
+    """An SAE under evaluation, its name in the results, and the hook points of its input and its target.
+
+    Of a crosscoder both are its hook points together (`places.together`).
+    """
+
+    name: str
+    path: Path
+    sae: Sae
+    hook_point: str
+    target: str
+
+    def description(self) -> dict[str, Any]:
+        """Return what identifies the SAE in `metrics.json`, its architecture as it was trained (not as it is saved)."""
+        known = {"architecture": self.sae.architecture} | self.sae.metadata | self.sae.config
+        return {
+            "name": self.name,
+            "architecture": known["architecture"],
+            "hook_point": self.hook_point,
+            "target_hook_point": self.target,
+            "d_in": self.sae.d_in,
+            "d_sae": self.sae.d_sae,
+            **{key: known.get(key) for key in SPARSITY_KEYS},
+        }
+
+
+def sae_folders(saes: str | list[str]) -> list[Path]:
+    """Return the SAE folders of a sweep's folder (its children), or those listed, each once; `2` sorts before `10`.
+
+    Raises:
+        MissingFileError: a path is not there, or has no SAE in it.
+    """
+    found: list[Path] = []
+    for path in map(Path, [saes] if isinstance(saes, str) else saes):
+        if not path.is_dir():
+            raise MissingFileError(f"no SAE folder at '{path}'; give the output folder of `thresher train`")
+        inside = [path] if _has_sae(path) else sorted(filter(_has_sae, path.iterdir()), key=_natural)
+        if not inside:
+            raise MissingFileError(f"no SAE in '{path}': expected {CONFIG_NAME} in it or in one of its folders")
+        found += inside
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
+
+
+def _has_sae(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file() or is_sae(folder)
+
+
+def _natural(path: Path) -> list[tuple[str, int]]:
+    return [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
+
+
+def unique_names(folders: list[Path]) -> list[str]:
+    """Return each folder's name as text that can be printed, with as many parents as it takes to tell them apart."""
+    parts = [[printable(part) for part in folder.resolve().parts] for folder in folders]
+    depth = 1
+    while len(names := ["/".join(path[-depth:]) for path in parts]) != len(set(names)):
+        depth += 1
+    return names
+
+
+def diverged_saes(saes: str | list[str]) -> dict[str, str]:
+    """Return, by name, why SAEs of a sweep diverged, where `thresher train` left a note in place of weights."""
+    reasons = {}
+    for path in map(Path, [saes] if isinstance(saes, str) else saes):
+        for note in sorted(path.glob(f"*/{DIVERGED_NAME}")):
+            if not _has_sae(note.parent):
+                reasons[printable(note.parent.name)] = _reason_in(note)
+    return reasons
+
+
+def divergence_notes(saes: list[EvaluatedSae]) -> dict[str, str]:
+    """Return, by name, a note on each SAE that diverged when it was trained on, and still has its earlier weights."""
+    notes = {sae.name: sae.path / DIVERGED_NAME for sae in saes}
+    return {
+        name: f"diverged when it was trained on ({_reason_in(note)}): these are its weights from before"
+        for name, note in notes.items()
+        if note.is_file()
+    }
+
+
+def _reason_in(note: Path) -> str:
+    try:
+        return str(json.loads(note.read_bytes())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "no reason is on disk"
+
+
+def load_saes(
+    folders: list[Path], store: ActivationStore, device: str, failed: dict[str, str] | None = None
+) -> list[EvaluatedSae]:
+    """Load every SAE, each checked against the store's hook points and widths.
+
+    With `failed`, an SAE that cannot be read (damaged, incomplete, NaN, of an unsupported kind) is left out, and the
+    reason noted there by the SAE's name, unless it is so of all.
+
+    Raises:
+        HookPointError: an SAE was trained at a hook point that the store lacks.
+        MissingFileError: a file of an SAE is missing.
+        SaeError: an SAE expects rows of another width, cannot be read, or does not say where it belongs.
+    """
+    loaded = []
+    for name, folder in zip(unique_names(folders), folders, strict=True):
+        try:
+            sae = Sae.load(folder).to(device).eval()
+        except (SaeError, MissingFileError) as error:
+            if failed is None or len(failed) == len(folders) - 1:
+                raise
+            failed[name] = str(error)
+            continue
+        hook_point = canonical_hook_point(sae.hook_point)
+        if sae.architecture == "crosscoder":
+            hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])
+        if sae.model_processing:
+            raise SaeError(
+                f"SAE '{name}' was trained on a model loaded with {sae.model_processing[0]} = true, whose activations "
+                "are not those of the published model; it cannot be evaluated on a store"
+            )
+        if not hook_point:
+            raise SaeError(
+                f"SAE '{name}' does not say which hook point it reads; set `hook_point` of the SAE that Sae.load "
+                "returns, and save it"
+            )
+        try:
+            target = hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
+        except SaeError as error:
+            raise SaeError(f"SAE '{name}': {error}") from None
+        for place, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
+            absent = [part for part in places(place) if part not in store.hook_points]
+            if absent:
+                raise HookPointError(
+                    f"SAE '{name}' {role} '{absent[0]}', expected one of the store's hook points: "
+                    f"{', '.join(store.hook_points)}; harvest that hook point, or leave this SAE out"
+                )
+            if d != width(store, place):
+                raise SaeError(
+                    f"SAE '{name}' {role} rows of width {d}, but store '{store.path}' has "
+                    f"{width(store, place)} at '{place}'; evaluate it on a store of the model it was trained on"
+                )
+        loaded.append(EvaluatedSae(name, folder, sae, hook_point, target))
+    return loaded

@@ -1,0 +1,191 @@
+"""k-sparse probing without labelled data: can a few latents tell which token comes next?
+
+A task asks of a row whether the next token is one particular frequent token, with as many rows
+that say yes as no, and no document in both the training and the test rows. The k latents are
+those whose class means differ most, and a logistic regression is fitted on them, as in SAEBench
+(arXiv 2503.09532; k-sparse probing is from 2305.01610). The baseline is the same regression on the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from ...shared.core.errors import StoreError
+from ...shared.core.progress import progress
+from ..config import EvaluateConfig
+from ..metrics.encoding import encode
+from ..metrics.held_out import HeldOut
+from ..saes.hook_group import joined, places
+from ..saes.sae_folders import EvaluatedSae
+
+SPARSITIES = (1, 2, 5, 16)
+TEST_SHARE = 5
+"""One document group in so many is for testing."""
+MAX_ROWS_PER_SPLIT = 1000
+MIN_ROWS_PER_SPLIT = 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """Row numbers and labels of one yes-or-no question about the next token."""
+
+    token: int
+    train: Int64[Tensor, " n_train"]
+    train_labels: Float[Tensor, " n_train"]
+    test: Int64[Tensor, " n_test"]
+    test_labels: Float[Tensor, " n_test"]
+
+
+def next_tokens(
+    tokens: Int64[np.ndarray, "contexts context_size"], unmasked: Bool[np.ndarray, "contexts context_size"]
+) -> Int64[np.ndarray, "contexts context_size"]:
+    """Return the token that follows each row; -1 at a context's end and before a masked row, which is no text."""
+    following = np.full_like(tokens, -1)
+    following[:, :-1] = np.where(unmasked[:, 1:], tokens[:, 1:], -1)
+    return following
+
+
+def next_token_tasks(
+    following: Int64[np.ndarray, " rows"], group: Int64[np.ndarray, " rows"], n_tasks: int, seed: int
+) -> list[Task]:
+    """Return balanced tasks for the most frequent next tokens (-1: none), as many as the rows give, up to `n_tasks`."""
+    rng = np.random.default_rng(seed)
+    test = group % TEST_SHARE == 0
+    tasks = []
+    tokens, counts = np.unique(following[following >= 0], return_counts=True)
+    for token in tokens[np.argsort(-counts, kind="stable")]:
+        if len(tasks) == n_tasks:
+            break
+        splits = [_balanced(following, token, rows, rng) for rows in (~test, test)]
+        if min(len(labels) for _, labels in splits) >= MIN_ROWS_PER_SPLIT:
+            (train_rows, train_labels), (test_rows, test_labels) = splits
+            tasks.append(Task(int(token), train_rows, train_labels, test_rows, test_labels))
+    return tasks
+
+
+def _balanced(following: np.ndarray, token: int, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    yes = np.flatnonzero((following == token) & rows)
+    no = np.flatnonzero((following != token) & (following >= 0) & rows)
+    n = min(len(yes), len(no), MAX_ROWS_PER_SPLIT // 2)
+    chosen = np.concatenate([rng.choice(yes, n, replace=False), rng.choice(no, n, replace=False)])
+    return torch.from_numpy(chosen), torch.cat([torch.ones(n), torch.zeros(n)]).double()
+
+
+def select_latents(latents: Float[Tensor, "rows d_sae"], labels: Float[Tensor, " rows"], k: int) -> Int64[Tensor, " k"]:
+    """Return the k latents whose means over the two classes differ most."""
+    difference = latents[labels == 1].mean(dim=0) - latents[labels == 0].mean(dim=0)
+    return difference.abs().topk(min(k, latents.shape[1])).indices
+
+
+def fit_logistic(
+    x: Float[Tensor, "rows d"], labels: Float[Tensor, " rows"], penalty: float = 1.0, steps: int = 50
+) -> tuple[Float[Tensor, " d"], float]:
+    """Return weights and bias that minimise the summed log loss + penalty / 2 * ||weights||^2, by Newton steps.
+
+    The objective is scikit-learn's at `C = 1 / penalty`; the bias is not penalised.
+    """
+    design = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], dim=1)
+    ridge = torch.full((design.shape[1],), penalty, dtype=torch.float64, device=x.device)
+    ridge[-1] = 0
+    solution = torch.zeros_like(ridge)
+
+    def objective(candidate: Tensor) -> Tensor:
+        logits = design @ candidate
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return loss + 0.5 * (ridge * candidate.square()).sum()
+
+    for _ in range(steps):
+        probability = (design @ solution).sigmoid()
+        gradient = design.T @ (probability - labels) + ridge * solution
+        if gradient.abs().max() < 1e-8 * len(x):
+            break
+        curvature = (probability * (1 - probability)).clamp_min(1e-12)
+        hessian = (design * curvature[:, None]).T @ design + torch.diag(ridge.clamp_min(1e-9))
+        step = torch.linalg.solve(hessian, gradient)
+        size, here = 1.0, objective(solution)
+        while objective(solution - size * step) > here and size > 1e-6:
+            size /= 2
+        solution = solution - size * step
+    return solution[:-1], float(solution[-1])
+
+
+def probe_accuracy(
+    train: Float[Tensor, "n_train d"], train_labels: Tensor, test: Float[Tensor, "n_test d"], test_labels: Tensor
+) -> float:
+    """Fit on the training rows and return the accuracy on the test rows."""
+    weights, bias = fit_logistic(train, train_labels)
+    predicted = test.double() @ weights + bias > 0
+    return float((predicted == (test_labels == 1)).double().mean())
+
+
+def probe_tasks(rows: HeldOut, config: EvaluateConfig) -> list[Task]:
+    """Return the tasks to probe for; none where `config.probe_tasks` is 0. Reads tokens, and no activations.
+
+    Raises:
+        StoreError: the held-out rows are too few or too alike for a single task.
+    """
+    if config.probe_tasks == 0:
+        return []
+    tokens = torch.cat([batch for batch, _ in rows.token_batches(64)]).numpy()
+    following = next_tokens(tokens, rows.usable if rows.unmasked is None else rows.unmasked)
+    tasks = next_token_tasks(following[rows.usable], rows.group[rows.usable], config.probe_tasks, config.seed)
+    if not tasks:
+        raise StoreError(
+            f"store '{rows.store.path}' has too few held-out rows to probe: no next token occurs often enough in both "
+            "training and test documents; harvest more tokens, or set probe_tasks = 0"
+        )
+    return tasks
+
+
+@torch.inference_mode()
+def sparse_probing(
+    saes: Sequence[EvaluatedSae], rows: HeldOut, config: EvaluateConfig, tasks: Sequence[Task] | None = None
+) -> dict[str, dict[str, float | int]]:
+    """Return each SAE's mean accuracy over the tasks by k, and the baseline's on the activations themselves.
+
+    The tasks are those of `probe_tasks`, which raises what this does; nothing is returned where there are none.
+    """
+    tasks = probe_tasks(rows, config) if tasks is None else tasks
+    if not tasks:
+        return {}
+    hook_points = list(dict.fromkeys(sae.hook_point for sae in saes))
+    read = list(dict.fromkeys(part for place in hook_points for part in places(place)))
+    parts = [block.activations for block in rows.blocks(read, config.block_rows)]
+    x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
+    baseline = {place: _mean([_accuracies(x[place], task, None) for task in tasks]) for place in hook_points}
+    results = {}
+    for sae in progress(saes, unit="SAE", desc="probe"):
+        accuracies = _mean([_accuracies(x[sae.hook_point], task, sae) for task in tasks])
+        results[sae.name] = {"probe_tasks": len(tasks), **accuracies, **baseline[sae.hook_point]}
+    return results
+
+
+def _accuracies(x: Float[Tensor, "rows d_in"], task: Task, sae: EvaluatedSae | None) -> dict[str, float]:
+    if sae is None:
+        accuracy = probe_accuracy(x[task.train], task.train_labels, x[task.test], task.test_labels)
+        return {"probe_accuracy_activations": accuracy}
+    train, test = _latents(sae, x[task.train]), _latents(sae, x[task.test])
+    found = {}
+    for k in SPARSITIES:
+        chosen = select_latents(train, task.train_labels, k)
+        found[f"probe_accuracy_k{k}"] = probe_accuracy(
+            train[:, chosen], task.train_labels, test[:, chosen], task.test_labels
+        )
+    return found
+
+
+def _latents(sae: EvaluatedSae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_sae"]:
+    encoded = encode(sae.sae, x.to(sae.sae.W_enc.device))
+    if encoded.top_indices is None:
+        return encoded.latents.cpu()
+    return torch.zeros(len(x), sae.sae.d_sae).scatter_add_(1, encoded.top_indices.cpu(), encoded.latents.cpu())
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,178 @@
+"""Whether the model that is to be run is the one that the store was harvested from, and reads its tokens alike."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...shared.core.errors import ModelError, StoreError
+from ...shared.model.adapters import ModelParts
+from ...shared.model.content import model_content
+from ...shared.model.hook_points import ResolvedHookPoint
+from ...shared.model.language_model import load_tokenizer
+from ...shared.store import ActivationStore
+from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
+from ..metrics.held_out import HeldOut
+
+CONTEXTS_AT_ONCE = 1024
+
+
+def harvest_record(store: ActivationStore) -> dict[str, Any]:
+    """Return what the harvester wrote about its settings; empty for a store of another writer."""
+    harvest = store.metadata.get("harvest")
+    return harvest if isinstance(harvest, dict) else {}
+
+
+def harvested_content(store: ActivationStore, what: str) -> str | None:
+    """Return what identifies the `weights` or the `tokenizer` that the store was harvested with, where it says."""
+    content = harvest_record(store).get("content")
+    return content.get(what) if isinstance(content, dict) else None
+
+
+def harvested_commit(store: ActivationStore) -> str | None:
+    """Return the commit of the model on the Hugging Face hub that the store was harvested from, if that is known."""
+    weights = harvested_content(store, "weights") or ""
+    return weights.removeprefix("commit ") if weights.startswith("commit ") else None
+
+
+def check_is_here(name: str, store: ActivationStore, otherwise: str) -> None:
+    """Raise `ModelError` if the folder that the store was harvested from is gone: a hub's model may have its name."""
+    weights = harvested_content(store, "weights") or harvest_record(store).get("weights")
+    was_folder = weights is not None and harvested_commit(store) is None
+    if Path(name).is_dir() or not (was_folder or Path(name).is_absolute()):
+        return
+    where = (
+        ""
+        if Path(name).is_absolute()
+        else f" (relative to where it was harvested; here that is '{Path(name).absolute()}')"
+    )
+    raise ModelError(
+        f"no folder '{name}'{where}, which store '{store.path}' names as its model; give the model's folder "
+        f"(--model PATH), or set {otherwise}"
+    )
+
+
+def check_weights(
+    store: ActivationStore, model: ModelParts, revision: str | None, cache: str | None, asked_for: bool
+) -> None:
+    """Compare a model's weights with those harvested. Another model has to be asked for, and a note says so.
+
+    Raises `ModelError` if the store's own model is not what it was.
+    """
+    contents = {"weights": (model.base, revision), "adapter": (model.adapter, None)}
+    for what, (name, commit) in contents.items():
+        harvested = harvested_content(store, what)
+        if harvested is None or name is None or harvested == f"commit {commit}":
+            continue  # nothing to compare, or the very commit is loaded
+        now = model_content(name, commit, cache)["weights"]
+        if now is None or now == harvested:
+            continue
+        kind = "weights" if what == "weights" else "adapter weights"
+        told = f"{kind} of '{name}' are not those that store '{store.path}' was harvested with ({harvested}; now {now})"
+        if not asked_for:
+            raise ModelError(
+                f"the {told}; give the model that was harvested, or --model {shlex.quote(model.base)} to run this one"
+            )
+        tqdm.write(f"note: the {told}; losses and scores are of this model", file=sys.stderr)
+
+
+def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> None:
+    """Raise `ModelError` for a model that was asked for and is of another class than the one harvested."""
+    harvested = store.metadata.get("model_class")
+    if harvested is not None and harvested != type(model).__name__:
+        raise ModelError(
+            f"expected a {harvested}, from which store '{store.path}' was harvested; got '{name}', a "
+            f"{type(model).__name__}; give the model that was harvested"
+        )
+
+
+def check_embeddings(rows: HeldOut, name: str, model: PreTrainedModel) -> list[int]:
+    """Return the stored token ids, ascending; raise `ModelError` if the model has no embedding for one of them."""
+    ids = stored_ids(rows)
+    embeddings: Any = model.get_input_embeddings()
+    for token in (ids[0], ids[-1]):
+        if not 0 <= token < len(embeddings.weight):
+            raise ModelError(
+                f"store '{rows.store.path}' holds token {token}, '{name}' has {len(embeddings.weight)} embeddings; "
+                "give a model with the vocabulary of the one that was harvested"
+            )
+    return ids
+
+
+def check_vocabulary(
+    rows: HeldOut, name: str, model: PreTrainedModel, cache: str | None, trust_remote_code: bool = False
+) -> None:
+    """Check that a model that was asked for takes the stored tokens for what they were to the one harvested.
+
+    Raises `ModelError` if it has no embedding for one of them, or if its own tokenizer gives the ids to other tokens.
+    """
+    store, ids = rows.store, check_embeddings(rows, name, model)
+    now = model_content(name, None, cache)["tokenizer"]
+    if now is not None and now == harvested_content(store, "tokenizer"):
+        return
+    tokenizer = harvested_tokenizer(store, trust_remote_code)
+    if tokenizer is None or now is None:
+        tqdm.write(f"note: the vocabulary of '{name}' could not be compared with the store's", file=sys.stderr)
+        return
+    ours, theirs = tokens_of(tokenizer, ids), tokens_of(load_tokenizer(name, trust_remote_code=trust_remote_code), ids)
+    differing = [place for place in range(len(ids)) if ours[place] != theirs[place]]
+    if differing:
+        first = differing[0]
+        raise ModelError(
+            f"the tokenizer of '{name}' is not that of store '{store.path}': {len(differing)} of {len(ids)} stored "
+            f"token ids are other tokens there, such as {ids[first]}, {ours[first]!r} in the store and "
+            f"{theirs[first]!r} there; give a model with the vocabulary of the one that was harvested"
+        )
+
+
+def harvested_tokenizer(store: ActivationStore, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that the store keeps, or else the one that it names, if there is one to be had."""
+    with suppress(StoreError, ModelError):
+        if (stored := load_stored_tokenizer(store, trust_remote_code=trust_remote_code)) is not None:
+            return stored
+    name = store.metadata.get("tokenizer")
+    with suppress(ModelError):
+        if name:
+            check_is_here(str(name), store, "model = false")
+            return load_tokenizer(str(name), trust_remote_code=trust_remote_code)
+    return None
+
+
+def stored_ids(rows: HeldOut) -> list[int]:
+    """Return the token ids that occur in the held-out contexts, ascending."""
+    found = np.zeros(0, dtype=np.int64)
+    for tokens, _ in rows.token_batches(CONTEXTS_AT_ONCE):
+        found = np.union1d(found, tokens.numpy().reshape(-1))
+    return found.tolist()
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str | None]:
+    """Return the token of each id, None where the tokenizer has none."""
+    vocabulary = {number: token for token, number in tokenizer.get_vocab().items()}
+    return [vocabulary.get(number) for number in ids]
+
+
+def check_place(store: ActivationStore, model: PreTrainedModel, hook_point: ResolvedHookPoint) -> None:
+    """Raise `StoreError` if the store was harvested from another place of the model than the name now stands for.
+
+    Before harvests measured hook points, some names stood for another tensor: BLOOM's `mlp_out` was the stream.
+    """
+    modules = store.metadata.get("hook_modules")
+    if not isinstance(modules, dict) or store.metadata.get("model_class") != type(model).__name__:
+        return
+    module = modules.get(hook_point.name)
+    measured = isinstance(store.metadata.get("certificate"), dict)
+    raw = measured or not (hook_point.derived or hook_point.clone)
+    if module is None or (module == hook_point.module_path and raw):
+        return
+    raise StoreError(
+        f"store '{store.path}' holds what '{module}' gives as '{hook_point.name}', but that is not what the name "
+        f"stands for in {type(model).__name__} ({hook_point.identity}); harvest the store again"
+    )

@@ -1,0 +1,184 @@
+"""Text sources: an iterator of named documents, always in the same order for one configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...shared.core.errors import DataError
+from ..config import HarvestConfig
+from .columns import Columns, encodable
+from .columns import Document as Document
+from .data_files import LFS, DataFile, damage, open_bytes, read_error, signature
+from .find_files import PYTHON_STDLIB, SAVED, SNIFFED_BYTES, TEXT, FoundFiles, find_files, is_binary
+from .tally import Place, Tally
+
+
+def read_documents(config: HarvestConfig, *, tell: bool = False) -> Iterator[Document]:
+    """Yield the documents of `config.dataset`; `tell` prints what is read and what is left out.
+
+    Raises:
+        MissingFileError: nothing is at the path.
+        ConfigError: a setting does not apply to what is there.
+        DataError: the source has no usable text, is ambiguous, or is damaged.
+    """
+    found = find_files(config)
+    tally = Tally(config.dataset, config.on_bad_document == "skip", n_found=None if found is None else len(found.files))
+    for reason, what in found.left_out if found else ():
+        tally.leave_out(reason, what)
+    if tell:
+        tally.tell_left_out()
+    if found is None:
+        documents = _rows(_hub_dataset(config), config, tally)
+    elif found.format == TEXT:
+        documents = _texts(found, tally)
+    elif found.format == SAVED:
+        documents = _rows(_saved_dataset(found, config), config, tally)
+    else:
+        documents = _data(found, config, tally)
+    return _counted(documents, tally, tell)
+
+
+def source_files(config: HarvestConfig) -> list[Path] | None:
+    """Return the local files that the documents come from, sorted by path; None for a Hugging Face dataset id."""
+    found = find_files(config)
+    return None if found is None else sorted(found.files)
+
+
+def hub_fingerprint(config: HarvestConfig) -> str:
+    """Return what identifies the content of a Hugging Face dataset id: the revision's hash, from the cache if offline.
+
+    Raises `DataError` for a dataset that cannot be reached.
+    """
+    with _reaching(config):
+        builder = _datasets().load_dataset_builder(
+            config.dataset, config.dataset_config, revision=config.dataset_revision
+        )
+    return str(builder.hash)
+
+
+def _counted(documents: Iterator[Document], tally: Tally, tell: bool) -> Iterator[Document]:
+    """Yield documents, and print what was read when their reader has enough or they end."""
+    try:
+        for document in documents:
+            tally.n_documents += 1
+            contents = [message.get("content") for message in document.messages or ()]
+            tally.n_characters += len(document.text) + sum(len(text) for text in contents if isinstance(text, str))
+            tally.n_token_ids += len(document.input_ids or ())
+            yield document
+    except GeneratorExit:
+        if tell:
+            tally.tell()
+        raise
+    if not tally.n_documents:
+        raise tally.nothing()
+    if tell:
+        tally.tell()
+
+
+def _texts(found: FoundFiles, tally: Tally) -> Iterator[Document]:
+    """Yield each text file as a document; in a folder, files that are not UTF-8 text are left out."""
+    for path in found.files:
+        name = encodable(path.relative_to(found.root).as_posix())
+        tally.n_files += 1
+        head, text = b"", None
+        try:
+            with open_bytes(path) as file:
+                head = file.read(SNIFFED_BYTES)
+                content = None if is_binary(head) else head + file.read()
+            text = None if content is None else content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            pass
+        except damage() as error:
+            tally.bad(str(path), read_error(path, error))
+            continue
+        if text is None:
+            if len(found.files) == 1:
+                raise DataError(f"'{path}' {signature(head) or 'is binary, or not in UTF-8; expected UTF-8 text'}")
+            tally.leave_out("not UTF-8 text", name)
+        elif head.startswith(LFS):
+            tally.bad(str(path), str(signature(head)))
+        else:
+            yield Document(name, text)
+
+
+def _data(found: FoundFiles, config: HarvestConfig, tally: Tally) -> Iterator[Document]:
+    """Yield the rows of data files as documents."""
+    columns = Columns(config.text_column, tally)
+    for path in found.files:
+        tally.n_files += 1
+        file = DataFile(path, columns, tally)
+        for row in file:
+            document = columns.document(row, file.at)
+            if document is not None:
+                yield document
+
+
+def _rows(rows: Any, config: HarvestConfig, tally: Tally) -> Iterator[Document]:
+    """Yield the rows of a `datasets` dataset as documents."""
+    columns = Columns(config.text_column, tally)
+    at = Place(config.dataset)
+    if rows.column_names:  # None for a stream whose columns are not known in advance
+        needed = columns.needed(rows.column_names)
+        if not needed:
+            raise DataError(f"'{config.dataset}' {columns.missing(rows.column_names)}")
+        rows = rows.select_columns(needed)
+    with _reading(at):
+        for at.number, row in enumerate(rows):
+            document = columns.document(row, at)
+            if document is not None:
+                yield document
+    tally.n_files = tally.n_found or 0
+
+
+def _datasets() -> Any:
+    """Import `datasets`, which takes a second that plain text does not need."""
+    import datasets
+
+    return datasets
+
+
+def _saved_dataset(found: FoundFiles, config: HarvestConfig) -> Any:
+    with _reaching(config):
+        return _datasets().load_from_disk(str(found.root))
+
+
+def _hub_dataset(config: HarvestConfig) -> Any:
+    files = {} if config.files is None else {"data_files": {config.split: config.files}}
+    with _reaching(config):
+        return _datasets().load_dataset(
+            config.dataset,
+            config.dataset_config,
+            split=config.split,
+            revision=config.dataset_revision,
+            streaming=config.streaming,
+            **files,
+        )
+
+
+@contextmanager
+def _reaching(config: HarvestConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
+        raise DataError(
+            f"cannot load dataset '{config.dataset}': expected {PYTHON_STDLIB}, a file, a folder, or a Hugging Face "
+            f"dataset id that can be reached; {_reason(error)}"
+        ) from None
+
+
+@contextmanager
+def _reading(at: Place) -> Iterator[None]:
+    """Turn what a stream of rows raises into `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (*damage(), LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{at}: the dataset cannot be read beyond here; {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

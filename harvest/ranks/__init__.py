@@ -1,0 +1,1 @@
+"""One store written by several processes."""

@@ -1,0 +1,307 @@
+"""What makes two harvests the same, and whether a store already is the one asked for.
+
+Settings are compared by value, text, tokenizer and weights by their content: paths may be spelled as one likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ..shared.core.errors import DataError, MissingFileError, StoreError
+from ..shared.core.location import StoreUrl
+from ..shared.model.adapters import model_parts
+from ..shared.model.content import describe_files, model_content
+from ..shared.model.hook_points import block_and_kind, unique_canonical
+from ..shared.store.format.layout import MANIFEST, Header
+from ..shared.store.format.manifest import Manifest, read_manifest
+from .config import HarvestConfig
+from .documents.documents import PYTHON_STDLIB, hub_fingerprint, source_files
+from .tokens.chat import template_source
+
+INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers", "on_bad_document")
+"""Settings that are no part of a harvest's record."""
+LATER = ("covariance", "special_tokens", "holdout", "trust_remote_code")
+"""Settings that are recorded only where they are not the default."""
+NEUTRAL = ("batch_size", "tokens")
+"""Settings that are recorded, but change the rows by rounding at most, or only how many there are."""
+CONTENT = {
+    "text": ("dataset", "dataset_revision"),
+    "weights": ("model", "revision"),
+    "tokenizer": (),
+    "adapter": ("adapter",),
+}
+"""Each content, and the settings that name it, which count only where the content itself is not known."""
+SPELLING = {"model", "adapter", "dataset", "tokenizer", "tokenizer_files", "tokenizer_digest", "harvest"}
+"""Metadata that `compare` has compared by content, or key by key; a tokenizer is saved by each version its own way."""
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+
+def identity(config: HarvestConfig) -> dict[str, Any]:
+    """Return what determines a store's rows: the settings, and the content of text, weights and tokenizer."""
+    keys: dict[str, Any] = {
+        key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
+    }
+    defaults = _defaults()
+    for key in LATER:
+        if keys.get(key) == defaults[key]:
+            del keys[key]  # as in stores that were begun before there was any
+    if config.chat_template is not None:
+        keys["chat_template"] = template_source(config.chat_template)
+    keys["hook_points"] = unique_canonical(config.hook_points)
+    return keys | {"content": {"text": text_content(config), **weights_content(config)}}
+
+
+def weights_content(config: HarvestConfig) -> dict[str, str | None]:
+    """Return what identifies weights and tokenizer and, where there is one, the adapter."""
+    parts = model_parts(config.model, config.adapter)
+    if parts.adapter is None:
+        return model_content(config.model, config.revision, config.cache)
+    adapter = model_content(parts.adapter, cache=config.cache)
+    if parts.adapter == parts.base:
+        return adapter | {"adapter": adapter["weights"]}
+    base = model_content(parts.base, config.revision or parts.base_revision, config.cache)
+    tokenizers = [base["tokenizer"]] if config.adapter else [adapter["tokenizer"], base["tokenizer"]]
+    return {
+        "weights": base["weights"],
+        "tokenizer": " and ".join(filter(None, tokenizers)) or None,
+        "adapter": adapter["weights"],
+    }
+
+
+def text_content(config: HarvestConfig) -> str | None:
+    """Return what identifies the text: a digest of the local files, or the data set's revision; None if not at hand."""
+    try:
+        paths = source_files(config)
+        if paths is None:
+            return f"revision {hub_fingerprint(config)}"
+        root = Path(config.dataset).expanduser()
+        if config.dataset == PYTHON_STDLIB:
+            root = Path(sysconfig.get_paths()["stdlib"])
+        root = root if root.is_dir() else root.parent
+        return describe_files({path.relative_to(root).as_posix(): path for path in paths}, config.cache)
+    except (DataError, MissingFileError):
+        return None  # a complete store can be used without its text; a harvest will say what is missing
+
+
+def check_unchanged(config: HarvestConfig, wanted: dict[str, Any]) -> None:
+    """Raise `DataError` if local text is no longer what it was when its identity was taken."""
+    was = wanted["content"]["text"]
+    if was is not None and not was.startswith("revision ") and (now := text_content(config)) != was:
+        raise DataError(
+            f"the text of '{config.dataset}' changed while it was harvested ({was}, now {now}): the store "
+            f"'{config.store}' may hold some of both and is left unfinished; harvest into another store"
+        )
+
+
+class Standing(NamedTuple):
+    """Whether a store already holds what a harvest asks for, and what the user should know about it."""
+
+    complete: bool
+    notes: tuple[str, ...] = ()
+
+
+def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
+    """Tell whether the store is there, whole, and of this very harvest; raise as `compare` does."""
+    return compare(store, wanted).complete
+
+
+def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> Standing:
+    """Compare a store, if one is there, with the identity of a harvest.
+
+    Raises `StoreError` for a store of another harvest, naming what differs.
+    """
+    manifest = find_manifest(store)
+    if manifest is None:
+        return Standing(complete=False)
+    found = manifest.header.metadata.get("harvest")
+    if not isinstance(found, dict):
+        raise StoreError(f"the store '{store}' was not written by a harvest; name another store")
+    differing = _differing_settings(found, wanted, manifest.header.metadata) | _differing_content(found, wanted)
+    if differing:
+        told = ", ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in sorted(differing.items()))
+        raise StoreError(f"the store '{store}' is of another harvest: it differs in {told}; {_advice(differing)}")
+    complete, told = _compare_size(store, manifest, wanted)
+    notes = _notes(found, wanted) + _unmeasured(manifest.header) + told
+    if not complete and found.get("batch_size") != wanted["batch_size"]:
+        notes.append(
+            f"resumes with batch_size {wanted['batch_size']} a store that was begun with {found.get('batch_size')}: "
+            "its rows agree with those of one batch size up to rounding, but not to the bit"
+        )
+    return Standing(complete, tuple(notes))
+
+
+def _compare_size(store: Path | StoreUrl, manifest: Manifest, wanted: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Tell whether a store of the same harvest holds as many rows as are asked for, or all there are, and what to say.
+
+    Raises `StoreError` for an unfinished store that is asked for fewer rows than it holds.
+    """
+    size, header = wanted["context_size"], manifest.header
+    n_wanted, n_stored = -(-wanted["tokens"] // size), manifest.n_contexts
+    n_declared = n_stored if header.n_contexts is None else header.n_contexts
+    holds = f"holds {n_stored * size:,} rows"
+    if manifest.completion is None:
+        if n_wanted < n_stored:
+            raise StoreError(
+                f"the store '{store}' is not finished and {holds} already, more than the {wanted['tokens']:,} asked "
+                f"for; ask for at least as many (tokens = {n_declared * size} finishes it), or name another store"
+            )
+        begun = f"the store {holds} and was begun for {n_declared * size:,}; it is now to hold {n_wanted * size:,}"
+        return False, [begun] if n_wanted != n_declared else []
+    if n_wanted < n_stored:
+        return True, [f"the store {holds}, more than the {wanted['tokens']:,} asked for"]
+    if n_wanted in (n_stored, n_declared):
+        return True, []
+    if n_stored < n_declared:
+        return True, [f"the store {holds}, all that the text has; {wanted['tokens']:,} were asked for"]
+    return False, [f"the store {holds} and is extended to {n_wanted * size:,}"]
+
+
+def _differing_settings(
+    found: dict[str, Any], wanted: dict[str, Any], metadata: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ; one that the store does not record had its default."""
+    named = {name for names in CONTENT.values() for name in names}
+    passed_over = {*INCIDENTAL, *NEUTRAL, *named, "content", "weights"}
+    defaults = _defaults()
+    differing = {}
+    for key in (found.keys() | wanted.keys()) - passed_over:
+        was, now = (record.get(key, defaults.get(key)) for record in (found, wanted))
+        if key == "hook_points":
+            was, now = sorted(was or []), sorted(now or [])
+        if key == "model_dtype" and was == "auto" and now == metadata.get("model_dtype"):
+            continue
+        if was != now:
+            differing[key] = (was, now)
+    return differing
+
+
+def _defaults() -> dict[str, Any]:
+    fields = msgspec.structs.fields(HarvestConfig)
+    return {field.name: None if field.default is msgspec.NODEFAULT else field.default for field in fields}
+
+
+def _differing_content(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs in text, weights and tokenizer; where their content is not known, in their names."""
+    differing = {}
+    for what, names in CONTENT.items():
+        was, now = _content(found, what), _content(wanted, what)
+        if was is not None and now is not None:
+            if was != now:
+                differing[what] = (was, now)
+            continue
+        for name in names:
+            if not _is_same_name(found.get(name), wanted.get(name)):
+                differing[name] = (found.get(name), wanted.get(name))
+    samples = found.get("weights")
+    if samples is not None and (now := sampled_fingerprint(Path(wanted["model"]).expanduser())) not in (None, samples):
+        differing["weights"] = (samples, now)
+    return differing
+
+
+def _content(record: dict[str, Any], what: str) -> str | None:
+    content = record.get("content")
+    return content.get(what) if isinstance(content, dict) else None
+
+
+def _is_same_name(first: Any, second: Any) -> bool:
+    if first == second:
+        return True
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    paths = [os.path.abspath(os.path.expanduser(name)) for name in (first, second)]
+    return paths[0] == paths[1] and os.path.exists(paths[0])
+
+
+def _advice(differing: dict[str, tuple[Any, Any]]) -> str:
+    commits = [was for what, (was, _) in differing.items() if what != "text" and str(was).startswith("commit ")]
+    if commits and set(differing) <= {"weights", "tokenizer"}:
+        return f"name another store, or stay with the model's earlier commit: revision = {commits[0].split()[1]!r}"
+    return "name another store"
+
+
+def continued_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata with which a store that was begun is resumed: its own, where the rest agrees.
+
+    Raises `StoreError` for what differs beyond the spelling of names and the number of rows.
+    """
+    found = header.metadata
+    for key in sorted(found.keys() & metadata.keys() - SPELLING):
+        if found[key] != metadata[key]:
+            raise StoreError(
+                f"the store '{store}' was begun with {key} = {found[key]!r}, now {metadata[key]!r}; "
+                "use the same settings and versions, or name another store"
+            )
+    if "certificate" not in found:
+        for name, point in metadata["certificate"]["hook_points"].items():
+            if point["derived"] or point["cloned"]:
+                now = f"taken as {point['derived']}" if point["derived"] else "copied before the model writes into it"
+                raise StoreError(
+                    f"the store '{store}' was begun by a version of Thresher that took '{name}' from "
+                    f"{point['module']} as it is; it is now {now}, and the store would mix both: name another store"
+                )
+    wanted = metadata["harvest"]
+    if header.n_contexts == -(-wanted["tokens"] // wanted["context_size"]):
+        return found
+    return found | {"harvest": found["harvest"] | {"tokens": wanted["tokens"]}}
+
+
+def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return what could not be compared."""
+    if "content" not in found:
+        return [
+            "the store was begun by a version of Thresher that did not record the content of text, tokenizer and "
+            "weights: only names and settings were compared"
+        ]
+    recorded = found["content"].keys() | wanted["content"].keys()
+    unknown = [what for what in CONTENT if what in recorded and None in (_content(found, what), _content(wanted, what))]
+    if not unknown:
+        return []
+    return [f"the content of {' and '.join(unknown)} is not known here: names and settings were compared instead"]
+
+
+def _unmeasured(header: Header) -> list[str]:
+    """Return what to know of a store that was written before hook points were measured."""
+    kinds = {found[1] for found in map(block_and_kind, header.hook_points) if found is not None}
+    if "certificate" in header.metadata or kinds <= {"resid_pre", "resid_post"}:
+        return []
+    return [
+        "the store was begun by a version of Thresher that did not measure hook points: in models such as BLOOM, MPT, "
+        "Granite and Falcon, its attn_out and mlp_out are not what these names stand for; harvest such a model again"
+    ]
+
+
+def sampled_fingerprint(model: Path) -> str | None:
+    """Return the hash of a model folder's weight files by name, size and samples that older stores hold."""
+    if not model.is_dir():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin"), model / "config.json"]):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(size * sample // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def find_manifest(store: Path | StoreUrl) -> Manifest | None:
+    """Return a store's manifest, or None where none is."""
+    if isinstance(store, Path):
+        return read_manifest(store) if (store / MANIFEST).is_file() else None
+    from ..shared.store.remote.objects import RemoteStore
+    from ..shared.store.remote.remote_files import read_remote_manifest
+
+    try:
+        return read_remote_manifest(RemoteStore(store))
+    except MissingFileError:
+        return None

@@ -1,0 +1,273 @@
+"""Load language models and tokenizers as Hugging Face stores them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..core.device import choose_device
+from ..core.errors import ModelError, ThresherError, one_line
+from ..core.paths import expand_home
+from .adapters import ModelParts, adapted_base, apply_adapter, model_parts
+from .capture import capture as capture
+from .capture import resolve_hook_points as resolve_hook_points
+from .capture import splice as splice
+from .checkpoint_keys import check_checkpoint_keys
+from .tokenizer_files import needs_no_vocabulary, vocabulary_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+NOT_TEXT = ("pixel_values", "input_features", "input_values", "decoder_input_ids")
+EXPECTED = "expected a decoder such as GPT-2 or Llama, or an encoder such as BERT"
+
+
+def has_fast_bfloat16(device: str | torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 matrices in hardware."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def model_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
+    """Return the data type to run a model in; "auto" is bfloat16 where the device has it, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"expected model dtype auto, {', '.join(DTYPES)}; got '{dtype}'")
+    return DTYPES[dtype]
+
+
+def load_model(
+    name_or_path: str,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    *,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a pretrained model, ready for inference: evaluation mode, no gradients.
+
+    Decoders load with their language-modelling head, encoders (the BERT family) bare. An adapter that is named, or
+    that lies in the model's folder, is merged into the weights. Raises `ModelError` when there is no such model, when
+    its weights are not exactly those that its configuration asks for, or when it reads anything but tokens;
+    `ConfigError` when the device is not there.
+    """
+    name_or_path, adapter = expand_home(name_or_path), expand_home(adapter)
+    device = choose_device(str(device))
+    torch_dtype = model_dtype(dtype, device)
+    _quiet_unless_terminal()
+    parts = _find_parts(name_or_path, revision, adapter)
+    base_revision, adapter_revision = _revisions(name_or_path, revision, parts)
+    config = load_model_config(parts.base, base_revision, trust_remote_code)
+    _check_reads_tokens(config, name_or_path)
+    loader = AutoModel if is_encoder(config) else AutoModelForCausalLM
+    options: dict[str, Any] = {"revision": base_revision, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if parts.adapter is not None:
+        options["adapter_kwargs"] = {"subfolder": "none"}  # else transformers applies it, its weights unchecked
+    try:
+        with _few_words():
+            model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                parts.base,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_checkpoint_keys names them
+                **options,
+            )
+            partial = loader is AutoModel or type(model.config) is not type(config)
+            check_checkpoint_keys(model, info, name_or_path, partial)
+            if parts.adapter is not None:
+                model = apply_adapter(model, parts.adapter, adapter_revision)
+            model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            model.eval().requires_grad_(False)
+            _read_tokens(model, name_or_path)
+    except ThresherError:
+        raise
+    except Exception as error:  # the libraries raise all kinds for files that are not as they expect
+        raise ModelError(f"cannot load model '{name_or_path}': {_reason(error, config)}") from error
+    return model
+
+
+def load_model_config(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Load a model's configuration alone, or raise `ModelError`."""
+    name = expand_home(name_or_path)
+    if Path(name).is_file():
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds config.json and the weights")
+    try:
+        with _few_words():
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_model
+        raise ModelError(
+            f"no model '{name_or_path}': expected a folder with config.json and weights, or a Hugging Face id "
+            f"that can be reached; {_reason(error)}"
+        ) from error
+
+
+def load_tokenizer(
+    name_or_path: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; an adapter without one has that of its base model.
+
+    Raises `ModelError` when there is none, also where transformers would make up one of a few special tokens.
+    """
+    name = expand_home(name_or_path)
+    if Path(name).is_file():
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds the tokenizer")
+    parts = _find_parts(name, revision, None)
+    if parts.base != name and not _has_tokenizer(name, revision):
+        name, revision = parts.base, _revisions(name, revision, parts)[0]
+    no_tokenizer = (
+        f"'{name_or_path}' holds no tokenizer: expected a vocabulary such as tokenizer.json beside config.json; "
+        "save the model's tokenizer there too (tokenizer.save_pretrained)"
+    )
+    try:
+        with _few_words():
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_model
+        found = vocabulary_files(name, revision) or []
+        if Path(name).is_dir() and not found:
+            raise ModelError(no_tokenizer) from error
+        reason = _reason(error)
+        if any(file.endswith(".model") for file in found) and find_spec("sentencepiece") is None:
+            reason = "its vocabulary is a SentencePiece model; to read it, pip install sentencepiece protobuf"
+        raise ModelError(f"cannot load the tokenizer of '{name_or_path}': {reason}") from error
+    kind = type(tokenizer)
+    if vocabulary_files(name, revision, kind) == [] and not needs_no_vocabulary(kind):
+        raise ModelError(no_tokenizer)
+    return tokenizer
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Tell whether a configuration is that of a model without a head for the next token (BERT, RoBERTa, ...)."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return False
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or _was_saved_bare(config):
+        return True
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _was_saved_bare(config: PretrainedConfig) -> bool:
+    """Tell whether a decoder was saved without a head, as text embedders are, and has none in its embeddings either."""
+    bare = getattr(MODEL_MAPPING.get(type(config), None), "__name__", None)
+    named = getattr(config, "architectures", None) or []
+    return bare in named and not getattr(config, "tie_word_embeddings", False)
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    """Tell whether an adapter's folder or id has a tokenizer of its own."""
+    if Path(name).is_dir():
+        return bool(vocabulary_files(name))
+    try:
+        return cached_file(name, "tokenizer.json", revision=revision) is not None
+    except OSError:
+        return False
+
+
+def _find_parts(name: str, revision: str | None, adapter: str | None) -> ModelParts:
+    """Return base model and adapter, also where a Hugging Face id is that of an adapter."""
+    parts = model_parts(name, adapter)
+    if parts.adapter is not None or Path(parts.base).exists():
+        return parts
+    try:
+        found = find_adapter_config_file(parts.base, revision=revision)
+    except Exception:  # no such model: loading its configuration says so
+        found = None
+    return parts if found is None else adapted_base(Path(found), parts.base)
+
+
+def _revisions(name: str, revision: str | None, parts: ModelParts) -> tuple[str | None, str | None]:
+    """Return the revisions of base model and adapter: the one asked for is that of what the name stands for.
+
+    A folder has no revision: for an adapter's folder, it is that of the base model.
+    """
+    if parts.base == name:
+        return revision, None
+    if Path(name).is_dir():
+        return revision or parts.base_revision, None
+    return parts.base_revision, revision
+
+
+def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
+    """Raise `ModelError` for a kind of model that is not a decoder or an encoder of text."""
+    if any(str(kind).endswith("ForCausalLM") for kind in getattr(config, "architectures", None) or []):
+        return  # also BartForCausalLM and the like: a decoder saved without its encoder
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); {EXPECTED}")
+    built = MODEL_MAPPING.get(type(config), None)
+    reads = getattr(built, "main_input_name", "input_ids")
+    if reads != "input_ids" and not hasattr(config, "text_config"):
+        raise ModelError(f"'{name}' ({config.model_type}) reads {reads}, not tokens; {EXPECTED}")
+
+
+def _read_tokens(model: PreTrainedModel, name: str) -> None:
+    """Raise `ModelError` for a model that cannot run on tokens alone."""
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    config = getattr(model.base_model, "config", None)
+    options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=tokens, **options)
+    except Exception as error:
+        others = [key for key in inspect.signature(model.base_model.forward).parameters if key in NOT_TEXT]
+        reason = f": {_reason(error)}" if not others or isinstance(error, (ValueError, RuntimeError)) else ""
+        reads = f" (it also reads {', '.join(others)})" if others else ""
+        raise ModelError(
+            f"'{name}' ({type(model).__name__}) cannot run on tokens alone{reads}{reason}; {EXPECTED}"
+        ) from error
+
+
+@contextmanager
+def _few_words() -> Iterator[None]:
+    """Keep transformers from printing what an error says in one line."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def _quiet_unless_terminal() -> None:
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _reason(error: Exception, config: PretrainedConfig | None = None) -> str:
+    """Return what went wrong in one line, and what to do where the library's own words do not fit."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; read that code, then set trust_remote_code = true"
+    words = one_line(error)
+    if "Repo id must be" in words:
+        return "there is no such folder, and it is no Hugging Face id"
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        return f"it is quantised ({method}); {words}; install what that needs, or give the unquantised model"
+    return words

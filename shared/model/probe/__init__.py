@@ -1,0 +1,1 @@
+"""Find the parts of a transformer block by running the model: norms, residual stream, attention and MLP."""

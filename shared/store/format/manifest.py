@@ -1,0 +1,166 @@
+"""The manifest: JSON lines, appended one per committed shard, each checksummed with all before it.
+
+Lines are `{"entry": ..., "crc32c": "8 hex digits"}`: a header, the shards in order, and, when the store is
+complete, a last line. A line without its newline was cut off by a kill and does not count.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from ...core.errors import MissingFileError, StoreError
+from ...core.location import StoreUrl
+from .checksum import crc32c
+from .layout import FORMAT_VERSION, MANIFEST, RESERVED_NAMES, ROLES, Count, Header, Size, check_hook_point_name
+
+Checksum = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+
+
+class FileRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A file's size and checksum: of a shard's footer, of any other file's whole content."""
+
+    bytes: Count
+    crc32c: Checksum
+
+
+class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard", tag_field="type"):
+    """A committed shard of every array, and the files that go with it, by path in the store."""
+
+    shard: Count
+    contexts: Size
+    files: dict[str, FileRecord]
+
+
+class Completion(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="complete", tag_field="type"
+):
+    """The store is whole: its totals, and the files that were written last."""
+
+    shards: Count
+    contexts: Count
+    files: dict[str, FileRecord]
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    entry: msgspec.Raw
+    crc32c: str
+
+
+class Manifest(msgspec.Struct):
+    """What a manifest says. `n_bytes` counts its whole lines; `checksum` is the last line's."""
+
+    header: Header
+    shards: list[ShardRecord] = []
+    completion: Completion | None = None
+    n_bytes: int = 0
+    checksum: int = 0
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts in committed shards."""
+        full = max(0, len(self.shards) - 1) * self.header.contexts_per_shard
+        return full + self.shards[-1].contexts if self.shards else 0
+
+
+def encode_line(entry: Header | ShardRecord | Completion, previous: int) -> tuple[bytes, int]:
+    """Return an entry's line and its checksum, which goes on from the previous line's."""
+    packed = msgspec.json.encode(entry)
+    checksum = crc32c(packed, previous)
+    return b'{"entry":%b,"crc32c":"%08x"}\n' % (packed, checksum), checksum
+
+
+def read_manifest(store: Path) -> Manifest | None:
+    """Return a store's manifest, or None while it has no header yet.
+
+    Raises:
+        MissingFileError: nothing is there.
+        StoreError: what is there is no store, or its manifest is damaged.
+    """
+    path = store / MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if not store.exists():
+            raise MissingFileError(f"no activation store at '{store}'; harvest one, or give the path of one") from None
+        raise StoreError(f"'{store}' is not an activation store: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise StoreError(f"cannot read '{path}': {error.strerror}") from None
+    return manifest_of(store, content)
+
+
+def manifest_of(place: Path | StoreUrl, content: bytes) -> Manifest | None:
+    """Return what the bytes of a store's manifest say, as `parse_manifest` does; its errors name the store."""
+    try:
+        return parse_manifest(content)
+    except StoreError as error:
+        raise StoreError(f"the store '{place}' is damaged: {MANIFEST} {error}") from None
+
+
+def parse_manifest(content: bytes) -> Manifest | None:
+    """Return what the manifest's bytes say, or None if no whole line is there."""
+    *lines, torn = content.split(b"\n")
+    if not lines:
+        return None
+    manifest: Manifest | None = None
+    checksum = 0
+    for number, line in enumerate(lines, 1):
+        entry, following = parse_line(line, checksum, number)
+        checksum = following
+        if manifest is None:
+            if not isinstance(entry, Header):
+                raise StoreError("line 1: expected the header")
+            _check_header(entry)
+            manifest = Manifest(entry, shards=[])
+        else:
+            _add(manifest, entry, number)
+    assert manifest is not None
+    if torn and manifest.completion is not None:
+        raise StoreError(f"line {len(lines) + 1}: nothing may follow the last line")
+    manifest.n_bytes = sum(len(line) + 1 for line in lines)
+    manifest.checksum = checksum
+    return manifest
+
+
+def parse_line(line: bytes, previous: int, number: int) -> tuple[Header | ShardRecord | Completion, int]:
+    """Return a line's entry and its checksum, which goes on from the previous line's; raise `StoreError` if it errs."""
+    try:
+        raw = bytes(msgspec.json.decode(line, type=_Line).entry)
+        checksum = crc32c(raw, previous)
+        if line != b'{"entry":%b,"crc32c":"%08x"}' % (raw, checksum):
+            raise StoreError(f"line {number} does not have its checksum")
+        return msgspec.json.decode(raw, type=Header | ShardRecord | Completion), checksum
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise StoreError(f"line {number} is not an entry: {error}") from None
+
+
+def _check_header(header: Header) -> None:
+    if header.format_version != FORMAT_VERSION:
+        raise StoreError(
+            f"has format version {header.format_version}; this Thresher reads version {FORMAT_VERSION}: update it"
+        )
+    if not header.hook_points or header.shard_rows % header.chunk_rows or header.shard_rows % header.context_size:
+        raise StoreError("line 1: shard_rows must be a multiple of chunk_rows and of context_size")
+    for name in header.hook_points:
+        try:
+            check_hook_point_name(name, RESERVED_NAMES if header.has_roles else RESERVED_NAMES - {ROLES})
+        except ValueError as error:
+            raise StoreError(f"line 1: {error}") from None
+
+
+def _add(manifest: Manifest, entry: Header | ShardRecord | Completion, number: int) -> None:
+    """Add an entry, which must be the next one."""
+    per_shard = manifest.header.contexts_per_shard
+    if manifest.completion is not None or isinstance(entry, Header):
+        raise StoreError(f"line {number}: nothing may follow the last line, and no second header")
+    last_is_full = not manifest.shards or manifest.shards[-1].contexts == per_shard
+    if isinstance(entry, ShardRecord):
+        if entry.shard != len(manifest.shards) or not last_is_full or entry.contexts > per_shard:
+            raise StoreError(f"line {number}: expected shard {len(manifest.shards)} of at most {per_shard} contexts")
+        manifest.shards.append(entry)
+        return
+    if (entry.shards, entry.contexts) != (len(manifest.shards), manifest.n_contexts):
+        raise StoreError(f"line {number}: its totals do not match the shards before it")
+    manifest.completion = entry

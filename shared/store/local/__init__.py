@@ -1,0 +1,1 @@
+"""A store in a folder: durable effects, locks, commits and mapped shards."""

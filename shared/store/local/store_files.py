@@ -1,0 +1,120 @@
+"""What reading a store needs of the place it is in: its manifest, small files by name, and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from ...core.errors import StoreError
+from ...core.location import StoreUrl
+from ..format.checksum import crc32c
+from ..format.layout import ArrayLayout, Header, statistics_key
+from ..format.manifest import FileRecord, Manifest, ShardRecord, read_manifest
+from ..format.statistics import Statistics, decode_statistics
+from .shard_reader import MappedShard, Shard, ShardCache
+
+
+class StoreFiles(Protocol):
+    """A store's files, in a folder or in an object store."""
+
+    threads: int
+    """Threads that reading keeps busy at least, however few the cores."""
+
+    @property
+    def place(self) -> Path | StoreUrl:
+        """Where the store is."""
+        ...
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest, or None while it has no header."""
+        ...
+
+    def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
+        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        ...
+
+    def content(self, key: str) -> bytes | None:
+        """Return a file as it is, or None if it is not there."""
+        ...
+
+    def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
+        """Return a shard where it is, whatever copies there are."""
+        ...
+
+    def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
+        """Return what hands out an array's shards."""
+        ...
+
+
+class LocalFiles:
+    """A store in a folder."""
+
+    threads = 1
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest, or None while it has no header."""
+        return read_manifest(self.place)
+
+    def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
+        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        return read_named(self.place, key, files, self._read)
+
+    def _read(self, key: str, n_bytes: int) -> bytes:
+        path = self.place / key
+        try:
+            size = path.stat().st_size
+            content = path.read_bytes() if size == n_bytes else b""
+        except OSError as error:
+            raise StoreError(f"the store '{self.place}' is damaged: cannot read '{key}' ({error.strerror})") from None
+        if len(content) != n_bytes:
+            raise StoreError(
+                f"the store '{self.place}' is damaged: '{key}' has {size} bytes, its manifest says {n_bytes}"
+            )
+        return content
+
+    def content(self, key: str) -> bytes | None:
+        """Return a file as it is, or None if it is not there."""
+        path = self.place / key
+        return path.read_bytes() if path.is_file() else None
+
+    def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
+        """Return a shard, mapped into memory."""
+        return MappedShard(self.place, array, record, n_chunks)
+
+    def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
+        """Return what maps an array's shards."""
+        return ShardCache(self.place, array, manifest.shards, manifest.header.context_size)
+
+
+def read_named(
+    place: Path | StoreUrl, key: str, files: Mapping[str, FileRecord], read: Callable[[str, int], bytes]
+) -> bytes:
+    """Return what `read(key, bytes)` does of a file that the manifest names; raise `StoreError` if it is another."""
+    record = files.get(key)
+    if record is None:
+        raise StoreError(f"the store '{place}' is damaged: its manifest does not name '{key}'")
+    content = read(key, record.bytes)
+    if crc32c(content) != record.crc32c:
+        raise StoreError(f"the store '{place}' is damaged: '{key}' does not have its checksum")
+    return content
+
+
+def load_statistics(
+    files: StoreFiles, key: str, records: Mapping[str, FileRecord], header: Header, n_contexts: int
+) -> Statistics:
+    """Return the statistics in a file that the manifest names, of `n_contexts` contexts."""
+    content = files.read_checked(key, records)
+    try:
+        return decode_statistics(content, header, n_contexts)
+    except StoreError as error:
+        raise StoreError(f"the store '{files.place}' is damaged: '{key}': {error}") from None
+
+
+def shard_statistics(files: StoreFiles, manifest: Manifest) -> Iterator[Statistics]:
+    """Yield each committed shard's statistics, checked against the manifest."""
+    for record in manifest.shards:
+        yield load_statistics(files, statistics_key(record.shard), record.files, manifest.header, record.contexts)

@@ -1,0 +1,1 @@
+"""From shards to rows: open, read, verify and inspect a store."""

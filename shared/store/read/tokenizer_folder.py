@@ -1,0 +1,51 @@
+"""The tokenizer's files that a store keeps beside its arrays, named and checksummed by its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from ...core.errors import StoreError
+from ..format.layout import TOKENIZER_FOLDER
+from ..local.store_files import StoreFiles
+
+
+def describe_tokenizer(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the metadata of a store that keeps these files in its tokenizer folder."""
+    return {"tokenizer_files": sorted(files), "tokenizer_digest": _digest(files)}
+
+
+def tokenizer_key(name: str) -> str:
+    """Return the path in the store of one of the tokenizer's files."""
+    return f"{TOKENIZER_FOLDER}/{name}"
+
+
+def read_tokenizer_files(files: StoreFiles, metadata: Mapping[str, Any]) -> dict[str, bytes] | None:
+    """Return the content of the tokenizer's files by name, or None if the store keeps none.
+
+    Raises `StoreError` if they are not those that the metadata names.
+    """
+    names, digest = metadata.get("tokenizer_files"), metadata.get("tokenizer_digest")
+    if not names or not digest:
+        return None
+    found: dict[str, bytes] = {}
+    for name in names:
+        if not isinstance(name, str) or any(part in ("", ".", "..") for part in name.split("/")):
+            raise StoreError(f"the store '{files.place}' is damaged: {name!r} cannot be a file of its tokenizer")
+        content = files.content(tokenizer_key(name))
+        if content is None:
+            raise StoreError(f"the store '{files.place}' is damaged: '{tokenizer_key(name)}' is missing")
+        found[name] = content
+    if _digest(found) != digest:
+        raise StoreError(
+            f"the store '{files.place}' is damaged: the files in '{TOKENIZER_FOLDER}' do not have their digest"
+        )
+    return found
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{hashlib.blake2b(content, digest_size=16).hexdigest()}\n".encode())
+    return digest.hexdigest()

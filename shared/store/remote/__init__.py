@@ -1,0 +1,1 @@
+"""A store in a bucket: objects, lease, cache, upload and ranged reads."""

@@ -1,0 +1,233 @@
+"""The objects of one store in an object store: got by range, put whole, tried again when a connection drops.
+
+obstore talks to S3, Google Cloud Storage and Azure alike, and takes endpoint, region and credentials from each
+one's standard environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and so on).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...core.errors import ConfigError, MissingFileError, StoreError, UnreachableError
+from ...core.location import StoreUrl
+
+ATTEMPTS = 5
+"""Tries of a request before it is given up; obstore's own, which do not see a body cut short, come before."""
+FIRST_PAUSE = 0.2
+"""Seconds before the second try; they double with each one, up to 10."""
+CLIENT_RETRIES = 3
+PIECE_BYTES = 8 << 20
+"""Bytes of one request of a large object: what a dropped connection can cost."""
+PIECES_AT_ONCE = 4
+
+T = TypeVar("T")
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and so on",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT, the path of a key file",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY and so on",
+}
+_NO_TOKEN = "token request"
+_REFUSED = re.compile(r"status code: 4(?!08|29)\d\d")
+
+
+class ChangedObjectError(StoreError):
+    """An object is not the version it was expected to be: someone else wrote it."""
+
+
+class RemoteStore:
+    """A store's objects by their path in the store; safe to use from several threads.
+
+    Raises:
+        ConfigError: obstore is not installed, or the URL or the environment is not acceptable.
+        UnreachableError: a request failed for good; the message names the object and the reason.
+    """
+
+    def __init__(self, url: StoreUrl) -> None:
+        try:
+            import obstore.exceptions
+        except ImportError:
+            raise ConfigError(
+                f"reading or writing '{url}' needs obstore, which is not installed: pip install 'thresher[remote]'"
+            ) from None
+        self.url = url
+        self._obstore = obstore
+        self._process = os.getpid()
+        errors = obstore.exceptions
+        self._final = (
+            errors.NotFoundError,
+            errors.PermissionDeniedError,
+            errors.UnauthenticatedError,
+            errors.AlreadyExistsError,
+            errors.PreconditionError,
+            errors.NotSupportedError,
+            errors.InvalidPathError,
+        )
+        options: dict[str, Any] = {"client_options": {"timeout": "120s", "connect_timeout": "10s"}}
+        if url.scheme == "s3":
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+            options["client_options"]["allow_http"] = endpoint.startswith("http://")
+            if endpoint:
+                options["endpoint"] = endpoint
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            options["region"] = region or "us-east-1"
+        backoff = {"init_backoff": timedelta(seconds=FIRST_PAUSE), "max_backoff": timedelta(seconds=10)}
+        options["retry_config"] = {"max_retries": CLIENT_RETRIES, "backoff": backoff}
+        try:
+            self._store = obstore.store.from_url(str(url), **options)
+        except (errors.BaseError, ValueError) as error:
+            raise ConfigError(
+                f"cannot connect to '{url}': {_reason(error)}; check the environment ({_CREDENTIALS[url.scheme]})"
+            ) from None
+
+    def get(self, key: str, n_bytes: int | None = None) -> bytes:
+        """Return a small object, which is not read if it does not have `n_bytes`.
+
+        Raises:
+            MissingFileError: it is not there.
+            StoreError: it has another size.
+        """
+
+        def attempt() -> bytes:
+            result = self._obstore.get(self._store, key)
+            size = result.meta["size"]
+            if n_bytes is not None and size != n_bytes:
+                raise StoreError(
+                    f"the store '{self.url}' is damaged: '{key}' has {size} bytes, its manifest says {n_bytes}"
+                )
+            return bytes(result.bytes())
+
+        return self._again(f"read '{key}'", attempt)
+
+    def get_version(self, key: str) -> tuple[bytes, Any]:
+        """Return a small object and the version that `replace` takes."""
+
+        def attempt() -> tuple[bytes, Any]:
+            result = self._obstore.get(self._store, key)
+            meta = result.meta
+            return bytes(result.bytes()), {"e_tag": meta["e_tag"], "version": meta["version"]}
+
+        return self._again(f"read '{key}'", attempt)
+
+    def size(self, key: str) -> int:
+        """Return an object's bytes; raise `MissingFileError` if it is not there."""
+        return self._again(f"read '{key}'", lambda: self._obstore.head(self._store, key)["size"])
+
+    def get_range(self, key: str, start: int, length: int) -> Any:
+        """Return some of an object's bytes as a buffer."""
+
+        def attempt() -> Any:
+            found = self._obstore.get_range(self._store, key, start=start, length=length)
+            if len(found) != length:
+                raise ConnectionError(f"got {len(found)} of {length} bytes")
+            return found
+
+        return self._again(f"read '{key}'", attempt)
+
+    def download(self, key: str, n_bytes: int, file: int, progress: Callable[[int], object] | None = None) -> None:
+        """Write an object of known size to an open file; what has come is not asked for again after a drop."""
+
+        def piece(start: int) -> None:
+            length = min(PIECE_BYTES, n_bytes - start)
+            os.pwrite(file, self.get_range(key, start, length), start)
+            if progress is not None:
+                progress(length)
+
+        starts = range(0, n_bytes, PIECE_BYTES)
+        if len(starts) == 1:
+            piece(0)
+            return
+        with ThreadPoolExecutor(min(PIECES_AT_ONCE, len(starts) or 1), "store-fetch") as pool:
+            try:
+                for _ in pool.map(piece, starts):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Write a whole object, which replaces any other at once or not at all."""
+        options: Any = {"chunk_size": PIECE_BYTES, "max_concurrency": PIECES_AT_ONCE}
+        self._again(f"write '{key}'", lambda: self._obstore.put(self._store, key, content, **options))
+
+    def replace(self, key: str, content: bytes, version: Any) -> Any:
+        """Write a small object if it still is `version`, or is not there if that is None; return its new version.
+
+        Raises:
+            ChangedObjectError: it is another one.
+        """
+        errors = self._obstore.exceptions
+        mode: Any = "create" if version is None else {name: part for name, part in version.items() if part is not None}
+        try:
+            return self._again(
+                f"write '{key}'", lambda: self._obstore.put(self._store, key, content, mode=mode, use_multipart=False)
+            )
+        except UnreachableError as error:
+            if not isinstance(error.__cause__, (errors.AlreadyExistsError, errors.PreconditionError)):
+                raise
+            # The answer to a try that succeeded may have been lost.
+            found, now = self.get_version(key)
+            if found == content:
+                return now
+            raise ChangedObjectError(f"'{self.url}': '{key}' was changed by someone else") from error.__cause__
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        try:
+            self._again(f"remove '{key}'", lambda: self._obstore.delete(self._store, key))
+        except MissingFileError:
+            pass
+
+    def is_empty(self, but: str = "") -> bool:
+        """Tell whether there is no object below the URL `but` one."""
+
+        def attempt() -> bool:
+            return all(meta["path"] == but for page in self._obstore.list(self._store, chunk_size=8) for meta in page)
+
+        return self._again("list the objects", attempt)
+
+    def _again(self, what: str, attempt: Callable[[], T]) -> T:
+        if os.getpid() != self._process:
+            raise StoreError(f"'{self.url}' cannot be used in a forked process; start processes by spawn")
+        pause = FIRST_PAUSE
+        for number in range(1, ATTEMPTS + 1):
+            try:
+                return attempt()
+            except (self._obstore.exceptions.BaseError, OSError) as error:
+                if number == ATTEMPTS or self._is_final(error):
+                    raise self._error(what, error, number) from error
+            threading.Event().wait(pause)
+            pause = min(10.0, 2 * pause)
+        raise AssertionError
+
+    def _is_final(self, error: Exception) -> bool:
+        """Tell whether another try would end alike: the server refuses, other than for being busy."""
+        return isinstance(error, (FileNotFoundError, *self._final)) or bool(_REFUSED.search(str(error)))
+
+    def _error(self, what: str, error: Exception, tries: int) -> UnreachableError | MissingFileError:
+        errors = self._obstore.exceptions
+        if isinstance(error, (errors.NotFoundError, FileNotFoundError)) or "NoSuchBucket" in str(error):
+            return MissingFileError(f"cannot {what} in '{self.url}': there is no such object or bucket")
+        denied = isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError))
+        if denied or _NO_TOKEN in str(error):
+            why = "access was denied" if denied else f"no access token was given ({_reason(error)})"
+            return UnreachableError(
+                f"cannot {what} in '{self.url}': {why}; check the credentials in the environment "
+                f"({_CREDENTIALS[self.url.scheme]})"
+            )
+        told = f"after {tries} tries" if tries > 1 else "for good"
+        return UnreachableError(
+            f"cannot {what} in '{self.url}': given up {told} ({_reason(error)}); start again to resume"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says in one line, shortened, without obstore's view of its own insides."""
+    text = " ".join(str(error).split()).partition(" Debug source:")[0] or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,162 @@
+"""Transcoders and crosscoders through the whole stage, against float64 NumPy and hand-written hooks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from thresher.evaluate.config import EvaluateConfig
+from thresher.evaluate.run import evaluate
+from thresher.shared.core.errors import HookPointError, SaeError
+from thresher.shared.sae import Sae
+
+HOOKS = ("blocks.0.resid_post", "blocks.1.resid_post")
+D, D_SAE = 16, 40
+
+
+def random_tensors(d_in, d_out, seed, **more):
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(D_SAE, d_out, generator=generator) * torch.rand(D_SAE, 1, generator=generator)
+    W_dec[:5, : d_out // 2] *= 0.01
+    tensors = {"W_enc": 0.3 * torch.randn(d_in, D_SAE, generator=generator), "b_enc": -torch.ones(D_SAE)}
+    tensors |= {"W_dec": 0.3 * W_dec, "b_dec": torch.randn(d_out, generator=generator)}
+    return tensors | {name: 0.2 * torch.randn(*shape, generator=generator) for name, shape in more.items()}
+
+
+@pytest.fixture(scope="module")
+def result(tiny):
+    out = {"hook_name_out": "blocks.1.hook_resid_post"}
+    folder = tiny.root / "places"
+    tensors = random_tensors(D, D, 1)
+    Sae("transcoder", tensors, hook_point=HOOKS[0], metadata=out).save(folder / "transcoder")
+    skip = random_tensors(D, D, 2, W_skip=(D, D))
+    Sae("skip_transcoder", skip, hook_point=HOOKS[0], metadata=out).save(folder / "skip")
+    config = {"hook_points": list(HOOKS), "apply_b_dec_to_input": False}
+    tensors = random_tensors(2 * D, 2 * D, 3)
+    Sae("crosscoder", tensors, hook_point=HOOKS[0], config=config).save(folder / "crosscoder")
+    settings = {"store": str(tiny.store), "output": str(tiny.root / "places-out"), "block_rows": 50, "probe_tasks": 0}
+    rows = evaluate(EvaluateConfig(saes=str(folder), **settings))
+    return {row["name"]: row for row in rows}, folder, tiny.root / "places-out"
+
+
+def wide(tiny, hook):
+    return tiny.activations[hook].numpy()[tiny.usable].astype(np.float64)
+
+
+def reconstruct(folder, x):
+    sae = Sae.load(folder)
+    weights = {name: value.double().numpy() for name, value in sae.named_parameters()}
+    latents = np.maximum(x @ weights["W_enc"] + weights["b_enc"], 0)
+    x_hat = latents @ weights["W_dec"] + weights["b_dec"]
+    return latents, x_hat + x @ weights["W_skip"].T if "W_skip" in weights else x_hat, weights
+
+
+def check(row, y, y_hat):
+    mse = ((y - y_hat) ** 2).sum(axis=1).mean()
+    assert row["mse"] == pytest.approx(mse, rel=1e-5)
+    assert row["explained_variance"] == pytest.approx(1 - mse / y.var(axis=0).sum(), rel=1e-5)
+    assert row["fvu"] == pytest.approx(mse / y.var(axis=0).sum(), rel=1e-5)
+    norms = np.linalg.norm(y, axis=1), np.linalg.norm(y_hat, axis=1)
+    assert row["cossim"] == pytest.approx(((y * y_hat).sum(axis=1) / (norms[0] * norms[1])).mean(), rel=1e-5)
+    assert row["l2_ratio"] == pytest.approx((norms[1] / norms[0]).mean(), rel=1e-5)
+    bias = (y_hat**2).sum() / (y * y_hat).sum()
+    assert row["relative_reconstruction_bias"] == pytest.approx(bias, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transcoder", "skip"])
+def test_a_transcoder_is_judged_at_its_target(tiny, result, name):
+    row = result[0][name]
+    latents, y_hat, _ = reconstruct(result[1] / name, wide(tiny, HOOKS[0]))
+    assert (row["hook_point"], row["target_hook_point"]) == HOOKS
+    check(row, wide(tiny, HOOKS[1]), y_hat)
+    assert row["l0"] == pytest.approx((latents > 0).sum(axis=1).mean())
+
+
+def losses_by_hand(tiny, place, x_hat):
+    """CE clean, spliced and with zero ablation, where rows `x_hat` (float64) replace one hook point's activations."""
+    tokens = torch.from_numpy(tiny.tokens[tiny.held_out])
+    usable = torch.from_numpy(tiny.usable[tiny.held_out])
+    block = tiny.model.transformer.h[int(place.split(".")[1])]
+
+    def loss(replace):
+        def hook(_, __, output):
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            changed = replace(first.clone())
+            return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
+
+        handle = block.register_forward_hook(hook)
+        log_probs = tiny.model(tokens).logits.double().log_softmax(-1)
+        handle.remove()
+        ce = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        return float(ce[usable[:, :-1] & usable[:, 1:]].mean())
+
+    def splice(x):
+        x[usable] = torch.from_numpy(x_hat).float()
+        return x
+
+    return loss(lambda x: x), loss(splice), loss(torch.zeros_like)
+
+
+@pytest.mark.parametrize("name", ["transcoder", "skip"])
+def test_a_transcoder_is_spliced_in_at_its_target(tiny, result, name):
+    _, y_hat, _ = reconstruct(result[1] / name, wide(tiny, HOOKS[0]))
+    clean, spliced, zero = losses_by_hand(tiny, HOOKS[1], y_hat)
+    row = result[0][name]
+    assert row["ce_clean"] == pytest.approx(clean, rel=1e-5)
+    assert row["ce_sae"] == pytest.approx(spliced, rel=1e-4)
+    assert row["ce_loss_score"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
+
+
+def test_a_crosscoder_is_judged_at_every_hook_point(tiny, result):
+    row = result[0]["crosscoder"]
+    x = np.concatenate([wide(tiny, hook) for hook in HOOKS], axis=1)
+    latents, x_hat, weights = reconstruct(result[1] / "crosscoder", x)
+    assert row["hook_point"] == row["target_hook_point"] == " + ".join(HOOKS)
+    check(row, x, x_hat)
+    assert row["l0"] == pytest.approx((latents > 0).sum(axis=1).mean())
+    assert row["ce_loss_score"] is row["kl_div_score"] is None
+    assert "per_hook" in row["model_metrics_note"]
+    norms = np.linalg.norm(weights["W_dec"].reshape(D_SAE, 2, D), axis=2)
+    writes = norms >= 0.1 * norms.max(axis=1, keepdims=True)
+    assert 0 < writes[:, 0].sum() < D_SAE
+    shares = norms / norms.sum(axis=1, keepdims=True)
+    live = (latents > 0).any(axis=0)
+    assert [part["hook_point"] for part in row["per_hook"]] == list(HOOKS)
+    for number, part in enumerate(row["per_hook"]):
+        columns = slice(number * D, number * D + D)
+        check(part, x[:, columns], x_hat[:, columns])
+        assert part["l0"] == pytest.approx((latents[:, writes[:, number]] > 0).sum(axis=1).mean())
+        assert part["l1"] == pytest.approx((latents @ writes[:, number]).mean(), rel=1e-5)
+        assert part["decoder_norm_share"] == pytest.approx(shares[live, number].mean(), rel=1e-5)
+        clean, spliced, zero = losses_by_hand(tiny, part["hook_point"], x_hat[:, columns])
+        assert part["ce_sae"] == pytest.approx(spliced, rel=1e-4)
+        assert part["ce_loss_score"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
+    table = pq.read_table(result[2] / "latents" / "crosscoder.parquet")
+    np.testing.assert_allclose(table["decoder_norm_share"].to_pylist(), shares, rtol=1e-5)
+
+
+def test_files_of_all_three(tiny, result):
+    rows, _, output = result
+    assert json.loads((output / "metrics.json").read_text())[0]["name"] == "crosscoder"
+    table = {row["name"]: row for row in pq.read_table(output / "metrics.parquet").to_pylist()}
+    assert table["skip"]["per_hook"] is None
+    assert [part["mse"] for part in table["crosscoder"]["per_hook"]] == pytest.approx(
+        [part["mse"] for part in rows["crosscoder"]["per_hook"]]
+    )
+    features = pq.read_table(output / "features" / "crosscoder.parquet", columns=["firings"])
+    x = np.concatenate([tiny.activations[hook].numpy()[tiny.tokens != 0] for hook in HOOKS], axis=1)
+    latents, _, _ = reconstruct(result[1] / "crosscoder", x.astype(np.float64))
+    assert features["firings"].to_pylist() == (latents > 0).sum(axis=0).tolist()
+
+
+def test_a_crosscoder_that_does_not_fit_the_store(tiny, tmp_path):
+    settings = {"store": str(tiny.store), "output": str(tmp_path / "out"), "model": False}
+    for hooks, d, error in (((HOOKS[0], "blocks.7.resid_post"), D, HookPointError), (HOOKS, D + 1, SaeError)):
+        config = {"hook_points": list(hooks), "apply_b_dec_to_input": False}
+        Sae("crosscoder", random_tensors(2 * d, 2 * d, 0), hook_point=hooks[0], config=config).save(tmp_path / "sae")
+        with pytest.raises(error, match=r"blocks\.7|width 34"):
+            evaluate(EvaluateConfig(saes=str(tmp_path / "sae"), **settings))

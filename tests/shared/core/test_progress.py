@@ -1,0 +1,51 @@
+"""A bar on a terminal, and lines where there is none."""
+
+import io
+import re
+import sys
+
+import pytest
+from tqdm import tqdm
+
+from thresher.shared.core import progress as progress_module
+from thresher.shared.core.progress import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a list whose one number is the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_comes_every_half_minute(clock, capsys):
+    with progress(desc="train", unit="token", total=1_000_000, initial=100_000, unit_scale=True) as bar:
+        for second in range(1, 101):
+            clock[0] += 1.0
+            bar.set_postfix_str(f"step {second}", refresh=False)
+            bar.update(1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "train: 130k of 1.00M tokens (13%), 1.00k tokens/s, 14:30 left, step 30"
+    assert re.match(r"train: 190k of 1\.00M tokens \(19%\), .* 13:30 left, step 90$", lines[2])
+
+
+def test_what_is_quick_prints_nothing(clock, capsys):
+    assert list(progress(["a", "b"], desc="probe", unit="SAE")) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    for _ in progress(range(4), desc="probe", unit="SAE"):
+        clock[0] += 31
+    assert capsys.readouterr().err.splitlines()[0] == "probe: 1.00 of 4.00 SAEs (25%), 0.03 SAEs/s, 01:33 left"
+
+
+def test_a_terminal_gets_a_bar_and_disabled_is_silent(clock, monkeypatch, capsys):
+    for _ in progress(range(4), desc="probe", unit="SAE", disable=True):
+        clock[0] += 31
+    assert capsys.readouterr().err == ""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = progress(desc="train", unit="token", total=10)
+    assert isinstance(bar, tqdm)
+    bar.close()

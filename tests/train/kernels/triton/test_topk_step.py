@@ -1,0 +1,137 @@
+"""A step of fused kernels against autograd, torch.optim.Adam and torch's own clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from thresher.train.kernels.triton.topk_step import TopKOptions, TopKStep
+
+D_SAE, D_IN, BATCH, VARIANCE = 13, 80, 5, 40.0
+# With Adam's own, the last bit of a gradient near zero decides which way a weight goes.
+EPS = 1e-5
+
+
+def initial(device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
+    W_enc = W_dec + 0.02 * torch.randn(D_SAE, D_IN, generator=generator)
+    parameters = {
+        "W_enc": W_enc,
+        "b_enc": 0.1 * torch.randn(D_SAE, generator=generator),
+        "W_dec": W_dec,
+        "b_dec": 0.1 * torch.randn(D_IN, generator=generator),
+    }
+    # One latent fires in every row, one in none.
+    parameters["b_enc"][3], parameters["b_enc"][-1] = 20.0, -20.0
+    x = torch.randn(BATCH, D_IN, generator=generator).to(torch.bfloat16)
+    return {name: tensor.to(device) for name, tensor in parameters.items()}, x.to(device)
+
+
+class Autograd:
+    """The same steps in plain PyTorch; what the products read of a weight is its bfloat16 shadow."""
+
+    def __init__(self, parameters, options):
+        self.options = options
+        self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+        self.optimizer = torch.optim.Adam(
+            self.parameters.values(), lr=1e-2, betas=(options.beta1, options.beta2), eps=options.eps
+        )
+        self.since = torch.zeros(D_SAE, device=parameters["W_enc"].device)
+
+    def step(self, x, shadows):
+        options, x = self.options, x.float()
+        W_enc, W_dec = (
+            weight + (shadow.float() - weight).detach()
+            for weight, shadow in zip((self.parameters["W_enc"], self.parameters["W_dec"]), shadows, strict=True)
+        )
+        # The step's bias is of the float32 weights: W_enc (x - b_dec) with the shadow in the first product alone.
+        pre_acts = x @ W_enc.T + self.parameters["b_enc"] - self.parameters["W_enc"] @ self.parameters["b_dec"]
+        top = pre_acts.topk(options.k)
+        latents = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+        residual = latents @ W_dec + self.parameters["b_dec"] - x
+        loss = residual.square().sum(1).mean() / options.total_variance
+        dead = self.since >= options.dead_after_tokens
+        auxiliary = torch.zeros((), device=x.device)
+        if options.aux_coefficient and dead.any():
+            held = residual.detach()
+            aux = pre_acts.masked_fill(~dead, float("-inf")).topk(options.k_aux)
+            aux_latents = torch.zeros_like(pre_acts).scatter(1, aux.indices, aux.values.relu())
+            auxiliary = (aux_latents @ W_dec + held).square().sum() / held.square().sum() * options.aux_coefficient
+        self.since = (self.since + len(x)) * ~(latents > 0).any(0)
+        self.optimizer.zero_grad()
+        (loss + auxiliary).backward()
+        weight = self.parameters["W_dec"].detach()
+        gradient = self.parameters["W_dec"].grad
+        gradient -= (gradient * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True) * weight
+        if options.max_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_norm)
+        self.optimizer.step()
+        weight.div_(weight.norm(dim=1, keepdim=True))
+        l0 = (latents > 0).sum() / len(x)
+        return torch.stack([loss * options.total_variance, l0, auxiliary]).detach()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(TopKOptions(3, VARIANCE, eps=EPS), id="plain"),
+        pytest.param(
+            TopKOptions(1, VARIANCE, eps=EPS, max_norm=0.05, aux_coefficient=0.5, k_aux=2, dead_after_tokens=BATCH),
+            id="clipped, AuxK, k=1",
+        ),
+    ],
+)
+def test_steps_equal_autograds(device, options):
+    parameters, x = initial(device)
+    fused, plain = TopKStep(parameters, options), Autograd(parameters, options)
+    fused.set_lr(1e-2)
+    for _ in range(2):
+        shadows = [fused.W_enc.shadow.clone(), fused.W_dec.shadow.clone()]
+        expected = plain.step(x, shadows)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+        for name, tensor in fused.parameters().items():
+            torch.testing.assert_close(tensor, plain.parameters[name].detach(), rtol=1e-4, atol=2e-5, msg=name)
+    for state in (fused.W_enc, fused.W_dec):
+        # The interpreter truncates where the GPU rounds.
+        torch.testing.assert_close(state.shadow.float(), state.weight, rtol=2**-7, atol=1e-8)
+    assert torch.equal(fused.tokens_since_fired.float(), plain.since)
+
+
+def test_values_may_be_computed_from_the_float32_weights(device):
+    parameters, x = initial(device)
+    step = TopKStep(parameters, TopKOptions(3, VARIANCE, exact_values=True))
+    mse = step(x)[0]
+    pre_acts = (x.float() - parameters["b_dec"]) @ parameters["W_enc"].T + parameters["b_enc"]
+    top = pre_acts.topk(3)
+    latents = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+    residual = latents @ parameters["W_dec"].to(torch.bfloat16).float() + parameters["b_dec"] - x.float()
+    assert mse.item() == pytest.approx(residual.square().sum(1).mean().item(), rel=1e-4)
+    # With a learning rate of zero nothing moves but what is kept at unit norm.
+    for name, tensor in step.parameters().items():
+        torch.testing.assert_close(tensor, parameters[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_and_repeats_in_every_bit():
+    options = TopKOptions(3, VARIANCE, max_norm=1.0, aux_coefficient=1 / 32, k_aux=4, dead_after_tokens=BATCH)
+    parameters, x = initial("cuda")
+    eager, again, captured = (TopKStep(parameters, options) for _ in range(3))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # Kernels compile before the capture.
+        TopKStep(parameters, options)(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metrics = captured(x)
+    for number in range(5):
+        for step in (eager, again, captured):
+            step.set_lr(1e-3 * (number + 1))
+        expected = eager(x)
+        again(x)
+        graph.replay()
+        assert torch.equal(metrics, expected)
+    for name, tensor in eager.parameters().items():
+        assert torch.equal(tensor, again.parameters()[name])
+        assert torch.equal(tensor, captured.parameters()[name])

@@ -1,0 +1,92 @@
+"""How many entries a step's sparse latents may have where the host does not wait for their number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STEPS_BETWEEN = 16
+_LEAST_CAPACITY = 1024
+_MOST_MARGIN = 16
+
+
+def power_of_two(n: int) -> int:
+    """Return the least power of two that is not below n; shapes of few sizes are captured seldom."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class EntryCapacity:
+    """How many entries a step's sparse latents may have where nothing waits to count them.
+
+    Selections above a threshold take exact, waiting steps until the host has seen how many entries there are, then
+    twice as many, to the next power of two. A step whose entries do not fit, or whose certificate fails, is left out:
+    `failed`, on the device, holds its update back, and `skipped` counts it. The look that finds one makes more room.
+    """
+
+    def __init__(self, device: torch.device):
+        self.capacity: int | None = None
+        self.margin = 1
+        self.exact = False
+        self.look_at = STEPS_BETWEEN
+        self.asked = False
+        self.waited = False
+        self.failed = torch.zeros((), device=device)
+        self._most = torch.full((), -1, dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped_before = 0
+
+    def before(self, step: int, sparse_entries: float) -> None:
+        """Look, where it is time, before a step; `sparse_entries` is from how many on dense products are cheaper."""
+        self.waited = False
+        if step >= self.look_at:
+            self._look(step, sparse_entries)
+        if self.exact or self.capacity is None:
+            # Nothing else will say so of a step that waits.
+            self.failed.zero_()
+
+    def _look(self, step: int, sparse_entries: float) -> None:
+        self.look_at = step + STEPS_BETWEEN
+        if not self.asked:
+            return
+        most, skipped = torch.stack([self._most, self.skipped]).tolist()
+        self.exact = skipped > self._skipped_before
+        if self.exact:
+            self.margin = min(2 * self.margin, _MOST_MARGIN)
+        if most >= 0:
+            room = max(_LEAST_CAPACITY, power_of_two(2 * most))
+            if most >= sparse_entries:
+                self.capacity = None
+            elif self.capacity is None or room > self.capacity or 4 * room <= self.capacity:
+                self.capacity = room
+        self._most.fill_(-1)
+        self._skipped_before = skipped
+
+    def counted(self, n_entries: int) -> None:
+        """Note the entries of a step that waited for their number."""
+        self.asked = self.waited = True
+        self._most.clamp_(min=n_entries)
+
+    def found(self, n_entries: Tensor) -> None:
+        """Note, on the device, the entries that a step found, of which the capacity may have held too few."""
+        assert self.capacity is not None
+        torch.maximum(self._most, n_entries, out=self._most)
+        self.certify(n_entries <= self.capacity)
+
+    def certify(self, certified: Tensor) -> None:
+        """Hold the step's update back, on the device, where it is not certified."""
+        self.asked = True
+        self.failed.copy_(~certified)
+        self.skipped.add_(~certified)
+
+    def state(self) -> Tensor:
+        """Return what a later step depends on."""
+        numbers = [self.asked, self.capacity or 0, self.margin, self.exact, self.look_at, self._skipped_before]
+        return torch.tensor([*numbers, *torch.stack([self._most, self.skipped]).tolist()])
+
+    def load(self, state: Tensor | None) -> None:
+        """Go back to a saved state; where another path saved none, begin anew."""
+        saved = state.tolist() if state is not None else [0, 0, 1, 0, 0, 0, -1, 0]
+        self.asked, self.capacity, self.margin, self.exact = bool(saved[0]), saved[1] or None, saved[2], bool(saved[3])
+        self.look_at, self._skipped_before = saved[4:6]
+        self._most.fill_(saved[6])
+        self.skipped.fill_(saved[7])

@@ -1,0 +1,81 @@
+"""The auxiliary loss that revives dead latents: they learn to reconstruct what the others leave.
+
+AuxK (arXiv 2406.04093, A.2): with the residual `e = x - x_hat` held constant, the largest `k_aux`
+dead latents of each row decode, without `b_dec`, to `e_hat`, and `||e - e_hat||^2 / ||e||^2` is added.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ....shared.core.cores import even_blocks, on_cores
+from ...architectures.contract import SINGLE_PROCESS, Collectives
+from ...kernels.cpu.topk import topk_of_rows
+from ..contract import Batch, Number, Parameters
+from .dense import squared
+from .latents import add_to_rows
+
+_ROW_BLOCK = 1024
+
+
+def add_auxk(
+    gradients: Parameters,
+    parameters: Parameters,
+    batch: Batch,
+    W_enc_compute: Float[Tensor, "d_sae d_in"],
+    error: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " d_sae"],
+    k_aux: int,
+    coefficient: float,
+    across: Collectives = SINGLE_PROCESS,
+    n_dead: int | None = None,
+) -> Number:
+    """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
+
+    `error` is `x_hat - x`, the residual's opposite.
+    The products are dense over the dead latents, in the compute dtype, a block of rows at a time. With `n_dead`, which
+    must not be fewer than there are, shapes follow from that and nothing waits for the device.
+    """
+    latents = dead.nonzero().squeeze(1) if n_dead is None else torch.argsort((~dead).byte(), stable=True)[:n_dead]
+    if not len(latents):
+        return 0.0
+    scale = across.mean(squared(error))
+    weight = torch.where(scale > 0, 2 * coefficient / scale, 0)
+    precise, compute = batch.x.dtype, batch.x_compute.dtype
+    W_enc, W_dec = W_enc_compute[latents], parameters["W_dec"][latents].to(compute)
+    bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
+    if n_dead is not None:
+        bias = bias.where(dead[latents], -torch.inf)
+    few = len(latents) <= k_aux
+
+    def largest(pre_acts: Tensor) -> Tensor:
+        topk = topk_of_rows if pre_acts.is_cpu else partial(torch.topk, dim=1, sorted=False)
+        values, indices = topk(pre_acts, k_aux)
+        return torch.zeros_like(pre_acts).scatter_(1, indices, across.only_largest(values, k_aux).relu())
+
+    def part_of(rows: slice) -> tuple[Tensor, ...]:
+        x = batch.x_compute[rows]
+        pre_acts = torch.addmm(bias.to(compute), x, W_enc.T)
+        acts = across.only_largest(pre_acts, k_aux).relu() if few else largest(pre_acts)
+        difference = across.over_latents((acts @ W_dec).to(precise)).add_(error[rows])
+        loss = squared(difference)
+        g = difference.mul_(weight).to(compute)
+        by_acts = (g @ W_dec.T).mul_(acts > 0)
+        return loss, acts.T @ g, by_acts.T @ x, by_acts.sum(0, dtype=precise)
+
+    blocks = even_blocks(len(error), _ROW_BLOCK)
+    by_W_enc = torch.zeros_like(W_enc, dtype=precise)
+    by_W_dec, by_b_enc, loss = torch.zeros_like(by_W_enc), torch.zeros_like(bias), torch.zeros_like(scale)
+    for part in on_cores(part_of, blocks) if error.is_cpu and across is SINGLE_PROCESS else map(part_of, blocks):
+        for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), part, strict=True):
+            total += addend
+    add_to_rows(gradients["W_dec"], latents, by_W_dec)
+    add_to_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
+    gradients["b_enc"][latents] += by_b_enc
+    gradients["b_dec"] -= across.over_latents(parameters["W_enc"][latents].T @ by_b_enc)
+    some = scale > 0 if n_dead is None else (scale > 0) & (across.over_latents(torch.count_nonzero(dead)) > 0)
+    return torch.where(some, coefficient * loss / scale, 0)

@@ -1,0 +1,74 @@
+"""Dense work on a batch or on weights: on a CPU block by block on cores, elsewhere by one operator."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ....shared.core.cores import by_blocks
+
+_LATENTS_AT_ONCE = 2048
+
+
+def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
+    """Return `a b`."""
+    if not a.is_cpu:
+        return a @ b
+    out = a.new_empty(len(a), b.shape[1])
+    by_blocks(lambda rows: torch.mm(a[rows], b, out=out[rows]), len(a))
+    return out
+
+
+def subtract_encoded(
+    bias: Float[Tensor, " d_sae"], W_enc: Float[Tensor, "d_sae d_in"], x: Float[Tensor, " d_in"]
+) -> Float[Tensor, " d_sae"]:
+    """Return `bias - W_enc x`."""
+    if not W_enc.is_cpu:
+        return bias - W_enc @ x
+    out = bias.clone()
+    by_blocks(lambda part: out[part].addmv_(W_enc[part], x, alpha=-1), len(W_enc), _LATENTS_AT_ONCE)
+    return out
+
+
+def encoder_transpose_times(
+    W_enc: Float[Tensor, "d_sae d_in"], by_latent: Float[Tensor, " d_sae"]
+) -> Float[Tensor, " d_in"]:
+    """Return `W_enc^T by_latent`; by blocks it is the sum of their sums."""
+    if not W_enc.is_cpu:
+        return W_enc.T @ by_latent
+    return torch.stack(by_blocks(lambda part: W_enc[part].T @ by_latent[part], len(W_enc), _LATENTS_AT_ONCE)).sum(0)
+
+
+def error_of(
+    decoded: Float[Tensor, "batch d"], b_dec: Float[Tensor, " d"], x: Float[Tensor, "batch d"]
+) -> Float[Tensor, "batch d"]:
+    """Return `decoded + b_dec - x`, in the memory of `decoded`."""
+    if not decoded.is_cpu:
+        return decoded.add_(b_dec).sub_(x)
+    by_blocks(lambda rows: decoded[rows].add_(b_dec).sub_(x[rows]), len(x))
+    return decoded
+
+
+def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+    """Return the sum of squares, on the device, in float64 as a Python number would be."""
+    if not error.is_cpu:
+        return error.square().sum().double()
+    norms = by_blocks(lambda rows: torch.linalg.vector_norm(error[rows], dim=1), len(error))
+    return torch.cat(norms).square_().sum(dtype=torch.float64)
+
+
+def sum_of_rows(g: Float[Tensor, "batch d"]) -> Float[Tensor, " d"]:
+    """Return the sum of all rows; by blocks it is the sum of their sums."""
+    if not g.is_cpu:
+        return g.sum(0)
+    return torch.stack(by_blocks(lambda rows: g[rows].sum(0), len(g))).sum(0)
+
+
+def cast(x: Float[Tensor, "batch d"], dtype: torch.dtype) -> Float[Tensor, "batch d"]:
+    """Return a copy in another precision, or what is given if it has it."""
+    if not x.is_cpu or x.dtype is dtype:
+        return x.to(dtype)
+    copy = torch.empty(x.shape, dtype=dtype)
+    by_blocks(lambda rows: copy[rows].copy_(x[rows]), len(x))
+    return copy

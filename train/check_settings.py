@@ -1,0 +1,102 @@
+"""Refuse, before any work, a run that would not give what its configuration says; note what it will do otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ..shared.core.errors import ConfigError, NonFiniteError, StoreError
+from .architectures.base import Architecture
+
+if TYPE_CHECKING:
+    from ..shared.store import ActivationStore
+    from .config import SaeConfig
+    from .step.sae_trainer import Schedule
+
+_LEAST_RELATIVE_VARIANCE = 1e-12
+"""Below this share of the mean's squared norm, what varies in float32 rows is their rounding."""
+
+
+def check_activations(store: ActivationStore, saes: Sequence[SaeConfig]) -> None:
+    """Refuse hook points whose training rows an SAE cannot learn from.
+
+    Raises:
+        StoreError: a hook point has a single training row, or its rows do not vary.
+        NonFiniteError: a hook point's mean or variance is not finite.
+    """
+    for place in dict.fromkeys(place for sae in saes for place in sae.places):
+        moments = store.moments(place)
+        variance, squared_mean = float(moments.total_variance), float((moments.mean**2).sum())
+        where = f"the activations at '{place}' in store '{store.path}'"
+        advice = "leave out the SAEs that read or reconstruct it, or harvest again"
+        if not all(map(math.isfinite, (variance, squared_mean, moments.mean_norm))):
+            raise NonFiniteError(f"{where} have a mean or variance that is NaN or infinite; {advice}")
+        if moments.count < 2:
+            raise StoreError(f"{where} have one training row, expected at least two; harvest more text")
+        if variance <= _LEAST_RELATIVE_VARIANCE * squared_mean:
+            raise StoreError(f"{where} do not vary: all {moments.count:,} training rows are equal; {advice}")
+
+
+def check_schedules(architecture: Architecture, schedule: Schedule) -> None:
+    """Refuse schedules of an SAE that the run ends before, so that the saved SAE is what was asked for.
+
+    Raises:
+        ConfigError: a schedule is longer than the run.
+    """
+    sae, n_steps = architecture.config, schedule.n_steps
+    schedules = {
+        "k_anneal_steps": f"k would not reach {sae.k}",
+        "p_anneal_steps": f"the penalty's power would not reach {sae.p_final}",
+        "sparsity_warmup_steps": "the sparsity penalty would not reach its weight",
+    }
+    for key, consequence in schedules.items():
+        given = getattr(sae, key)
+        if given is not None and given > n_steps:
+            raise ConfigError(
+                f"{key} is {given:,}, but the run has {n_steps:,} steps, so {consequence}; "
+                f"give at most {n_steps:,}, or train on more tokens"
+            )
+    every, half = sae.resample_every_tokens, n_steps // 2 * schedule.batch_size
+    if every is not None and every > half:
+        raise ConfigError(
+            f"resample_every_tokens is {every:,}, but latents are resampled in the first half of the run only, "
+            f"which has {half:,} tokens; give at most that, or train on more tokens"
+        )
+
+
+def notes_of(saes: Sequence[SaeConfig], schedule: Schedule, rows_per_epoch: int) -> tuple[str, ...]:
+    """Return sentences about what a run does otherwise than its configuration suggests."""
+    n_tokens = schedule.n_steps * schedule.batch_size
+    notes = list(_warmup_notes(saes, schedule))
+    late = [f"'{sae.name}'" for sae in saes if (sae.dead_after_tokens or 0) >= n_tokens]
+    if late:
+        notes.append(
+            f"dead_after_tokens of {_some(late)} is not less than the run's {n_tokens:,} tokens: "
+            "no latent counts as dead, and dead_fraction stays 0"
+        )
+    if rows_per_epoch < schedule.batch_size:
+        notes.append(
+            f"the store has {rows_per_epoch:,} training rows, fewer than a batch of {schedule.batch_size:,}: "
+            "each batch repeats rows"
+        )
+    annealed = [f"'{sae.name}'" for sae in saes if sae.k_anneal_steps]
+    if annealed:
+        notes.append(f"the metrics of {_some(annealed)} are of the annealed k, which each line of metrics.jsonl gives")
+    return tuple(notes)
+
+
+def _warmup_notes(saes: Sequence[SaeConfig], schedule: Schedule) -> Iterable[str]:
+    for fraction in dict.fromkeys(sae.decay_fraction for sae in saes):
+        share = schedule.decay_fraction if fraction is None else fraction
+        left = schedule.n_steps - round(schedule.n_steps * share)
+        if schedule.warmup_steps > (left or schedule.n_steps):
+            effect = f"the learning rate grows over {left:,} steps only" if left else "it does not reach its peak"
+            yield (
+                f"warmup_steps is {schedule.warmup_steps:,}, but {left:,} of the run's {schedule.n_steps:,} steps come "
+                f"before the learning rate falls (decay_fraction {share:g}): {effect}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

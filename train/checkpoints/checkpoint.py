@@ -1,0 +1,86 @@
+"""The state of each SAE at a step, in a file with a checksum, written so that a kill at any moment is harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...shared.core.disk import replacing
+from ...shared.core.errors import OutputError
+from ...shared.store.format.checksum import crc32c
+from ...shared.store.local.durable import sync_folder
+
+
+def state_path(output: Path, name: str, step: int) -> Path:
+    """Return the file of one SAE's state at a step."""
+    return output / name / "checkpoints" / f"step-{step:09d}.safetensors"
+
+
+def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) -> int:
+    """Write one SAE's state at a step, read it back, and return its checksum, which is of what is in memory.
+
+    Raises:
+        OutputError: the file cannot be written, or what is read back is not what was written.
+        DiskSpaceError: the disk is full.
+    """
+    path = state_path(output, name, step)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    checksum = _checksum((key, plain[key]) for key in sorted(plain))
+    with replacing(path) as partial:
+        save_file(plain, partial)
+        fault = fault_of(partial, checksum)
+        if fault:
+            raise OutputError(f"the checkpoint '{path}' {fault} right after it was written; check the disk")
+    sync_folder(path.parent)
+    return checksum
+
+
+def fault_of(path: Path, checksum: int | None) -> str | None:
+    """Return what is wrong with a file of state, None if nothing is; without a checksum, whether it is readable."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = _checksum((key, file.get_tensor(key)) for key in sorted(file.keys()))
+    except FileNotFoundError:
+        return "is missing"
+    except (SafetensorError, OSError, ValueError):
+        return "is not readable"
+    return "does not have its checksum" if checksum is not None and found != checksum else None
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Return the CRC-32C of tensors in order, and of their names, types and shapes."""
+    checksum = 0
+    for name, tensor in tensors:
+        checksum = crc32c(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        if tensor.numel():
+            checksum = crc32c(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
+
+
+def load_state(
+    output: Path,
+    name: str,
+    step: int,
+    rows: slice | None = None,
+    has_rows: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """Read one SAE's state at a step; of the tensors that a part of the latents have rows in, only theirs."""
+    state = {}
+    with safe_open(state_path(output, name, step), "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            whole = rows is None or not has_rows(key) or not file.get_slice(key).get_shape()
+            state[key] = file.get_tensor(key) if whole else file.get_slice(key)[rows]
+    return state
+
+
+def remove_states(output: Path, name: str, keep: Iterable[int]) -> None:
+    """Remove an SAE's files of state but those of some steps, and what a killed process left half-written."""
+    kept = {state_path(output, name, step) for step in keep}
+    for path in (output / name / "checkpoints").glob("*"):
+        if path not in kept and (path.suffix == ".safetensors" or path.name.endswith(".partial")):
+            path.unlink()

@@ -1,0 +1,78 @@
+"""The output folder of a run: one process at a time, and files that are whole after a crash."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from ...shared.core.disk import write_file, writing
+from ...shared.core.errors import OutputBusyError, ThresherError
+from ...shared.store.local.durable import sync_folder
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
+
+LOCK_NAME = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content so that readers and crashes see the old or the new, never a part."""
+    write_file(path, text.encode())
+    sync_folder(path.parent)
+
+
+@contextmanager
+def locked(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the output folder, and hold its lock for this process or its group; a killed process loses it.
+
+    Raises:
+        OutputBusyError: another process trains into it.
+        OutputError, DiskSpaceError: it cannot be written.
+    """
+    file, refusal = None, None
+    try:
+        if ranks.first:
+            try:
+                with writing(output):
+                    output.mkdir(parents=True, exist_ok=True)
+                    file = _lock(output)
+            except ThresherError as error:
+                refusal = error
+        refusal = ranks.from_first(refusal)
+        if refusal is not None:
+            raise refusal
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(output: Path) -> IO[str] | None:
+    """Return the locked file; None on a file system that has no locks."""
+    file = (output / LOCK_NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise OutputBusyError(
+            f"another process{f' ({holder})' if holder else ''} is training into '{output}'; "
+            "wait until it ends, or choose another output"
+        ) from None
+    except OSError as error:
+        file.close()
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -1,0 +1,110 @@
+"""A sweep's trainers, and what they share of each batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..shared.core.cores import by_blocks, on_cores
+from ..shared.store import ActivationStore
+from .architectures.contract import SINGLE_PROCESS, Batch, Number
+from .config import TrainConfig
+from .kernels import kernels_for
+from .parallel.layout import Layout
+from .plan import Plan
+from .step.sae_trainer import SaeTrainer
+from .step.step_graphs import capture_on_cuda
+from .stream.normalization import Normalization, normalization_across, normalization_at, scale_of
+
+
+def make_trainers(
+    config: TrainConfig,
+    plan: Plan,
+    store: ActivationStore,
+    layout: Layout,
+    scales: Mapping[str, float] | None = None,
+) -> list[SaeTrainer]:
+    """Return the trainers of the sweep's SAEs that are trained here, at step zero.
+
+    `scales` are the run's by hook point; those of the configuration if not given.
+    """
+    saes = layout.saes_here(plan.saes)
+    kernels = kernels_for(config.device, config.kernels)
+    hooks = sorted({place for sae in saes for place in sae.places})
+    if scales is None:
+        scales = {hook: scale_of(store, hook, config.normalize_activations) for hook in hooks}
+    kinds = {hook: normalization_at(store, hook, scales[hook]).to(config.device) for hook in hooks}
+    dtype = getattr(torch, config.compute_dtype)
+    across = layout.across
+    capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None
+    return [
+        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device, True, across, capture)
+        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in saes)
+    ]
+
+
+Prepared = dict[tuple[tuple[str, ...], str | None], Batch]
+"""A batch for every combination of inputs and target that an SAE of the sweep has."""
+
+
+def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
+    """Let every SAE that has not diverged take a step; return their metrics by name.
+
+    On a CPU steps go side by side, those that took longest last time first, so that cores end together; except where
+    several processes train an SAE together: those meet within each step, and so take the SAEs in order.
+    """
+    taken: dict[str, dict[str, Number]] = {}
+
+    def step(trainer: SaeTrainer) -> None:
+        started = time.perf_counter()
+        taken[trainer.name] = trainer.step(prepared[trainer.config.inputs, trainer.config.hook_point_out])
+        trainer.seconds = time.perf_counter() - started
+
+    there = [trainer for trainer in trainers if not trainer.diverged]
+    if all(trainer.device.type == "cpu" for trainer in there):
+        alone = all(trainer.across is SINGLE_PROCESS for trainer in there)
+        at_once = [sorted(there, key=lambda trainer: -trainer.seconds)] if alone else [[trainer] for trainer in there]
+        for some in at_once:
+            on_cores(step, some)
+    else:
+        for trainer in there:
+            step(trainer)
+    return {trainer.name: taken[trainer.name] for trainer in there}
+
+
+def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
+    """Normalise activations once for all SAEs that have the same inputs and target."""
+    prepared: Prepared = {}
+    for trainer in trainers:
+        inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
+        if key not in prepared:
+            rows = batch[inputs[0]] if len(inputs) == 1 else torch.cat([batch[hook] for hook in inputs], 1)
+            dtype, normalization = trainer.W_enc_compute.dtype, trainer.normalization
+            if rows.is_cuda and hasattr(trainer.kernels, "normalise") and isinstance(normalization.scale, float):
+                x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
+            elif rows.is_cpu:
+                x, x_compute = _normalise(rows, normalization, dtype)
+            else:
+                x = normalization.apply(rows)
+                x_compute = x.to(dtype)
+            target = trainer.normalization.target
+            y = target.apply(batch[out]) if target is not None and out is not None else None
+            prepared[key] = Batch(x, x_compute, y)
+    return prepared
+
+
+def _normalise(rows: Tensor, normalization: Normalization, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return rows normalised in float32 and a copy in the compute dtype, made block by block."""
+    x = torch.empty(rows.shape, dtype=torch.float32)
+    x_compute = x if dtype is torch.float32 else torch.empty(rows.shape, dtype=dtype)
+
+    def normalise(block: slice) -> None:
+        x[block] = normalization.apply(rows[block])
+        if x_compute is not x:
+            x_compute[block] = x[block]
+
+    by_blocks(normalise, len(rows))
+    return x, x_compute

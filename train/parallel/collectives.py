@@ -1,0 +1,26 @@
+"""Reductions over the ranks that train one SAE together, however they share the work."""
+
+from __future__ import annotations
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from ..architectures.contract import Collectives
+from .ranks import Ranks
+
+
+class RankCollectives(Collectives):
+    """The reductions that are the same however ranks share the work."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def least(self, number: Tensor) -> Tensor:
+        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
+        found = number.float().clone()
+        self.ranks.least(found)
+        return found.to(number.dtype)
+
+    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
+        """Return all ranks' values, in order of rank."""
+        return self.ranks.concatenate(values)

@@ -1,0 +1,1 @@
+"""One step of one SAE: trainer, fused step, graphs, optimizer and schedules."""

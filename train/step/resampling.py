@@ -1,0 +1,49 @@
+"""Resampling of dead latents: they start again at inputs that are reconstructed badly (Anthropic, 2023)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..architectures.contract import Parameters
+from .optimizer import Optimizer
+
+_ENCODER_SHARE = 0.2
+
+
+def resample_dead_latents(
+    optimizer: Optimizer,
+    initial: Parameters,
+    dead: Bool[Tensor, " d_sae"],
+    x: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    error: Float[Tensor, "batch d_out"],
+    generator: torch.Generator,
+) -> int:
+    """Start dead latents anew in the optimizer's parameters and moments; return how many.
+
+    Inputs are drawn with probability proportional to their squared loss, without repetition while they last.
+    A latent's decoder row becomes the direction of the input's target from `b_dec`, at the mean norm of the living;
+    its encoder row that of the input, at a fifth of theirs; everything else about it is as `initial` has it.
+    """
+    parameters, latents = optimizer.parameters, dead.nonzero().squeeze(1)
+    weights = error.square().sum(1).square().double().cpu()
+    if not len(latents) or not float(weights.sum()) > 0:
+        return 0
+    few = int(torch.count_nonzero(weights)) < len(latents)
+    rows = torch.multinomial(weights, len(latents), replacement=few, generator=generator).to(x.device)
+    starts = {"W_enc": x[rows] - parameters["b_dec"] if target is x else x[rows]}
+    starts["W_dec"] = target[rows] - parameters["b_dec"]
+    for name, tensor in parameters.items():
+        if tensor.shape[0] != len(dead) or name in ("b_dec", "W_skip"):
+            continue
+        if name in ("W_enc", "W_dec"):
+            living = tensor[~dead] if not bool(dead.all()) else initial[name].to(tensor.device)
+            share = _ENCODER_SHARE if name == "W_enc" else 1.0
+            tensor[latents] = torch.nn.functional.normalize(starts[name], dim=1) * (living.norm(dim=1).mean() * share)
+        else:
+            tensor[latents] = initial[name].to(tensor.device)[latents]
+        optimizer.exp_avg[name][latents] = 0
+        optimizer.exp_avg_sq[name][latents] = 0
+    return len(latents)

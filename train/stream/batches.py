@@ -1,0 +1,260 @@
+"""Shuffled batches from an activation store, the same whatever the timing, and resumable anywhere."""
+
+from __future__ import annotations
+
+import numbers
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...shared.core.device import choose_device
+from ...shared.core.errors import ConfigError, HookPointError, StoreError
+from ...shared.model.hook_points import canonical_hook_point
+from .gpu_windows import Rows, Staging, take_rows, used_here
+from .order import ORDER_VERSION, Epoch, locate, order_epoch, place_window
+from .row_mask import TrainingRowMask
+from .window_memory import Buffers
+
+if TYPE_CHECKING:
+    from ...shared.store import ActivationStore
+
+_WINDOWS_IN_MEMORY = 2
+
+
+class Window(NamedTuple):
+    """Decoded chunks, and the order in which their training rows are taken; None if they lie in that order."""
+
+    rows: dict[str, Rows]
+    order: Tensor | None
+
+
+class ShuffledBatches:
+    """Iterator over a store's training rows, epoch after epoch.
+
+    Each batch is a dict of hook point to `[batch, d_in]` in the store's dtype; all hook points of a batch
+    carry the same tokens. Held-out contexts and masked tokens never appear, nor rows of other roles than the store
+    was opened with. Batches run across the ends of windows and epochs, so no row is dropped or repeated. The state is
+    the number of rows taken so far; with several ranks, each takes its slice of every batch of the same stream.
+
+    On the CPU a batch is a view of the rows in memory: copy what is kept for long, and write into none.
+
+    Args:
+        store: the store to read.
+        hook_points: hook points to read; all of the store's when not given.
+        batch_size: rows per batch, over all ranks.
+        seed: seed of the order.
+        device: device of the batches; on a GPU windows are there too, and rows gathered there.
+        window_bytes: bound on the memory of decoded activations of each hook point; a larger one shuffles
+            better. It is part of what decides the order, but which hook points are read is not.
+        rank: this process's rank.
+        world_size: number of ranks.
+        n_rows: rows of the stream after which it ends, so that none beyond is decoded; it never ends when not given.
+
+    Raises:
+        HookPointError: the store does not have one of the hook points.
+        ConfigError: a number is out of bounds, or the device is not there.
+        StoreError: the store has no training rows.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hook_points: Sequence[str] | None = None,
+        batch_size: int = 4096,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        *,
+        window_bytes: int = 2 << 30,
+        rank: int = 0,
+        world_size: int = 1,
+        n_rows: int | None = None,
+    ):
+        names = [canonical_hook_point(name) for name in hook_points or store.hook_points]
+        for name in names:
+            if name not in store.hook_points:
+                raise HookPointError(
+                    f"no hook point '{name}' in store '{store.path}'; it has: {', '.join(store.hook_points)}"
+                )
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("window_bytes", window_bytes, 0),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+        ):
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ConfigError(f"{key}: expected an integer of at least {least}, got {value!r}")
+        if rank >= world_size:
+            raise ConfigError(f"rank is {rank}, expected less than the world_size of {world_size}")
+        if batch_size % world_size:
+            raise ConfigError(f"batch_size is {batch_size}, expected a multiple of the {world_size} ranks")
+        self.store = store
+        self.hook_points = tuple(dict.fromkeys(names))
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(choose_device(str(device)))
+        self.window_bytes = window_bytes
+        self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._rows_per_chunk = np.asarray(store.training_rows_per_chunk(), dtype=np.int64)
+        self.rows_per_epoch = int(self._rows_per_chunk.sum())
+        if not self.rows_per_epoch:
+            raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
+        self._rows_taken = 0
+        self._end = sys.maxsize if n_rows is None else n_rows
+        self._epochs: dict[int, Epoch] = {}
+        self._windows: dict[tuple[int, int], Future[Window]] = {}
+        self._usable = TrainingRowMask(store)
+        self._buffers: dict[str, Buffers] = {}
+        self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-window")
+        self._orderers = ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="order-window")
+
+    def __iter__(self) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+        return self
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch d_in"]]:
+        if self._rows_taken + self.batch_size > self._end:
+            raise StopIteration
+        first = self._rows_taken + self._slice.start
+        batch = self._gather(first, self._slice.stop - self._slice.start)
+        self._rows_taken += self.batch_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the state: rows taken, and what the order depends on, the seed and the version of its computation."""
+        return {"rows_taken": self._rows_taken, "seed": self.seed, "order": ORDER_VERSION}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved place in the stream.
+
+        Raises:
+            ConfigError: the state is of a stream with another seed, or of a release that ordered rows otherwise.
+        """
+        if state["seed"] != self.seed:
+            raise ConfigError(f"the saved stream has seed {state['seed']}, this one {self.seed}; use the same")
+        version = state.get("order", 1)
+        if version != ORDER_VERSION:
+            raise ConfigError(
+                f"the saved stream has its rows in order {version}, this release in order {ORDER_VERSION}, so some "
+                "would come twice; go on with the release that saved it, or train again in another output"
+            )
+        self._rows_taken = int(state["rows_taken"])
+
+    def close(self) -> None:
+        """Stop decoding ahead."""
+        self._windows.clear()
+        self._buffers.clear()
+        self._decoder.shutdown(wait=True, cancel_futures=True)
+        self._orderers.shutdown()
+
+    def __enter__(self) -> ShuffledBatches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _chunks_per_window(self) -> int:
+        widest = max(self.store.d_in(name) for name in self.store.hook_points)
+        chunk_bytes = self.store.chunk_rows * widest * self.store.dtype.itemsize
+        return max(1, self.window_bytes // (_WINDOWS_IN_MEMORY * chunk_bytes))
+
+    def _epoch(self, epoch: int) -> Epoch:
+        if epoch not in self._epochs:
+            self._epochs = {old: order for old, order in self._epochs.items() if abs(old - epoch) <= 1}
+            self._epochs[epoch] = order_epoch(self._rows_per_chunk, self._chunks_per_window(), self.seed, epoch)
+        return self._epochs[epoch]
+
+    def _gather(self, position: int, n_rows: int) -> dict[str, Tensor]:
+        parts: list[dict[str, Tensor]] = []
+        while n_rows:
+            epoch, row = locate(position, self.rows_per_epoch)
+            starts = self._epoch(epoch).row_starts
+            index = int(np.searchsorted(starts, row, side="right")) - 1
+            first = row - int(starts[index])
+            n_taken = min(n_rows, int(starts[index + 1]) - row)
+            parts.append(_take(self._window(epoch, index), slice(first, first + n_taken)))
+            if first:
+                self._decode_ahead(epoch, index)
+            position += n_taken
+            n_rows -= n_taken
+        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def _window(self, epoch: int, index: int) -> Window:
+        """Return one window; forget all but it and the one after it."""
+        places = (epoch, index), self._after(epoch, index)
+        self._windows = {place: window for place, window in self._windows.items() if place in places}
+        if places[0] not in self._windows:
+            self._windows[places[0]] = self._decoder.submit(self._decode, epoch, index)
+        return self._windows[places[0]].result()
+
+    def _decode_ahead(self, epoch: int, index: int) -> None:
+        """Start decoding the window after one.
+
+        Not before its second batch is taken: while the first was, whoever takes them may have held the last batch of
+        the window before, and with it the memory that is now to be used again.
+        """
+        after = self._after(epoch, index)
+        if after not in self._windows and self._n_wanted(*after):
+            self._windows[after] = self._decoder.submit(self._decode, *after)
+
+    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self._epoch(epoch).n_windows else (epoch + 1, 0)
+
+    def _n_wanted(self, epoch: int, index: int) -> int:
+        """Return how many of a window's rows come before the stream's end."""
+        starts = self._epoch(epoch).row_starts
+        return int(
+            np.clip(self._end - epoch * self.rows_per_epoch - starts[index], 0, starts[index + 1] - starts[index])
+        )
+
+    def _decode(self, epoch: int, index: int) -> Window:
+        """Read a window: on a GPU its chunks and the order of their rows, on the CPU its rows, put in order.
+
+        There a row is copied once, from the decoded chunk to its place, and batches are views; chunks of which no row
+        comes before the stream's end are left out.
+        """
+        chunks = self._epochs[epoch].window(index)
+        n_rows = self._rows_per_chunk[chunks]
+        places = place_window(n_rows, self.seed, epoch, index, self._orderers.map)
+        usable = self._usable.of(chunks).reshape(-1) if n_rows.min() < self.store.chunk_rows else None
+        if self._staging is not None:
+            rows = {name: self._staging.read_chunks(name, chunks) for name in self.hook_points}
+            order = np.empty_like(places)
+            order[places] = np.arange(len(places)) if usable is None else np.flatnonzero(usable)
+            return Window(rows, self._staging.to_device(torch.from_numpy(order)))
+        if usable is not None:
+            of_training, places = places, np.full(len(usable), -1, dtype=np.int64)
+            places[usable] = of_training
+        n = self._n_wanted(epoch, index)
+        if n < n_rows.sum():
+            by_chunk = np.where(places < n, places, -1).reshape(len(chunks), -1)
+            wanted = (by_chunk >= 0).any(axis=1)
+            chunks, places = chunks[wanted], by_chunk[wanted].reshape(-1)
+        return Window({name: self._ordered(name, chunks, places, n) for name in self.hook_points}, None)
+
+    def _ordered(self, hook_point: str, chunks: np.ndarray, places: np.ndarray, n_rows: int) -> Tensor:
+        """Return a window's rows of a hook point in the order in which they are taken."""
+        d_in = self.store.d_in(hook_point)
+        if hook_point not in self._buffers:
+            n_chunks = min(self._chunks_per_window(), len(self._rows_per_chunk))
+            n_bytes = (n_chunks * self.store.chunk_rows + 1) * d_in * self.store.dtype.itemsize
+            self._buffers[hook_point] = Buffers(n_bytes, _WINDOWS_IN_MEMORY)
+        rows = self._buffers[hook_point].take((n_rows + 1, d_in), self.store.dtype)
+        self.store.place_rows(hook_point, chunks, places, rows)
+        return rows[:n_rows]
+
+
+def _take(window: Window, part: slice) -> dict[str, Tensor]:
+    """Return rows of a window, in the window's order; as views where they lie in it."""
+    if window.order is None:
+        return {name: rows[part] for name, rows in window.rows.items() if isinstance(rows, Tensor)}
+    for tensor in (*window.rows.values(), window.order):
+        used_here(tensor)
+    return {name: take_rows(rows, window.order[part]) for name, rows in window.rows.items()}

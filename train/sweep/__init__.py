@@ -1,0 +1,1 @@
+"""From `[[sae]]` tables with grids or ranges to one configuration per SAE."""

@@ -1,0 +1,128 @@
+"""Expand a configuration's `[[sae]]` tables into the list of SAEs to train: lists, grids and random samples."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ...shared.core.config import to_config
+from ...shared.core.errors import ConfigError
+from ...shared.model.hook_points import canonical_hook_point
+from ..config import SaeConfig
+from .random_search import draws_of, sample_tables
+
+_RESERVED = {"config.toml", "checkpoint.json", "checkpoint.previous.json"}
+"""Files of a run beside its SAEs' folders."""
+
+_MOST_BYTES = 200
+"""File systems allow 255; the files of an evaluation are named after the SAE, with endings."""
+
+_LISTS = ("prefix_sizes", "hook_points")
+_LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
+
+
+def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeConfig]:
+    """Return one configuration per SAE, each with a name of its own.
+
+    A list value stands for its members in turn, several lists for all their combinations, the last
+    varying fastest. With `samples = N`, a value such as `{ log_uniform = [1e-4, 1e-2] }` is drawn N times, and the
+    names end with the sample's number. A name may hold other keys in braces; keys that vary and are not in it are
+    added.
+
+    Raises:
+        ConfigError: a table is not valid, or two SAEs would have one name.
+    """
+    saes = []
+    for index, table in enumerate(tables):
+        where = f"sae[{index}]"
+        if isinstance(table, SaeConfig):
+            table = {key: value for key, value in msgspec.to_builtins(table).items() if value is not None}
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where}: expected a [[sae]] table, got {table!r}")
+        has_both = table.get("hook_points") is not None and "hook_point" in table
+        if table.get("hook_points") and not has_both:
+            first = table["hook_points"][0]
+            table = {"hook_point": first if isinstance(first, str) else first[0], **table}
+        drawn = draws_of(table, where)
+        samples = sample_tables(table, drawn) if drawn else [table]
+        for number, sample in enumerate(samples):
+            varying = [key for key, value in sample.items() if _is_grid(key, value)]
+            for key in varying:
+                if not sample[key]:
+                    raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
+            for values in itertools.product(*(sample[key] for key in varying)):
+                config = to_config(SaeConfig, {**sample, **dict(zip(varying, values, strict=True))}, where)
+                if has_both and canonical_hook_point(config.hook_point) != canonical_hook_point(config.inputs[0]):
+                    raise ConfigError(
+                        f"{where}: hook_point is '{config.hook_point}', but the first of hook_points is "
+                        f"'{config.inputs[0]}'; leave hook_point out"
+                    )
+                config = _canonical(config)
+                name = _name(config, varying, where, f"-{number}" if drawn else "")
+                saes.append(msgspec.structs.replace(config, name=name))
+    check_names([str(sae.name) for sae in saes])
+    return saes
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless each name can be a folder of the output, on any file system, and of one SAE only."""
+    folders: dict[str, str] = {}
+    for name in names:
+        if not name or name.startswith(".") or name.casefold() in _RESERVED:
+            raise ConfigError(
+                f"an SAE is named '{name}', which cannot be its folder in the output: expected a name that is not "
+                f"empty, does not begin with '.', and is none of {', '.join(sorted(_RESERVED))}"
+            )
+        n_bytes = len(name.encode())
+        if n_bytes > _MOST_BYTES:
+            raise ConfigError(
+                f"the SAE name '{name[:40]}...' has {n_bytes} bytes, expected at most {_MOST_BYTES}; "
+                "give a shorter 'name'"
+            )
+        other = folders.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise ConfigError(
+                f"the SAEs '{other}' and '{name}' would share a folder where file names ignore case; "
+                "give [[sae]] tables a 'name' that tells them apart"
+            )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
+
+
+def _canonical(config: SaeConfig) -> SaeConfig:
+    out = config.hook_point_out
+    return msgspec.structs.replace(
+        config,
+        hook_point=canonical_hook_point(config.inputs[0]),
+        hook_point_out=canonical_hook_point(out) if out else None,
+        hook_points=tuple(map(canonical_hook_point, config.hook_points)) if config.hook_points else None,
+    )
+
+
+def _is_grid(key: str, value: Any) -> bool:
+    """Tell whether a value stands for several; `_LISTS` are lists themselves, and a grid of lists."""
+    return isinstance(value, list) and (key not in _LISTS or bool(value and isinstance(value[0], list)))
+
+
+def _name(config: SaeConfig, varying: Sequence[str], where: str, ending: str) -> str:
+    keys = {key: value for key, value in msgspec.structs.asdict(config).items() if value is not None}
+    template = config.name
+    if template is None:
+        template = "{architecture}-{hook_point}-{d_sae}"
+        template += "-k{k}" if config.k is not None else ""
+        template += "-l1-{l1_coefficient}" if config.l1_coefficient is not None else ""
+    for key in varying:
+        if f"{{{key}}}" not in template and key != "name":
+            template += f"-{_LABELS.get(key, key)}{{{key}}}"
+    try:
+        name = template.format(**keys)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise ConfigError(f"{where}: name '{template}' uses an unknown key; known keys: {', '.join(keys)}") from None
+    return re.sub(r"[^\w.+-]+", "_", name + ending)

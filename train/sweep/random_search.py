@@ -1,0 +1,79 @@
+"""Random search in a `[[sae]]` table: values drawn from distributions, the same ones each time."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from ...shared.core.config import check_keys
+from ...shared.core.errors import ConfigError
+
+_KINDS = ("uniform", "log_uniform", "choice")
+_WHOLE = ("d_sae", "k", "k_aux", "seed", "dead_after_tokens", "sparsity_warmup_steps", "resample_every_tokens")
+_DIGITS = 4
+
+
+def draws_of(table: Mapping[str, Any], where: str) -> dict[str, tuple[str, list[Any]]]:
+    """Return a table's keys that are drawn, each with its distribution's name and bounds or choices.
+
+    Raises:
+        ConfigError: a distribution is not one, or `samples` is given without any, or not given.
+    """
+    draws = {}
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            continue
+        check_keys(value, _KINDS, f"{where}: {key}")
+        if len(value) != 1:
+            raise ConfigError(f"{where}: '{key}' is {dict(value)}, expected one of {', '.join(_KINDS)}")
+        ((kind, parts),) = value.items()
+        draws[key] = (kind, _checked(kind, parts, f"{where}: '{key}'"))
+    samples = table.get("samples")
+    if draws and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+        raise ConfigError(f"{where}: '{next(iter(draws))}' is drawn at random; give samples = N, got {samples!r}")
+    if "samples" in table and not draws:
+        raise ConfigError(
+            f"{where}: 'samples' is given, but no value is drawn, as lr = {{ log_uniform = [1e-4, 1e-2] }}"
+        )
+    seed = table.get("sample_seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or ("sample_seed" in table and not draws):
+        raise ConfigError(f"{where}: sample_seed is {seed!r}, expected an integer beside values that are drawn")
+    return draws
+
+
+def sample_tables(table: Mapping[str, Any], draws: Mapping[str, tuple[str, list[Any]]]) -> list[dict[str, Any]]:
+    """Return `samples` tables with values in place of distributions: a pure function of `sample_seed` and the table.
+
+    Each key has a generator of its own, so that adding one, or more samples, leaves the others' draws as they were.
+    """
+    rest = {key: value for key, value in table.items() if key not in ("samples", "sample_seed")}
+    generators = {key: random.Random(f"{table.get('sample_seed', 0)}:{key}") for key in draws}
+    return [
+        rest | {key: _draw(kind, parts, key in _WHOLE, generators[key]) for key, (kind, parts) in draws.items()}
+        for _ in range(table["samples"])
+    ]
+
+
+def _checked(kind: str, parts: Any, what: str) -> list[Any]:
+    if not isinstance(parts, list) or not parts:
+        raise ConfigError(f"{what}: {kind} is {parts!r}, expected a list")
+    if kind == "choice":
+        return parts
+    numbers = [part for part in parts if isinstance(part, (int, float)) and not isinstance(part, bool)]
+    if len(parts) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise ConfigError(f"{what}: {kind} is {parts}, expected [lowest, highest]")
+    if kind == "log_uniform" and numbers[0] <= 0:
+        raise ConfigError(f"{what}: log_uniform is {parts}, expected bounds above 0")
+    return parts
+
+
+def _draw(kind: str, parts: list[Any], whole: bool, generator: random.Random) -> Any:
+    if kind == "choice":
+        return generator.choice(parts)
+    low, high = parts
+    share = generator.random()
+    drawn = low + (high - low) * share if kind == "uniform" else math.exp(math.log(low) + math.log(high / low) * share)
+    # Few digits, so that names and configurations are readable and mean exactly what was trained.
+    return round(drawn) if whole else float(f"{drawn:.{_DIGITS}g}")

@@ -1,0 +1,1 @@
+"""Start from an SAE that was trained before, here or by another library."""
