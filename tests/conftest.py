@@ -41,7 +41,8 @@ def pytest_ignore_collect(collection_path, config):
     """With `-m gpu`, leave alone the files that have no such test: they import libraries that may not be there."""
     if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
         return None
-    files = (collection_path, collection_path.with_name("conftest.py"))
+    folders = [folder for folder in collection_path.parents if folder.is_relative_to(Path(__file__).parent)]
+    files = [collection_path, *(folder / "conftest.py" for folder in folders if folder != Path(__file__).parent)]
     return None if any(file.exists() and "mark.gpu" in file.read_text() for file in files) else True
 
 
