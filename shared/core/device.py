@@ -49,6 +49,12 @@ def make_current(device: str) -> None:
         torch.cuda.set_device(device)
 
 
+def numbered(device: str | torch.device) -> torch.device:
+    """Return a device that means the same in every thread: "cuda" is the calling thread's current GPU."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def describe_device(device: str) -> str:
     """Return the device and, for a GPU, what it is."""
     if torch.device(device).type == "cuda":

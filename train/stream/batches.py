@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...shared.core.device import choose_device
+from ...shared.core.device import choose_device, make_current, numbered
 from ...shared.core.errors import ConfigError, HookPointError, StoreError
 from ...shared.model.hook_points import canonical_hook_point
 from .gpu_windows import Rows, Staging, take_rows, used_here
@@ -99,7 +99,7 @@ class ShuffledBatches:
         self.hook_points = tuple(dict.fromkeys(names))
         self.batch_size = batch_size
         self.seed = seed
-        self.device = torch.device(choose_device(str(device)))
+        self.device = numbered(choose_device(str(device)))
         self.window_bytes = window_bytes
         self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._rows_per_chunk = np.asarray(store.training_rows_per_chunk(), dtype=np.int64)
@@ -113,7 +113,8 @@ class ShuffledBatches:
         self._usable = TrainingRowMask(store)
         self._buffers: dict[str, Buffers] = {}
         self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-window")
+        # Pinned memory belongs to the current device, which is a thread's own.
+        self._decoder = ThreadPoolExecutor(1, "decode-window", make_current, (str(self.device),))
         self._orderers = ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="order-window")
 
     def __iter__(self) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:

@@ -91,10 +91,10 @@ class Staging:
             part = chunks[first : first + at_once]
             place = slice(first * store.chunk_rows, (first + len(part)) * store.chunk_rows)
             staged = self._next_buffer(len(part) * chunk_bytes)
-            n_bytes = rows[place].nbytes
-            values = staged[:n_bytes].view(dtype).view(-1, d_in)
+            n_bytes = scales[place].nbytes  # the scales come first, so that they are aligned
+            values = staged[n_bytes:].view(dtype).view(-1, d_in)
             if self.quantised:
-                of_rows = staged[n_bytes:].view(torch.float32)
+                of_rows = staged[:n_bytes].view(torch.float32)
                 store.read_quantised(hook_point, part, values, of_rows)
                 self._copy((rows[place], values), (scales[place], of_rows))
             else:

@@ -63,3 +63,15 @@ def test_staged_batches_are_the_same(store, device):
         for name, rows in one.items():
             assert rows.dtype == other[name].dtype
             torch.testing.assert_close(other[name].float(), rows.float(), rtol=tolerance, atol=0)
+
+
+def test_an_int8_stores_scales_are_read_beside_rows_of_an_odd_size(tmp_path):
+    """Bytes of rows that are no multiple of four do not put the scales where no float32 can be."""
+    x = torch.randn(9, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with ActivationStoreWriter(tmp_path / "store", {"x": 7}, 5, chunk_bytes=1, codec="int8") as writer:
+        writer.append({"x": x})
+    store = ActivationStore.open(tmp_path / "store")
+    assert store.chunk_rows * 7 % 4
+    found = Staging(store, torch.device("cpu"), 2000, quantised=True).read_chunks("x", np.arange(3))
+    rows = (found.values.float() * found.scales[:, None]).to(store.dtype)
+    assert torch.equal(rows, store.read_chunks("x", np.arange(3)))
