@@ -62,8 +62,9 @@ def pre_activation_tile(
 
 @triton.jit
 def sortable_key(value, column):
-    """Return an int64 that orders by value, then by lower column."""
+    """Return an int64 that orders by value, then by lower column; what is not a number is above every number."""
     bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where(value != value, bits & 0x7FFFFFFF, bits)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (order.to(tl.int64) << 32) | (column ^ 0x7FFFFFFF).to(tl.int64)
 

@@ -92,10 +92,11 @@ def test_latents_past_the_last_are_never_chosen(device):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
-def test_a_row_that_is_not_a_number_stays_so_and_no_other_is(device):
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_row_that_is_not_a_number_stays_so_and_no_other_is(device, sign):
     x, W_enc, b_enc = whole_numbers(device, 3, 37, 16, torch.float32)
     expected = select_topk_certified(x, W_enc, b_enc, 2, SMALL)[0]
-    x[1, 5] = float("nan")
+    x[1, 5] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
     top_acts, top_indices, _ = select_topk_certified(x, W_enc, b_enc, 2, SMALL)
     assert top_acts[1].isnan().all()
     assert torch.equal(top_acts[[0, 2]], expected[[0, 2]])
