@@ -130,7 +130,7 @@ class SaeTrainer:
         self.room = EntryCapacity(self.device) if fixed and not self.fused_step else None
         # A subclass may do on the host what the class that says it is capturable does not.
         capturable = fixed and vars(type(self.architecture)).get("capturable", False)
-        self._graphs = StepGraphs(self._take, capture if capturable else None)
+        self._graphs = StepGraphs(capture if capturable else None)
 
     def _revives_dead(self) -> bool:
         """Return whether the loss depends on which latents are dead."""
@@ -156,6 +156,7 @@ class SaeTrainer:
         self.parameters = self.optimizer.parameters = step.parameters()
         self.optimizer.exp_avg, self.optimizer.exp_avg_sq = step.moments()
         self.optimizer.steps = step.steps
+        self.optimizer.copies = {}
         self.W_enc_compute = step.W_enc.shadow
         self.tokens_since_fired = step.tokens_since_fired
 
@@ -170,7 +171,7 @@ class SaeTrainer:
         self._lr = self.architecture.lr * self.schedule.lr_factor(self.steps_done, self.config)
         # A whole step reads nothing else of a batch, and a captured one copies what it reads.
         needed = batch if self.fused_step is None else Batch(batch.x_compute, batch.x_compute)
-        taken = self._graphs(needed, self._look(batch))
+        taken = self._graphs(self._take, needed, self._look(batch))
         if self.diverged is not None:
             return {"loss": taken["loss"], "lr": self._lr}
         self.steps_done += 1

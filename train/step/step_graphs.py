@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -36,24 +37,27 @@ class StepGraphs:
     compiled by the steps before the capture. Where `capture` is None steps are never captured.
     """
 
-    def __init__(self, run: Run, capture: Capture | None):
-        self._run = run
+    def __init__(self, capture: Capture | None):
         self._capture = capture
         self._graphs: dict[Hashable, _Captured] = {}
         self._key: Hashable = None
         self._steps_alike = 0
 
-    def __call__(self, batch: Batch, key: Hashable | None) -> dict[str, Number]:
-        """Take a step and return its numbers, which a later step does not change; a key of None is never captured."""
+    def __call__(self, run: Run, batch: Batch, key: Hashable | None) -> dict[str, Number]:
+        """Take a step by `run` and return its numbers, which later steps do not change.
+
+        A key of None is never captured. After a capture that failed steps run as they are, and raise what was not the
+        capture's fault.
+        """
         if key not in self._graphs and (self._capture is None or key is None or not self._settled(key)):
-            return self._run(batch)
+            return run(batch)
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._captured(batch, self._capture)
-            except RuntimeError as error:
+                self._graphs[key] = _capture_step(run, batch, self._capture)
+            except Exception as error:  # Triton's errors are no RuntimeErrors
                 self._capture = None
-                print(f"steps are not captured in a CUDA graph: {error}"[:300], file=sys.stderr)
-                return self._run(batch)
+                print(f"warning: steps are not captured in a CUDA graph: {error}"[:300], file=sys.stderr)
+                return run(batch)
             for old in list(self._graphs)[:-_MOST_GRAPHS]:
                 del self._graphs[old]
         captured = self._graphs[key]
@@ -68,20 +72,21 @@ class StepGraphs:
         self._key = key
         return self._steps_alike >= _EAGER_STEPS
 
-    def _captured(self, batch: Batch, capture: Capture | None) -> _Captured:
-        assert capture is not None
-        x = torch.empty_like(batch.x)
-        x_compute = x if batch.x_compute is batch.x else torch.empty_like(batch.x_compute)
-        static = Batch(x, x_compute, None if batch.target is None else torch.empty_like(batch.target))
-        names: list[str] = []
-        numbers: list[Tensor] = []
 
-        def run() -> None:
-            found = self._run(static)
-            names[:] = found
-            numbers[:] = [torch.stack([_on_device(value, batch.x.device) for value in found.values()])]
+def _capture_step(run: Run, batch: Batch, capture: Capture | None) -> _Captured:
+    assert capture is not None
+    x = torch.empty_like(batch.x)
+    x_compute = x if batch.x_compute is batch.x else torch.empty_like(batch.x_compute)
+    static = Batch(x, x_compute, None if batch.target is None else torch.empty_like(batch.target))
+    names: list[str] = []
+    numbers: list[Tensor] = []
 
-        return _Captured(static, names, numbers, capture(run))
+    def step() -> None:
+        found = run(static)
+        names[:] = found
+        numbers[:] = [torch.stack([_on_device(value, batch.x.device) for value in found.values()])]
+
+    return _Captured(static, names, numbers, capture(step))
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
@@ -96,14 +101,21 @@ def _on_device(number: Number, device: torch.device) -> Tensor:
 
 
 def capture_on_cuda(run: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that does again, as one graph, what `run` launches.
+    """Return a function that repeats, as one graph, what `run` launches.
 
-    The thread that decodes windows goes on copying meanwhile, so only this thread's unsafe calls are refused. All
+    The thread that decodes windows keeps copying meanwhile, so only this thread's unsafe calls are refused. All
     graphs share one pool of memory: each leaves nothing there that is read after another has run.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
-        run()
+    graph, pool, stream = torch.cuda.CUDAGraph(), _pool(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            run()
+    except BaseException:
+        # Where ending the capture fails too, PyTorch leaves its stream current and new memory coming from the pool.
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
     return graph.replay
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -47,7 +50,7 @@ def states(trainer):
     return {name: tensor.detach().cpu().clone() for name, tensor in trainer.state_dict().items()}
 
 
-def test_every_path_trains_the_same_and_the_whole_step_resumes_in_every_bit(device, tmp_path):
+def test_every_path_trains_the_same_and_the_fused_step_resumes_in_every_bit(device, tmp_path):
     expected = make_trainer(reference, device)
     assert expected.fused_step is None
     expected_metrics = train(expected)
@@ -106,3 +109,28 @@ def test_divergence_is_noticed_when_the_host_asks():
     assert trainer.diverged is None
     trainer.check()
     assert "at step 1" in str(trainer.diverged)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_trainers_memory_is_freed_with_it(device, fuse):
+    """Without a cycle that only the garbage collector would find: a GPU's memory is full long before it runs."""
+    trainer = make_trainer(fused, device, fuse)
+    train(trainer, 2)
+    freed = [weakref.ref(thing) for thing in (trainer, trainer.parameters["W_dec"], trainer.W_enc_compute)]
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert [reference() for reference in freed] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_the_fused_step_holds_each_matrix_in_bfloat16_once(device):
+    trainer = make_trainer(fused, device, dtype=torch.bfloat16)
+    gc.collect()
+    shape = trainer.parameters["W_enc"].shape
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    held = {tensor.data_ptr() for tensor in tensors if (tensor.dtype, tensor.shape) == (torch.bfloat16, shape)}
+    decoders = {trainer.fused_step.step.W_dec.shadow, trainer.W_dec_compute}  # the latter is a CPU's
+    assert held - {copy.data_ptr() for copy in decoders if copy is not None} == {trainer.W_enc_compute.data_ptr()}
