@@ -6,18 +6,15 @@ import difflib
 
 from ...shared.core.errors import ConfigError
 from ..config import SaeConfig
-from .annealed_topk import AnnealedTopK
 from .base import COMMON_OPTIONS, Architecture
 from .batch_topk import BatchTopK
 from .crosscoder import Crosscoder
 from .gated import Gated
 from .hierarchical_topk import HierarchicalTopK
-from .jumprelu import JumpReLU
+from .jumprelu import JumpReLU, TanhJumpReLU
 from .matryoshka import MatryoshkaBatchTopK
-from .p_annealed import PAnnealed
-from .standard import Standard
-from .tanh_jumprelu import TanhJumpReLU
-from .topk import TopK
+from .standard import PAnnealed, Standard
+from .topk import AnnealedTopK, TopK
 from .transcoder import SkipTranscoder, Transcoder
 
 _KNOWN = (

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ...shared.core.errors import SaeError
 from ...shared.sae import Sae
-from ..architectures.annealed_topk import AnnealedTopK
 from ..architectures.base import Architecture
 from ..architectures.batch_topk import BatchTopK
 from ..architectures.jumprelu import JumpReLU
-from ..architectures.topk import TopK
+from ..architectures.topk import AnnealedTopK, TopK
 
 SMALLEST_THRESHOLD = 1e-8
 """A JumpReLU SAE is trained by the logarithm of its thresholds, so none of them is zero."""

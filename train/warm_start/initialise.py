@@ -18,7 +18,7 @@ from ..architectures.contract import Buffers, Parameters
 from ..architectures.crosscoder import Crosscoder
 from ..architectures.gated import Gated
 from ..architectures.jumprelu import JumpReLU
-from ..architectures.standard import fold_decoder_norms
+from ..architectures.parts.decoder_norms import fold_decoder_norms
 from ..architectures.transcoder import Transcoder
 from ..stream.normalization import Normalization
 from .foreign_saes import read_trained_sae
