@@ -24,7 +24,7 @@ import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.store.format.layout import choose_chunk_rows
-from thresher.train.stream.order import order_window
+from thresher.train.stream.order import place_window
 
 BUDGETS_MIB = (2048, 512)
 """The default budget and a quarter of it; half holds the window, half the next one, which is being decoded."""
@@ -50,7 +50,7 @@ def design_effect(chunk_rows: int, context: int, n_chunks: int, batch: int, rho:
 
     Batches begin anywhere in a window, since windows of a real store are no whole number of them.
     """
-    order = order_window(np.full(n_chunks, chunk_rows), seed=0, epoch=0, window=0)
+    order = np.argsort(place_window(np.full(n_chunks, chunk_rows), seed=0, epoch=0, window=0))
     groups = order // min(chunk_rows, context)
     pairs = []
     for start in range(0, len(groups) - batch + 1, batch // 8):

@@ -103,16 +103,6 @@ def place_window(
     return places
 
 
-def order_window(
-    rows_in_chunks: Int64[np.ndarray, " chunks"], seed: int, epoch: int, window: int
-) -> Int64[np.ndarray, " rows"]:
-    """Return a window's rows, which are numbered chunk after chunk, in their order."""
-    places = place_window(rows_in_chunks, seed, epoch, window)
-    order = np.empty_like(places)
-    order[places] = np.arange(len(places))
-    return order
-
-
 def _strata(n_rows: int, n_strata: int, generator: np.random.Generator) -> _Strata:
     """Lay out a window's strata.
 

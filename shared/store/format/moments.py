@@ -76,11 +76,6 @@ class Moments:
         """E||x||."""
         return self.sum_norm / max(self.count, 1)
 
-    @property
-    def mean_squared_norm(self) -> float:
-        """E||x||^2."""
-        return self.total_variance + float(self.mean @ self.mean)
-
 
 def _squared_norms(rows: Float64[np.ndarray, "n d_in"]) -> Float64[np.ndarray, " n"]:
     """Return each row's squared norm by the BLAS's dot product, which runs in one thread up to 10,000 values."""

@@ -56,7 +56,6 @@ def test_moments_are_exact_over_the_training_rows(tmp_path: Path, codec: str, dt
         np.testing.assert_allclose(moments.variance, rows.var(axis=0), rtol=1e-10)
         np.testing.assert_allclose(moments.total_variance, rows.var(axis=0).sum(), rtol=1e-10)
         np.testing.assert_allclose(moments.mean_norm, np.linalg.norm(rows, axis=1).mean(), rtol=1e-10)
-        np.testing.assert_allclose(moments.mean_squared_norm, (rows**2).sum(axis=1).mean(), rtol=1e-10)
 
 
 @given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 2**32 - 1))

@@ -19,18 +19,14 @@ from .adam import AdamState, Hyperparameters, update
 from .csc import to_csc
 from .feature_major import sum_by_latent
 from .select import select_topk, select_topk_dense
-from .token_major import grad_values, reconstruct
+from .token_major import reconstruct
 
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @dataclass(frozen=True)
 class TopKOptions:
-    """What a step does.
-
-    With `exact_values` the chosen latents are computed again from the float32 weights; without, they
-    are those of the bfloat16 product that chose them.
-    """
+    """What a step does. Latents' values are those of the product, in the compute dtype, that chose them."""
 
     k: int
     total_variance: float
@@ -41,7 +37,6 @@ class TopKOptions:
     aux_coefficient: float = 0.0
     k_aux: int = 0
     dead_after_tokens: int = 10_000_000
-    exact_values: bool = False
 
 
 class TopKStep:
@@ -120,8 +115,6 @@ class TopKStep:
         acts, indices = select_topk(x, self.W_enc.shadow, bias, options.k)
         offsets = torch.arange(0, batch * options.k + 1, options.k, device=x.device)
         values, latents = acts.flatten(), indices.flatten()
-        if options.exact_values:
-            values = (grad_values(x, self.W_enc.weight, latents, offsets) + bias[latents]).relu()
         values_fired = (values > 0).sum()
         fired = torch.zeros_like(self.b_enc.weight, dtype=torch.int32)
         fired.scatter_reduce_(0, latents.long(), (values > 0).int(), "amax")

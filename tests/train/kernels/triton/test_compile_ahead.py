@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+TOOL = Path(__file__).parents[4] / "tools" / "compile_ahead.py"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 TENSOR_CORES = {"candidates_kernel", "recompute_kernel", "threshold_kernel"}
 KERNELS = TENSOR_CORES | {
@@ -26,7 +28,7 @@ KERNELS = TENSOR_CORES | {
 def compile_all(capability, *options):
     """Compile in a process of its own: in this one Triton interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "thresher.train.kernels.compile_ahead", str(capability), *options]
+    command = [sys.executable, str(TOOL), str(capability), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

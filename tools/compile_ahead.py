@@ -1,6 +1,6 @@
 """Compile every kernel for given GPUs on a machine that has none, and report what each takes.
 
-`python -m thresher.train.kernels.compile_ahead 80 90` prints a JSON line for each kernel, variant and
+`python tools/compile_ahead.py 80 90` prints a JSON line for each kernel, variant and
 target: registers a thread, bytes of stack (spills) and of shared memory, and whether the tensor cores'
 instructions are there. The tests hold these against what the GPUs have.
 """
@@ -20,10 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .triton import adam as optimizer
-from .triton import feature_major, select, threshold, token_major
-from .triton.csc import MAX_SEGMENT
-from .triton.dequantise import rows_kernel
+from thresher.train.kernels.triton import adam as optimizer
+from thresher.train.kernels.triton import feature_major, select, threshold, token_major
+from thresher.train.kernels.triton.csc import MAX_SEGMENT
+from thresher.train.kernels.triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)
 
