@@ -49,7 +49,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
     with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter, n_kept) as writer:
         write_sources(config, plan, writer)
-        with Progress(writer, config.context_size, config.n_contexts, writer.share.n_done) as progress:
+        with Progress(writer, config.context_size, config.n_contexts, writer.assignment.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
         check_unchanged(config, wanted)
     tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)

@@ -1,4 +1,4 @@
-"""The steps of a harvest that one process and several ranks share."""
+"""The steps of a harvest that one process and several ranks have in common."""
 
 from __future__ import annotations
 
@@ -81,26 +81,26 @@ def run_model(
     progress: Progress,
     check: Callable[[], object],
 ) -> None:
-    """Append every context of the writer's share, a batch at a time; `check` may raise between batches.
+    """Append every context of the writer's assignment, a batch at a time; `check` may raise between batches.
 
     Batches are always cut at the same contexts, so that a harvest that resumes, or is shared among ranks, computes the
-    same bits; of those that lie partly in the share, the other contexts are dropped.
+    same bits; of those that lie partly in the assignment, the other contexts are dropped.
     """
     from .forward import choose_workers, forward_passes
     from .tokens.tokens import batch_contexts
 
-    share = writer.share
-    ahead = batch_contexts(contexts, config.batch_size, share.n_committed // config.batch_size, share.parts)
+    assignment = writer.assignment
+    ahead = batch_contexts(contexts, config.batch_size, assignment.n_committed // config.batch_size, assignment.parts)
     workers = choose_workers(config.workers, plan.model.device)
     with (
         Prefetch(ahead, BATCHES_AHEAD) as batches,
         closing(forward_passes(plan, batches, workers)) as passes,
     ):
         for number, (batch, activations, seconds) in enumerate(passes):
-            if number == 0 and share.rank == 0:
-                rows_per_second = share.world * workers * batch.tokens.size / seconds
-                announce(config, plan.widths, config.n_contexts - share.n_done, rows_per_second)
-            for part in share.parts(batch.first, batch.stop):
+            if number == 0 and assignment.rank == 0:
+                rows_per_second = assignment.world * workers * batch.tokens.size / seconds
+                announce(config, plan.widths, config.n_contexts - assignment.n_done, rows_per_second)
+            for part in assignment.parts(batch.first, batch.stop):
                 append(writer, batch, activations, slice(part.start - batch.first, part.stop - batch.first))
                 progress.update(len(part))
             check()

@@ -105,7 +105,7 @@ def harvest_share(
     """Harvest this rank's shards of the text, and see the store completed; return all ranks' bytes."""
     ranks.meet()
     writer.watch()
-    ranks.presence = writer.presence
+    ranks.liveness = writer.liveness
     if ranks.rank == 0:
         write_sources(config, plan, writer)
         for fault in writer.faults:

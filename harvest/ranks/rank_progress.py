@@ -17,7 +17,11 @@ class RankProgress(Progress):
 
     def __init__(self, ranks: Ranks, writer: RankWriter, config: HarvestConfig) -> None:
         super().__init__(
-            writer, config.context_size, config.n_contexts, writer.share.n_done, disable=True if ranks.rank else None
+            writer,
+            config.context_size,
+            config.n_contexts,
+            writer.assignment.n_done,
+            disable=True if ranks.rank else None,
         )
         self._ranks = ranks
         self._own = 0

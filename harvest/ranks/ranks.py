@@ -42,7 +42,7 @@ class Ranks:
         self.world = world
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank)) if world > 1 else 0
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
-        self.presence: LivenessLock | None = None
+        self.liveness: LivenessLock | None = None
         self._words = words
         self._group = group
         self._next_check = 0.0
@@ -102,7 +102,7 @@ class Ranks:
         """Raise `RankError` if another rank failed or is gone; looks at most twice a second."""
         if self.world == 1 or time.monotonic() < self._next_check:
             return
-        gone = self.presence.gone() if self.presence else []
+        gone = self.liveness.gone() if self.liveness else []
         self._check_failed()
         if gone:
             raise RankError(f"rank {gone[0]} is gone; {_GO_ON}")
@@ -132,8 +132,8 @@ class Ranks:
     def _let_others_hear(self) -> None:
         """Keep the words, as rank 0, until the others that live have had time to read them."""
         until = time.monotonic() + SECONDS_TO_HEAR
-        while self.rank == 0 and self.presence and time.monotonic() < until:
-            living = set(range(1, self.world)) - set(self.presence.gone())
+        while self.rank == 0 and self.liveness and time.monotonic() < until:
+            living = set(range(1, self.world)) - set(self.liveness.gone())
             if not living or self._words.check([f"left/{rank}" for rank in living]):
                 return
             time.sleep(CHECK_SECONDS / 10)

@@ -37,21 +37,21 @@ class StoreUrl:
         return self.prefix.rpartition("/")[2]
 
 
-def locate(place: str | Path | StoreUrl) -> Path | StoreUrl:
+def locate(location: str | Path | StoreUrl) -> Path | StoreUrl:
     """Return where a store named in a configuration is; raise `ConfigError` for a URL that cannot hold one."""
-    if isinstance(place, StoreUrl):
-        return place
-    found = None if isinstance(place, Path) else _URL.fullmatch(place)
+    if isinstance(location, StoreUrl):
+        return location
+    found = None if isinstance(location, Path) else _URL.fullmatch(location)
     if found is None:
-        return _possible(user_path(place))
+        return _possible(user_path(location))
     scheme, rest = found[1].lower(), found[2]
     if scheme not in SCHEMES:
         known = ", ".join(f"{known}://" for known in SCHEMES)
-        raise ConfigError(f"cannot keep a store at '{place}'; expected a folder, or a URL that begins with {known}")
+        raise ConfigError(f"cannot keep a store at '{location}'; expected a folder, or a URL that begins with {known}")
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.strip("/")
     if not bucket or not prefix or any(part in ("", ".", "..") for part in prefix.split("/")):
-        raise ConfigError(f"cannot keep a store at '{place}'; expected {scheme}://bucket/prefix")
+        raise ConfigError(f"cannot keep a store at '{location}'; expected {scheme}://bucket/prefix")
     return StoreUrl(scheme, bucket, prefix)
 
 

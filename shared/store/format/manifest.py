@@ -91,12 +91,12 @@ def read_manifest(store: Path) -> Manifest | None:
     return manifest_of(store, content)
 
 
-def manifest_of(place: Path | StoreUrl, content: bytes) -> Manifest | None:
+def manifest_of(location: Path | StoreUrl, content: bytes) -> Manifest | None:
     """Return what the bytes of a store's manifest say, as `parse_manifest` does; its errors name the store."""
     try:
         return parse_manifest(content)
     except StoreError as error:
-        raise StoreError(f"the store '{place}' is damaged: {MANIFEST} {error}") from None
+        raise StoreError(f"the store '{location}' is damaged: {MANIFEST} {error}") from None
 
 
 def parse_manifest(content: bytes) -> Manifest | None:

@@ -70,16 +70,16 @@ def join_segments(parts: list[Segments]) -> Segments:
 
 def encode_segments(segments: Segments, info: Mapping[int, tuple[int, str]]) -> bytes:
     """Return a shard's Parquet file. `info` gives a document's hash and name where they are known."""
-    told = [info.get(int(document), (None, None)) for document in segments.document]
-    hashes = [part[0] for part in told]
+    described = [info.get(int(document), (None, None)) for document in segments.document]
+    hashes = [part[0] for part in described]
     columns = [
         _numbers(segments.context),
         _packed(segments.held_out),
         _numbers(segments.offset),
         _numbers(segments.length),
         _numbers(segments.document, known=segments.document >= 0),
-        _numbers([each or 0 for each in hashes], np.uint64, _told(hashes)),
-        _strings([part[1] for part in told]),
+        _numbers([each or 0 for each in hashes], np.uint64, _is_known(hashes)),
+        _strings([part[1] for part in described]),
         _numbers(segments.position, known=segments.position >= 0),
     ]
     buffer = io.BytesIO()
@@ -106,11 +106,11 @@ def _strings(texts: list[str | None]) -> pa.Array:
     encoded = [(text or "").encode() for text in texts]
     offsets = np.zeros(len(texts) + 1, dtype=np.int32)
     np.cumsum([len(each) for each in encoded], out=offsets[1:])
-    buffers = [_bits(_told(texts)), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    buffers = [_bits(_is_known(texts)), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     return pa.Array.from_buffers(pa.string(), len(texts), buffers)
 
 
-def _told(values: list[Any]) -> np.ndarray:
+def _is_known(values: list[Any]) -> np.ndarray:
     return np.array([value is not None for value in values], dtype=bool)
 
 

@@ -1,4 +1,4 @@
-"""What reading a store needs of the place it is in: its manifest, small files by name, and shards."""
+"""What reading a store needs of where it is: its manifest, small files by name, and shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StoreFiles(Protocol):
     """Threads that reading keeps busy at least, however few the cores."""
 
     @property
-    def place(self) -> Path | StoreUrl:
+    def location(self) -> Path | StoreUrl:
         """Where the store is."""
         ...
 
@@ -52,54 +52,56 @@ class LocalFiles:
 
     threads = 1
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, location: Path) -> None:
+        self.location = location
 
     def manifest(self) -> Manifest | None:
         """Return the manifest, or None while it has no header."""
-        return read_manifest(self.place)
+        return read_manifest(self.location)
 
     def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
         """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
-        return read_named(self.place, key, files, self._read)
+        return read_named(self.location, key, files, self._read)
 
     def _read(self, key: str, n_bytes: int) -> bytes:
-        path = self.place / key
+        path = self.location / key
         try:
             size = path.stat().st_size
             content = path.read_bytes() if size == n_bytes else b""
         except OSError as error:
-            raise StoreError(f"the store '{self.place}' is damaged: cannot read '{key}' ({error.strerror})") from None
+            raise StoreError(
+                f"the store '{self.location}' is damaged: cannot read '{key}' ({error.strerror})"
+            ) from None
         if len(content) != n_bytes:
             raise StoreError(
-                f"the store '{self.place}' is damaged: '{key}' has {size} bytes, its manifest says {n_bytes}"
+                f"the store '{self.location}' is damaged: '{key}' has {size} bytes, its manifest says {n_bytes}"
             )
         return content
 
     def content(self, key: str) -> bytes | None:
         """Return a file as it is, or None if it is not there."""
-        path = self.place / key
+        path = self.location / key
         return path.read_bytes() if path.is_file() else None
 
     def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
         """Return a shard, mapped into memory."""
-        return MappedShard(self.place, array, record, n_chunks)
+        return MappedShard(self.location, array, record, n_chunks)
 
     def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
         """Return what maps an array's shards."""
-        return ShardCache(self.place, array, manifest.shards, manifest.header.context_size)
+        return ShardCache(self.location, array, manifest.shards, manifest.header.context_size)
 
 
 def read_named(
-    place: Path | StoreUrl, key: str, files: Mapping[str, FileRecord], read: Callable[[str, int], bytes]
+    location: Path | StoreUrl, key: str, files: Mapping[str, FileRecord], read: Callable[[str, int], bytes]
 ) -> bytes:
     """Return what `read(key, bytes)` does of a file that the manifest names; raise `StoreError` if it is another."""
     record = files.get(key)
     if record is None:
-        raise StoreError(f"the store '{place}' is damaged: its manifest does not name '{key}'")
+        raise StoreError(f"the store '{location}' is damaged: its manifest does not name '{key}'")
     content = read(key, record.bytes)
     if crc32c(content) != record.crc32c:
-        raise StoreError(f"the store '{place}' is damaged: '{key}' does not have its checksum")
+        raise StoreError(f"the store '{location}' is damaged: '{key}' does not have its checksum")
     return content
 
 
@@ -111,7 +113,7 @@ def load_statistics(
     try:
         return decode_statistics(content, header, n_contexts)
     except StoreError as error:
-        raise StoreError(f"the store '{files.place}' is damaged: '{key}': {error}") from None
+        raise StoreError(f"the store '{files.location}' is damaged: '{key}': {error}") from None
 
 
 def shard_statistics(files: StoreFiles, manifest: Manifest) -> Iterator[Statistics]:

@@ -41,8 +41,8 @@ class ActivationStore:
     def __init__(self, files: StoreFiles, manifest: Manifest, verify: Verify, threads: int | None) -> None:
         header = manifest.header
         self.files = files
-        self._reopen: tuple[Any, ...] = (str(files.place), verify, threads, None, None, None)
-        self.path: Path | StoreUrl = files.place
+        self._reopen: tuple[Any, ...] = (str(files.location), verify, threads, None, None, None)
+        self.path: Path | StoreUrl = files.location
         self.hook_points = tuple(header.hook_points)
         self.context_size = header.context_size
         self.n_contexts = manifest.n_contexts
@@ -95,7 +95,7 @@ class ActivationStore:
         manifest = files.manifest()
         if manifest is None:
             raise StoreError(
-                f"the store '{files.place}' is empty: its writing was cut off at the start; write it again"
+                f"the store '{files.location}' is empty: its writing was cut off at the start; write it again"
             )
         if manifest.completion is not None:
             for key in manifest.completion.files:
@@ -176,19 +176,23 @@ class ActivationStore:
         self,
         hook_point: str,
         chunk_indices: Sequence[int] | Int[np.ndarray, " n"],
-        places: Int64[np.ndarray, " rows"],
+        destinations: Int64[np.ndarray, " rows"],
         out: Float[Tensor, "n d_in"],
     ) -> None:
-        """Decode whole chunks, in parallel, and put each row where it is wanted: the i-th at `out[places[i]]`.
+        """Decode whole chunks, in parallel, and write row `i` to `out[destinations[i]]`.
 
-        `places` has `chunk_rows` numbers for each chunk. Rows that are not wanted are numbered -1: what the last row of
-        `out` then holds is of no use. No other number may come twice.
+        `destinations` has `chunk_rows` numbers per chunk, all different except for -1, which drops a row. Dropped rows
+        are written to the last row of `out`, so that row's content is undefined if there are any.
         """
         d_in = self.d_in(hook_point)
         indices = np.asarray(chunk_indices, dtype=np.int64)
         n = len(indices) * self.chunk_rows
-        if places.shape != (n,) or (n and not -1 <= int(places.min()) <= int(places.max()) < len(out)):
-            raise ConfigError(f"expected {n} places of -1 to {len(out) - 1}, got {places.size} of others")
+        least, most = (int(destinations.min()), int(destinations.max())) if destinations.size else (-1, -1)
+        if destinations.shape != (n,) or not -1 <= least <= most < len(out):
+            raise ConfigError(
+                f"destinations must hold {n} numbers from -1 to {len(out) - 1}; "
+                f"got {destinations.size} numbers from {least} to {most}"
+            )
         if not _fits(out, (len(out), d_in), self.dtype):
             raise ConfigError(f"expected a contiguous {self.dtype} CPU tensor of width {d_in} to put rows into")
         for name in (hook_point, scales_name(hook_point)) if self.codec == "int8" else (hook_point,):
@@ -207,7 +211,7 @@ class ActivationStore:
                 self._dequantise_chunk(hook_point, int(indices[i]), scratch.rows)
             else:
                 rows = self._caches[hook_point].view(int(indices[i]), rows, self._verify)
-            wanted = places[i * self.chunk_rows : (i + 1) * self.chunk_rows]
+            wanted = destinations[i * self.chunk_rows : (i + 1) * self.chunk_rows]
             if len(pieces) > 1:
                 wanted = (wanted[:, None] * len(pieces) + pieces).reshape(-1)
             target[wanted] = rows.view(piece)

@@ -32,14 +32,14 @@ def read_tokenizer_files(files: StoreFiles, metadata: Mapping[str, Any]) -> dict
     found: dict[str, bytes] = {}
     for name in names:
         if not isinstance(name, str) or any(part in ("", ".", "..") for part in name.split("/")):
-            raise StoreError(f"the store '{files.place}' is damaged: {name!r} cannot be a file of its tokenizer")
+            raise StoreError(f"the store '{files.location}' is damaged: {name!r} cannot be a file of its tokenizer")
         content = files.content(tokenizer_key(name))
         if content is None:
-            raise StoreError(f"the store '{files.place}' is damaged: '{tokenizer_key(name)}' is missing")
+            raise StoreError(f"the store '{files.location}' is damaged: '{tokenizer_key(name)}' is missing")
         found[name] = content
     if _digest(found) != digest:
         raise StoreError(
-            f"the store '{files.place}' is damaged: the files in '{TOKENIZER_FOLDER}' do not have their digest"
+            f"the store '{files.location}' is damaged: the files in '{TOKENIZER_FOLDER}' do not have their digest"
         )
     return found
 

@@ -56,7 +56,9 @@ def _side_file_faults(files: StoreFiles, manifest: Manifest, record: ShardRecord
     expected = shard_keys(header, record.shard)
     faults = []
     if set(record.files) != set(expected):
-        faults.append(f"the store '{files.place}' is damaged: its manifest names other files for shard {record.shard}")
+        faults.append(
+            f"the store '{files.location}' is damaged: its manifest names other files for shard {record.shard}"
+        )
     try:
         load_statistics(files, statistics_key(record.shard), record.files, header, record.contexts)
     except StoreError as error:
@@ -82,7 +84,7 @@ def _whole_store_faults(files: StoreFiles, manifest: Manifest) -> list[str]:
     )
     if manifest.completion is None:
         faults = [
-            f"the store '{files.place}' is not finished, yet '{key}' is not as in an unfinished store"
+            f"the store '{files.location}' is not finished, yet '{key}' is not as in an unfinished store"
             for key, content in expected.items()
             if files.content(key) != content
         ]
@@ -97,16 +99,16 @@ def _whole_store_faults(files: StoreFiles, manifest: Manifest) -> list[str]:
         except StoreError as error:
             faults.append(_fault(error))
     faults += [
-        f"the store '{files.place}' is complete, yet a temporary folder '{folder}' is left"
+        f"the store '{files.location}' is complete, yet a temporary folder '{folder}' is left"
         for folder in (PARTIAL_FOLDER, STAGED_FOLDER)
-        if isinstance(files.place, Path) and (files.place / folder).exists()
+        if isinstance(files.location, Path) and (files.location / folder).exists()
     ]
     return faults
 
 
 def _named(files: StoreFiles, key: str, error: StoreError) -> str:
     """Return an error's line, with the file named once."""
-    return _fault(error) if key in str(error) else f"the store '{files.place}' is damaged: '{key}': {error}"
+    return _fault(error) if key in str(error) else f"the store '{files.location}' is damaged: '{key}': {error}"
 
 
 def _fault(error: StoreError) -> str:

@@ -114,8 +114,8 @@ class Lease:
         except msgspec.DecodeError:
             return
         left = other.expires - time.time()
-        same_place = (other.host, other.staging) == (self._owner.host, self._owner.staging)
-        if left > 0 and not same_place:
+        same_staging = (other.host, other.staging) == (self._owner.host, self._owner.staging)
+        if left > 0 and not same_staging:
             raise StoreBusyError(
                 f"another process is writing to the store '{self._remote.url}': {other.process} on {other.host}; wait "
                 f"until it ends; if it was killed, start again in {left:.0f} seconds or remove the object '{LEASE}'"

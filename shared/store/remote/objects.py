@@ -221,9 +221,9 @@ class RemoteStore:
                 f"cannot {what} in '{self.url}': {why}; check the credentials in the environment "
                 f"({_CREDENTIALS[self.url.scheme]})"
             )
-        told = f"after {tries} tries" if tries > 1 else "for good"
+        attempts = f"after {tries} tries" if tries > 1 else "for good"
         return UnreachableError(
-            f"cannot {what} in '{self.url}': given up {told} ({_reason(error)}); start again to resume"
+            f"cannot {what} in '{self.url}': given up {attempts} ({_reason(error)}); start again to resume"
         )
 
 

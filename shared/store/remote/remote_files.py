@@ -167,7 +167,7 @@ class RemoteFiles:
     threads = 16
 
     def __init__(self, remote: RemoteStore, cache: CacheFolder) -> None:
-        self.place: Path | StoreUrl = remote.url
+        self.location: Path | StoreUrl = remote.url
         self._remote = remote
         self._cache = cache
         cache.trim()

@@ -25,13 +25,13 @@ from .sink import ShardSink
 class ShardAssembly:
     """The shard being filled: buffers of one chunk per hook point, and what is known of its contexts."""
 
-    def __init__(self, header: Header, number: int, folder: ShardSink) -> None:
+    def __init__(self, header: Header, number: int, sink: ShardSink) -> None:
         self.n_contexts = 0
         self._header = header
-        self._folder = folder
+        self._sink = sink
         self._number = number
         arrays = arrays_of(header)
-        self.shard = ShardInProgress(number, folder.partial, {array.name: array.chunks_per_shard for array in arrays})
+        self.shard = ShardInProgress(number, sink.partial, {array.name: array.chunks_per_shard for array in arrays})
         self._arrays = {array.name: array for array in arrays}
         self._fill = 0
         self._buffers: dict[str, np.ndarray] = {}
@@ -147,4 +147,4 @@ class ShardAssembly:
             self._by_role if self._header.has_roles else {},
             np.array(self._role_rows, dtype=np.int64) if self._header.has_roles else None,
         )
-        self._folder.commit(WrittenShard(self.shard, self.n_contexts, statistics, self._segments, self._info))
+        self._sink.commit(WrittenShard(self.shard, self.n_contexts, statistics, self._segments, self._info))

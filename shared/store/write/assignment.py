@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardAssignment:
     """One rank's part of what is not yet in the store: a pure function of what was there when the ranks began.
 
     `n_committed` counts contexts, `staged` gives the contexts of each shard that waits to be committed.

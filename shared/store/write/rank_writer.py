@@ -17,7 +17,7 @@ from ..local.durable import close, disk_errors, lock, remove_tree
 from ..local.liveness import SHARED_FOLDER, LivenessLock
 from ..local.staged_shards import stage_shard
 from ..local.store_folder import StoreFolder, WrittenShard, check_same, finish_shard
-from .assignment import Share
+from .assignment import ShardAssignment
 from .sink import ShardSink
 from .writer import ActivationStoreWriter
 
@@ -43,14 +43,14 @@ class Group(Protocol):
 
 
 class RankWriter(ActivationStoreWriter):
-    """Append the contexts of this rank's share, in order; what all ranks write becomes one store.
+    """Append the contexts of this rank's assignment, in order; what all ranks write becomes one store.
 
     Each finished shard is staged, safe on disk, and rank 0 makes staged shards part of the store in their order. The
     store's lock is shared by the group and held until `release`, so that no other writer comes in between. A store in
     an object store is so written in its staging folder, which all ranks share, and rank 0 uploads it.
 
-    Every rank calls the constructor, then `watch` after a barrier, appends what `share.parts` names, closes the writer,
-    and rank 0 at last calls `adopt` until all is there and `complete`.
+    Every rank calls the constructor, then `watch` after a barrier, appends what `assignment.parts` names and closes the
+    writer; rank 0 at last calls `adopt` until all is there and `complete`.
     """
 
     def __init__(
@@ -63,33 +63,35 @@ class RankWriter(ActivationStoreWriter):
         **settings: Any,
     ) -> None:
         self._group = group
-        place = locate(path)
-        self._place = place if isinstance(place, Path) else staging_folder(place, settings.get("cache"))
+        location = locate(path)
+        self._folder = location if isinstance(location, Path) else staging_folder(location, settings.get("cache"))
         self._store: StoreFolder | None = None
         self._locked: list[IO[bytes]] = []
-        self.presence: LivenessLock | None = None
+        self.liveness: LivenessLock | None = None
         try:
             super().__init__(path, hook_points, context_size, **settings)
         except BaseException:
             self.release()
             raise
-        self._n_contexts = self.share.first_context(0)
+        self._n_contexts = self.assignment.first_context(0)
 
-    def _open_folder(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
+    def _open_sink(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
         proposed = replace(proposed, has_tokens=True)
         n_committed, staged = self._group.lead(lambda: self._begin(proposed, resume, any_level))
         if self._group.rank:
             self._join(proposed, any_level)
-        with disk_errors(self._place):
-            self.presence = LivenessLock(self._place / PARTIAL_FOLDER, self._group.rank)
+        with disk_errors(self._folder):
+            self.liveness = LivenessLock(self._folder / PARTIAL_FOLDER, self._group.rank)
         header = self._read_header()
-        self._share = Share(header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.world)
-        return _RankFolder(self._place, header, self._group, n_committed, self._store, isinstance(self.path, Path))
+        self._assignment = ShardAssignment(
+            header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.world
+        )
+        return _RankFolder(self._folder, header, self._group, n_committed, self._store, isinstance(self.path, Path))
 
     @property
-    def share(self) -> Share:
+    def assignment(self) -> ShardAssignment:
         """Which contexts this rank's writer is to be given."""
-        return self._share
+        return self._assignment
 
     def _begin(self, proposed: Header, resume: bool, any_level: bool) -> tuple[int, dict[int, int]]:
         """Open the store, as rank 0; return the committed contexts and those of each staged shard."""
@@ -118,28 +120,28 @@ class RankWriter(ActivationStoreWriter):
     def _join(self, proposed: Header, any_level: bool) -> None:
         """Share the locks that rank 0 has, and check that this rank would write the same store."""
         try:
-            self._locked.append((self._place / MANIFEST).open("rb"))
+            self._locked.append((self._folder / MANIFEST).open("rb"))
         except FileNotFoundError:
             raise RankError(
-                f"rank {self._group.rank} does not see the store '{self._place}' that rank 0 has begun; {SHARED_FOLDER}"
+                f"rank {self._group.rank} does not see the store '{self._folder}' that rank 0 began; {SHARED_FOLDER}"
             ) from None
         lock(self._locked[0], self.path, shared=True)
         if isinstance(self.path, StoreUrl):
             from ..remote.remote_folder import lock_staging
 
-            self._locked.append(lock_staging(self.path, self._place, shared=True))
-        manifest = read_manifest(self._place)
+            self._locked.append(lock_staging(self.path, self._folder, shared=True))
+        manifest = read_manifest(self._folder)
         assert manifest is not None
         check_same(manifest, proposed, self.path, True, {"codec_level"} if any_level else set())
 
     def _read_header(self) -> Header:
-        manifest = read_manifest(self._place)
+        manifest = read_manifest(self._folder)
         assert manifest is not None
         return manifest.header
 
     def _finish_shard(self) -> None:
         super()._finish_shard()
-        self._n_contexts = self.share.first_context(self._n_contexts)
+        self._n_contexts = self.assignment.first_context(self._n_contexts)
 
     @property
     def faults(self) -> list[str]:
@@ -148,13 +150,13 @@ class RankWriter(ActivationStoreWriter):
 
     def watch(self) -> None:
         """Begin to watch the other ranks (rank 0: all, the others: rank 0); every rank has its writer by now."""
-        assert self.presence is not None
-        self.presence.watch(range(1, self._group.world) if self._group.rank == 0 else [0])
+        assert self.liveness is not None
+        self.liveness.watch(range(1, self._group.world) if self._group.rank == 0 else [0])
 
     def adopt(self) -> int:
         """Make what is staged part of the store as far as it has no gap; return the contexts in it. For rank 0."""
         assert self._store is not None
-        with disk_errors(self._place):
+        with disk_errors(self._folder):
             self._store.adopt()
         return self._store.n_contexts
 
@@ -165,8 +167,8 @@ class RankWriter(ActivationStoreWriter):
 
     def release(self) -> None:
         """Let go of the store's lock, and show this rank as ended."""
-        if self.presence is not None:
-            self.presence.close()
+        if self.liveness is not None:
+            self.liveness.close()
         for file in self._locked:
             close(file)
         if self._store is not None:

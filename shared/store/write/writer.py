@@ -17,7 +17,7 @@ from ..local.durable import disk_errors, make_folder, move_into_place, stage
 from ..local.shard_file import ShardInProgress
 from ..local.store_folder import StoreFolder
 from .assembly import ShardAssembly
-from .assignment import Share
+from .assignment import ShardAssignment
 from .batch import Batch
 from .pipeline import Pipeline
 from .sink import ShardSink
@@ -88,17 +88,17 @@ class ActivationStoreWriter:
         self.raw_bytes = 0
         self._cache = cache
         self._keep_contexts = keep_contexts
-        self._folder = self._open_folder(header, resume, codec_level is None)
-        self._header: Header | None = self._folder.header
+        self._sink = self._open_sink(header, resume, codec_level is None)
+        self._header: Header | None = self._sink.header
         self._beside: dict[str, bytes] = {}
         self._proposed = header
-        self.n_committed_contexts = self._folder.n_contexts
+        self.n_committed_contexts = self._sink.n_contexts
         self._n_contexts = self.n_committed_contexts
-        self._may_append = self._folder.may_append
+        self._may_append = self._sink.may_append
         self._closed = False
         self._assembly: ShardAssembly | None = None
         self._open_shards: list[ShardInProgress] = []
-        disk = self.path if isinstance(self.path, Path) else self._folder.partial.parent
+        disk = self.path if isinstance(self.path, Path) else self._sink.partial.parent
         self._pipeline = Pipeline(disk, threads or min(os.cpu_count() or 1, 8), pending_bytes)
 
     @property
@@ -112,9 +112,9 @@ class ActivationStoreWriter:
         return (self._header or self._proposed).metadata
 
     @property
-    def share(self) -> Share:
+    def assignment(self) -> ShardAssignment:
         """Which contexts this writer is to be given: all that are not committed."""
-        return Share(self._proposed.contexts_per_shard, self.n_committed_contexts)
+        return ShardAssignment(self._proposed.contexts_per_shard, self.n_committed_contexts)
 
     @property
     def bytes_written(self) -> int:
@@ -152,7 +152,7 @@ class ActivationStoreWriter:
         start = 0
         while start < batch.n:
             if self._assembly is None:
-                self._assembly = ShardAssembly(header, self._n_contexts // header.contexts_per_shard, self._folder)
+                self._assembly = ShardAssembly(header, self._n_contexts // header.contexts_per_shard, self._sink)
                 self._open_shards.append(self._assembly.shard)
             stop = min(batch.n, start + header.contexts_per_shard - self._assembly.n_contexts)
             self._assembly.add(batch, start, stop, document_info or {}, self._pipeline)
@@ -173,12 +173,12 @@ class ActivationStoreWriter:
             self._pipeline.check()
             if self._header is None:
                 self._begin_store(has_tokens=False)
-            self._folder.complete()
+            self._sink.complete()
         except BaseException:
             self.abandon()
             raise
         self._closed = True
-        self._folder.close()
+        self._sink.close()
 
     def abandon(self) -> None:
         """Commit the whole shards that are on their way, drop the one in progress, and leave the store unfinished."""
@@ -188,8 +188,8 @@ class ActivationStoreWriter:
         self._pipeline.close()
         for shard in self._open_shards:
             shard.abandon()
-        self._folder.clear_partial()
-        self._folder.close()
+        self._sink.clear_partial()
+        self._sink.close()
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -204,7 +204,7 @@ class ActivationStoreWriter:
         else:
             self.abandon()
 
-    def _open_folder(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
+    def _open_sink(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
         if isinstance(self.path, Path):
             return StoreFolder.open(self.path, proposed, resume, any_level, keep_contexts=self._keep_contexts)
         from ..remote.remote_folder import open_remote
@@ -221,7 +221,7 @@ class ActivationStoreWriter:
             target = self.path / name
             with disk_errors(self.path):
                 make_folder(target.parent)
-                move_into_place([(stage(self._folder.partial, name, content), target)])
+                move_into_place([(stage(self._sink.partial, name, content), target)])
         elif self._header is None:
             self._beside[name] = content
         else:
@@ -237,7 +237,7 @@ class ActivationStoreWriter:
         return header
 
     def _begin_store(self, has_tokens: bool) -> Header:
-        header = self._header = self._folder.start(replace(self._proposed, has_tokens=has_tokens))
+        header = self._header = self._sink.start(replace(self._proposed, has_tokens=has_tokens))
         for name, content in self._beside.items():
             self.write_beside(name, content)
         return header

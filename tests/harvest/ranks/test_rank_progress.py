@@ -12,7 +12,7 @@ from thresher.harvest import progress
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.ranks import rank_progress
 from thresher.harvest.ranks.ranks import Ranks
-from thresher.shared.store.write.assignment import Share
+from thresher.shared.store.write.assignment import ShardAssignment
 
 CONFIG = HarvestConfig(model="m", hook_points=["blocks.0.resid_post"], store="s", tokens=800, context_size=8)
 
@@ -35,8 +35,8 @@ def test_rank_0_shows_the_sum_and_the_others_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(progress, "progress", lambda **options: bars.append(Bar(**options)) or bars[-1])
     monkeypatch.setattr(rank_progress, "SECONDS", 0.0)
     words = HashStore()
-    share = Share(contexts_per_shard=10, n_committed=20, staged={3: 10})
-    writers = [SimpleNamespace(share=share, bytes_written=0, raw_bytes=0) for _ in range(3)]
+    assignment = ShardAssignment(contexts_per_shard=10, n_committed=20, staged={3: 10})
+    writers = [SimpleNamespace(assignment=assignment, bytes_written=0, raw_bytes=0) for _ in range(3)]
     everyone = [rank_progress.RankProgress(Ranks(rank, 3, words, None), writers[rank], CONFIG) for rank in range(3)]
     assert [bar.disable for bar in bars] == [None, True, True]
     assert (bars[0].n, bars[0].total) == (30 * 8, 800)

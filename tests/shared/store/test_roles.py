@@ -157,7 +157,7 @@ def test_ranks_and_a_resumed_writer_write_the_same_bytes(tmp_path):
         assert 0 < writer.n_committed_contexts < 33
         give(writer, writer.n_committed_contexts, N)
     writer = RankWriter(tmp_path / "ranks", {HOOK: D_IN}, CONTEXT, group=Alone(), **settings)
-    for part in writer.share.parts(0, N):
+    for part in writer.assignment.parts(0, N):
         give(writer, part.start, part.stop)
     writer.close()
     assert writer.adopt() == N

@@ -25,16 +25,16 @@ class Cut(Exception):
     """Stands for a kill."""
 
 
-class Place:
+class Group:
     """A rank whose rank 0 is in the same process: what that one's action returned is handed on."""
 
-    def __init__(self, rank: int, world: int, told: list[object]) -> None:
-        self.rank, self.world, self._told = rank, world, told
+    def __init__(self, rank: int, world: int, results: list[object]) -> None:
+        self.rank, self.world, self._results = rank, world, results
 
     def lead(self, action: Callable[[], object]) -> object:
         if self.rank == 0:
-            self._told.append(action())
-        return self._told[-1]
+            self._results.append(action())
+        return self._results[-1]
 
     def check(self) -> None:
         raise RankError("nobody adopts")
@@ -64,15 +64,15 @@ def write_plain(path: Path | str, **more: object) -> None:
 
 
 def open_ranks(path: Path | str, world: int) -> list[RankWriter]:
-    told: list[object] = []
-    writers = [RankWriter(path, HOOK_POINTS, CONTEXT, group=Place(r, world, told), **SETTINGS) for r in range(world)]
+    results: list[object] = []
+    writers = [RankWriter(path, HOOK_POINTS, CONTEXT, group=Group(r, world, results), **SETTINGS) for r in range(world)]
     for writer in writers:
         writer.watch()
     return writers
 
 
-def write_share(writer: RankWriter) -> None:
-    for part in writer.share.parts(0, N):
+def write_assignment(writer: RankWriter) -> None:
+    for part in writer.assignment.parts(0, N):
         assert writer.n_contexts == part.start
         give(writer, part.start, part.stop)
     writer.close()
@@ -85,21 +85,21 @@ def release(writers: list[RankWriter]) -> None:
 
 
 def write_all(writers: list[RankWriter]) -> None:
-    """Write every rank's share, in the order given, and complete the store."""
+    """Write every rank's assignment, in the order given, and complete the store."""
     for writer in writers:
-        write_share(writer)
-    first = min(writers, key=lambda writer: writer.share.rank)
+        write_assignment(writer)
+    first = min(writers, key=lambda writer: writer.assignment.rank)
     assert first.adopt() == N
     first.complete()
     release(writers)
 
 
 def stage_all_but(path: Path | str, ranks: tuple[int, ...], world: int) -> None:
-    """Let the other ranks write their shares, and all end before the rest is there."""
+    """Let the other ranks write their assignments, and all end before the rest is there."""
     writers = open_ranks(path, world)
     for writer in writers:
-        if writer.share.rank not in ranks:
-            write_share(writer)
+        if writer.assignment.rank not in ranks:
+            write_assignment(writer)
     release(writers)
 
 
@@ -132,9 +132,9 @@ def test_a_lost_part_is_made_by_another_number_of_ranks(tmp_path, expected, worl
     path = tmp_path / "store"
     stage_all_but(path, lost, world)
     writers = open_ranks(path, then)
-    done = writers[0].share.n_done
+    done = writers[0].assignment.n_done
     assert done == N - sum(min(3, N - 3 * shard) for shard in range(8) if shard % world in lost)
-    assert sum(len(part) for writer in writers for part in writer.share.parts(0, N)) == N - done
+    assert sum(len(part) for writer in writers for part in writer.assignment.parts(0, N)) == N - done
     write_all(writers)
     assert tree(path) == expected
 
@@ -145,7 +145,7 @@ def test_ranks_go_on_where_one_writer_was_cut_off(tmp_path, expected):
     give(plain, 0, 8)
     plain.abandon()
     writers = open_ranks(path, 3)
-    assert [part for writer in writers for part in writer.share.parts(0, N)][:3] == [
+    assert [part for writer in writers for part in writer.assignment.parts(0, N)][:3] == [
         range(6, 9),
         range(15, 18),
         range(9, 12),
@@ -196,7 +196,7 @@ def test_adoption_cut_at_any_step_loses_nothing(tmp_path, all_staged, expected, 
             was_cut = False
         monkeypatch.setattr(durable, "observer", None)
         (writer,) = open_ranks(path, 1)
-        assert writer.share.n_done == writer.adopt() == N, step
+        assert writer.assignment.n_done == writer.adopt() == N, step
         writer.complete()
         release([writer])
         assert tree(path) == expected, step
@@ -220,9 +220,9 @@ def test_damaged_or_foreign_shards_are_named_dropped_and_made_again(tmp_path, al
             "staged shard 4 of ",
             "staged shard 6 of ",
         ]
-        assert [part for writer in writers for part in writer.share.parts(0, N)] == [range(12, 15), range(18, 21)]
+        assert [part for writer in writers for part in writer.assignment.parts(0, N)] == [range(12, 15), range(18, 21)]
         for writer in writers:
-            write_share(writer)
+            write_assignment(writer)
         assert writers[0].adopt() == N
         writers[0].complete()
         release(writers)
@@ -236,9 +236,9 @@ def test_shards_staged_for_another_store_are_not_taken(tmp_path, all_staged):
     give(plain, 0, 1)
     plain.abandon()
     shutil.copytree(all_staged / ".staged", path / ".staged")
-    told: list[object] = []
-    writer = RankWriter(path, HOOK_POINTS, CONTEXT, group=Place(0, 1, told), metadata={"other": 1}, **SETTINGS)
-    assert writer.share.n_done == 0
+    results: list[object] = []
+    writer = RankWriter(path, HOOK_POINTS, CONTEXT, group=Group(0, 1, results), metadata={"other": 1}, **SETTINGS)
+    assert writer.assignment.n_done == 0
     assert len(writer.faults) == 8
     release([writer])
 
@@ -262,21 +262,21 @@ def test_while_one_rank_lives_every_other_writer_is_refused(tmp_path):
 
 def test_a_rank_that_ended_is_noticed(tmp_path):
     writers = open_ranks(tmp_path / "store", 3)
-    assert [writer.presence.gone() for writer in writers] == [[], [], []]
-    writers[2].presence.close()
-    assert [writer.presence.gone() for writer in writers[:2]] == [[2], []]
-    writers[0].presence.close()
-    assert writers[1].presence.gone() == [0]
+    assert [writer.liveness.gone() for writer in writers] == [[], [], []]
+    writers[2].liveness.close()
+    assert [writer.liveness.gone() for writer in writers[:2]] == [[2], []]
+    writers[0].liveness.close()
+    assert writers[1].liveness.gone() == [0]
     release(writers)
 
 
 def test_ranks_that_do_not_write_the_same_store_are_refused(tmp_path):
-    told: list[object] = []
-    first = RankWriter(tmp_path / "a", HOOK_POINTS, CONTEXT, group=Place(0, 2, told), **SETTINGS)
+    results: list[object] = []
+    first = RankWriter(tmp_path / "a", HOOK_POINTS, CONTEXT, group=Group(0, 2, results), **SETTINGS)
     with pytest.raises(StoreError, match="was begun with context_size = 4, now asked for 2"):
-        RankWriter(tmp_path / "a", HOOK_POINTS, 2, group=Place(1, 2, told), **SETTINGS)
-    with pytest.raises(RankError, match=r"rank 1 does not see the store '.*b' that rank 0 has begun"):
-        RankWriter(tmp_path / "b", HOOK_POINTS, CONTEXT, group=Place(1, 2, told), **SETTINGS)
+        RankWriter(tmp_path / "a", HOOK_POINTS, 2, group=Group(1, 2, results), **SETTINGS)
+    with pytest.raises(RankError, match=r"rank 1 does not see the store '.*b' that rank 0 began"):
+        RankWriter(tmp_path / "b", HOOK_POINTS, CONTEXT, group=Group(1, 2, results), **SETTINGS)
     with pytest.raises(RankError, match="rank 1 does not write to the same folder"):
         first.watch()
     release([first])
@@ -288,7 +288,7 @@ def files(tree: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("world", "lost", "then"), [(2, (), 0), (3, (), 0), (3, (1,), 2), (2, (0,), 1), (2, (1,), 3)])
 def test_ranks_leave_the_objects_of_one_writer(s3, objects, tmp_path, expected, monkeypatch, world, lost, then):
-    monkeypatch.setattr(rank_writer, "SHARDS_AHEAD", N)  # each rank writes its share before the next one begins
+    monkeypatch.setattr(rank_writer, "SHARDS_AHEAD", N)  # each rank writes its assignment before the next one begins
     url = s3()
     if lost:
         stage_all_but(url, lost, world)
@@ -296,7 +296,7 @@ def test_ranks_leave_the_objects_of_one_writer(s3, objects, tmp_path, expected, 
         assert (store.n_contexts, store.verify()) == (0 if 0 in lost else 3, [])
     left = [shard for shard in range(8) if not lost or shard % world in lost]
     writers = open_ranks(url, then or world)
-    assert sum(len(part) for w in writers for part in w.share.parts(0, N)) == sum(min(3, N - 3 * s) for s in left)
+    assert sum(len(part) for w in writers for part in w.assignment.parts(0, N)) == sum(min(3, N - 3 * s) for s in left)
     write_all(writers[::-1])
     assert objects.read(url) == files(expected), "and no lease is left"
     assert [path.suffix for path in (tmp_path / "cache" / "writing").iterdir()] == [".lock"]
@@ -323,11 +323,11 @@ def test_while_one_rank_lives_every_other_writer_of_its_objects_is_refused(s3, o
 def test_a_rank_far_ahead_of_what_is_uploaded_waits_unless_the_others_end(s3, tmp_path):
     writers = open_ranks(url := s3(), 2)
     with pytest.raises(RankError, match="nobody adopts"):
-        write_share(writers[1])
+        write_assignment(writers[1])
     assert staged(staging_folder(locate(url))) == [1, 3, 5], "2 for each rank, and one that waits"
     release(writers)
     writers = open_ranks(tmp_path / "store", 2)
-    write_share(writers[1])
+    write_assignment(writers[1])
     assert staged(tmp_path / "store") == [1, 3, 5, 7], "in a folder they would only lie elsewhere"
     release(writers)
 
@@ -337,17 +337,17 @@ def test_a_rank_that_waits_goes_on_when_the_first_has_adopted(s3, objects, expec
     monkeypatch.setattr(rank_writer, "POLL_SECONDS", 0.001)
     url = s3()
     first, second = open_ranks(url, 2)
-    parts = iter(first.share.parts(0, N))
+    parts = iter(first.assignment.parts(0, N))
     checks = []
 
-    def check(self: Place) -> None:
+    def check(self: Group) -> None:
         """Let the first rank make its next shard when the second one is held up."""
         if self.rank == 1 and (part := next(parts, None)) is not None:
             checks.append(part)
             give(first, part.start, part.stop)
 
-    monkeypatch.setattr(Place, "check", check)
-    write_share(second)
+    monkeypatch.setattr(Group, "check", check)
+    write_assignment(second)
     assert len(checks) >= 3
     for part in parts:
         give(first, part.start, part.stop)

@@ -98,7 +98,7 @@ def test_a_store_without_a_tokenizer_has_none(tmp_path):
 @pytest.mark.parametrize("name", ["../manifest.jsonl", "/etc/hostname", "a/../b", "", 5])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
     store = SimpleNamespace(
-        metadata={"tokenizer_files": [name], "tokenizer_digest": "0" * 32}, files=SimpleNamespace(place="s")
+        metadata={"tokenizer_files": [name], "tokenizer_digest": "0" * 32}, files=SimpleNamespace(location="s")
     )
     with pytest.raises(StoreError, match="cannot be a file of its tokenizer"):
         read_tokenizer_files(store.files, store.metadata)

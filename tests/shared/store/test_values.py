@@ -195,15 +195,15 @@ def test_rows_are_put_where_they_are_wanted(tmp_path: Path, codec: str, dtype: s
         chunks = rng.permutation(store.n_chunks)
         rows = store.read_chunks(name, chunks)
         wanted = np.flatnonzero(rng.random(len(rows)) < 0.7)
-        places = np.full(len(rows), -1)
-        places[wanted] = rng.permutation(len(wanted) + 4)[: len(wanted)]
+        destinations = np.full(len(rows), -1)
+        destinations[wanted] = rng.permutation(len(wanted) + 4)[: len(wanted)]
         out = torch.full((len(wanted) + 5, width), -7.0, dtype=store.dtype)
         expected = out.clone()
-        expected[torch.from_numpy(places[wanted])] = rows[torch.from_numpy(wanted)]
-        store.place_rows(name, chunks, places, out)
+        expected[torch.from_numpy(destinations[wanted])] = rows[torch.from_numpy(wanted)]
+        store.place_rows(name, chunks, destinations, out)
         assert torch.equal(out[:-1], expected[:-1])
-    with pytest.raises(ConfigError, match=r"expected .* places of -1 to 3"):
-        store.place_rows(name, chunks, places, out[:4])
+    with pytest.raises(ConfigError, match=r"must hold .* numbers from -1 to 3"):
+        store.place_rows(name, chunks, destinations, out[:4])
 
 
 def test_hook_points_and_ranges_that_do_not_exist_are_named(tmp_path: Path) -> None:
