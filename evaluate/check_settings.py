@@ -1,4 +1,4 @@
-"""Refuse at once what the settings ask for and cannot have, rather than after hours of work."""
+"""Check the settings against the store before any work starts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..shared.store import ActivationStore
 from .config import EvaluateConfig
 
 RUN_RECORD_NAME = "checkpoint.json"
-"""What `thresher train` keeps in its output folder."""
+"""A file that `thresher train` writes in its output folder."""
 
 
-def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
-    """Check what the settings ask for beyond the metrics.
+def check_settings(config: EvaluateConfig, store: ActivationStore) -> None:
+    """Check the export, the probes and the output folder.
 
     Raises:
-        ConfigError: an export without an index to export, or an output that is the store's, an SAE's or a run's.
-        OutputError: the output is no folder, or cannot be written.
-        StoreError: the store has no tokens for what needs them.
+        ConfigError: an export without a feature index, or an output inside the store or in the folder of an SAE or run.
+        OutputError: the output is not a folder or is not writable.
+        StoreError: a setting needs tokens, and the store holds none.
     """
     if config.export and config.feature_rows == 0:
         raise ConfigError("export writes the feature index, but feature_rows is 0; set it above 0, or export nothing")
@@ -33,7 +33,7 @@ def refuse(config: EvaluateConfig, store: ActivationStore) -> None:
 
 
 def _check_replaces_nothing(output: Path) -> None:
-    """Refuse an output whose files would replace those of an SAE or of a training run; raise `ConfigError`."""
+    """Raise `ConfigError` if the output is the folder of an SAE or of a training run."""
     for name, what in ((SAE_CONFIG_NAME, "an SAE"), (RUN_RECORD_NAME, "a training run")):
         if (output / name).exists():
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Open all that an evaluation needs, and refuse what cannot be had, before the first row is read."""
+"""Open and check the inputs of an evaluation before any activations are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..shared.core.device import choose_device, make_current
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
-from .check_settings import refuse
+from .check_settings import check_settings
 from .config import EvaluateConfig
 from .metrics.held_out import HeldOut, held_out
 from .saes.origin import compare_origins
@@ -22,10 +22,10 @@ from .with_model.store_model import model_name, open_model, open_tokenizer, spli
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an evaluation works with.
+    """The inputs of an evaluation.
 
-    `failed` gives the reason of each SAE that cannot be read, `diverged` of each that training gave up; `notes` what
-    sets an SAE's training apart from the store.
+    By SAE name, `failed` gives why an SAE cannot be read, `diverged` why training stopped, and `notes` how the SAE's
+    training data differ from the store.
     """
 
     config: EvaluateConfig
@@ -50,20 +50,20 @@ class Prepared:
 
 
 def prepare(config: EvaluateConfig) -> Prepared:
-    """Open store, SAEs, model and tokenizer, each checked against the others.
+    """Open the store, SAEs, model and tokenizer, and check them against each other.
 
     Raises:
         ConfigError: the settings contradict each other.
         OutputError: the output cannot be written.
-        MissingFileError: the store or an SAE is not there.
-        StoreError: the store is damaged, holds nothing out, or lacks what the settings ask for.
-        HookPointError, SaeError: an SAE does not fit the store, is of another model, or none can be read.
+        MissingFileError: the store or an SAE does not exist.
+        StoreError: the store is damaged, has no held-out rows, or lacks data that the settings need.
+        HookPointError, SaeError: an SAE does not fit the store or is of another model, or no SAE can be read.
         ModelError: the model or the tokenizer cannot be loaded, or the model does not fit the store.
     """
     device = choose_device(config.device)
     make_current(device)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
-    refuse(config, store)
+    check_settings(config, store)
     failed: dict[str, str] = {}
     saes = load_saes(sae_folders(config.saes), store, device, failed)
     notes = compare_origins(saes, store, config.allow_other_model)

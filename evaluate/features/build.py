@@ -21,7 +21,7 @@ from ...shared.core.progress import progress as show_progress
 from ...shared.store import ActivationStore
 from ..metrics.encoding import rows_at_a_time
 from ..saes.digests import vocabulary
-from ..saes.hook_group import joined, places
+from ..saes.hook_group import concatenate, members
 from ..saes.names import file_names
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index
@@ -226,8 +226,8 @@ def _walk(
             visited.add(store, start, stop)
             waiting = [one for one in passes if one.n_blocks <= number and not one.failed]
             hook_points = dict.fromkeys(one.sae.hook_point for one in waiting)
-            parts = {part: store.read(part, start, stop) for place in hook_points for part in places(place)}
-            activations = {hook_point: joined(parts, hook_point) for hook_point in hook_points}
+            parts = {name: store.read(name, start, stop) for group in hook_points for name in members(group)}
+            activations = {hook_point: concatenate(parts, hook_point) for hook_point in hook_points}
             work = [threads.submit(one.add, activations[one.sae.hook_point], usable, start, size) for one in waiting]
             for one in work:
                 one.result()

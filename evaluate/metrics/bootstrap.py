@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling documents, the units that are independent of each other."""
+"""Confidence intervals from resampled documents: documents are independent of each other, their rows are not."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Metrics = Callable[[Sums], dict[str, np.ndarray]]
 CONFIDENCE = 0.95
 
 
-def estimate(metrics: Metrics, sums: Sums) -> dict[str, float | None]:
-    """Return the metrics over all groups; one that is not finite is None."""
+def point_estimates(metrics: Metrics, sums: Sums) -> dict[str, float | None]:
+    """Return the metrics over all groups; None for one that is not finite."""
     totals = {name: value.sum(axis=0, keepdims=True) for name, value in sums.items()}
-    return {name: finite(value[0]) for name, value in metrics(totals).items()}
+    return {name: finite_or_none(value[0]) for name, value in metrics(totals).items()}
 
 
 def confidence_intervals(metrics: Metrics, sums: Sums, n_samples: int, seed: int) -> dict[str, tuple[float, float]]:
     """Return each metric's 95% percentile interval over resamples of the groups with replacement.
 
-    A group is a document, or several where there are more than `held_out.MAX_GROUPS`; one whose
-    sums are all zero took no part. Empty where `n_samples` is 0 or only one group took part. The
-    same seed gives every SAE the same resamples.
+    A group is one document, or several if there are more than `held_out.MAX_GROUPS` documents. Groups whose sums are
+    all zero are left out. Returns nothing if `n_samples` is 0 or fewer than two groups remain. The same seed gives
+    every SAE the same resamples.
     """
-    took_part = np.any([value.reshape(len(value), -1).any(axis=1) for value in sums.values()], axis=0)
-    occupied = np.flatnonzero(took_part)
+    has_rows = np.any([value.reshape(len(value), -1).any(axis=1) for value in sums.values()], axis=0)
+    occupied = np.flatnonzero(has_rows)
     if n_samples == 0 or len(occupied) < 2:
         return {}
     rng = np.random.default_rng(seed)
@@ -44,6 +44,6 @@ def confidence_intervals(metrics: Metrics, sums: Sums, n_samples: int, seed: int
     return intervals
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """Return a float that JSON can hold, or None for NaN and infinity."""
     return float(value) if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Compare a sweep's dictionaries pair by pair: across widths (feature splitting) and seeds (stability)."""
+"""Compare a sweep's dictionaries in pairs: across widths (feature splitting) and across seeds (stability)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Int64
 
 from ...shared.core.progress import progress
 from ..saes.sae_folders import EvaluatedSae
-from .dictionary import compare, decoder_directions, live
+from .dictionary import compare_directions, decoder_directions, live
 
 Kind = Literal["widths", "seeds", "other"]
 
 
 def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
-    """Say what sets two SAEs of a hook point apart, by what their files say of their training."""
+    """Return how the training settings of two SAEs differ: in width, only in seed, or otherwise."""
     if a["d_sae"] != b["d_sae"]:
         return "widths" if a["architecture"] == b["architecture"] else "other"
     keys = (a.keys() | b.keys()) - {"name", "seed"}
@@ -26,7 +26,7 @@ def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
 
 
 class Fired(Protocol):
-    """Anything that knows how often each latent fired."""
+    """An object with the number of firings of each latent."""
 
     @property
     def firings(self) -> Int64[np.ndarray, " d_sae"]: ...
@@ -34,7 +34,7 @@ class Fired(Protocol):
 
 @torch.inference_mode()
 def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fired]) -> list[dict[str, Any]]:
-    """Compare every two SAEs that reconstruct the same hook point; the narrower one is `a`."""
+    """Compare every pair of SAEs that reconstruct the same hook point, one row per pair; `a` is the narrower SAE."""
     directions = {sae.name: live(decoder_directions(sae.sae), latents[sae.name].firings) for sae in saes}
     pairs = [
         tuple(sorted(pair, key=lambda sae: sae.sae.d_sae)) for pair in combinations(saes, 2) if _same_target(*pair)
@@ -44,7 +44,7 @@ def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fir
     for a, b in progress(pairs, unit="pair", desc="compare"):
         described = {"a": a.name, "b": b.name, "hook_point": a.target}
         described |= {"kind": pair_kind(settings[a.name], settings[b.name])}
-        rows.append(described | compare(directions[a.name], directions[b.name]))
+        rows.append(described | compare_directions(directions[a.name], directions[b.name]))
     return rows
 
 

@@ -1,42 +1,76 @@
-"""Sums over a crosscoder's reconstructions at each of its hook points, and its decoder norms there."""
+"""Metrics that only a crosscoder has: its reconstruction and its decoder norms at each of its hook points."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ...shared.sae import Sae
-from ..saes.hook_group import places
+from ..saes.hook_group import members
+from ..saes.sae_folders import EvaluatedSae
+from .bootstrap import point_estimates
 from .encoding import Encoded
-from .reconstruction import ReconstructionSums
+from .reconstruction import InputSums, ReconstructionSums, reconstruction_metrics
 
 WRITES = 0.1
-"""A latent writes to a hook point where its decoder norm is at least this share of its largest one."""
+"""A latent writes to a hook point if its decoder norm there is at least this share of its largest one."""
+NO_MODEL_METRICS = "a crosscoder reconstructs several hook points: `per_hook` has the losses at each"
 
 
-def decoder_norms(sae: Sae, n_places: int) -> Float[Tensor, "d_sae places"]:
+def decoder_norms(sae: Sae, n_hook_points: int) -> Float[Tensor, "d_sae hook_points"]:
     """Return the norm of each latent's decoder row at each hook point."""
-    return sae.W_dec.detach().float().view(sae.d_sae, n_places, -1).norm(dim=2)
+    return sae.W_dec.detach().float().view(sae.d_sae, n_hook_points, -1).norm(dim=2)
 
 
-def norm_shares(sae: Sae, n_places: int) -> Float[np.ndarray, "d_sae places"]:
-    """Return each hook point's share of the sum of a latent's decoder norms; zero for a row of zeros."""
-    norms = decoder_norms(sae, n_places)
+def norm_shares(sae: Sae, n_hook_points: int) -> Float[np.ndarray, "d_sae hook_points"]:
+    """Return each hook point's share of the sum of a latent's decoder norms; zero if all its norms are zero."""
+    norms = decoder_norms(sae, n_hook_points)
     return (norms / norms.sum(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
 
 
-class PlaceSums:
-    """Sums over rows of a crosscoder's reconstructions, at each of its hook points."""
+def norm_share_columns(sae: EvaluatedSae) -> dict[str, np.ndarray]:
+    """Return the per-latent column `decoder_norm_share`, by hook point; empty unless the SAE is a crosscoder."""
+    n = len(members(sae.target))
+    return {"decoder_norm_share": norm_shares(sae.sae, n)} if n > 1 else {}
+
+
+class HookPointSums:
+    """Sums over rows of a crosscoder's reconstructions, kept for each of its hook points."""
 
     def __init__(self, sae: Sae, target: str, n_groups: int, device: str = "cpu"):
-        self.places = places(target)
-        norms = decoder_norms(sae, len(self.places))
-        self.writes: Bool[Tensor, "places d_sae"] = (norms >= WRITES * norms.amax(dim=1, keepdim=True)).T
-        self.sums = {place: ReconstructionSums(n_groups, device) for place in self.places}
+        self.hook_points = members(target)
+        norms = decoder_norms(sae, len(self.hook_points))
+        self.writes: Bool[Tensor, "hook_points d_sae"] = (norms >= WRITES * norms.amax(dim=1, keepdim=True)).T
+        self.sums = {hook_point: ReconstructionSums(n_groups, device) for hook_point in self.hook_points}
 
     def add(self, x: Float[Tensor, "rows d_in"], encoded: Encoded, group: Int64[Tensor, " rows"]) -> None:
-        """Add rows, of whose active latents each hook point counts those that write to it."""
-        at = zip(self.places, x.chunk(len(self.places), 1), encoded.x_hat.chunk(len(self.places), 1), strict=True)
-        for (place, target, x_hat), writes in zip(at, self.writes.to(encoded.latents.dtype), strict=True):
-            self.sums[place].add(target, x_hat, encoded.active @ writes, encoded.latents @ writes, group)
+        """Add rows. L0 and L1 of a hook point count only the latents that write to it."""
+        n = len(self.hook_points)
+        parts = zip(self.hook_points, x.chunk(n, 1), encoded.x_hat.chunk(n, 1), strict=True)
+        for (hook_point, target, x_hat), writes in zip(parts, self.writes.to(encoded.latents.dtype), strict=True):
+            self.sums[hook_point].add(target, x_hat, encoded.active @ writes, encoded.latents @ writes, group)
+
+
+def per_hook_metrics(
+    sae: Sae, inputs: Mapping[str, InputSums], sums: HookPointSums | None, firings: Int64[np.ndarray, " d_sae"]
+) -> dict[str, Any]:
+    """Return what `metrics.json` holds of a crosscoder beyond the metrics over all its hook points together.
+
+    `per_hook` has one row per hook point: its metrics, and its mean share of the live latents' decoder norms. Empty if
+    `sums` is None, as for an SAE with one target.
+    """
+    if sums is None:
+        return {}
+    shares = norm_shares(sae, len(sums.hook_points))[firings > 0]
+    rows = []
+    for number, hook_point in enumerate(sums.hook_points):
+        share = float(shares[:, number].mean()) if len(shares) else None
+        row = {"hook_point": hook_point, "decoder_norm_share": share}
+        row |= point_estimates(reconstruction_metrics, inputs[hook_point].sums() | sums.sums[hook_point].sums())
+        rows.append(row)
+    missing = {"ce_loss_score": None, "kl_div_score": None, "model_metrics_note": NO_MODEL_METRICS}
+    return {"per_hook": rows, **missing}

@@ -1,6 +1,6 @@
-"""The geometry of dictionaries: how near decoder directions lie, within one SAE and between two.
+"""Cosines between decoder directions, within one SAE and between two.
 
-Dead latents keep whatever direction they last had, so comparisons leave them out.
+Comparisons leave dead latents out, because their directions stopped training at an arbitrary point.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from ...shared.sae import Sae
 
 MATCH = 0.7
-"""Two latents count as the same feature from this decoder cosine on (arXiv 2501.16615)."""
+"""Two latents count as the same feature at this decoder cosine or above (arXiv 2501.16615)."""
 
 COSINES = 1 << 25
 """Cosines held at a time: 128 MiB in float32."""
 
 
 def decoder_directions(sae: Sae) -> Float[Tensor, "d_sae d_out"]:
-    """Return the decoder's rows at unit norm; a row of zeros stays so."""
+    """Return the decoder's rows scaled to unit norm; a row of zeros stays zero."""
     return torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
 
 
 def encoder_decoder_cosine(sae: Sae) -> Float[Tensor, " d_sae"] | None:
-    """Return the cosine of each latent's encoder and decoder direction; None where their spaces differ."""
+    """Return the cosine of each latent's encoder and decoder directions; None if they are in different spaces."""
     if sae.d_in != sae.d_out or "transcoder" in sae.architecture:
         return None
     return (torch.nn.functional.normalize(sae.W_enc.detach().float(), dim=0).T * decoder_directions(sae)).sum(dim=1)
@@ -37,7 +37,7 @@ def encoder_decoder_cosine(sae: Sae) -> Float[Tensor, " d_sae"] | None:
 def nearest_neighbours(
     directions: Float[Tensor, "d_sae d_out"], n: int
 ) -> tuple[Float[Tensor, "d_sae n"], Int64[Tensor, "d_sae n"]]:
-    """Return the cosines and indices of each row's n nearest other rows, the nearest first."""
+    """Return the cosines and indices of each row's n nearest other rows, nearest first."""
     n = min(n, len(directions) - 1)
     parts = []
     for rows, cosine in _cosine_blocks(directions, directions):
@@ -73,12 +73,12 @@ def dictionary_summary(nearest: Float[np.ndarray, " alive"], encoder_decoder: np
     return row
 
 
-def compare(
+def compare_directions(
     a: Float[Tensor, "d_a d_out"], b: Float[Tensor, "d_b d_out"], match: float = MATCH
 ) -> dict[str, float | int | None]:
-    """Compare two dictionaries by the directions of their live latents; `b` is the wider one where they differ.
+    """Compare two dictionaries by their live latents' directions; if the widths differ, `b` is the wider one.
 
-    - `mean_max_cosine_ab` and `_ba`: how well each dictionary's latents are found in the other (MMCS).
+    - `mean_max_cosine_ab` and `_ba`: the mean over one dictionary's latents of the largest cosine in the other (MMCS).
     - `shared`: the fraction of `a` that is paired with a latent of `b`, each the other's nearest, at `match` or above.
     - `children_per_parent`, `split_parents`: each latent of `b` belongs to its nearest latent of `a`, if at `match` or
       above; the mean number of children of the parents that have any, and the fraction of `a` with two or more.

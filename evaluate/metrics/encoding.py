@@ -1,4 +1,4 @@
-"""Run an SAE over rows by the cheaper of its two paths: sparse for TopK, dense for the others."""
+"""Encode and decode rows on the cheaper of two paths: sparse for TopK, dense for other architectures."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ...shared.sae import Sae
-from .latents import LatentSums
+from .latent_sums import LatentSums
 
 LATENT_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Pre-activations held at a time. On a CPU 16 MiB in float32: larger temporaries go back to the system each time,
-and getting them anew costs page faults."""
+"""Pre-activations held at a time. On a CPU 16 MiB in float32: the allocator returns larger temporaries to the system,
+and allocating them again causes page faults."""
 
 FEWEST_ROWS = 128
-"""Rows encoded at a time however wide the SAE is: fewer would read the encoder more often than they use it."""
+"""Smallest number of rows encoded at a time: with fewer, reading the encoder's weights dominates."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The latents of some rows: entries and their indices, or a dense matrix where `top_indices` is None."""
+    """The latents of some rows: values and their indices, or a dense matrix if `top_indices` is None."""
 
     latents: Float[Tensor, "rows m"]
     top_indices: Int64[Tensor, "rows m"] | None
@@ -30,21 +30,21 @@ class Encoded:
 
     @cached_property
     def active(self) -> Float[Tensor, "rows m"]:
-        """One where a latent fires, as none is negative. Sums of float32 are several times faster than of booleans."""
+        """One where a latent fires, else zero. float32 because it sums several times faster than booleans."""
         return self.latents.sign()
 
     @property
     def l0(self) -> Float[Tensor, " rows"]:
-        """The number of latents that are not zero."""
+        """The number of nonzero latents per row."""
         return self.active.sum(dim=1)
 
     @property
     def l1(self) -> Float[Tensor, " rows"]:
-        """The sum of the latents, none of which is negative."""
+        """The sum of the latents per row; latents are never negative."""
         return self.latents.sum(dim=1)
 
     def add_to(self, sums: LatentSums) -> None:
-        """Count these latents."""
+        """Add these latents to `sums`."""
         if self.top_indices is None:
             sums.add_dense(self.latents, self.active)
         else:
@@ -63,11 +63,11 @@ def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
     return Encoded(latents, None, x_hat)
 
 
-def reconstruct(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
-    """Return the reconstruction of any number of rows, so many at a time that memory stays bounded."""
+def reconstruct_in_parts(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+    """Return the reconstruction of any number of rows, computed in parts to bound memory."""
     return torch.cat([encode(sae, part).x_hat for part in x.split(rows_at_a_time(sae))])
 
 
 def rows_at_a_time(sae: Sae) -> int:
-    """Return how many rows to encode at once, so that memory stays bounded at any width."""
+    """Return how many rows to encode at a time so that memory stays bounded at any SAE width."""
     return max(FEWEST_ROWS, LATENT_ENTRIES[sae.W_enc.device.type] // sae.d_sae)

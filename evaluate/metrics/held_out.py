@@ -1,4 +1,4 @@
-"""Which held-out rows are evaluated, and the walk over them that every SAE shares."""
+"""The held-out rows that are evaluated, and how they are read from the store."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...shared.core.errors import StoreError
 from ...shared.store import ActivationStore
 
 MAX_GROUPS = 1024
-"""Documents beyond this many share bootstrap groups, which bounds the sums that are kept."""
+"""Most bootstrap groups. With more documents than this, several share a group, which bounds the sums kept."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Consecutively read held-out rows that may be used; `group` is the bootstrap group of each."""
+class RowBlock:
+    """The usable rows of some held-out contexts; `group` is each row's bootstrap group."""
 
     n_contexts: int
     activations: dict[str, Float[Tensor, "rows d_in"]]
@@ -29,9 +29,10 @@ class Block:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out contexts under evaluation, with the document of every row.
+    """The held-out contexts under evaluation, with the document group of every row.
 
-    `unmasked` is None unless `usable` is limited to some roles: then it has the rows of every role.
+    `usable` excludes masked rows, and rows of other roles if the store is limited to some roles; then `unmasked` holds
+    the unmasked rows of every role. Otherwise `unmasked` is None.
     """
 
     store: ActivationStore
@@ -48,11 +49,11 @@ class HeldOut:
 
     @property
     def n_rows(self) -> int:
-        """The number of rows that may be used."""
+        """The number of usable rows."""
         return int(self.usable.sum())
 
-    def blocks(self, hook_points: Sequence[str], block_rows: int, device: str = "cpu") -> Iterator[Block]:
-        """Read the rows of several hook points, about `block_rows` at a time, as float32."""
+    def blocks(self, hook_points: Sequence[str], block_rows: int, device: str = "cpu") -> Iterator[RowBlock]:
+        """Read the usable rows of several hook points as float32, about `block_rows` at a time, in whole contexts."""
         size = self.store.context_size
         step = max(1, block_rows // size)
         for first in range(0, len(self.contexts), step):
@@ -62,13 +63,13 @@ class HeldOut:
             activations = {}
             for hook_point in hook_points:
                 rows = [self.store.read(hook_point, start * size, stop * size) for start, stop in spans]
-                joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-                activations[hook_point] = joined[usable].to(device, torch.float32)
+                x = rows[0] if len(rows) == 1 else torch.cat(rows)
+                activations[hook_point] = x[usable].to(device, torch.float32)
             group = torch.from_numpy(self.group[part].reshape(-1))[usable].to(device)
-            yield Block(part.stop - part.start, activations, group)
+            yield RowBlock(part.stop - part.start, activations, group)
 
     def token_batches(self, batch_size: int) -> Iterator[tuple[Int64[Tensor, "batch context"], slice]]:
-        """Read the tokens, which the store must hold, of `batch_size` contexts at a time, and say of which contexts."""
+        """Yield the tokens of `batch_size` contexts at a time, and their slice of `contexts`."""
         size = self.store.context_size
         for first in range(0, len(self.contexts), batch_size):
             part = slice(first, min(first + batch_size, len(self.contexts)))
@@ -77,15 +78,15 @@ class HeldOut:
             yield torch.cat([rows for rows in tokens if rows is not None]).to(torch.int64).reshape(-1, size), part
 
     def subset(self, max_rows: int | None) -> HeldOut:
-        """Return at most `max_rows` rows' worth of the contexts, spread evenly; documents keep their groups."""
-        chosen = spread(len(self.contexts), max_rows, self.store.context_size)
+        """Return evenly spaced contexts with at most `max_rows` rows in all; documents keep their groups."""
+        chosen = evenly_spaced(len(self.contexts), max_rows, self.store.context_size)
         unmasked = None if self.unmasked is None else self.unmasked[chosen]
         group = self.group[chosen]
         return HeldOut(self.store, self.contexts[chosen], self.usable[chosen], group, self.n_documents, unmasked)
 
 
-def spread(n_contexts: int, max_rows: int | None, context_size: int) -> Int64[np.ndarray, " chosen"]:
-    """Return which of `n_contexts` contexts to use: at most `max_rows` rows of them (at least one), evenly spaced."""
+def evenly_spaced(n_contexts: int, max_rows: int | None, context_size: int) -> Int64[np.ndarray, " chosen"]:
+    """Return evenly spaced context numbers: at least one, otherwise with at most `max_rows` rows in all."""
     n_chosen = n_contexts if max_rows is None else min(n_contexts, max(1, max_rows // context_size))
     return np.arange(n_chosen, dtype=np.int64) * n_contexts // max(n_chosen, 1)
 
@@ -97,10 +98,10 @@ def context_spans(contexts: Int64[np.ndarray, " contexts"]) -> list[tuple[int, i
 
 
 def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
-    """Find a store's held-out contexts, their usable rows and their documents.
+    """Return a store's held-out contexts with their usable rows and document groups.
 
     Raises:
-        StoreError: nothing is held out, or every held-out row is masked.
+        StoreError: no context is held out, or no held-out row is usable.
     """
     contexts = np.flatnonzero(store.held_out_contexts())
     if not len(contexts):
@@ -109,7 +110,7 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
             "harvest with holdout_fraction above 0, or more tokens, or pass held_out to ActivationStoreWriter.append"
         )
     size = store.context_size
-    contexts = contexts[spread(len(contexts), max_rows, size)]
+    contexts = contexts[evenly_spaced(len(contexts), max_rows, size)]
     usable = np.empty((len(contexts), size), dtype=bool)
     unmasked = usable if store.used_roles is None else np.empty_like(usable)
     documents = np.empty((len(contexts), size), dtype=np.int64)
@@ -133,14 +134,14 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
 
 
 def _by_shard(contexts: Int64[np.ndarray, " contexts"], per_shard: int) -> Iterator[tuple[slice, int, int]]:
-    """Yield for each shard the slice of `contexts` that lies in it, and the range [start, stop) that they span."""
+    """Yield, per shard, the slice of `contexts` in it and the range [start, stop) that those contexts span."""
     edges = np.flatnonzero(np.diff(contexts // per_shard)) + 1
     for first, last in pairwise([0, *edges.tolist(), len(contexts)]):
         yield slice(first, last), int(contexts[first]), int(contexts[last - 1]) + 1
 
 
 def row_documents(store: ActivationStore, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
-    """Return the document of each row of contexts [start, stop); rows without one count as their context's own."""
+    """Return the document of each row of contexts [start, stop); rows without one share a number per context."""
     document, _ = store.documents(start * store.context_size, stop * store.context_size)
     context = np.repeat(np.arange(start, stop), store.context_size)
     return np.where(document < 0, -1 - context, document)

@@ -1,29 +1,27 @@
 """Reconstruction metrics from float64 sums kept per document group.
 
-Every metric is a function of sums over rows, so the whole set, any subset and every bootstrap
-resample of the documents come from the same few arrays. The definitions are those of SAELens
-6.54's `evals.py`; `docs/evaluation.md` compares them.
+Every metric is a function of sums over rows, so the metrics of all documents and of every bootstrap resample are
+computed from the same few arrays. The definitions are those of `evals.py` in SAELens 6.54; `docs/evaluation.md`
+compares them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .bootstrap import Sums
+
 SMALL_NORM = 1e-4
-"""A row with a smaller norm counts as norm one in `l2_ratio`, as in SAELens."""
+"""`l2_ratio` takes the norm of a row with a smaller norm as one, as SAELens does."""
 
 ROW_SUMS = ("squared_error", "cosine", "l2_ratio", "squared_norm_out", "dot", "l0", "l1")
 
-Sums = Mapping[str, Float[np.ndarray, "groups ..."]]
-
 
 class InputSums:
-    """Sums over the rows that SAEs reconstruct, kept once for all SAEs of a hook point."""
+    """Sums over the rows that SAEs reconstruct, shared by all SAEs with the same target."""
 
     def __init__(self, n_groups: int, d_in: int, device: str = "cpu"):
         self._count = torch.zeros(n_groups, dtype=torch.float64, device=device)
@@ -31,7 +29,7 @@ class InputSums:
         self._squared_norm = torch.zeros(n_groups, dtype=torch.float64, device=device)
 
     def add(self, x: Float[Tensor, "rows d_in"], group: Int64[Tensor, " rows"]) -> None:
-        """Add rows, converted to float64 before anything is squared or summed."""
+        """Add rows, converting them to float64 before squaring and summing."""
         wide = x.to(torch.float64)
         self._count.index_add_(0, group, torch.ones_like(wide[:, 0]))
         self._sum.index_add_(0, group, wide)
@@ -57,7 +55,7 @@ class ReconstructionSums:
         l1: Float[Tensor, " rows"],
         group: Int64[Tensor, " rows"],
     ) -> None:
-        """Add rows: each row's terms in float32, their sums in float64."""
+        """Add rows: compute each row's terms in float32 and sum them in float64."""
         squared_norm_out = x_hat.square().sum(dim=1)
         norm_in, norm_out = x.norm(dim=1), squared_norm_out.sqrt()
         dot = (x * x_hat).sum(dim=1)
@@ -80,7 +78,7 @@ class ReconstructionSums:
 
 
 def reconstruction_metrics(sums: Sums) -> dict[str, Float[np.ndarray, " resamples"]]:
-    """Return every metric from sums over rows, whose first axis counts resamples (or is length one)."""
+    """Return every metric from sums over rows; the first axis is the resamples, or has length one."""
     n = sums["n_rows"]
     variance = sums["squared_norm"] / n - np.square(sums["x"] / n[:, None]).sum(axis=1)
     mse = sums["squared_error"] / n

@@ -1,16 +1,16 @@
-"""Short names for the points of a sweep: what tells one SAE from the next, and nothing else."""
+"""Short names for the points of a sweep: only the settings in which its SAEs differ."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from ..saes.hook_group import places, together
+from ..saes.hook_group import group_name, members
 from .definitions import format_value
 
 
 def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
-    """Return one short label per SAE, such as `k=32`, with the width only where it is not that of most."""
+    """Return one short label per SAE, such as `k=32`; the width is added if it is not the most common one."""
     widths = Counter(row.get("d_sae") for row in metrics)
     common_width = next((width for width, n in widths.items() if n > max(1, len(metrics) // 2)), None)
     hooks = Counter(str(row.get("hook_point")) for row in metrics)
@@ -41,12 +41,12 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _short_hooks(hooks: list[str]) -> dict[str, str]:
-    """Return each hook point without the last parts of its name that all share."""
-    parts = [place.split(".") for hook in hooks for place in places(hook)]
+    """Return each hook point without the trailing parts of its name that all hook points share."""
+    parts = [name.split(".") for hook in hooks for name in members(hook)]
     shared = 0
     while parts and all(len(part) > shared + 1 and part[-1 - shared] == parts[0][-1 - shared] for part in parts):
         shared += 1
-    return {hook: together(".".join(_drop_last(place.split("."), shared)) for place in places(hook)) for hook in hooks}
+    return {hook: group_name(".".join(_drop_last(name.split("."), shared)) for name in members(hook)) for hook in hooks}
 
 
 def _drop_last(parts: list[str], n: int) -> list[str]:

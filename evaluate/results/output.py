@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...shared.core.disk import write_file
-from ..metrics.latents import LatentSums
+from ..metrics.latent_sums import LatentSums
 
 
 def write_metrics(output: Path, metrics: Sequence[Mapping[str, Any]]) -> None:

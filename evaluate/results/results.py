@@ -90,12 +90,12 @@ class Results:
     def _merge(self, name: str, values: Mapping[str, Any]) -> None:
         row = self.rows[name]
         intervals = {**(row.get("confidence_95") or {}), **(values.get("confidence_95") or {})}
-        places = {part["hook_point"]: part for part in row.get("per_hook") or ()}
+        per_hook = {part["hook_point"]: part for part in row.get("per_hook") or ()}
         row |= values
         if "confidence_95" in values:
             row["confidence_95"] = intervals or None
-        if places:
-            row["per_hook"] = [places[part["hook_point"]] | part for part in row["per_hook"]]
+        if per_hook:
+            row["per_hook"] = [per_hook[part["hook_point"]] | part for part in row["per_hook"]]
 
     def write(self) -> list[dict[str, Any]]:
         """Write metrics.json and metrics.parquet as they are now, and what a restart can use; return the rows."""

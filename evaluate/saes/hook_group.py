@@ -1,6 +1,6 @@
-"""Hook points that an SAE takes together: a crosscoder's rows are those of several, one after the other.
+"""Groups of hook points: a crosscoder's rows are those of several hook points, side by side.
 
-Together they have one name, `blocks.1.resid_post + blocks.2.resid_post`; a single hook point is its own.
+A group has one name, such as `blocks.1.resid_post + blocks.2.resid_post`. A group of one has its hook point's name.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from ...shared.store import ActivationStore
 SEPARATOR = " + "
 
 
-def together(places: Iterable[str]) -> str:
-    """Return the name of several hook points taken together."""
-    return SEPARATOR.join(places)
+def group_name(hook_points: Iterable[str]) -> str:
+    """Return the name of a group of hook points."""
+    return SEPARATOR.join(hook_points)
 
 
-def places(hook_point: str) -> list[str]:
-    """Return the hook points that a name stands for."""
-    return hook_point.split(SEPARATOR)
+def members(group: str) -> list[str]:
+    """Return the hook points of a group, from its name."""
+    return group.split(SEPARATOR)
 
 
-def joined(activations: Mapping[str, Float[Tensor, "*batch d"]], hook_point: str) -> Float[Tensor, "*batch d_in"]:
-    """Return the rows of the hook points that a name stands for, side by side; of a single one, as they are."""
-    parts = [activations[place] for place in places(hook_point)]
+def concatenate(activations: Mapping[str, Float[Tensor, "*batch d"]], group: str) -> Float[Tensor, "*batch d_in"]:
+    """Return the rows of a group's hook points side by side; a group of one returns its rows without a copy."""
+    parts = [activations[hook_point] for hook_point in members(group)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def width(store: ActivationStore, hook_point: str) -> int:
-    """Return how wide the joined rows are."""
-    return sum(store.d_in(place) for place in places(hook_point))
+def width(store: ActivationStore, group: str) -> int:
+    """Return the width of a group's concatenated rows."""
+    return sum(store.d_in(hook_point) for hook_point in members(group))

@@ -14,20 +14,20 @@ from ...shared.sae import Sae
 from ...shared.sae.formats import is_sae
 from ...shared.sae.formats.files import CONFIG_NAME
 from ...shared.store import ActivationStore
-from .hook_group import places, together, width
+from .hook_group import group_name, members, width
 from .names import printable
 
 SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
-"""The settings of training that say how sparse an SAE is to be."""
+"""The training settings that control sparsity."""
 DIVERGED_NAME = "diverged.json"
-"""What `thresher train` leaves in the folder of an SAE that diverged, instead of weights."""
+"""The file that `thresher train` writes in the folder of an SAE that diverged, instead of weights."""
 
 
 @dataclass(frozen=True)
 class EvaluatedSae:
-    """An SAE under evaluation, its name in the results, and the hook points of its input and its target.
+    """An SAE under evaluation, its name in the results, and the hook points that it reads and reconstructs.
 
-    Of a crosscoder both are its hook points together (`places.together`).
+    A crosscoder's `hook_point` and `target` are the name of its group of hook points (`hook_group`).
     """
 
     name: str
@@ -37,7 +37,7 @@ class EvaluatedSae:
     target: str
 
     def description(self) -> dict[str, Any]:
-        """Return what identifies the SAE in `metrics.json`, its architecture as it was trained (not as it is saved)."""
+        """Return the fields that identify the SAE in `metrics.json`; `architecture` as trained, not as saved."""
         known = {"architecture": self.sae.architecture} | self.sae.metadata | self.sae.config
         return {
             "name": self.name,
@@ -51,10 +51,10 @@ class EvaluatedSae:
 
 
 def sae_folders(saes: str | list[str]) -> list[Path]:
-    """Return the SAE folders of a sweep's folder (its children), or those listed, each once; `2` sorts before `10`.
+    """Return the SAE folders in a sweep's folder, or those listed, without duplicates; `2` sorts before `10`.
 
     Raises:
-        MissingFileError: a path is not there, or has no SAE in it.
+        MissingFileError: a path does not exist or contains no SAE.
     """
     found: list[Path] = []
     for path in map(Path, [saes] if isinstance(saes, str) else saes):
@@ -79,7 +79,7 @@ def _natural(path: Path) -> list[tuple[str, int]]:
 
 
 def unique_names(folders: list[Path]) -> list[str]:
-    """Return each folder's name as text that can be printed, with as many parents as it takes to tell them apart."""
+    """Return each folder's printable name, with as many parent folders as it takes to make all names different."""
     parts = [[printable(part) for part in folder.resolve().parts] for folder in folders]
     depth = 1
     while len(names := ["/".join(path[-depth:]) for path in parts]) != len(set(names)):
@@ -88,7 +88,7 @@ def unique_names(folders: list[Path]) -> list[str]:
 
 
 def diverged_saes(saes: str | list[str]) -> dict[str, str]:
-    """Return, by name, why SAEs of a sweep diverged, where `thresher train` left a note in place of weights."""
+    """Return, by name, why SAEs of a sweep diverged and have no weights."""
     reasons = {}
     for path in map(Path, [saes] if isinstance(saes, str) else saes):
         for note in sorted(path.glob(f"*/{DIVERGED_NAME}")):
@@ -98,10 +98,10 @@ def diverged_saes(saes: str | list[str]) -> dict[str, str]:
 
 
 def divergence_notes(saes: list[EvaluatedSae]) -> dict[str, str]:
-    """Return, by name, a note on each SAE that diverged when it was trained on, and still has its earlier weights."""
+    """Return, by name, a note on each SAE that diverged in a later run and still has its earlier weights."""
     notes = {sae.name: sae.path / DIVERGED_NAME for sae in saes}
     return {
-        name: f"diverged when it was trained on ({_reason_in(note)}): these are its weights from before"
+        name: f"diverged when training continued ({_reason_in(note)}); these are its earlier weights"
         for name, note in notes.items()
         if note.is_file()
     }
@@ -111,21 +111,21 @@ def _reason_in(note: Path) -> str:
     try:
         return str(json.loads(note.read_bytes())["reason"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "no reason is on disk"
+        return "no reason recorded"
 
 
 def load_saes(
     folders: list[Path], store: ActivationStore, device: str, failed: dict[str, str] | None = None
 ) -> list[EvaluatedSae]:
-    """Load every SAE, each checked against the store's hook points and widths.
+    """Load every SAE and check it against the store's hook points and widths.
 
-    With `failed`, an SAE that cannot be read (damaged, incomplete, NaN, of an unsupported kind) is left out, and the
-    reason noted there by the SAE's name, unless it is so of all.
+    With `failed`, an SAE that cannot be read (damaged, incomplete, NaN, of an unsupported kind) is left out, and
+    `failed` gets the reason under its name. If no SAE can be read, the last one's error is raised.
 
     Raises:
         HookPointError: an SAE was trained at a hook point that the store lacks.
         MissingFileError: a file of an SAE is missing.
-        SaeError: an SAE expects rows of another width, cannot be read, or does not say where it belongs.
+        SaeError: an SAE expects rows of another width, cannot be read, or names no hook point.
     """
     loaded = []
     for name, folder in zip(unique_names(folders), folders, strict=True):
@@ -138,7 +138,7 @@ def load_saes(
             continue
         hook_point = canonical_hook_point(sae.hook_point)
         if sae.architecture == "crosscoder":
-            hook_point = together(canonical_hook_point(place) for place in sae.config["hook_points"])
+            hook_point = group_name(canonical_hook_point(name) for name in sae.config["hook_points"])
         if sae.model_processing:
             raise SaeError(
                 f"SAE '{name}' was trained on a model loaded with {sae.model_processing[0]} = true, whose activations "
@@ -153,17 +153,17 @@ def load_saes(
             target = hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
         except SaeError as error:
             raise SaeError(f"SAE '{name}': {error}") from None
-        for place, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
-            absent = [part for part in places(place) if part not in store.hook_points]
+        for group, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
+            absent = [name for name in members(group) if name not in store.hook_points]
             if absent:
                 raise HookPointError(
                     f"SAE '{name}' {role} '{absent[0]}', expected one of the store's hook points: "
                     f"{', '.join(store.hook_points)}; harvest that hook point, or leave this SAE out"
                 )
-            if d != width(store, place):
+            if d != width(store, group):
                 raise SaeError(
                     f"SAE '{name}' {role} rows of width {d}, but store '{store.path}' has "
-                    f"{width(store, place)} at '{place}'; evaluate it on a store of the model it was trained on"
+                    f"{width(store, group)} at '{group}'; evaluate it on a store of the model it was trained on"
                 )
         loaded.append(EvaluatedSae(name, folder, sae, hook_point, target))
     return loaded

@@ -1,9 +1,9 @@
-"""k-sparse probing without labelled data: can a few latents tell which token comes next?
+"""k-sparse probing without labelled data: can a few latents predict the next token?
 
-A task asks of a row whether the next token is one particular frequent token, with as many rows
-that say yes as no, and no document in both the training and the test rows. The k latents are
-those whose class means differ most, and a logistic regression is fitted on them, as in SAEBench
-(arXiv 2503.09532; k-sparse probing is from 2305.01610). The baseline is the same regression on the activations.
+A task is to decide whether the next token is one particular frequent token. Its rows are balanced between yes and no,
+and no document has rows in both the training and the test split. A logistic regression is fitted on the k latents
+whose class means differ most, as in SAEBench (arXiv 2503.09532; k-sparse probing is from 2305.01610). The baseline is
+the same regression on the activations.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ...shared.core.progress import progress
 from ..config import EvaluateConfig
 from ..metrics.encoding import encode
 from ..metrics.held_out import HeldOut
-from ..saes.hook_group import joined, places
+from ..saes.hook_group import concatenate, members
 from ..saes.sae_folders import EvaluatedSae
 
 SPARSITIES = (1, 2, 5, 16)
 TEST_SHARE = 5
-"""One document group in so many is for testing."""
+"""One document group in `TEST_SHARE` is for testing."""
 MAX_ROWS_PER_SPLIT = 1000
 MIN_ROWS_PER_SPLIT = 20
 
 
 @dataclass(frozen=True)
 class Task:
-    """Row numbers and labels of one yes-or-no question about the next token."""
+    """Row numbers and labels of one task: is the next token `token`?"""
 
     token: int
     train: Int64[Tensor, " n_train"]
@@ -45,7 +45,7 @@ class Task:
 def next_tokens(
     tokens: Int64[np.ndarray, "contexts context_size"], unmasked: Bool[np.ndarray, "contexts context_size"]
 ) -> Int64[np.ndarray, "contexts context_size"]:
-    """Return the token that follows each row; -1 at a context's end and before a masked row, which is no text."""
+    """Return the token that follows each row; -1 at the end of a context and before a masked row."""
     following = np.full_like(tokens, -1)
     following[:, :-1] = np.where(unmasked[:, 1:], tokens[:, 1:], -1)
     return following
@@ -54,7 +54,7 @@ def next_tokens(
 def next_token_tasks(
     following: Int64[np.ndarray, " rows"], group: Int64[np.ndarray, " rows"], n_tasks: int, seed: int
 ) -> list[Task]:
-    """Return balanced tasks for the most frequent next tokens (-1: none), as many as the rows give, up to `n_tasks`."""
+    """Return up to `n_tasks` balanced tasks for the most frequent next tokens; -1 in `following` means none."""
     rng = np.random.default_rng(seed)
     test = group % TEST_SHARE == 0
     tasks = []
@@ -86,7 +86,7 @@ def select_latents(latents: Float[Tensor, "rows d_sae"], labels: Float[Tensor, "
 def fit_logistic(
     x: Float[Tensor, "rows d"], labels: Float[Tensor, " rows"], penalty: float = 1.0, steps: int = 50
 ) -> tuple[Float[Tensor, " d"], float]:
-    """Return weights and bias that minimise the summed log loss + penalty / 2 * ||weights||^2, by Newton steps.
+    """Return the weights and bias that minimise the summed log loss + penalty / 2 * ||weights||^2 (Newton's method).
 
     The objective is scikit-learn's at `C = 1 / penalty`; the bias is not penalised.
     """
@@ -125,10 +125,10 @@ def probe_accuracy(
 
 
 def probe_tasks(rows: HeldOut, config: EvaluateConfig) -> list[Task]:
-    """Return the tasks to probe for; none where `config.probe_tasks` is 0. Reads tokens, and no activations.
+    """Return the tasks to probe for; none if `config.probe_tasks` is 0. Reads tokens but no activations.
 
     Raises:
-        StoreError: the held-out rows are too few or too alike for a single task.
+        StoreError: the held-out rows are too few or too uniform for a single task.
     """
     if config.probe_tasks == 0:
         return []
@@ -147,18 +147,18 @@ def probe_tasks(rows: HeldOut, config: EvaluateConfig) -> list[Task]:
 def sparse_probing(
     saes: Sequence[EvaluatedSae], rows: HeldOut, config: EvaluateConfig, tasks: Sequence[Task] | None = None
 ) -> dict[str, dict[str, float | int]]:
-    """Return each SAE's mean accuracy over the tasks by k, and the baseline's on the activations themselves.
+    """Return each SAE's mean accuracy over the tasks for each k, and that of the baseline on the activations.
 
-    The tasks are those of `probe_tasks`, which raises what this does; nothing is returned where there are none.
+    `tasks` defaults to `probe_tasks(rows, config)`, and its errors are raised here. Without tasks the result is empty.
     """
     tasks = probe_tasks(rows, config) if tasks is None else tasks
     if not tasks:
         return {}
-    hook_points = list(dict.fromkeys(sae.hook_point for sae in saes))
-    read = list(dict.fromkeys(part for place in hook_points for part in places(place)))
+    groups = list(dict.fromkeys(sae.hook_point for sae in saes))
+    read = list(dict.fromkeys(hook_point for group in groups for hook_point in members(group)))
     parts = [block.activations for block in rows.blocks(read, config.block_rows)]
-    x = {place: torch.cat([joined(part, place) for part in parts]) for place in hook_points}
-    baseline = {place: _mean([_accuracies(x[place], task, None) for task in tasks]) for place in hook_points}
+    x = {group: torch.cat([concatenate(part, group) for part in parts]) for group in groups}
+    baseline = {group: _mean([_accuracies(x[group], task, None) for task in tasks]) for group in groups}
     results = {}
     for sae in progress(saes, unit="SAE", desc="probe"):
         accuracies = _mean([_accuracies(x[sae.hook_point], task, sae) for task in tasks])

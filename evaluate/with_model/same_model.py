@@ -1,4 +1,4 @@
-"""Whether the model that is to be run is the one that the store was harvested from, and reads its tokens alike."""
+"""Check that a model is the one the store was harvested from, or at least uses the same vocabulary."""
 
 from __future__ import annotations
 
@@ -25,25 +25,28 @@ CONTEXTS_AT_ONCE = 1024
 
 
 def harvest_record(store: ActivationStore) -> dict[str, Any]:
-    """Return what the harvester wrote about its settings; empty for a store of another writer."""
+    """Return the harvest settings that the store records; empty if it was not written by `thresher harvest`."""
     harvest = store.metadata.get("harvest")
     return harvest if isinstance(harvest, dict) else {}
 
 
 def harvested_content(store: ActivationStore, what: str) -> str | None:
-    """Return what identifies the `weights` or the `tokenizer` that the store was harvested with, where it says."""
+    """Return the recorded identity of the harvest's `weights`, `adapter` or `tokenizer`, or None."""
     content = harvest_record(store).get("content")
     return content.get(what) if isinstance(content, dict) else None
 
 
 def harvested_commit(store: ActivationStore) -> str | None:
-    """Return the commit of the model on the Hugging Face hub that the store was harvested from, if that is known."""
+    """Return the Hugging Face hub commit of the model that the store was harvested from, if it is known."""
     weights = harvested_content(store, "weights") or ""
     return weights.removeprefix("commit ") if weights.startswith("commit ") else None
 
 
-def check_is_here(name: str, store: ActivationStore, otherwise: str) -> None:
-    """Raise `ModelError` if the folder that the store was harvested from is gone: a hub's model may have its name."""
+def check_model_folder(name: str, store: ActivationStore, otherwise: str) -> None:
+    """Raise `ModelError` if the model was a folder that no longer exists, since a hub model may have the same name.
+
+    `otherwise` completes the error's advice: the setting that avoids the need for the model.
+    """
     weights = harvested_content(store, "weights") or harvest_record(store).get("weights")
     was_folder = weights is not None and harvested_commit(store) is None
     if Path(name).is_dir() or not (was_folder or Path(name).is_absolute()):
@@ -62,29 +65,32 @@ def check_is_here(name: str, store: ActivationStore, otherwise: str) -> None:
 def check_weights(
     store: ActivationStore, model: ModelParts, revision: str | None, cache: str | None, asked_for: bool
 ) -> None:
-    """Compare a model's weights with those harvested. Another model has to be asked for, and a note says so.
+    """Compare a model's weights with those that the store was harvested with.
 
-    Raises `ModelError` if the store's own model is not what it was.
+    If they differ, print a note where the user asked for this model, and raise `ModelError` otherwise.
     """
     contents = {"weights": (model.base, revision), "adapter": (model.adapter, None)}
     for what, (name, commit) in contents.items():
         harvested = harvested_content(store, what)
         if harvested is None or name is None or harvested == f"commit {commit}":
-            continue  # nothing to compare, or the very commit is loaded
+            continue  # nothing to compare, or the same commit is loaded
         now = model_content(name, commit, cache)["weights"]
         if now is None or now == harvested:
             continue
         kind = "weights" if what == "weights" else "adapter weights"
-        told = f"{kind} of '{name}' are not those that store '{store.path}' was harvested with ({harvested}; now {now})"
+        difference = (
+            f"{kind} of '{name}' are not those that store '{store.path}' was harvested with ({harvested}; now {now})"
+        )
         if not asked_for:
             raise ModelError(
-                f"the {told}; give the model that was harvested, or --model {shlex.quote(model.base)} to run this one"
+                f"the {difference}; give the model that was harvested, or --model {shlex.quote(model.base)} "
+                "to run this one"
             )
-        tqdm.write(f"note: the {told}; losses and scores are of this model", file=sys.stderr)
+        tqdm.write(f"note: the {difference}; losses and scores are of this model", file=sys.stderr)
 
 
 def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> None:
-    """Raise `ModelError` for a model that was asked for and is of another class than the one harvested."""
+    """Raise `ModelError` if the model is of another class than the one harvested."""
     harvested = store.metadata.get("model_class")
     if harvested is not None and harvested != type(model).__name__:
         raise ModelError(
@@ -94,7 +100,7 @@ def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> No
 
 
 def check_embeddings(rows: HeldOut, name: str, model: PreTrainedModel) -> list[int]:
-    """Return the stored token ids, ascending; raise `ModelError` if the model has no embedding for one of them."""
+    """Return the stored token ids in ascending order; raise `ModelError` if the model lacks an embedding for one."""
     ids = stored_ids(rows)
     embeddings: Any = model.get_input_embeddings()
     for token in (ids[0], ids[-1]):
@@ -109,9 +115,9 @@ def check_embeddings(rows: HeldOut, name: str, model: PreTrainedModel) -> list[i
 def check_vocabulary(
     rows: HeldOut, name: str, model: PreTrainedModel, cache: str | None, trust_remote_code: bool = False
 ) -> None:
-    """Check that a model that was asked for takes the stored tokens for what they were to the one harvested.
+    """Check that the stored token ids mean the same tokens to this model as to the one harvested.
 
-    Raises `ModelError` if it has no embedding for one of them, or if its own tokenizer gives the ids to other tokens.
+    Raises `ModelError` if it lacks an embedding for an id, or if its tokenizer assigns an id to another token.
     """
     store, ids = rows.store, check_embeddings(rows, name, model)
     now = model_content(name, None, cache)["tokenizer"]
@@ -122,7 +128,7 @@ def check_vocabulary(
         tqdm.write(f"note: the vocabulary of '{name}' could not be compared with the store's", file=sys.stderr)
         return
     ours, theirs = tokens_of(tokenizer, ids), tokens_of(load_tokenizer(name, trust_remote_code=trust_remote_code), ids)
-    differing = [place for place in range(len(ids)) if ours[place] != theirs[place]]
+    differing = [i for i in range(len(ids)) if ours[i] != theirs[i]]
     if differing:
         first = differing[0]
         raise ModelError(
@@ -133,20 +139,20 @@ def check_vocabulary(
 
 
 def harvested_tokenizer(store: ActivationStore, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that the store keeps, or else the one that it names, if there is one to be had."""
+    """Return the tokenizer saved in the store, or else the one it names; None if neither can be loaded."""
     with suppress(StoreError, ModelError):
         if (stored := load_stored_tokenizer(store, trust_remote_code=trust_remote_code)) is not None:
             return stored
     name = store.metadata.get("tokenizer")
     with suppress(ModelError):
         if name:
-            check_is_here(str(name), store, "model = false")
+            check_model_folder(str(name), store, "model = false")
             return load_tokenizer(str(name), trust_remote_code=trust_remote_code)
     return None
 
 
 def stored_ids(rows: HeldOut) -> list[int]:
-    """Return the token ids that occur in the held-out contexts, ascending."""
+    """Return the token ids that occur in the held-out contexts, in ascending order."""
     found = np.zeros(0, dtype=np.int64)
     for tokens, _ in rows.token_batches(CONTEXTS_AT_ONCE):
         found = np.union1d(found, tokens.numpy().reshape(-1))
@@ -154,15 +160,15 @@ def stored_ids(rows: HeldOut) -> list[int]:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str | None]:
-    """Return the token of each id, None where the tokenizer has none."""
+    """Return the token of each id; None if the tokenizer has no token for it."""
     vocabulary = {number: token for token, number in tokenizer.get_vocab().items()}
     return [vocabulary.get(number) for number in ids]
 
 
-def check_place(store: ActivationStore, model: PreTrainedModel, hook_point: ResolvedHookPoint) -> None:
-    """Raise `StoreError` if the store was harvested from another place of the model than the name now stands for.
+def check_hook_module(store: ActivationStore, model: PreTrainedModel, hook_point: ResolvedHookPoint) -> None:
+    """Raise `StoreError` if the hook point's name meant another module or tensor when the store was harvested.
 
-    Before harvests measured hook points, some names stood for another tensor: BLOOM's `mlp_out` was the stream.
+    Before harvests measured hook points, some names stood for other tensors: BLOOM's `mlp_out` was the residual stream.
     """
     modules = store.metadata.get("hook_modules")
     if not isinstance(modules, dict) or store.metadata.get("model_class") != type(model).__name__:

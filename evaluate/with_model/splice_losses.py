@@ -1,16 +1,16 @@
-"""What the model loses when an SAE's reconstruction takes the place of the activation.
+"""Losses of the model when an SAE's reconstruction replaces the activation.
 
-Cross-entropy and KL divergence from the clean model, against ablation: with the activation set to
-zero, and to its mean over the training rows. Masked positions keep their activation when an SAE is
-spliced in (ablation replaces them too), and no loss is counted at them. Cross-entropy counts predictions
-of text by text: a prediction whose target is a masked token, such as the BOS that packing places before
-the next document, is left out. SAELens counts those; the sums named `ce_saelens` do too.
+Cross-entropy and KL divergence from the clean model, compared with ablation: the activation set to zero, and to its
+mean over the training rows. Masked positions keep their activation when an SAE is spliced in (ablation replaces them
+too), and no loss is counted at them. Cross-entropy leaves out predictions of a masked token, such as the BOS that
+packing puts before the next document. SAELens counts those, and so do the sums named `ce_saelens`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,28 +21,28 @@ from transformers import PreTrainedModel
 from ...shared.core.progress import progress as show_progress
 from ...shared.model.capture import reading, splice
 from ...shared.model.hook_points import ResolvedHookPoint
-from ..metrics.encoding import reconstruct
+from ..metrics.bootstrap import point_estimates
+from ..metrics.encoding import reconstruct_in_parts
 from ..metrics.held_out import HeldOut
-from ..saes.hook_group import joined, places
+from ..saes.hook_group import concatenate, members
 from ..saes.sae_folders import EvaluatedSae
 
 Activation = Float[Tensor, "batch context d"]
 VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Log-probabilities held at a time. On a CPU 8 MiB in float32, which its caches serve."""
-
+"""Log-probabilities held at a time. On a CPU 8 MiB in float32, which fits its caches."""
 
 LOSSES = {"ce": "ce", "ce_saelens": "ce", "kl": "kl", "agree": "agree"}
-"""The sums that are kept of each run, and the loss that each adds up; they differ in the positions they count."""
+"""The sums kept for each run, and the loss that each one adds up. `counted` gives the positions of each."""
 
 
 def counted(
     usable: Bool[Tensor, "batch context"], unmasked: Bool[Tensor, "batch context"] | None = None
 ) -> dict[str, Bool[Tensor, "batch context"]]:
-    """Return the positions that each of `LOSSES` counts, from those that may be used.
+    """Return the positions that each of `LOSSES` counts.
 
-    A distribution (`kl`, `agree`) counts at every position that may be used. A prediction of the next token (`ce`)
-    counts where that token is not masked either, which `unmasked` says where `usable` is limited to some roles;
-    `ce_saelens` counts it whatever the token.
+    `kl` and `agree` count every usable position. `ce` counts usable positions whose next token is not masked;
+    `unmasked` gives the unmasked positions where `usable` is limited to some roles. `ce_saelens` counts every usable
+    position that has a next token.
     """
     has_next = usable.clone()
     has_next[:, -1] = False
@@ -58,7 +58,7 @@ class LossSums:
         self._sums = {name: torch.zeros(n_groups, dtype=torch.float64, device=device) for name in LOSSES}
 
     def add(self, losses: Mapping[str, Float[Tensor, "batch context"]], count: Mapping[str, Tensor], group: Tensor):
-        """Add the losses of a batch where `count` is true."""
+        """Add a batch's losses at the positions where `count` is true."""
         for name, loss in LOSSES.items():
             where = count[name]
             self._sums[name].index_add_(0, group[where], losses[loss][where].to(torch.float64))
@@ -69,7 +69,7 @@ class LossSums:
 
 
 class CleanRun:
-    """The clean model's logits of a batch, with what every other run is compared to computed once."""
+    """The clean model's logits of a batch, with their log-sum-exp and argmax computed once for all comparisons."""
 
     def __init__(self, logits: Float[Tensor, "batch context vocabulary"]):
         self.logits = logits.flatten(0, 1)
@@ -88,9 +88,10 @@ def token_losses(
     clean: CleanRun,
     tokens: Int64[Tensor, "batch context"],
 ) -> dict[str, Float[Tensor, "batch context"]]:
-    """Return, at each position: `ce` of the next token, `kl` KL(clean || logits), and `agree` on the likeliest token.
+    """Return the losses at each position, in float32 whatever the model's data type.
 
-    In float32, whatever the model's type. `ce` at a context's last position is zero: it has no next token.
+    `ce` is the cross-entropy of the next token, zero at a context's last position; `kl` is KL(clean || logits); `agree`
+    is one where both runs have the same most likely token.
     """
     batch, context, vocabulary = logits.shape
     targets = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).reshape(-1, 1)
@@ -112,25 +113,25 @@ def token_losses(
 def read_at(
     model: PreTrainedModel, hook_points: Mapping[str, ResolvedHookPoint], where: Sequence[str]
 ) -> Iterator[dict[str, Activation]]:
-    """Within this context, a pass of the model leaves its activations at some hook points in the dictionary."""
+    """Return a dictionary that a forward pass within this context fills with activations, by hook point."""
     seen: dict[str, Activation] = {}
 
-    def reader(place: str) -> Callable[[Activation], None]:
+    def reader(name: str) -> Callable[[Activation], None]:
         def read(activation: Activation) -> None:
-            seen[place] = activation.clone()
+            seen[name] = activation.clone()
 
         return read
 
     with ExitStack() as stack:
-        for place in where:
-            stack.enter_context(reading(model, hook_points[place], reader(place)))
+        for name in where:
+            stack.enter_context(reading(model, hook_points[name], reader(name)))
         yield seen
 
 
 def replacement(
     x_hat: Float[Tensor, "rows d"], usable: Bool[Tensor, "batch context"]
 ) -> Callable[[Activation], Activation]:
-    """Return the replacement of the activation at every usable position by rows of a reconstruction."""
+    """Return a function that replaces the activation at every usable position with the rows of a reconstruction."""
 
     def replace(activation: Activation) -> Activation:
         replaced = activation.clone()
@@ -140,13 +141,13 @@ def replacement(
     return replace
 
 
-def run_name(sae: EvaluatedSae, place: str) -> str:
-    """Return what the losses of an SAE spliced in at a place are called: its name, a crosscoder's with the place."""
-    return sae.name if place == sae.target else f"{sae.name} at {place}"
+def run_name(sae: EvaluatedSae, hook_point: str) -> str:
+    """Return the key of an SAE's losses at a hook point: its name, followed by the point for a crosscoder."""
+    return sae.name if hook_point == sae.target else f"{sae.name} at {hook_point}"
 
 
 def ablation(value: Float[Tensor, " d"] | float) -> Callable[[Activation], Activation]:
-    """Return the replacement of every position's activation by `value`."""
+    """Return a function that replaces every position's activation with `value`."""
     return lambda activation: torch.zeros_like(activation) + torch.as_tensor(value).to(activation)
 
 
@@ -158,18 +159,18 @@ def accumulate_losses(
     held_out: HeldOut,
     batch_size: int,
 ) -> dict[str, dict[str, Float[np.ndarray, " groups"]]]:
-    """Run the model on the stored tokens: clean, ablated once per target, and with each SAE; return sums by SAE.
+    """Run the model on the stored tokens: clean, ablated once per target, and with each SAE.
 
-    An SAE reads the clean run. A crosscoder is spliced in at each of its hook points in turn, from the clean
-    activations of all, and `run_name` says what the sums of each are called.
+    SAEs read the clean run's activations. A crosscoder is spliced in at each of its hook points in turn. Returns the
+    sums of the losses per document group, keyed by `run_name`.
     """
     device = str(next(model.parameters()).device)
-    inputs = list(dict.fromkeys(place for sae in saes for place in places(sae.hook_point)))
-    targets = list(dict.fromkeys(place for sae in saes for place in places(sae.target)))
-    means = {place: torch.from_numpy(np.asarray(held_out.store.moments(place).mean)) for place in targets}
-    ablations = {("zero", place): ablation(0.0) for place in targets}
-    ablations |= {("mean", place): ablation(means[place]) for place in targets}
-    spliced = {run_name(sae, place): place for sae in saes for place in places(sae.target)}
+    inputs = list(dict.fromkeys(name for sae in saes for name in members(sae.hook_point)))
+    targets = list(dict.fromkeys(name for sae in saes for name in members(sae.target)))
+    means = {name: torch.from_numpy(np.asarray(held_out.store.moments(name).mean)) for name in targets}
+    ablations = {("zero", target): ablation(0.0) for target in targets}
+    ablations |= {("mean", target): ablation(means[target]) for target in targets}
+    spliced = {run_name(sae, target): target for sae in saes for target in members(sae.target)}
     runs = [("clean", ""), *ablations, *(("sae", name) for name in spliced)]
     sums = {run: LossSums(held_out.n_groups, device) for run in runs}
     counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in LOSSES}
@@ -187,25 +188,25 @@ def accumulate_losses(
                 logits = _logits(model, tokens)
             clean = CleanRun(logits)
             sums["clean", ""].add(token_losses(logits, clean, tokens), count, group)
-            for (kind, place), replace in ablations.items():
-                with splice(model, hook_points[place], replace):
-                    sums[kind, place].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
+            for (kind, target), replace in ablations.items():
+                with splice(model, hook_points[target], replace):
+                    sums[kind, target].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
             for sae in saes:
-                x_hat = reconstruct(sae.sae, joined(seen, sae.hook_point)[usable].float())
-                parts = places(sae.target)
-                for place, part in zip(parts, x_hat.chunk(len(parts), dim=1), strict=True):
-                    with splice(model, hook_points[place], replacement(part, usable)):
+                x_hat = reconstruct_in_parts(sae.sae, concatenate(seen, sae.hook_point)[usable].float())
+                points = members(sae.target)
+                for target, rows in zip(points, x_hat.chunk(len(points), dim=1), strict=True):
+                    with splice(model, hook_points[target], replacement(rows, usable)):
                         losses = token_losses(_logits(model, tokens), clean, tokens)
-                    sums["sae", run_name(sae, place)].add(losses, count, group)
+                    sums["sae", run_name(sae, target)].add(losses, count, group)
             progress.update(tokens.numel())
     n = {f"n_{name}": value.cpu().numpy() for name, value in counts.items()}
     return {
         name: n
         | sums["clean", ""].sums("clean")
-        | sums["zero", place].sums("zero")
-        | sums["mean", place].sums("mean")
+        | sums["zero", target].sums("zero")
+        | sums["mean", target].sums("mean")
         | sums["sae", name].sums("sae")
-        for name, place in spliced.items()
+        for name, target in spliced.items()
     }
 
 
@@ -214,7 +215,7 @@ def _logits(model: PreTrainedModel, tokens: Int64[Tensor, "batch context"]) -> T
 
 
 def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray, " resamples"]]:
-    """Return the losses and scores from sums over tokens, whose first axis counts resamples (or is length one)."""
+    """Return the losses and scores from sums over tokens; the first axis is the resamples, or has length one."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ce = {run: sums[f"ce_{run}"] / sums["n_ce"] for run in ("clean", "zero", "mean", "sae")}
         saelens = {run: sums[f"ce_saelens_{run}"] / sums["n_ce_saelens"] for run in ("clean", "zero", "sae")}
@@ -233,3 +234,13 @@ def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray
     losses = {f"ce_{run}": value for run, value in ce.items()} | {f"kl_{run}": value for run, value in kl.items()}
     losses |= {"ce_loss_score_saelens": saelens_score} | {f"ce_{run}_saelens": ce for run, ce in saelens.items()}
     return scores | losses | agreement
+
+
+def per_hook_losses(sae: EvaluatedSae, losses: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Return a crosscoder's losses with its reconstruction spliced in at one hook point at a time; else nothing."""
+    targets = members(sae.target)
+    if len(targets) == 1:
+        return {}
+    runs = {target: losses[run_name(sae, target)] for target in targets}
+    rows = [{"hook_point": target} | point_estimates(splice_metrics, sums) for target, sums in runs.items()]
+    return {"per_hook": rows}

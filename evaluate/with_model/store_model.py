@@ -1,4 +1,4 @@
-"""The model that the SAEs are spliced into: the one that the store was harvested from, or another that is asked for."""
+"""Load the model that the SAEs are spliced into: the store's own model, or the one that the settings name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from ...shared.model.language_model import is_encoder, load_model, load_tokenize
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..config import EvaluateConfig
-from ..saes.hook_group import places
+from ..saes.hook_group import members
 from ..saes.sae_folders import EvaluatedSae
-from .same_model import check_class, check_is_here, check_place, check_weights, harvest_record, harvested_commit
+from .same_model import (
+    check_class,
+    check_hook_module,
+    check_model_folder,
+    check_weights,
+    harvest_record,
+    harvested_commit,
+)
 
 
 def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
-    """Return the model to splice into: the one asked for, else the store's own if its tokens are stored."""
+    """Return the name of the model to splice into: the configured one, else the store's if it holds tokens."""
     if config.model is False or config.model == "none":
         return None
     if isinstance(config.model, str):
@@ -30,19 +37,19 @@ def model_name(config: EvaluateConfig, store: ActivationStore) -> str | None:
 
 
 def is_asked_for(config: EvaluateConfig) -> bool:
-    """Tell whether the configuration names a model itself."""
+    """Return whether the settings name a model."""
     return isinstance(config.model, str) and config.model != "none"
 
 
 def harvested_revision(store: ActivationStore) -> str | None:
-    """Return the commit of the model that the store was harvested from, or else the revision that was asked for."""
+    """Return the commit of the model that the store was harvested from, or else the revision set for the harvest."""
     return harvested_commit(store) or harvest_record(store).get("revision")
 
 
 def chosen_adapter(config: EvaluateConfig, store: ActivationStore) -> str | None:
-    """Return the adapter to merge into the model: the one asked for, else the one that the harvest was told to use.
+    """Return the adapter to merge into the model: the configured one, else the one used in the harvest.
 
-    Raises `ModelError` for another model without a word about the adapter of the store's.
+    Raises `ModelError` if another model is configured, the harvest used an adapter, and `adapter` is not set.
     """
     if config.adapter is False:
         return None
@@ -51,18 +58,18 @@ def chosen_adapter(config: EvaluateConfig, store: ActivationStore) -> str | None
     harvested = harvest_record(store).get("adapter")
     if harvested is not None and isinstance(config.model, str) and config.model != store.metadata.get("model"):
         raise ModelError(
-            f"store '{store.path}' was harvested with the adapter '{harvested}'; say whether '{config.model}' is to "
-            "have one: adapter = PATH, or adapter = false for a model that holds it already"
+            f"store '{store.path}' was harvested with the adapter '{harvested}'; set adapter = PATH to "
+            f"merge one into '{config.model}', or adapter = false if it needs none or contains it already"
         )
     return harvested
 
 
 def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> PreTrainedModel | None:
-    """Load the model as it was harvested, if it is the store's own; None where there is to be none.
+    """Load the model; None if the evaluation runs without one. The store's own model is loaded as it was harvested.
 
     Raises:
-        StoreError: the store holds no tokens for a model to read.
-        ModelError: the model cannot be loaded, predicts no next token, or is not what it was at the harvest.
+        StoreError: the store holds no tokens to run the model on.
+        ModelError: the model cannot be loaded, predicts no next token, or has changed since the harvest.
     """
     name = model_name(config, store)
     if name is None:
@@ -71,7 +78,7 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
         raise StoreError(f"store '{store.path}' holds no tokens, which the model needs; set model = false")
     asked_for = is_asked_for(config)
     if not asked_for:
-        check_is_here(name, store, "model = false to evaluate without it")
+        check_model_folder(name, store, "model = false to evaluate without it")
     dtype = config.model_dtype or str(store.metadata.get("model_dtype") or "auto")
     revision = harvested_revision(store) if name == store.metadata.get("model") else None
     adapter = chosen_adapter(config, store)
@@ -95,14 +102,14 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
 def splice_points(
     model: PreTrainedModel, saes: Sequence[EvaluatedSae], store: ActivationStore
 ) -> dict[str, ResolvedHookPoint]:
-    """Find the hook points that the SAEs read and reconstruct in the model.
+    """Return the model's hook points that the SAEs read or reconstruct, by name.
 
     Raises:
-        HookPointError: the model lacks one, or no reconstruction can take its place there.
-        ModelError: the model is of another width than the store there.
-        StoreError: the store holds another of the model's activations under the name.
+        HookPointError: the model lacks one, or a reconstruction cannot be spliced in there.
+        ModelError: the model's width at a hook point is not the store's.
+        StoreError: the store holds another tensor of the model under the name.
     """
-    named = {part for sae in saes for place in (sae.hook_point, sae.target) for part in places(place)}
+    named = {name for sae in saes for group in (sae.hook_point, sae.target) for name in members(group)}
     found = resolve_hook_points(model, sorted(named))
     for name, hook_point in found.items():
         if hook_point.d_in != store.d_in(name):
@@ -110,18 +117,18 @@ def splice_points(
                 f"expected a model of width {store.d_in(name)} at '{name}', as in store '{store.path}'; got "
                 f"{type(model).__name__} of width {hook_point.d_in}; give the model that was harvested"
             )
-        check_place(store, model, hook_point)
-    for name in {part for sae in saes for part in places(sae.target)}:
+        check_hook_module(store, model, hook_point)
+    for name in {name for sae in saes for name in members(sae.target)}:
         check_splices(model, found[name])
     return found
 
 
 def open_tokenizer(config: EvaluateConfig, store: ActivationStore) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of the stored tokens: the store's own, else that of the model asked for, else the one named.
+    """Load the tokenizer of the stored tokens: the store's own, else the configured model's, else the one named.
 
     Raises:
-        StoreError: the store's own is damaged, and no model is asked for.
-        ModelError: the store keeps none, and the one that it names cannot be loaded.
+        StoreError: the saved tokenizer is damaged, and the settings name no model.
+        ModelError: the store has no saved tokenizer, and the one to use instead cannot be loaded.
     """
     try:
         stored = load_stored_tokenizer(store, trust_remote_code=config.trust_remote_code)
@@ -136,5 +143,5 @@ def open_tokenizer(config: EvaluateConfig, store: ActivationStore) -> PreTrained
     name = store.metadata.get("tokenizer")
     if not name:
         return None
-    check_is_here(str(name), store, "feature_rows = 0 to leave out the feature index")
+    check_model_folder(str(name), store, "feature_rows = 0 to leave out the feature index")
     return load_tokenizer(str(name), harvested_revision(store), trust_remote_code=config.trust_remote_code)

@@ -102,7 +102,7 @@ def test_an_sae_that_diverged_when_it_was_trained_on_is_noted(tiny, saes, tmp_pa
     folder = next(folder for folder in saes.iterdir() if (folder / "cfg.json").is_file())
     (folder / "diverged.json").write_text('{"reason": "loss NaN at step 70", "lr": 1}')
     assert run(tiny, saes, tmp_path / "out", "--model", "false", "--feature_rows", 0) == 0
-    note = "diverged when it was trained on (loss NaN at step 70): these are its weights from before"
+    note = "diverged when training continued (loss NaN at step 70); these are its earlier weights"
     said = capsys.readouterr()
     assert note in said.out + said.err
     (row,) = [row for row in json.loads((tmp_path / "out" / "metrics.json").read_text()) if row["name"] == folder.name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from thresher.evaluate.metrics.bootstrap import confidence_intervals, estimate, finite
+from thresher.evaluate.metrics.bootstrap import confidence_intervals, finite_or_none, point_estimates
 
 
 def mean_and_ratio(sums):
@@ -55,7 +55,7 @@ def test_no_interval_from_one_document_or_without_resamples():
 
 def test_estimate_sums_over_documents():
     sums = document_sums(5)
-    assert estimate(mean_and_ratio, sums)["mean"] == pytest.approx(sums["total"].sum() / sums["n_rows"].sum())
-    assert finite(np.float64("nan")) is None
-    assert finite(np.float64("inf")) is None
-    assert finite(np.float64(2)) == 2.0
+    assert point_estimates(mean_and_ratio, sums)["mean"] == pytest.approx(sums["total"].sum() / sums["n_rows"].sum())
+    assert finite_or_none(np.float64("nan")) is None
+    assert finite_or_none(np.float64("inf")) is None
+    assert finite_or_none(np.float64(2)) == 2.0

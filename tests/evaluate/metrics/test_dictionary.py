@@ -10,14 +10,14 @@ from thresher.evaluate.metrics import dictionary
 from thresher.evaluate.metrics.comparison import compare_dictionaries, pair_kind
 from thresher.evaluate.metrics.dictionary import (
     best_matches,
-    compare,
+    compare_directions,
     decoder_directions,
     dictionary_summary,
     encoder_decoder_cosine,
     live,
     nearest_neighbours,
 )
-from thresher.evaluate.metrics.latents import LatentSums
+from thresher.evaluate.metrics.latent_sums import LatentSums
 from thresher.evaluate.saes.sae_folders import EvaluatedSae
 
 
@@ -61,7 +61,7 @@ def test_more_neighbours_asked_for_than_there_are():
 
 def test_a_permuted_dictionary_is_the_same_one():
     directions = torch.nn.functional.normalize(torch.randn(40, 24, generator=torch.Generator().manual_seed(0)), dim=1)
-    result = compare(directions, directions[torch.randperm(40, generator=torch.Generator().manual_seed(1))])
+    result = compare_directions(directions, directions[torch.randperm(40, generator=torch.Generator().manual_seed(1))])
     assert result["shared"] == 1
     assert result["mean_max_cosine_ab"] == pytest.approx(1, abs=1e-6)
     assert (result["children_per_parent"], result["split_parents"], result["novel"]) == (1, 0, 0)
@@ -73,12 +73,12 @@ def test_splitting_is_counted():
     a = eye[:4]
     split = torch.nn.functional.normalize(eye[2] + 0.3 * eye[5:8], dim=1)
     b = torch.cat([eye[:2], split, eye[9:11]])
-    result = compare(a, b)
+    result = compare_directions(a, b)
     assert result["children_per_parent"] == pytest.approx((1 + 1 + 3) / 3)
     assert result["split_parents"] == 0.25
     assert result["novel"] == pytest.approx(2 / 7)
     assert result["shared"] == 0.75
-    assert compare(a[:0], b) == {"n_a": 0, "n_b": 7}
+    assert compare_directions(a[:0], b) == {"n_a": 0, "n_b": 7}
 
 
 def test_dead_latents_are_left_out_and_pairs_are_named(make_sae):

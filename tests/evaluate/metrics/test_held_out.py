@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.evaluate.metrics.held_out import context_spans, held_out, spread
+from thresher.evaluate.metrics.held_out import context_spans, evenly_spaced, held_out
 from thresher.shared.store import ActivationStore
 
 HOOKS = ("blocks.0.resid_post", "blocks.1.resid_post")
@@ -24,8 +24,8 @@ def test_spans_cover_the_contexts_once_and_are_maximal(contexts):
 
 
 @given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 64))
-def test_spread_is_even_and_within_its_limit(n_contexts, max_rows, context_size):
-    chosen = spread(n_contexts, max_rows, context_size)
+def test_evenly_spaced_is_even_and_within_its_limit(n_contexts, max_rows, context_size):
+    chosen = evenly_spaced(n_contexts, max_rows, context_size)
     assert 1 <= len(chosen) <= max(1, max_rows // context_size)
     assert chosen[0] == 0
     assert chosen[-1] < n_contexts

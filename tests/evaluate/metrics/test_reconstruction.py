@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.evaluate.metrics.bootstrap import estimate
+from thresher.evaluate.metrics.bootstrap import point_estimates
 from thresher.evaluate.metrics.reconstruction import InputSums, ReconstructionSums, reconstruction_metrics
 
 
@@ -51,7 +51,7 @@ def rows():
 
 def test_metrics_are_their_definitions(rows):
     x, x_hat, latents, group = rows
-    result = estimate(reconstruction_metrics, measured(x, x_hat, latents, group, 6))
+    result = point_estimates(reconstruction_metrics, measured(x, x_hat, latents, group, 6))
     for name, expected in reference(x, x_hat, latents).items():
         assert result[name] == pytest.approx(expected, rel=1e-6), name
 
@@ -63,8 +63,8 @@ def test_pieces_and_groups_do_not_matter(pieces, n_groups):
     x, x_hat = torch.randn(2, 31, 5, generator=generator)
     latents = torch.randn(31, 7, generator=generator).relu()
     group = torch.randint(0, n_groups, (31,), generator=generator)
-    whole = estimate(reconstruction_metrics, measured(x, x_hat, latents, torch.zeros_like(group), 1))
-    split = estimate(reconstruction_metrics, measured(x, x_hat, latents, group, n_groups, pieces))
+    whole = point_estimates(reconstruction_metrics, measured(x, x_hat, latents, torch.zeros_like(group), 1))
+    split = point_estimates(reconstruction_metrics, measured(x, x_hat, latents, group, n_groups, pieces))
     assert split == pytest.approx(whole, rel=1e-9)
 
 
@@ -74,12 +74,12 @@ def test_a_mean_far_from_zero_does_not_cost_the_variance():
     x = 3000 + torch.randn(4096, 16, generator=generator)
     x_hat = x + 0.5 * torch.randn(4096, 16, generator=generator)
     group = torch.zeros(4096, dtype=torch.int64)
-    result = estimate(reconstruction_metrics, measured(x, x_hat, x, group, 1))
+    result = point_estimates(reconstruction_metrics, measured(x, x_hat, x, group, 1))
     assert result["explained_variance"] == pytest.approx(reference(x, x_hat, x)["explained_variance"], rel=1e-6)
 
 
 def pooled(x, x_hat, group):
-    return estimate(reconstruction_metrics, measured(x, x_hat, x, group, 2, pieces=2))["explained_variance"]
+    return point_estimates(reconstruction_metrics, measured(x, x_hat, x, group, 2, pieces=2))["explained_variance"]
 
 
 def check_explained_variance_is_pooled(explained_variance):
@@ -111,11 +111,11 @@ def test_an_explained_variance_of_other_rows_is_noticed(mistake):
 def test_perfect_and_constant_rows_give_numbers_that_json_can_hold():
     x = torch.ones(8, 3)
     group = torch.zeros(8, dtype=torch.int64)
-    constant = estimate(reconstruction_metrics, measured(x, x, x, group, 1))
+    constant = point_estimates(reconstruction_metrics, measured(x, x, x, group, 1))
     assert constant["explained_variance"] is None
     assert constant["mse"] == 0
     zero = torch.zeros(8, 3)
-    nothing = estimate(reconstruction_metrics, measured(zero, zero, zero, group, 1))
+    nothing = point_estimates(reconstruction_metrics, measured(zero, zero, zero, group, 1))
     assert nothing["cossim"] == 0
     assert nothing["l2_ratio"] == 0
     assert nothing["relative_reconstruction_bias"] is None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from thresher.evaluate.metrics import encoding
-from thresher.evaluate.metrics.bootstrap import confidence_intervals, estimate
+from thresher.evaluate.metrics.bootstrap import confidence_intervals, point_estimates
 from thresher.evaluate.metrics.held_out import HeldOut
 from thresher.evaluate.saes.sae_folders import EvaluatedSae
 from thresher.evaluate.with_model import splice_losses as module
@@ -99,7 +99,7 @@ def test_against_hand_written_hooks(model, rows, batch_size):
     sae = identity_sae(shift=0.7)
     hook_points = resolve_hook_points(model, [HOOK])
     sums = accumulate_losses(model, hook_points, [identity_sae(), sae], rows, batch_size)
-    metrics = estimate(splice_metrics, sums["shift0.7"])
+    metrics = point_estimates(splice_metrics, sums["shift0.7"])
 
     def shifted(activation, usable):
         return torch.where(usable[None, :, None], activation + 0.7 * torch.linspace(-1, 2, D), activation)
@@ -125,7 +125,7 @@ def test_against_hand_written_hooks(model, rows, batch_size):
 
 def test_an_sae_that_returns_its_input_loses_nothing(model, rows):
     sums = accumulate_losses(model, resolve_hook_points(model, [HOOK]), [identity_sae()], rows, 2)
-    metrics = estimate(splice_metrics, sums["shift0.0"])
+    metrics = point_estimates(splice_metrics, sums["shift0.0"])
     assert metrics["ce_loss_score"] == pytest.approx(1, abs=1e-5)
     assert metrics["kl_div_score"] == pytest.approx(1, abs=1e-5)
     assert metrics["top1_agreement"] == 1
@@ -147,7 +147,7 @@ def test_a_transcoder_reads_one_place_and_replaces_another(model, rows):
         rows,
         5,
     )
-    metrics = {name: estimate(splice_metrics, value) for name, value in sums.items()}
+    metrics = {name: point_estimates(splice_metrics, value) for name, value in sums.items()}
     assert metrics["same"]["ce_loss_score"] == pytest.approx(1, abs=1e-5)
     seen = {}
     first = model.transformer.h[0].mlp.register_forward_hook(lambda _, __, out: seen.update(x=out))
@@ -171,9 +171,9 @@ def test_reconstructions_are_made_a_few_rows_at_a_time(make_sae, monkeypatch, ar
     seen, encode = [], encoding.encode
     monkeypatch.setattr(encoding, "rows_at_a_time", lambda sae: 4)
     monkeypatch.setattr(encoding, "encode", lambda sae, rows: seen.append(len(rows)) or encode(sae, rows))
-    torch.testing.assert_close(encoding.reconstruct(sae, x), sae(x))
+    torch.testing.assert_close(encoding.reconstruct_in_parts(sae, x), sae(x))
     assert seen == [4, 4, 3]
-    assert encoding.reconstruct(sae, x[:0]).shape == (0, 16)
+    assert encoding.reconstruct_in_parts(sae, x[:0]).shape == (0, 16)
 
 
 def test_resamples_without_a_next_token_cost_no_warning():

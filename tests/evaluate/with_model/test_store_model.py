@@ -18,7 +18,7 @@ from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.metrics.held_out import held_out
 from thresher.evaluate.with_model import store_model
-from thresher.evaluate.with_model.same_model import check_place, check_vocabulary, check_weights, stored_ids
+from thresher.evaluate.with_model.same_model import check_hook_module, check_vocabulary, check_weights, stored_ids
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore, ActivationStoreWriter
@@ -72,7 +72,7 @@ def test_the_adapter_of_the_harvest_is_never_dropped_in_silence(loaded):
     for config in (config_of(), config_of("lab/m"), config_of(adapter="b"), config_of("c", adapter=False)):
         store_model.open_model(config, store, "cpu")
     assert [options["adapter"] for *_, options in loaded] == ["lab/lora", "lab/lora", "b", None]
-    with pytest.raises(ModelError, match="harvested with the adapter 'lab/lora'; say whether 'c'"):
+    with pytest.raises(ModelError, match="harvested with the adapter 'lab/lora'; set adapter = PATH to merge one into"):
         store_model.open_model(config_of("c"), store, "cpu")
 
 
@@ -328,11 +328,11 @@ def test_a_store_of_another_tensor_under_the_name_is_refused():
         metadata = {"model_class": type(model).__name__, "hook_modules": modules} | more
         return SimpleNamespace(path="s", metadata=metadata)
 
-    check_place(store("transformer.h.1.mlp.dense_4h_to_h"), model, found)
-    check_place(store("transformer.h.1.mlp", model_class="Another"), model, found)
-    check_place(SimpleNamespace(path="s", metadata={}), model, found)
+    check_hook_module(store("transformer.h.1.mlp.dense_4h_to_h"), model, found)
+    check_hook_module(store("transformer.h.1.mlp", model_class="Another"), model, found)
+    check_hook_module(SimpleNamespace(path="s", metadata={}), model, found)
     with pytest.raises(StoreError, match=r"holds what 'transformer.h.1.mlp' gives as .* harvest the store again"):
-        check_place(store("transformer.h.1.mlp"), model, found)
+        check_hook_module(store("transformer.h.1.mlp"), model, found)
 
 
 def test_a_store_without_the_scale_or_the_copy_is_refused():
@@ -341,8 +341,8 @@ def test_a_store_without_the_scale_or_the_copy_is_refused():
         found = resolve_hook_points(model, ["blocks.1.mlp_out"])["blocks.1.mlp_out"]
         metadata = {"model_class": type(model).__name__, "hook_modules": {"blocks.1.mlp_out": module}}
         with pytest.raises(StoreError, match="harvest the store again"):
-            check_place(SimpleNamespace(path="s", metadata=metadata), model, found)
-        check_place(SimpleNamespace(path="s", metadata=metadata | {"certificate": {}}), model, found)
+            check_hook_module(SimpleNamespace(path="s", metadata=metadata), model, found)
+        check_hook_module(SimpleNamespace(path="s", metadata=metadata | {"certificate": {}}), model, found)
 
 
 def test_an_sae_where_nothing_can_be_spliced_in_is_refused_before_the_work():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from thresher.evaluate.metrics.latents import DENSITY_EDGES, LatentSums, density_summary
+from thresher.evaluate.metrics.latent_sums import DENSITY_EDGES, LatentSums, density_summary
 
 
 @pytest.fixture
