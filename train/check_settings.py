@@ -25,7 +25,7 @@ def check_activations(store: ActivationStore, saes: Sequence[SaeConfig]) -> None
         StoreError: a hook point has a single training row, or its rows do not vary.
         NonFiniteError: a hook point's mean or variance is not finite.
     """
-    for place in dict.fromkeys(place for sae in saes for place in sae.places):
+    for place in dict.fromkeys(place for sae in saes for place in sae.wiring.hook_points):
         moments = store.moments(place)
         variance, squared_mean = float(moments.total_variance), float((moments.mean**2).sum())
         where = f"the activations at '{place}' in store '{store.path}'"

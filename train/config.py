@@ -7,12 +7,18 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from ..shared.core.config import MAX_SEED, Cache, CacheBytes, Config, Device, Roles
+from ..shared.model.wiring import Wiring
+
+HookPoints = str | tuple[str, ...]
+"""One hook point, or several whose rows lie side by side."""
 
 
 class SaeConfig(Config, frozen=True):
     """One SAE of a sweep: a `[[sae]]` table of the configuration, once its grids are expanded."""
 
-    hook_point: Annotated[str, Meta(description="Hook point of the store to train on.")]
+    hook_point: Annotated[
+        str, Meta(description="Hook point to read and write; with other keys of these, the first that is read.")
+    ]
     d_sae: Annotated[int, Meta(ge=1, description="Number of latents.")]
     architecture: Annotated[str, Meta(description="Registered architecture, such as topk or standard.")] = "topk"
     name: Annotated[str | None, Meta(description="Folder name; may use other keys, as in topk-k{k}.")] = None
@@ -117,9 +123,21 @@ class SaeConfig(Config, frozen=True):
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Tokens between resamplings of dead latents, in the run's first half; never if not given."),
     ] = None
-    hook_point_out: Annotated[str | None, Meta(description="Hook point that a transcoder's output is for.")] = None
     hook_points: Annotated[
-        tuple[str, ...] | None, Meta(description="A crosscoder's hook points; `hook_point` is then the first.")
+        tuple[str, ...] | None, Meta(description="Several hook points to read and write, of equal width: a crosscoder.")
+    ] = None
+    reads: Annotated[
+        HookPoints | None,
+        Meta(description="Hook point to read, or several of equal width, where others are written; beside `writes`."),
+    ] = None
+    writes: Annotated[
+        HookPoints | None, Meta(description="Hook point to reconstruct from `reads`, or several of equal width.")
+    ] = None
+    skip: Annotated[
+        bool | None, Meta(description="Add a linear path from `reads` to `writes`, which starts at zero.")
+    ] = None
+    hook_point_out: Annotated[
+        str | None, Meta(description="Older name of `writes`, of a transcoder or skip_transcoder.")
     ] = None
     k_anneal_steps: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description="Steps over which a TopK SAE's k falls from d_in to k.")
@@ -145,14 +163,12 @@ class SaeConfig(Config, frozen=True):
     ] = None
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """Return the hook points whose activations are encoded, side by side."""
-        return self.hook_points or (self.hook_point,)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Return all hook points that training reads."""
-        return self.inputs + ((self.hook_point_out,) if self.hook_point_out else ())
+    def wiring(self) -> Wiring:
+        """Return what is read and what is written, however the table says it."""
+        reads = self.hook_points if self.reads is None else self.reads
+        writes = self.hook_point_out if self.writes is None else self.writes
+        skip = self.skip is True or self.architecture == "skip_transcoder"
+        return Wiring.of(self.hook_point if reads is None else reads, writes, skip)
 
 
 class TrainConfig(Config, frozen=True):

@@ -33,7 +33,7 @@ def make_trainers(
     """
     saes = layout.saes_here(plan.saes)
     kernels = kernels_for(config.device, config.kernels)
-    hooks = sorted({place for sae in saes for place in sae.places})
+    hooks = sorted({place for sae in saes for place in sae.wiring.hook_points})
     if scales is None:
         scales = {hook: scale_of(store, hook, config.normalize_activations) for hook in hooks}
     kinds = {hook: normalization_at(store, hook, scales[hook]).to(config.device) for hook in hooks}
@@ -46,8 +46,8 @@ def make_trainers(
     ]
 
 
-Prepared = dict[tuple[tuple[str, ...], str | None], Batch]
-"""A batch for every combination of inputs and target that an SAE of the sweep has."""
+Prepared = dict[tuple[tuple[str, ...], tuple[str, ...]], Batch]
+"""A batch for every combination of hook points that an SAE of the sweep reads and writes."""
 
 
 def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
@@ -60,7 +60,7 @@ def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[s
 
     def step(trainer: SaeTrainer) -> None:
         started = time.perf_counter()
-        taken[trainer.name] = trainer.step(prepared[trainer.config.inputs, trainer.config.hook_point_out])
+        taken[trainer.name] = trainer.step(prepared[_key(trainer)])
         trainer.seconds = time.perf_counter() - started
 
     there = [trainer for trainer in trainers if not trainer.diverged]
@@ -75,13 +75,22 @@ def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[s
     return {trainer.name: taken[trainer.name] for trainer in there}
 
 
+def _key(trainer: SaeTrainer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    wiring = trainer.config.wiring
+    return wiring.reads, wiring.writes
+
+
+def _side_by_side(batch: dict[str, Tensor], hook_points: tuple[str, ...]) -> Tensor:
+    return batch[hook_points[0]] if len(hook_points) == 1 else torch.cat([batch[hook] for hook in hook_points], 1)
+
+
 def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
-    """Normalise activations once for all SAEs that have the same inputs and target."""
+    """Normalise activations once for all SAEs that read and write the same hook points."""
     prepared: Prepared = {}
     for trainer in trainers:
-        inputs, out = key = (trainer.config.inputs, trainer.config.hook_point_out)
+        reads, writes = key = _key(trainer)
         if key not in prepared:
-            rows = batch[inputs[0]] if len(inputs) == 1 else torch.cat([batch[hook] for hook in inputs], 1)
+            rows = _side_by_side(batch, reads)
             dtype, normalization = trainer.W_enc_compute.dtype, trainer.normalization
             if rows.is_cuda and hasattr(trainer.kernels, "normalise") and isinstance(normalization.scale, float):
                 x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
@@ -91,7 +100,7 @@ def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
                 x = normalization.apply(rows)
                 x_compute = x.to(dtype)
             target = trainer.normalization.target
-            y = target.apply(batch[out]) if target is not None and out is not None else None
+            y = None if target is None else target.apply(_side_by_side(batch, writes))
             prepared[key] = Batch(x, x_compute, y)
     return prepared
 

@@ -83,14 +83,13 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
     n_parameters, needed, recipes = {}, {}, {}
     for sae in saes:
-        for place in sae.places:
+        for place in sae.wiring.hook_points:
             if place not in store.hook_points:
                 raise HookPointError(
                     f"SAE '{sae.name}': no hook point '{place}' in store '{store.path}'; "
                     f"it has: {', '.join(store.hook_points)}"
                 )
-        d_in = sum(map(store.d_in, sae.inputs))
-        d_out = store.d_in(sae.hook_point_out) if sae.hook_point_out else d_in
+        d_in, d_out = (_width(store, sae, names) for names in (sae.wiring.reads, sae.wiring.writes))
         try:
             architecture = make_architecture(sae, d_in, d_out)
             check_schedules(architecture, schedule)
@@ -101,15 +100,13 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
             read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
             check_can_be_sharded(sae, architecture)
-        if len({store.d_in(hook) for hook in sae.inputs}) > 1:
-            raise ConfigError(f"SAE '{sae.name}': the hook points of a crosscoder differ in width; expected one width")
         parameters = parameter_shapes(architecture).values()
         n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in parameters)
         gradients = sum(tensor.nbytes for tensor in parameters)
         needed[str(sae.name)] = held_bytes(architecture, config.compute_dtype) + gradients
     check_activations(store, saes)
     largest = max(sae.d_sae for sae in saes)
-    hook_points = {place for sae in saes for place in sae.places}
+    hook_points = {place for sae in saes for place in sae.wiring.hook_points}
     window_bytes = sum(
         min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
     )
@@ -135,3 +132,19 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         notes_of(saes, schedule, rows_per_epoch),
         recipes,
     )
+
+
+def _width(store: ActivationStore, sae: SaeConfig, names: tuple[str, ...]) -> int:
+    """Return the width of rows side by side.
+
+    Raises:
+        ConfigError: their hook points differ in width.
+    """
+    widths = {name: store.d_in(name) for name in names}
+    if len(set(widths.values())) > 1:
+        found = ", ".join(f"'{name}' {width}" for name, width in widths.items())
+        raise ConfigError(
+            f"SAE '{sae.name}': hook points that are read or written together differ in width ({found}); "
+            "expected one width"
+        )
+    return sum(widths.values())

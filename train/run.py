@@ -104,7 +104,7 @@ def _told_of(diverged: Mapping[str, str], n_trained: int) -> str:
 
 
 def _open_batches(config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout) -> ShuffledBatches:
-    hook_points = sorted({place for sae in layout.saes_here(plan.saes) for place in sae.places})
+    hook_points = sorted({place for sae in layout.saes_here(plan.saes) for place in sae.wiring.hook_points})
     part, n_parts = layout.batch_slice
     return ShuffledBatches(
         store,

@@ -117,7 +117,7 @@ class RunState:
         """Return the run's scale at each hook point: that it began with, in whatever way it was computed then."""
         scales = dict((record.scales or {}) if record else {})
         old = record is not None and record.scales is None
-        for place in sorted({place for sae in plan.saes for place in sae.places} - scales.keys()):
+        for place in sorted({place for sae in plan.saes for place in sae.wiring.hook_points} - scales.keys()):
             scale = scale_of_raw_norm if old else scale_of
             scales[place] = scale(store, place, self._config.normalize_activations)
         return scales

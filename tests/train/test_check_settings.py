@@ -44,7 +44,6 @@ GIVEN = {
     "aux_coefficient": 0.0,
     "k_aux": 3,
     "hook_point_out": "g",
-    "hook_points": ("h", "g"),
     "k_anneal_steps": 5,
     "multi_topk_coefficient": 0.125,
     "p_final": 0.5,
@@ -52,6 +51,13 @@ GIVEN = {
     "unit_norm_decoder": False,
 }
 """A value for each key that some architectures do not use."""
+
+PLACES = {
+    "transcoder": {"hook_point_out": "g"},
+    "skip_transcoder": {"hook_point_out": "g"},
+    "crosscoder": {"hook_points": ("h", "g")},
+}
+"""Keys that say what is read and written, where an architecture's name asks for them."""
 
 USED = {
     "topk": {"k", "aux_coefficient", "k_aux", "k_anneal_steps", "multi_topk_coefficient", "unit_norm_decoder"},
@@ -69,7 +75,7 @@ USED = {
     },
     "transcoder": {"l1_coefficient", "hook_point_out", "sparsity_warmup_steps"},
     "skip_transcoder": {"l1_coefficient", "hook_point_out", "sparsity_warmup_steps"},
-    "crosscoder": {"l1_coefficient", "hook_points", "sparsity_warmup_steps"},
+    "crosscoder": {"l1_coefficient", "sparsity_warmup_steps"},
 }
 """What the pages of the architectures name, key by key."""
 
@@ -101,7 +107,7 @@ def test_every_key_is_used_by_all_architectures_or_named_here():
 @pytest.mark.parametrize("architecture", sorted(USED))
 def test_options_that_an_architecture_does_not_use_are_refused(architecture):
     required = {key: GIVEN[key] for key in ARCHITECTURES[architecture].required}
-    base = {"architecture": architecture, "hook_point": "h", "d_sae": 32} | required
+    base = {"architecture": architecture, "hook_point": "h", "d_sae": 32} | required | PLACES.get(architecture, {})
     make_architecture(SaeConfig(**base), 16)
     for key, value in GIVEN.items():
         assert (architecture in architectures_using(key)) == (key in USED[architecture]), key

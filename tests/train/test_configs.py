@@ -29,7 +29,7 @@ def test_configuration_fits_its_harvest(path):
     for sae in saes:
         make_architecture(sae, 256)
     harvested = {canonical_hook_point(name) for name in harvest["hook_points"]}
-    assert {place for sae in saes for place in sae.places} <= harvested
+    assert {place for sae in saes for place in sae.wiring.hook_points} <= harvested
 
 
 def test_every_harvest_has_a_sweep():

@@ -74,3 +74,59 @@ def test_random_search_draws_the_same_values_each_time():
 def test_errors(tables, message):
     with pytest.raises(ConfigError, match=message):
         names(*tables)
+
+
+READS, WRITES = "blocks.1.mlp_in", "blocks.1.mlp_out"
+
+
+@pytest.mark.parametrize(
+    ("table", "reads", "writes", "kind"),
+    [
+        ({"hook_point": "blocks.2.hook_resid_post"}, ("blocks.2.resid_post",), ("blocks.2.resid_post",), "sae"),
+        ({"reads": READS, "writes": "blocks.1.hook_mlp_out"}, (READS,), (WRITES,), "transcoder"),
+        ({"reads": [READS], "writes": [WRITES], "skip": True}, (READS,), (WRITES,), "transcoder"),
+        ({"hook_points": ["a", "b"]}, ("a", "b"), ("a", "b"), "crosscoder"),
+        ({"reads": ["a", "b"], "writes": ["a", "b"]}, ("a", "b"), ("a", "b"), "crosscoder"),
+        ({"reads": ["a", "b"], "writes": ["c", "d", "e"]}, ("a", "b"), ("c", "d", "e"), "crosscoder"),
+        ({"reads": "a", "writes": ["a", "b"]}, ("a",), ("a", "b"), "crosscoder"),
+        ({"hook_point": READS, "hook_point_out": WRITES}, (READS,), (WRITES,), "transcoder"),
+    ],
+)
+def test_what_is_read_and_written(table, reads, writes, kind):
+    """However it is spelled; the first hook point that is read is `hook_point`, and expanding again changes nothing."""
+    (sae,) = expand_sweep([{"d_sae": 64, "k": 4} | table])
+    assert (sae.wiring.reads, sae.wiring.writes, sae.wiring.kind) == (reads, writes, kind)
+    assert sae.wiring.skip == table.get("skip", False)
+    assert sae.hook_point == reads[0]
+    assert expand_sweep([sae]) == [sae]
+
+
+def test_lists_of_lists_of_hook_points_are_grids():
+    saes = expand_sweep([{"d_sae": 64, "k": 4, "reads": [["a"], ["b", "c"]], "writes": [["d"], ["e"]]}])
+    assert [(sae.wiring.reads, sae.wiring.writes) for sae in saes] == [
+        (("a",), ("d",)),
+        (("a",), ("e",)),
+        (("b", "c"), ("d",)),
+        (("b", "c"), ("e",)),
+    ]
+    assert [sae.name for sae in saes] == ["topk-a-d-64-k4", "topk-a-e-64-k4", "topk-b+c-d-64-k4", "topk-b+c-e-64-k4"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"reads": "a"}, "'reads' is given without 'writes'"),
+        ({"hook_point": "a", "writes": "b"}, "'writes' is given without 'reads'"),
+        ({"hook_point": "a", "reads": "b", "writes": "c"}, "the first of reads is 'b'; leave hook_point out"),
+        ({"hook_points": ["a", "b"], "reads": "a", "writes": "c"}, "leave 'hook_points' out"),
+        ({"reads": "a", "writes": "b", "hook_point_out": "c"}, "leave 'hook_point_out' out"),
+        ({"reads": [], "writes": "b"}, "reads is empty"),
+        ({"reads": ["a", "b", "a"], "writes": "c"}, "reads has 'a' twice"),
+        ({"reads": "a", "writes": ["blocks.0.mlp_out", "blocks.0.hook_mlp_out"]}, "mlp_out' twice"),
+        ({"hook_point": "a", "skip": True}, "'a' is both read and written, so a skip path would copy it"),
+        ({"reads": ["a", 3], "writes": "b"}, "expected text or a list"),
+    ],
+)
+def test_places_that_contradict_each_other_are_refused(table, message):
+    with pytest.raises(ConfigError, match=message):
+        expand_sweep([{"d_sae": 64, "k": 4} | table])

@@ -49,6 +49,12 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
         raise ConfigError(f"no architecture '{config.architecture}'; {advice}")
     _check_options(config)
     cls = ARCHITECTURES[config.architecture]
+    if config.wiring.kind != cls.kind_of_wiring:
+        wanted = {"sae": "hook_point", "transcoder": "reads and writes", "crosscoder": "at least two hook_points"}
+        raise ConfigError(
+            f"architecture '{config.architecture}' cannot write {', '.join(config.wiring.writes)} from "
+            f"{', '.join(config.wiring.reads)}; give it {wanted[cls.kind_of_wiring]}"
+        )
     if AnnealedTopK.is_asked_for(config):
         cls = AnnealedTopK
     elif config.p_final is not None:

@@ -21,6 +21,10 @@ from .contract import Batch, Buffers, Parameters, StepInput, StepOutput
 
 COMMON_OPTIONS = (
     "hook_point",
+    "hook_points",
+    "reads",
+    "writes",
+    "skip",
     "d_sae",
     "architecture",
     "name",
@@ -57,6 +61,7 @@ class Architecture:
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
+    kind_of_wiring: ClassVar[str] = "sae"
     revives_dead: ClassVar[bool] = True
     capturable: ClassVar[bool] = False
     sparsity_warmup_fraction: ClassVar[float] = 1 / 20

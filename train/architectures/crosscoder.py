@@ -7,9 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ...shared.core.errors import ConfigError
 from ...shared.sae import Sae
-from ..config import SaeConfig
 from ..stream.normalization import Normalization
 from .base import Architecture
 from .contract import Buffers, Parameters
@@ -24,21 +22,16 @@ class Crosscoder(Transcoder):
 
     name = "crosscoder"
     capturable = True
-    required = ("l1_coefficient", "hook_points")
-
-    def __init__(self, config: SaeConfig, d_in: int):
-        super().__init__(config, d_in)
-        hook_points = config.hook_points or ()
-        if len(set(hook_points)) < max(2, len(hook_points)):
-            raise ConfigError(f"hook_points is {list(hook_points)}, expected at least two, each once")
+    kind_of_wiring = "crosscoder"
+    options = ("sparsity_warmup_steps",)
 
     def blocks(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae n d"]:
         """Return the decoder by hook point."""
-        return W_dec.view(len(W_dec), len(self.config.hook_points or ()), -1)
+        return W_dec.view(len(W_dec), len(self.config.wiring.reads), -1)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Add the hook points, and that the encoder does not subtract `b_dec`."""
-        hook_points = list(self.config.hook_points or ())
+        hook_points = list(self.config.wiring.reads)
         return super().hyperparameters() | {"hook_points": hook_points, "apply_b_dec_to_input": False}
 
     def to_sae(

@@ -26,8 +26,9 @@ class Transcoder(Architecture):
 
     name = "transcoder"
     capturable = True
-    required = ("l1_coefficient", "hook_point_out")
-    options = ("sparsity_warmup_steps",)
+    kind_of_wiring = "transcoder"
+    required = ("l1_coefficient",)
+    options = ("sparsity_warmup_steps", "hook_point_out")
     unit_norm_decoder = False
     eps = 1e-8
     revives_dead = False
@@ -104,7 +105,7 @@ class Transcoder(Architecture):
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization, metadata: dict[str, Any]
     ) -> Sae:
         """Return the transcoder, whose metadata names its target as `hook_name_out`."""
-        target = {"hook_name_out": saelens_hook_name(self.config.hook_point_out or "")}
+        target = {"hook_name_out": saelens_hook_name(self.config.wiring.writes[0])}
         return super().to_sae(parameters, buffers, normalization, metadata | target)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -115,11 +115,15 @@ def mean_centred_norm(store: ActivationStore, hook_point: str, mean: Float[Tenso
 
 
 def normalization_across(sae: SaeConfig, by_hook: Mapping[str, Normalization]) -> Normalization:
-    """Return an SAE's normalisation: a crosscoder's of all its hook points, a transcoder's with its target's."""
-    parts = [by_hook[hook] for hook in sae.inputs]
-    if sae.hook_point_out is not None:
-        target = by_hook[sae.hook_point_out]
-        return replace(parts[0], total_variance=target.total_variance, target=target)
+    """Return the normalisation of what an SAE reads, with that of what it writes where that is something else."""
+    source = _side_by_side([by_hook[name] for name in sae.wiring.reads])
+    if sae.wiring.writes == sae.wiring.reads:
+        return source
+    target = _side_by_side([by_hook[name] for name in sae.wiring.writes])
+    return replace(source, total_variance=target.total_variance, target=target)
+
+
+def _side_by_side(parts: Sequence[Normalization]) -> Normalization:
     if len(parts) == 1:
         return parts[0]
     scale = torch.cat([torch.full_like(part.mean, float(part.scale)) for part in parts])

@@ -14,7 +14,7 @@ import msgspec
 from ...shared.core.config import to_config
 from ...shared.core.errors import ConfigError
 from ...shared.model.hook_points import canonical_hook_point
-from ..config import SaeConfig
+from ..config import HookPoints, SaeConfig
 from .random_search import draws_of, sample_tables
 
 _RESERVED = {"config.toml", "checkpoint.json", "checkpoint.previous.json"}
@@ -23,7 +23,9 @@ _RESERVED = {"config.toml", "checkpoint.json", "checkpoint.previous.json"}
 _MOST_BYTES = 200
 """File systems allow 255; the files of an evaluation are named after the SAE, with endings."""
 
-_LISTS = ("prefix_sizes", "hook_points")
+_LISTS = ("prefix_sizes", "hook_points", "reads", "writes")
+_SEVERAL = ("reads", "hook_points")
+"""Keys that name what is read, in place of `hook_point`; `hook_point` is then the first."""
 _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
 
 
@@ -45,10 +47,10 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
             table = {key: value for key, value in msgspec.to_builtins(table).items() if value is not None}
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where}: expected a [[sae]] table, got {table!r}")
-        has_both = table.get("hook_points") is not None and "hook_point" in table
-        if table.get("hook_points") and not has_both:
-            first = table["hook_points"][0]
-            table = {"hook_point": first if isinstance(first, str) else first[0], **table}
+        several = _key_of_reads(table, where)
+        has_both = several is not None and "hook_point" in table
+        if several is not None and not has_both:
+            table = {"hook_point": f"the first of {several}", **table}
         drawn = draws_of(table, where)
         samples = sample_tables(table, drawn) if drawn else [table]
         for number, sample in enumerate(samples):
@@ -58,12 +60,12 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
                     raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
             for values in itertools.product(*(sample[key] for key in varying)):
                 config = to_config(SaeConfig, {**sample, **dict(zip(varying, values, strict=True))}, where)
-                if has_both and canonical_hook_point(config.hook_point) != canonical_hook_point(config.inputs[0]):
+                config, given = _canonical(config, where), config.hook_point
+                if has_both and canonical_hook_point(given) != config.hook_point:
                     raise ConfigError(
-                        f"{where}: hook_point is '{config.hook_point}', but the first of hook_points is "
-                        f"'{config.inputs[0]}'; leave hook_point out"
+                        f"{where}: hook_point is '{given}', but the first of {several} is '{config.hook_point}'; "
+                        "leave hook_point out"
                     )
-                config = _canonical(config)
                 name = _name(config, varying, where, f"-{number}" if drawn else "")
                 saes.append(msgspec.structs.replace(config, name=name))
     check_names([str(sae.name) for sae in saes])
@@ -96,14 +98,44 @@ def check_names(names: Sequence[str]) -> None:
         raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
 
 
-def _canonical(config: SaeConfig) -> SaeConfig:
+def _key_of_reads(table: Mapping[str, Any], where: str) -> str | None:
+    """Return which key says what is read, if it is not `hook_point`.
+
+    Raises:
+        ConfigError: keys contradict each other.
+    """
+    given = [key for key in (*_SEVERAL, "writes", "hook_point_out") if table.get(key) is not None]
+    if "reads" in given and "writes" not in given:
+        raise ConfigError(
+            f"{where}: 'reads' is given without 'writes'; give both, or hook_point or hook_points for an SAE that "
+            "writes what it reads"
+        )
+    if "writes" in given and "reads" not in given:
+        raise ConfigError(f"{where}: 'writes' is given without 'reads'; name what is read with 'reads'")
+    for other in ("hook_points", "hook_point_out"):
+        if "writes" in given and other in given:
+            raise ConfigError(f"{where}: '{other}' is given beside 'reads' and 'writes'; leave '{other}' out")
+    return next((key for key in _SEVERAL if key in given), None)
+
+
+def _canonical(config: SaeConfig, where: str) -> SaeConfig:
+    def names(given: HookPoints | None) -> tuple[str, ...] | None:
+        several = (given,) if isinstance(given, str) else given
+        return None if several is None else tuple(map(canonical_hook_point, several))
+
     out = config.hook_point_out
-    return msgspec.structs.replace(
+    config = msgspec.structs.replace(
         config,
-        hook_point=canonical_hook_point(config.inputs[0]),
         hook_point_out=canonical_hook_point(out) if out else None,
-        hook_points=tuple(map(canonical_hook_point, config.hook_points)) if config.hook_points else None,
+        hook_points=names(config.hook_points),
+        reads=names(config.reads),
+        writes=names(config.writes),
+        hook_point=canonical_hook_point(config.hook_point),
     )
+    try:
+        return msgspec.structs.replace(config, hook_point=config.wiring.reads[0])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _is_grid(key: str, value: Any) -> bool:
@@ -113,9 +145,10 @@ def _is_grid(key: str, value: Any) -> bool:
 
 def _name(config: SaeConfig, varying: Sequence[str], where: str, ending: str) -> str:
     keys = {key: value for key, value in msgspec.structs.asdict(config).items() if value is not None}
+    keys |= {key: "+".join(keys[key]) for key in ("reads", "writes") if key in keys}
     template = config.name
     if template is None:
-        template = "{architecture}-{hook_point}-{d_sae}"
+        template = "{architecture}-{reads}-{writes}-{d_sae}" if config.writes else "{architecture}-{hook_point}-{d_sae}"
         template += "-k{k}" if config.k is not None else ""
         template += "-l1-{l1_coefficient}" if config.l1_coefficient is not None else ""
     for key in varying:

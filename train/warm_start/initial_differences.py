@@ -58,7 +58,7 @@ def _of_places(architecture: Architecture, sae: Sae) -> list[str]:
     config = architecture.config
     if sae.architecture == "crosscoder":
         theirs = list(sae.config["hook_points"])
-        return [] if theirs == list(config.inputs) else [f"its hook points {theirs} are put in this SAE's order"]
+        return [] if theirs == list(config.wiring.reads) else [f"its hook points {theirs} are put in this SAE's order"]
     found = [
         f"it is of a model loaded with {name} = true, this one of the model as it is" for name in sae.model_processing
     ]

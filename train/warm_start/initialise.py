@@ -92,7 +92,7 @@ def read_initial(config: SaeConfig, init_from: str | None, architecture: Archite
         raise SaeError(f"SAE '{config.name}' cannot start from '{path}': it has {differing}")
     try:
         if isinstance(architecture, Crosscoder):
-            in_order(sae, config.inputs)
+            in_order(sae, config.wiring.reads)
         elif config.hook_point_out is not None:
             _ = sae.target_hook_point
     except SaeError as error:
@@ -154,7 +154,7 @@ def _with_norms(architecture: Architecture, sae: Sae, tensors: dict[str, Tensor]
 def _across_places(architecture: Transcoder, sae: Sae, normalization: Normalization) -> Parameters:
     """Return a transcoder's or crosscoder's parameters, with decoder norms of one on normalised targets."""
     crosses = isinstance(architecture, Crosscoder)
-    tensors = in_order(sae, architecture.config.inputs) if crosses else dict(sae.named_parameters())
+    tensors = in_order(sae, architecture.config.wiring.reads) if crosses else dict(sae.named_parameters())
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     mean, scale = normalization.mean, normalization.scale
     target = normalization.target or normalization

@@ -171,11 +171,15 @@ def test_every_recipe_resumes_to_the_same_end(store, tmp_path, train_killed):
 @pytest.mark.parametrize(
     ("table", "error", "message"),
     [
-        ({"architecture": "transcoder", "hook_point": IN}, ConfigError, "needs 'hook_point_out'"),
+        ({"architecture": "transcoder", "hook_point": IN}, ConfigError, "give it reads and writes"),
         ({"architecture": "transcoder", "hook_point": IN, "hook_point_out": "x"}, HookPointError, "no hook point 'x'"),
         ({"architecture": "standard", "hook_point": IN, "hook_point_out": OUT}, ConfigError, "does not use it"),
         ({"architecture": "crosscoder", "hook_points": [IN]}, ConfigError, "at least two"),
-        ({"architecture": "crosscoder", "hook_points": [IN, OUT]}, ConfigError, "differ in width"),
+        (
+            {"architecture": "crosscoder", "hook_points": [IN, OUT]},
+            ConfigError,
+            "differ in width.*mlp_in' 32, .*mlp_out' 20",
+        ),
     ],
 )
 def test_errors(store, tmp_path, table, error, message):

@@ -312,8 +312,8 @@ def test_10_a_resumed_trainer_goes_on_as_if_never_stopped():
 def check_equal_steps_are_bitwise_equal(name, take):
     """Also with another number of threads, which must not change the order of any sum by latent."""
     keys = {"architecture": name, "l1_coefficient": 0.1, "l0_coefficient": 0.1, "d_sae": 64}
-    places = {"hook_point_out": "out", "hook_points": ("h", "i")}
-    keys |= {key: place for key, place in places.items() if key in ARCHITECTURES[name].required}
+    kinds = {"sae": {}, "transcoder": {"reads": "h", "writes": "out"}, "crosscoder": {"hook_points": ("h", "i")}}
+    keys |= kinds[ARCHITECTURES[name].kind_of_wiring]
     architecture, parameters, _ = make(dtype=torch.float32, **keys)
     x = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(2))
     dead = torch.arange(64) >= 50

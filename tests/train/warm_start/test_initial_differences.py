@@ -31,7 +31,7 @@ def make(architecture, *others, config=None, metadata=None, hook_point=HOOK, n_h
 def architecture(name, **changes):
     keys = {"topk": {"k": 3}, "batch_topk": {"k": 3}, "jumprelu": {"l0_coefficient": 0.1}, "crosscoder": {}}
     config = SaeConfig(**{"hook_point": HOOK, "d_sae": N, "architecture": name} | keys.get(name, {}) | changes)
-    d_in = D * len(config.inputs)
+    d_in = D * len(config.wiring.reads)
     return make_architecture(config, d_in, D if config.hook_point_out else d_in)
 
 
