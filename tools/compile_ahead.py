@@ -39,7 +39,7 @@ POINTERS = {
         "segment_latents_ptr",
         "places_ptr",
     },
-    "*i32": {"failed_ptr", "top_indices_ptr", "indices_ptr", "rows_ptr", "slot_columns_ptr", "counts_ptr"},
+    "*i32": {"failed_ptr", "top_indices_ptr", "indices_ptr", "rows_ptr", "slot_columns_ptr", "slots_ptr", "counts_ptr"},
 }
 FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor"}
 # Rows are a multiple of 16 elements long in every model worth compiling for, so loads are of 16 bytes.
@@ -96,18 +96,16 @@ def variants() -> Iterator[Variant]:
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps, types=(("target_ptr", "*fp32"),))
         yield Variant(feature_major.segments_kernel, latents, tiling.num_warps, types=bfloat16_matrix)
         yield Variant(feature_major.grad_weights_kernel, latents, tiling.num_warps)
-        for norm_only in (False, True):
-            constants = latents | {"NORM_ONLY": norm_only}
+        for norm_only, dense in ((False, False), (True, False), (False, True), (True, True)):
+            constants = latents | {"NORM_ONLY": norm_only, "DENSE": dense}
             yield Variant(optimizer.update_kernel, constants, tiling.num_warps)
             yield Variant(optimizer.update_kernel, constants, tiling.num_warps, types=shadows)
-    # Triton makes constants of arguments that are 1; in `sum_by_latent`, of which every step has one, all sizes are.
+    # Triton makes constants of arguments that are 1, as the width is in `sum_by_latent`, of which every step has one.
     tiling = token_major.row_tiling(1)
     ones = {
         "ENTRIES": tiling.entries,
         "D": tiling.d,
         "MAX_SEGMENT": MAX_SEGMENT,
-        "n_matrix_rows": 1,
-        "stride": 1,
         "d_in": 1,
     }
     yield Variant(feature_major.segments_kernel, ones, tiling.num_warps)

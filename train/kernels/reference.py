@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .triton.adam import AdamState, Hyperparameters
+    from .triton.adam import AdamState, DenseGradients, Hyperparameters
     from .triton.csc import Csc
 
 
@@ -149,8 +149,8 @@ def update(
     acts: Float[Tensor, " nnz"],
     grad_pre_acts: Float[Tensor, " nnz"],
     csc: Csc,
-    x: Float[Tensor, "x_rows d_in"],
-    g: Float[Tensor, "g_rows d_in"],
+    x: Float[Tensor, "batch d_in"],
+    g: Float[Tensor, "batch d_in"],
     W_enc: AdamState,
     b_enc: AdamState,
     W_dec: AdamState,
@@ -158,6 +158,7 @@ def update(
     centre: Float[Tensor, " d_in"],
     max_norm: float | None = None,
     other_squared_norm: Float[Tensor, ""] | None = None,
+    dense: DenseGradients | None = None,
 ) -> Tensor | None:
     """Update the encoder and the decoder, in place, from a step's sparse entries; return the norm if it is clipped."""
     n_entries = int(csc.starts[-1])
@@ -167,9 +168,13 @@ def update(
     def summed(terms: Tensor, state: AdamState) -> Tensor:
         return terms.new_zeros(state.weight.shape).index_add(0, latents, terms)
 
-    by_dec = summed(wide(acts)[order, None] * wide(g)[rows % len(g)], W_dec)
-    by_enc = summed(wide(grad_pre_acts)[order, None] * wide(x)[rows % len(x)], W_enc)
+    by_dec = summed(wide(acts)[order, None] * wide(g)[rows], W_dec)
+    by_enc = summed(wide(grad_pre_acts)[order, None] * wide(x)[rows], W_enc)
     by_bias = summed(wide(grad_pre_acts)[order], b_enc)
+    if dense is not None:
+        there = dense.slots >= 0
+        for total, rows_of_dense in ((by_enc, dense.W_enc), (by_dec, dense.W_dec), (by_bias, dense.b_enc)):
+            total[there] += rows_of_dense[dense.slots[there].long()]
     by_enc -= by_bias[:, None] * centre
     # A decoder row's length is not trained (2406.04093, A.1).
     along = (by_dec * W_dec.weight).sum(1, keepdim=True) / W_dec.weight.square().sum(1, keepdim=True)

@@ -6,15 +6,13 @@ dead latents of each row decode, without `b_dec`, to `e_hat`, and `||e - e_hat||
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ....shared.core.cores import even_blocks, on_cores
 from ...architectures.contract import SINGLE_PROCESS, Collectives
-from ...kernels.cpu.topk import topk_of_rows
+from ...kernels.auxk import auxk_of_rows
 from ..contract import Batch, Number, Parameters
 from .dense import squared
 from .latents import add_to_rows
@@ -50,22 +48,11 @@ def add_auxk(
     bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
     if n_dead is not None:
         bias = bias.where(dead[latents], -torch.inf)
-    few = len(latents) <= k_aux
-
-    def largest(pre_acts: Tensor) -> Tensor:
-        topk = topk_of_rows if pre_acts.is_cpu else partial(torch.topk, dim=1, sorted=False)
-        values, indices = topk(pre_acts, k_aux)
-        return torch.zeros_like(pre_acts).scatter_(1, indices, across.only_largest(values, k_aux).relu())
 
     def part_of(rows: slice) -> tuple[Tensor, ...]:
         x = batch.x_compute[rows]
-        pre_acts = torch.addmm(bias.to(compute), x, W_enc.T)
-        acts = across.only_largest(pre_acts, k_aux).relu() if few else largest(pre_acts)
-        difference = across.over_latents((acts @ W_dec).to(precise)).add_(error[rows])
-        loss = squared(difference)
-        g = difference.mul_(weight).to(compute)
-        by_acts = (g @ W_dec.T).mul_(acts > 0)
-        return loss, acts.T @ g, by_acts.T @ x, by_acts.sum(0, dtype=precise)
+        combine = across.only_largest, across.over_latents
+        return auxk_of_rows(x, error[rows], W_enc, W_dec, bias, k_aux, weight, squared, *combine)
 
     blocks = even_blocks(len(error), _ROW_BLOCK)
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .adam import AdamState, Hyperparameters, update
+from .adam import AdamState, DenseGradients, Hyperparameters, update
 from .csc import Csc, to_csc
 from .dequantise import dequantise, normalise
 from .feature_major import grad_weights, grad_weights_and_bias, sum_by_latent
@@ -18,6 +18,7 @@ from .topk_step import TopKOptions, TopKStep
 __all__ = [
     "AdamState",
     "Csc",
+    "DenseGradients",
     "Hyperparameters",
     "Selection",
     "TopKOptions",

@@ -8,14 +8,16 @@ Clipping by the exact global norm takes the kernel twice: once for each latent's
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from .csc import Csc
@@ -52,6 +54,18 @@ class Hyperparameters:
     eps: float = 6.25e-10
 
 
+class DenseGradients(NamedTuple):
+    """Gradients of a few latents' parameters that are added to those of the sparse entries, as AuxK's are.
+
+    `slots` says which row a latent's are, and -1 for a latent without any; the encoder's are over x, not x - centre.
+    """
+
+    slots: Int32[Tensor, " d_sae"]
+    W_enc: Float[Tensor, "latents d_in"]
+    W_dec: Float[Tensor, "latents d_in"]
+    b_enc: Float[Tensor, " latents"]
+
+
 @triton.jit
 def adam(
     weight_ptr, mean_ptr, square_ptr, at, mask, gradient, lr, correction1, correction2, keep1, keep2, new1, new2, eps
@@ -72,10 +86,8 @@ def update_kernel(
     order_ptr,
     rows_ptr,
     x_ptr,
-    n_x_rows,
     stride_x,
     g_ptr,
-    n_g_rows,
     stride_g,
     starts_ptr,
     segment_starts_ptr,
@@ -97,6 +109,10 @@ def update_kernel(
     squared_norm_ptr,
     centre_ptr,
     schedule_ptr,
+    slots_ptr,
+    dense_enc_ptr,
+    dense_dec_ptr,
+    dense_bias_ptr,
     keep1,
     keep2,
     new1,
@@ -104,6 +120,7 @@ def update_kernel(
     eps,
     d_in,
     NORM_ONLY: tl.constexpr,
+    DENSE: tl.constexpr,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
@@ -118,7 +135,6 @@ def update_kernel(
         order_ptr,
         rows_ptr,
         g_ptr,
-        n_g_rows,
         stride_g,
         starts_ptr,
         segment_starts_ptr,
@@ -130,6 +146,11 @@ def update_kernel(
         ENTRIES,
         D,
     )
+    if DENSE:
+        slot = tl.load(slots_ptr + latent).to(tl.int64)
+        dense_at = slot * d_in + d
+        in_slot = mask & (dense_at >= 0)
+        grad_dec += tl.load(dense_dec_ptr + dense_at, mask=in_slot, other=0.0)
     W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
     along = tl.sum(grad_dec * W_dec, axis=0) / tl.maximum(tl.sum(W_dec * W_dec, axis=0), 1e-30)
     grad_dec -= along * W_dec
@@ -139,7 +160,6 @@ def update_kernel(
         order_ptr,
         rows_ptr,
         x_ptr,
-        n_x_rows,
         stride_x,
         starts_ptr,
         segment_starts_ptr,
@@ -151,6 +171,9 @@ def update_kernel(
         ENTRIES,
         D,
     )
+    if DENSE:
+        grad_enc += tl.load(dense_enc_ptr + dense_at, mask=in_slot, other=0.0)
+        grad_bias += tl.load(dense_bias_ptr + slot, mask=slot >= 0, other=0.0)
     # The encoder read x - centre.
     grad_enc -= grad_bias * tl.load(centre_ptr + d, mask=mask, other=0.0)
     if NORM_ONLY:
@@ -222,8 +245,8 @@ def update(
     acts: Float[Tensor, " nnz"],
     grad_pre_acts: Float[Tensor, " nnz"],
     csc: Csc,
-    x: Float[Tensor, "x_rows d_in"],
-    g: Float[Tensor, "g_rows d_in"],
+    x: Float[Tensor, "batch d_in"],
+    g: Float[Tensor, "batch d_in"],
     W_enc: AdamState,
     b_enc: AdamState,
     W_dec: AdamState,
@@ -231,12 +254,12 @@ def update(
     centre: Float[Tensor, " d_in"],
     max_norm: float | None = None,
     other_squared_norm: Float[Tensor, ""] | None = None,
+    dense: DenseGradients | None = None,
 ) -> Tensor | None:
     """Update the encoder and the decoder, in place, from a step's sparse entries; return the norm if it is clipped.
 
-    The pre-activations were `W_enc (x - centre) + b_enc`; `centre` is `b_dec`, or zeros. Entries' rows
-    count modulo the rows of `x` and of `g`: with an auxiliary loss, `g` stacks its residual's gradient under
-    the main one's. With `max_norm`, gradients (the decoder's projected) are scaled so that their global norm,
+    The pre-activations were `W_enc (x - centre) + b_enc`; `centre` is `b_dec`, or zeros. `dense` gradients are added
+    to those of the entries. With `max_norm`, gradients (the decoder's projected) are scaled so that their global norm,
     `other_squared_norm` of the parameters updated elsewhere included, is at most that, and
     `schedule[3]` holds the coefficient for those.
     """
@@ -254,10 +277,8 @@ def update(
             csc.order,
             csc.rows,
             x,
-            len(x),
             x.stride(0),
             g,
-            len(g),
             g.stride(0),
             csc.starts,
             csc.segment_starts,
@@ -279,6 +300,7 @@ def update(
             squared_norm,
             centre,
             h.schedule,
+            *(dense or (csc.rows, W_enc.weight, W_dec.weight, b_enc.weight)),
             h.beta1,
             h.beta2,
             1 - h.beta1,
@@ -286,6 +308,7 @@ def update(
             h.eps,
             d_in,
             NORM_ONLY=norm_only,
+            DENSE=dense is not None,
             MAX_SEGMENT=csc.max_segment,
             **tiling.launch,
         )

@@ -23,7 +23,6 @@ def sum_entries(
     order_ptr,
     rows_ptr,
     matrix_ptr,
-    n_matrix_rows,
     stride,
     start,
     stop,
@@ -32,14 +31,14 @@ def sum_entries(
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Return `sum_j values_j matrix[row_j mod n_matrix_rows]` over sorted entries, and the values' own sum."""
+    """Return `sum_j values_j matrix[row_j]` over sorted entries, and the values' own sum."""
     total = tl.zeros([ENTRIES, D], tl.float32)
     values_total = tl.zeros([ENTRIES], tl.float32)
     for first in range(start, stop, ENTRIES):
         places = first + tl.arange(0, ENTRIES)
         inside = places < stop
         entry = tl.load(order_ptr + places, mask=inside, other=0)
-        row = (tl.load(rows_ptr + places, mask=inside, other=0) % n_matrix_rows).to(tl.int64)
+        row = tl.load(rows_ptr + places, mask=inside, other=0).to(tl.int64)
         value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
         mask = inside[:, None] & (d < d_in)[None, :]
         terms = tl.load(matrix_ptr + row[:, None] * stride + d[None, :], mask=mask, other=0.0)
@@ -54,7 +53,6 @@ def segments_kernel(
     order_ptr,
     rows_ptr,
     matrix_ptr,
-    n_matrix_rows,
     stride,
     starts_ptr,
     segment_starts_ptr,
@@ -76,7 +74,7 @@ def segments_kernel(
     stop = tl.minimum(start + MAX_SEGMENT, tl.load(starts_ptr + latent + 1))
     d = tl.arange(0, D)
     total, values_total = sum_entries(
-        values_ptr, order_ptr, rows_ptr, matrix_ptr, n_matrix_rows, stride, start, stop, d, d_in, ENTRIES, D
+        values_ptr, order_ptr, rows_ptr, matrix_ptr, stride, start, stop, d, d_in, ENTRIES, D
     )
     tl.store(partial_ptr + segment * d_in + d, total, mask=d < d_in)
     tl.store(partial_values_ptr + segment, values_total)
@@ -89,7 +87,6 @@ def sum_latent(
     order_ptr,
     rows_ptr,
     matrix_ptr,
-    n_matrix_rows,
     stride,
     starts_ptr,
     segment_starts_ptr,
@@ -110,7 +107,6 @@ def sum_latent(
         order_ptr,
         rows_ptr,
         matrix_ptr,
-        n_matrix_rows,
         stride,
         start,
         tl.where(hot, start, stop),
@@ -131,7 +127,6 @@ def grad_weights_kernel(
     order_ptr,
     rows_ptr,
     matrix_ptr,
-    n_matrix_rows,
     stride,
     starts_ptr,
     segment_starts_ptr,
@@ -152,7 +147,6 @@ def grad_weights_kernel(
         order_ptr,
         rows_ptr,
         matrix_ptr,
-        n_matrix_rows,
         stride,
         starts_ptr,
         segment_starts_ptr,
@@ -182,7 +176,6 @@ def sum_segments(
         csc.order,
         csc.rows,
         matrix,
-        len(matrix),
         matrix.stride(0),
         csc.starts,
         csc.segment_starts,
@@ -216,7 +209,6 @@ def grad_weights_and_bias(
         csc.order,
         csc.rows,
         g,
-        len(g),
         g.stride(0),
         csc.starts,
         csc.segment_starts,
@@ -251,4 +243,5 @@ def sum_by_latent(
     csc: Csc | None = None,
 ) -> Float[Tensor, " d_sae"]:
     """Return the sum of each latent's values, as the gradients of biases and thresholds need it."""
-    return grad_weights_and_bias(values, indices, offsets, values.new_zeros(1, 1), d_sae, csc)[1]
+    nothing = values.new_zeros(1, 1).expand(len(offsets) - 1, 1)
+    return grad_weights_and_bias(values, indices, offsets, nothing, d_sae, csc)[1]

@@ -309,7 +309,7 @@ def select_topk_dense(
     k: int,
     block_bytes: int = 1 << 28,
 ) -> tuple[Float[Tensor, "batch k"], Int32[Tensor, "batch k"]]:
-    """Select by plain matrix products over blocks of rows, for a `k` that tiles' candidates cannot fill, as AuxK's."""
+    """Select by plain matrix products over blocks of rows, for a `k` that tiles' candidates cannot fill."""
     block = max(1, block_bytes // (4 * len(W_enc)))
     parts = [torch.topk((rows @ W_enc.T).float() + b_enc.float(), k, dim=1) for rows in x.split(block)]
     top_acts = torch.cat([part.values for part in parts])

@@ -2,8 +2,8 @@
 
 `TopKStep` owns the parameters, their moments and the bfloat16 shadows; one call is one step, and may be
 captured in a CUDA graph: what changes between steps (learning rate, Adam's corrections, which latents are
-dead) is read from the device. AuxK's entries (arXiv 2406.04093, A.2) join the main ones as `batch` more
-rows, whose gradients are stacked under the main ones, so that one update serves both.
+dead) is read from the device. AuxK (arXiv 2406.04093, A.2) is dense over the dead latents alone, whose gradients
+the update adds to those of the sparse entries.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .adam import AdamState, Hyperparameters, update
+from ..auxk import auxk_of_rows
+from .adam import AdamState, DenseGradients, Hyperparameters, update
 from .csc import to_csc
 from .feature_major import sum_by_latent
-from .select import select_topk, select_topk_dense
+from .select import select_topk
 from .token_major import reconstruct
 
+_AUXK_ENTRIES = 1 << 26
+"""AuxK's pre-activations that are held at a time."""
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -63,7 +66,6 @@ class TopKStep:
         self._betas = torch.tensor([options.beta1, options.beta2], dtype=torch.float64, device=device)
         self._steps = torch.zeros(len(_NAMES), device=device)
         self.steps: dict[str, Tensor] = dict(zip(_NAMES, self._steps.unbind(), strict=True))
-        self._no_bias = torch.zeros_like(self.b_dec.weight)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the float32 parameters, which steps update in place."""
@@ -123,38 +125,24 @@ class TopKStep:
 
         scale = torch.full((), 2 / (batch * options.total_variance), device=x.device)
         main = reconstruct(values, latents, offsets, self.W_dec.shadow, self.b_dec.weight, x, scale)
-        g, grad_pre_acts = main.g, main.grad_pre_acts
-        b_dec_grad = g.sum(0)
+        b_dec_grad = main.g.sum(0)
+        dense: DenseGradients | None = None
         aux_loss = scale.new_zeros(())
         n_dead = self.d_sae if n_dead is None else n_dead
         if n_dead and options.aux_coefficient > 0 and options.k_aux > 0:
-            total = main.squared_error.sum()
-            # The dead come first, by number, so that what comes after them changes no sum.
-            some = torch.argsort((~dead).byte(), stable=True)[:n_dead]
-            aux_bias = bias[some].where(dead[some], float("-inf"))
-            k_aux = min(options.k_aux, n_dead)
-            aux_acts, aux_places = select_topk_dense(x, self.W_enc.shadow[some], aux_bias, k_aux)
-            aux_indices = some.int()[aux_places]
-            aux_offsets = torch.arange(0, batch * k_aux + 1, k_aux, device=x.device)
-            aux_scale = (2 * options.aux_coefficient / total).nan_to_num(0.0, 0.0, 0.0)
-            aux_values, aux_latents = aux_acts.flatten(), aux_indices.flatten()
-            aux = reconstruct(
-                aux_values, aux_latents, aux_offsets, self.W_dec.shadow, self._no_bias, g / -scale, aux_scale
-            )
-            # The residual is the auxiliary loss's target, held constant; with no latent dead there is no loss.
-            aux_loss = aux.squared_error.sum() * (aux_scale / 2) * dead.any()
-            values, latents = torch.cat([values, aux_values]), torch.cat([latents, aux_latents])
-            offsets = torch.cat([offsets, aux_offsets[1:] + len(main.grad_pre_acts)])
-            g, grad_pre_acts = torch.cat([g, aux.g]), torch.cat([grad_pre_acts, aux.grad_pre_acts])
+            aux_loss, dense = self._auxk(x, main.g / scale, main.squared_error.sum(), bias, dead, n_dead)
 
         csc = to_csc(latents, offsets, self.d_sae)
-        b_dec_grad -= self.W_enc.weight.T @ sum_by_latent(grad_pre_acts, latents, offsets, self.d_sae, csc)
+        by_bias = sum_by_latent(main.grad_pre_acts, latents, offsets, self.d_sae, csc)
+        if dense is not None:
+            by_bias += dense.b_enc[dense.slots.clamp(min=0)].where(dense.slots >= 0, 0.0)
+        b_dec_grad -= self.W_enc.weight.T @ by_bias
         self.grad_norm = update(
             values,
-            grad_pre_acts,
+            main.grad_pre_acts,
             csc,
             x,
-            g,
+            main.g,
             self.W_enc,
             self.b_enc,
             self.W_dec,
@@ -162,10 +150,39 @@ class TopKStep:
             self.b_dec.weight,
             options.max_norm,
             b_dec_grad.square().sum(),
+            dense,
         )
         self._update_b_dec(b_dec_grad)
         mse = main.squared_error.sum() / batch
         return torch.stack([mse, values_fired / batch, aux_loss])
+
+    def _auxk(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
+        squared_error: Float[Tensor, ""],
+        bias: Float[Tensor, " d_sae"],
+        dead: Bool[Tensor, " d_sae"],
+        n_dead: int,
+    ) -> tuple[Float[Tensor, ""], DenseGradients]:
+        """Return AuxK's loss, 0 where no latent is dead, and its gradients; `error` is `x_hat - x`, held constant."""
+        coefficient = self.options.aux_coefficient
+        # The dead come first; those after them have no part in any sum.
+        some = torch.argsort((~dead).byte(), stable=True)[:n_dead]
+        bias = bias[some].where(dead[some], -torch.inf)
+        W_enc, W_dec = self.W_enc.shadow[some], self.W_dec.shadow[some]
+        weight = torch.where(squared_error > 0, 2 * coefficient / squared_error, 0.0)
+        by_W_dec, by_W_enc = torch.zeros(2, *W_enc.shape, device=x.device).unbind()
+        by_b_enc, loss = torch.zeros_like(bias), torch.zeros_like(squared_error)
+        n_rows = max(1, _AUXK_ENTRIES // n_dead)
+        for x_part, error_part in zip(x.split(n_rows), error.split(n_rows), strict=True):
+            sums = auxk_of_rows(x_part, error_part, W_enc, W_dec, bias, self.options.k_aux, weight, _squared)
+            for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), sums, strict=True):
+                total += addend
+        slots = torch.full((self.d_sae,), -1, dtype=torch.int32, device=x.device)
+        slots.scatter_(0, some, torch.arange(len(some), dtype=torch.int32, device=x.device))
+        loss = (coefficient * loss / squared_error).where(dead.any() & (squared_error > 0), 0.0)
+        return loss, DenseGradients(slots, by_W_enc, by_W_dec, by_b_enc)
 
     def _update_b_dec(self, gradient: Float[Tensor, " d_in"]) -> None:
         """Apply Adam to `b_dec`, the only parameter that the update kernel leaves."""
@@ -175,3 +192,7 @@ class TopKStep:
         self.b_dec.square.mul_(self.options.beta2).addcmul_(gradient, gradient, value=1 - self.options.beta2)
         root = self.b_dec.square.sqrt() / correction2.sqrt() + self.options.eps
         self.b_dec.weight.sub_(lr / correction1 * self.b_dec.mean / root)
+
+
+def _squared(error: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
+    return error.square().sum()

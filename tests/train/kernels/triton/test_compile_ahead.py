@@ -37,8 +37,8 @@ def compile_all(capability, *options):
 def assert_fits(results, capability):
     assert {result["kernel"] for result in results} == KERNELS
     for result in results:
-        # ptxas keeps 8 or 16 bytes of stack in float32 for sm_90, whatever registers it has left.
-        assert result["stack"] <= (16 if result["float32"] else 0), result
+        # ptxas keeps 8 or 16 bytes of stack now and then, whatever registers are left; spilled rows take hundreds.
+        assert result["stack"] <= 16, result
         assert result["shared"] <= SHARED_MEMORY[capability], result
         assert result["registers"] <= 255, result
         if result["kernel"] == "candidates_kernel" and capability == 90:

@@ -143,7 +143,7 @@ def latents_of(device, batch, d_sae, k, d_in):
     chosen = [torch.randperm(d_sae - 2, generator=generator)[: k - 1] + 1 for _ in range(batch)]
     indices = torch.cat([torch.cat([torch.zeros(1), part]) for part in chosen]).int()
     values = torch.randn(batch * k, generator=generator).abs()
-    matrices = (torch.randn(n, d_in, generator=generator) for n in (batch, 2 * batch, d_sae, d_sae))
+    matrices = (torch.randn(n, d_in, generator=generator) for n in (batch, batch, d_sae, d_sae))
     offsets = torch.arange(0, batch * k + 1, k)
     return tuple(tensor.to(device) for tensor in (values, indices, offsets, *matrices))
 
@@ -161,20 +161,25 @@ def test_reconstruct_equals_the_reference_twice(device, batch, k, d_in):
 
 @pytest.mark.parametrize(("batch", "k", "d_in"), [(1, 1, 80), (6, 3, 80)])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_update_equals_the_reference_twice(device, batch, k, d_in, max_norm):
-    """Entries come twice, the second time for rows of g that are stacked under the first, as AuxK's."""
+@pytest.mark.parametrize("dense", [False, True])
+def test_update_equals_the_reference_twice(device, batch, k, d_in, max_norm, dense):
+    """With dense gradients of latents that have many entries, some or none."""
     values, indices, offsets, x, g, W_dec, W_enc = latents_of(device, batch, 9, k, d_in)
-    values, indices = torch.cat([values, 0.5 * values]), torch.cat([indices, indices])
-    csc = to_csc(indices, torch.cat([offsets, offsets[1:] + offsets[-1]]), 9, max_segment=2)
+    csc = to_csc(indices, offsets, 9, max_segment=2)
+    extra = None
+    if dense:
+        slots = torch.full((9,), -1, dtype=torch.int32, device=device)
+        slots[torch.tensor([7, 0, 3], device=device)] = torch.arange(3, dtype=torch.int32, device=device)
+        extra = fused.DenseGradients(slots, W_dec[:3].flip(1), W_enc[:3].flip(1), W_enc[:3, 5].contiguous())
     W_dec = torch.nn.functional.normalize(W_dec, dim=1)
-    centre, others = x[0].clone(), torch.tensor(0.1, device=device)
+    centre, others = 0.5 * x[0], torch.tensor(0.1, device=device)
 
     def after(update):
         states = [fused.AdamState.of(weight) for weight in (W_enc, W_enc[:, 0], W_dec)]
         schedule = torch.tensor([0.01, 0.1, 0.001, 1.0], device=device)
         hyperparameters = fused.Hyperparameters(schedule, eps=1e-4)
         norms = [
-            update(values, values.flip(0), csc, x, g, *states, hyperparameters, centre, max_norm, others)
+            update(values, values.flip(0), csc, x, g, *states, hyperparameters, centre, max_norm, others, extra)
             for _ in range(2)
         ]
         tensors = [getattr(state, name) for state in states for name in ("weight", "mean", "square")]
@@ -197,7 +202,7 @@ def test_every_op_gives_the_same_bits_twice(device):
         lambda: (fused.grad_values(x, W_dec, indices, offsets),),
         lambda: fused.grad_weights_and_bias(values, indices, offsets, x, 9, csc),
         lambda: fused.normalise(x, g[0], 0.5),
-        lambda: (fused.dequantise(stored, values[:12], indices.long()),),
+        lambda: (fused.dequantise(stored, values[:6], indices.long() % 6),),
         lambda: to_csc(indices, offsets, 9)[:5],
     )
     for call in calls:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import thresher.train.architectures.capacity as capacity_module
-import thresher.train.architectures.parts.auxk as auxk_module
+import thresher.train.kernels.auxk as auxk_module
 import thresher.train.kernels.triton.select as select_module
 import thresher.train.step.host_polls as polls_module
 import thresher.train.step.sae_trainer as trainer_module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import thresher.train.kernels.triton.topk_step as step_module
 from thresher.train.kernels.triton.topk_step import TopKOptions, TopKStep
 
 D_SAE, D_IN, BATCH, VARIANCE = 13, 80, 5, 40.0
@@ -96,6 +97,57 @@ def test_steps_equal_autograds(device, options):
         # The interpreter truncates where the GPU rounds.
         torch.testing.assert_close(state.shadow.float(), state.weight, rtol=2**-7, atol=1e-8)
     assert torch.equal(fused.tokens_since_fired.float(), plain.since)
+
+
+def by_sparse_entries(step, x, bias, dead, error, squared_error):
+    """AuxK's loss and gradients from each row's largest dead latents, entry by entry in float64."""
+    options, W_enc, W_dec = step.options, step.W_enc.shadow.double(), step.W_dec.shadow.double()
+    pre_acts = x.double() @ W_enc.T + bias.double()
+    values, latents = pre_acts.masked_fill(~dead, -torch.inf).topk(options.k_aux)
+    difference = error.double().clone()
+    for row in range(len(x)):
+        for value, latent in zip(values[row].relu(), latents[row], strict=True):
+            difference[row] += value * W_dec[latent]
+    g = difference * 2 * options.aux_coefficient / squared_error
+    by = {"W_enc": torch.zeros_like(W_enc), "W_dec": torch.zeros_like(W_dec), "b_enc": torch.zeros_like(bias).double()}
+    for row in range(len(x)):
+        for value, latent in zip(values[row], latents[row], strict=True):
+            if value > 0:
+                by["W_dec"][latent] += value * g[row]
+                by["W_enc"][latent] += (g[row] @ W_dec[latent]) * x[row].double()
+                by["b_enc"][latent] += g[row] @ W_dec[latent]
+    return options.aux_coefficient * difference.square().sum() / squared_error, by
+
+
+@pytest.mark.parametrize("room", [4, 8, D_SAE])
+@pytest.mark.parametrize("rows_at_a_time", [1, BATCH])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_auxk_is_that_of_the_sparse_entries(device, monkeypatch, room, rows_at_a_time, dtype):
+    """For four dead latents, in room for so many or more, rows at once or not, and the same bits twice."""
+    monkeypatch.setattr(step_module, "_AUXK_ENTRIES", rows_at_a_time * room)
+    parameters, x = initial(device)
+    x = x.to(dtype)
+    options = TopKOptions(3, VARIANCE, aux_coefficient=0.5, k_aux=3, dead_after_tokens=1)
+    step = TopKStep(parameters, options, dtype)
+    dead = torch.zeros(D_SAE, dtype=torch.bool, device=device)
+    dead[[1, 4, 6, 9]] = True
+    bias = torch.linspace(-3, 3, D_SAE, device=device)
+    error = torch.linspace(-1, 1, BATCH * D_IN, device=device).view(BATCH, D_IN).flip(1)
+    squared_error = error.square().sum()
+    loss, found = step._auxk(x, error, squared_error, bias, dead, room)
+    expected_loss, expected = by_sparse_entries(step, x, bias, dead, error, squared_error)
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 5e-3}
+    torch.testing.assert_close(loss.double(), expected_loss, **tolerance)
+    assert set(found.slots[dead].tolist()) == {0, 1, 2, 3}
+    for name, gradient in expected.items():
+        rows = torch.zeros_like(gradient)
+        there = found.slots >= 0
+        rows[there] = getattr(found, name)[found.slots[there].long()].double()
+        torch.testing.assert_close(rows, gradient, msg=name, **tolerance)
+        assert gradient[dead].abs().max() > 0.01, "there is something to compare"
+    again = step._auxk(x, error, squared_error, bias, dead, room)
+    assert torch.equal(again[0], loss)
+    assert all(torch.equal(one, other) for one, other in zip(again[1], found, strict=True))
 
 
 @pytest.mark.gpu
