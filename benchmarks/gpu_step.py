@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_tables
 
 PEERS = ("dense", "sparsify", "dictionary_learning", "sae_lens")
-SECTION_SECONDS = 1200
+SECTION_SECONDS = 540
 # An H200's, on which the design's floors rest; override for another GPU.
 FLOPS, BYTES_PER_SECOND = 790e12, 4.3e12
 
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Return the median time of a call on the GPU, after warming up; without a GPU run it once and return nothing."""
+    """Return the median time of a call on the GPU, its launches included; without a GPU run it and return NaN."""
     import torch
 
     if not torch.cuda.is_available():
@@ -77,16 +77,37 @@ def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def replayed(run: Callable[[], object], calls: int = 1) -> float:
+    """Return the median time of a call on the GPU as part of a graph of some calls, so without its launches."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return milliseconds(run)
+    for _ in range(3):  # kernels are compiled before the capture
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return milliseconds(graph.replay) / calls
+
+
 def make_problem(size: Size, device: Any) -> tuple[dict[str, Any], Any]:
-    """Return initial parameters and a batch with a few strong directions, so that selection has work to do."""
+    """Return initial parameters and a batch of which each row has about k strong directions.
+
+    They are as skewed as in trained SAEs: a twentieth of the latents has two thirds of the entries, one most rows.
+    """
     import torch
 
     generator = torch.Generator(device=device).manual_seed(0)
     W_dec = torch.randn(size.d_sae, size.d_in, generator=generator, device=device)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    directions = torch.randint(size.d_sae, (size.batch, size.k), generator=generator, device=device)
+    frequency = (torch.arange(size.d_sae, device=device) + 3.0) ** -1.1
+    drawn = torch.multinomial(frequency, size.batch * size.k, replacement=True, generator=generator)
+    directions = drawn.view(size.batch, size.k)
     noise = torch.randn(size.batch, size.d_in, generator=generator, device=device)
-    x = torch.nn.functional.embedding_bag(directions, W_dec, mode="sum") * 4 + noise
+    x = torch.nn.functional.embedding_bag(directions, W_dec, mode="sum") * 8 + noise
     zeros = torch.zeros(size.d_sae, device=device), torch.zeros(size.d_in, device=device)
     parameters = {"W_enc": W_dec.clone(), "b_enc": zeros[0], "W_dec": W_dec, "b_dec": zeros[1]}
     return parameters, x.to(torch.bfloat16)
@@ -176,13 +197,30 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
         "normalise": (lambda: fused.normalise(x, parameters["b_dec"], 0.5), 0, 8 * B * d),
         "torch.linear": (lambda: torch.nn.functional.linear(x, W), product[0], product[1] + 2 * B * F),
     }
-    table: dict[str, Any] = {"recomputed_rows": int(failed.sum())}
+    counts = csc.starts.diff()
+    table: dict[str, Any] = {
+        "recomputed_rows": int(failed.sum()),
+        "hot_latents": int((counts > csc.max_segment).sum()),
+        "most_entries": int(counts.max()),
+    }
     for name, (call, operations, n_bytes) in calls.items():
         floor_ms = max(operations / options.flops, n_bytes / options.bandwidth) * 1e3
-        taken = milliseconds(call)
+        taken = replayed(call, calls=4)
         bound = "operations" if operations / options.flops > n_bytes / options.bandwidth else "bytes"
         table[name] = {"ms": taken, "floor_ms": floor_ms, "bound": bound, "ratio": taken / floor_ms}
     return table
+
+
+def card(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what this card reaches at best: a large product in bfloat16, and a copy within its memory."""
+    import torch
+
+    n, n_bytes = (64, 1 << 10) if options.rehearse else (8192, 1 << 31)
+    one, other = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product, copy = replayed(lambda: one @ other, calls=4), replayed(lambda: target.copy_(source), calls=4)
+    return {"flops": 2 * n**3 / product * 1e3, "bytes_per_second": 2 * n_bytes / copy * 1e3}
 
 
 def step(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +251,7 @@ def step(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]
     if not float(whole(x)[0]) < before:
         raise AssertionError("the loss does not fall")
     if cuda:
-        result["ms"] = milliseconds(captured(lambda: whole(x)))
+        result["ms"] = replayed(lambda: whole(x), calls=2)
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     del whole
     n_dead = max(1, size.d_sae // 64)
@@ -221,19 +259,8 @@ def step(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]
     whole = fused.TopKStep(parameters, reviving)
     whole.tokens_since_fired[:n_dead] = 10
     whole(x, n_dead)
-    call = captured(lambda: whole(x, n_dead)) if cuda else lambda: whole(x, n_dead)
-    result["auxk_ms"], result["n_dead"] = milliseconds(call), n_dead
+    result["auxk_ms"], result["n_dead"] = replayed(lambda: whole(x, n_dead)), n_dead
     return result
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Return the replay of a graph of what `run` launches."""
-    import torch
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -278,8 +305,9 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
             if options.rehearse:
                 raise
             table[name] = {"error": repr(error)[:300]}
-        # The next one's memory is not to come on top.
-        trainer = None
+        trainer = None  # its memory must not come on top of the next one's
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return table
 
 
@@ -329,6 +357,7 @@ def peers(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any
 
 
 SECTIONS: dict[str, Callable[[Size, Any, argparse.Namespace], dict[str, Any]]] = {
+    "card": card,
     "kernels": kernels,
     "step": step,
     "architectures": architectures,
@@ -382,8 +411,8 @@ def main(arguments: list[str] | None = None) -> None:
         entry: dict[str, Any] = {"size": size._asdict()}
         report["sizes"].append(entry)
         for section in options.sections:
-            # The largest size's stores would take longer to write than all else takes to measure.
-            if section == "stream" and size.d_in >= 4096:
+            # The card is the same for each size; the largest's stores would take longer to write than all else.
+            if (section == "card" and number) or (section == "stream" and size.d_in >= 4096):
                 continue
             print(
                 f"{section} at d={size.d_in} F={size.d_sae} k={size.k} batch {size.batch}", file=sys.stderr, flush=True

@@ -38,7 +38,14 @@ def _kernels(rows: dict[str, Any], entry: dict[str, Any]) -> list[str]:
         for name, row in rows.items()
         if isinstance(row, dict)
     ]
-    return [*lines, f"| rows recomputed | | {rows['recomputed_rows']} of {entry['size']['batch']} |"]
+    hot = f"{rows['hot_latents']}, of at most {rows['most_entries']} entries"
+    batch = entry["size"]["batch"]
+    return [*lines, f"| rows recomputed | | {rows['recomputed_rows']} of {batch} |", f"| hot latents | | {hot} |"]
+
+
+def _card(row: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    reached = f"{row['flops'] / 1e12:.0f} TFLOP/s in bfloat16, {row['bytes_per_second'] / 1e12:.2f} TB/s"
+    return [f"| this card at best | | {reached} |"]
 
 
 def _step(row: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -91,6 +98,7 @@ def _ours(entry: dict[str, Any]) -> float:
 
 
 _SECTIONS = {
+    "card": _card,
     "kernels": _kernels,
     "step": _step,
     "architectures": _architectures,

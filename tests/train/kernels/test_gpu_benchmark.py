@@ -43,7 +43,8 @@ def test_every_line_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert set(entry) == {"size", *module.SECTIONS}
     assert entry["peers"] == {"dense": json.loads(PEER)}
     table = output.with_suffix(".md").read_text()
-    for row in ("select_batch_topk", "whole step", "jumprelu", "int8 store", "| dense | 3.000 |"):
+    rows = ("TFLOP/s", "select_batch_topk", "hot latents", "whole step", "jumprelu", "int8 store", "| dense | 3.000 |")
+    for row in rows:
         assert row in table
 
 
@@ -96,3 +97,14 @@ def test_the_dense_peer_learns(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_peers.py", "dense", "8", "12", "2", "6", "--rehearse"])
     peers.main()
     assert json.loads(capsys.readouterr().out) == {"rehearsed": "dense"}
+
+
+def test_its_batches_are_as_skewed_as_those_of_trained_saes(monkeypatch):
+    module = load("gpu_step", monkeypatch)
+    size = module.Size(768, 8192, 32, 128, None)
+    parameters, x = module.make_problem(size, torch.device("cpu"))
+    latents = (x.float() @ parameters["W_dec"].T).topk(size.k).indices
+    counts = torch.bincount(latents.flatten(), minlength=size.d_sae).sort(descending=True).values
+    # A twentieth of the latents has about two thirds of the entries, the most frequent is in most rows.
+    assert 0.55 < counts[: size.d_sae // 20].sum() / counts.sum() < 0.8
+    assert 0.6 < counts[0] / size.batch < 0.95
