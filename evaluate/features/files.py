@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...shared.core.disk import replacing
-from ...shared.core.errors import DataError, MissingFileError
+from ...shared.core.errors import ConfigError, DataError, MissingFileError
 from ...shared.core.paths import user_path
 from .token_text import TokenTexts
 
@@ -102,6 +102,17 @@ class FeatureIndex:
         """Yield the latents in order, `size` at a time, as plain objects."""
         for batch in self._file.iter_batches(batch_size=size):
             yield batch.to_pylist()
+
+    def latent(self, number: int) -> dict[str, Any]:
+        """Return one latent's row as plain objects.
+
+        Raises:
+            ConfigError: the SAE has no such latent.
+        """
+        if not 0 <= number < self.n_latents:
+            raise ConfigError(f"expected a latent from 0 to {self.n_latents - 1} of '{self.path}', got {number}")
+        size = self._file.metadata.row_group(0).num_rows
+        return self._file.read_row_group(number // size).slice(number % size, 1).to_pylist()[0]
 
     def columns(self, names: list[str]) -> pa.Table:
         """Return some columns of all latents."""

@@ -23,7 +23,7 @@ from thresher.evaluate.features.rows import interestingness
 from thresher.evaluate.features.sparse import ActiveLatents, active_latents
 from thresher.evaluate.features.statistics import N_BINS, ActivationStatistics, CoFiring
 from thresher.evaluate.metrics.encoding import FEWEST_ROWS
-from thresher.shared.core.errors import DataError, MissingFileError, StoreError
+from thresher.shared.core.errors import ConfigError, DataError, MissingFileError, StoreError
 from thresher.shared.sae import Sae
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
@@ -191,6 +191,16 @@ def test_the_rows_that_are_counted_are_of_any_position():
     co_firing.add(block, n_contexts * CONTEXT)
     assert co_firing.firings.sum() == k * n_contexts
     assert (co_firing.firings > 0).sum() > CONTEXT * k // 2
+
+
+def test_one_latent_is_its_line_of_the_index(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("thresher.evaluate.features.files.ROW_GROUP", 5)
+    index = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=SETTINGS)["a"]
+    assert index._file.metadata.num_row_groups > 1
+    assert [index.latent(number) for number in range(D_SAE)] == lines(index)
+    for number in (-1, D_SAE):
+        with pytest.raises(ConfigError, match=f"expected a latent from 0 to {D_SAE - 1}"):
+            index.latent(number)
 
 
 def test_a_growing_maximum_keeps_the_histogram_exact(store):

@@ -1,0 +1,95 @@
+"""The scripts and the notebook in examples/ run as they are, and what they find is computed again another way."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from thresher import ActivationStore, Sae
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MODEL = Path(__file__).parents[1] / "models" / "stdlib-lm"
+HOOK_POINT = "blocks.2.resid_post"
+
+
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch):
+    monkeypatch.setattr("thresher.shared.store.local.durable.flush", lambda handle: None)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested_and_in_the_readme():
+    names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert names == {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py", "tour.ipynb"}
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    assert all(f"examples/{name}" in readme for name in names)
+
+
+@torch.no_grad()
+def test_harvest_and_read(tmp_path, capsys):
+    store = load("harvest_and_read").main(tmp_path)
+    printed = capsys.readouterr().out
+    n = store.context_size
+    tokens = store.tokens(0, n).long()[None]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    expected = model(tokens, output_hidden_states=True).hidden_states[3][0]
+    stored = store.read(HOOK_POINT, 0, n).float()
+    assert (stored - expected).norm() < 0.02 * expected.norm()  # the model ran in bfloat16
+    masked = int((store.tokens(0, 1024) == tokens[0, 0]).sum())
+    assert f"{masked} rows masked" in printed
+    assert printed.count("batch (4096, 256)") == 3
+
+
+def test_own_activations(tmp_path, capsys):
+    sae = load("own_activations").main(tmp_path)
+    store = ActivationStore.open(tmp_path / "store")
+    assert store.held_out_contexts().tolist() == [number % 16 == 0 for number in range(128)]
+    x = store.read("gelu", 0, 128).double().numpy()
+    weights = {name: value.detach().double().numpy() for name, value in sae.named_parameters()}
+    pre = np.maximum((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"], 0)
+    kept = np.where(pre >= np.sort(pre, axis=1)[:, -16:-15], pre, 0)
+    error = ((kept @ weights["W_dec"] + weights["b_dec"] - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert error < 0.7
+    assert f"explained variance {1 - error:.3f}" in capsys.readouterr().out
+
+
+def test_look_at_a_latent(tmp_path, capsys):
+    latent = load("look_at_a_latent").main(tmp_path)
+    store = ActivationStore.open(tmp_path / "store")
+    (folder,) = (path for path in (tmp_path / "saes").iterdir() if path.name.endswith("-k8"))
+    usable = store.row_mask(0, store.n_rows)
+    latents = Sae.load(folder).encode(store.read(HOOK_POINT, 0, store.n_rows).float()[torch.from_numpy(usable)])
+    fired = latents[:, latent["latent"]] > 0
+    assert latent["firings"] == pytest.approx(int(fired.sum()), abs=2)
+    assert latent["max_activation"] == pytest.approx(float(latents[:, latent["latent"]].max()), rel=1e-4)
+    printed = capsys.readouterr().out
+    assert f"latent {latent['latent']}: fires on" in printed
+    assert (tmp_path / "evaluation" / "report.html").exists()
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(MODEL.parent)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text())
+    names: dict = {}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {number}", "exec"), names)
+    variances = {row["name"]: row["explained_variance"] for row in names["results"]}
+    assert variances["topk-k8"] < variances["topk-k16"]
+    plain, steered = (dict(names["next_tokens"](strength)) for strength in (0.0, 1000.0))
+    assert plain.keys() != steered.keys()
