@@ -1,4 +1,4 @@
-"""What a harvest will take: bytes and time, told before it starts, and room on the disk for it."""
+"""Estimate the bytes and the time of a harvest, and check that they fit on the disk."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from ..shared.core.location import cache_folder, locate
 from ..shared.store.format.layout import ITEM_BYTES
 from .config import HarvestConfig
 
-# Stored bytes over raw bytes, with a margin: bitshuffled bfloat16 activations come to 0.70 to 0.78.
+# Stored bytes over raw bytes, with a margin: bitshuffled bfloat16 activations compress to 0.70 to 0.78.
 STORED_FRACTION = {"none": 1.0, "lz4": 0.85, "zstd": 0.85, "int8": 1.0}
 TOKEN_BYTES = 4 + 8
 STAGED_SHARDS = 4
-"""Shards of each hook point that lie in the cache at once on their way to an object store."""
+"""Shards of each hook point that are in the cache at once while they are uploaded."""
 
 
-def announce(config: HarvestConfig, widths: Mapping[str, int], n_contexts: int, rows_per_second: float) -> None:
-    """Tell what is to come, or raise `DiskSpaceError`."""
+def report_estimate(config: HarvestConfig, widths: Mapping[str, int], n_contexts: int, rows_per_second: float) -> None:
+    """Print the estimate of the rest of the harvest; raise `DiskSpaceError` if it does not fit on the disk."""
     n_rows = n_contexts * config.context_size
     needed = estimate(widths, config.dtype, config.codec, n_rows, rows_per_second)
     store = locate(config.store)
     if isinstance(store, Path):
-        tell(needed, len(widths), check_disk(store, needed))
+        print_estimate(needed, len(widths), check_disk(store, needed))
     else:
         staged = min(needed.stored_bytes, STAGED_SHARDS * len(widths) * config.shard_bytes)
-        tell(needed, len(widths), check_disk(cache_folder(config.cache), replace(needed, stored_bytes=staged)))
+        print_estimate(
+            needed, len(widths), check_disk(cache_folder(config.cache), replace(needed, stored_bytes=staged))
+        )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rows, bytes and seconds still to come."""
+    """The rows, bytes and seconds that remain."""
 
     n_rows: int
     raw_bytes: int
@@ -51,7 +53,7 @@ def estimate(widths: Mapping[str, int], dtype: str, codec: str, n_rows: int, row
 
 
 def check_disk(store: Path, needed: Estimate) -> int:
-    """Return the free bytes of the store's disk; raise `DiskSpaceError` if the harvest would not fit."""
+    """Return the free bytes of the store's disk; raise `DiskSpaceError` if the harvest does not fit."""
     folder = store.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -64,7 +66,7 @@ def check_disk(store: Path, needed: Estimate) -> int:
     return free
 
 
-def tell(needed: Estimate, n_hook_points: int, free: int) -> None:
+def print_estimate(needed: Estimate, n_hook_points: int, free: int) -> None:
     """Print the estimate."""
     print(
         f"harvest: {needed.n_rows:,} rows at {n_hook_points} hook point{'s' * (n_hook_points > 1)}, "
@@ -75,7 +77,7 @@ def tell(needed: Estimate, n_hook_points: int, free: int) -> None:
 
 
 def human_bytes(n_bytes: float) -> str:
-    """Return a size in the decimal unit that suits it."""
+    """Return a size with a suitable decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"
@@ -84,7 +86,7 @@ def human_bytes(n_bytes: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return a duration in the unit that suits it."""
+    """Return a duration with a suitable unit."""
     for unit, size in (("s", 60), ("min", 60), ("h", 48)):
         if seconds < size:
             return f"{seconds:.0f} {unit}" if unit == "s" else f"{seconds:.1f} {unit}"

@@ -100,7 +100,7 @@ def check_unchanged(config: HarvestConfig, wanted: dict[str, Any]) -> None:
         )
 
 
-class Standing(NamedTuple):
+class StoreStatus(NamedTuple):
     """Whether a store already holds what a harvest asks for, and what the user should know about it."""
 
     complete: bool
@@ -112,14 +112,14 @@ def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
     return compare(store, wanted).complete
 
 
-def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> Standing:
+def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> StoreStatus:
     """Compare a store, if one is there, with the identity of a harvest.
 
     Raises `StoreError` for a store of another harvest, naming what differs.
     """
     manifest = find_manifest(store)
     if manifest is None:
-        return Standing(complete=False)
+        return StoreStatus(complete=False)
     found = manifest.header.metadata.get("harvest")
     if not isinstance(found, dict):
         raise StoreError(f"the store '{store}' was not written by a harvest; name another store")
@@ -134,7 +134,7 @@ def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> Standing:
             f"resumes with batch_size {wanted['batch_size']} a store that was begun with {found.get('batch_size')}: "
             "its rows agree with those of one batch size up to rounding, but not to the bit"
         )
-    return Standing(complete, tuple(notes))
+    return StoreStatus(complete, tuple(notes))
 
 
 def _compare_size(store: Path | StoreUrl, manifest: Manifest, wanted: dict[str, Any]) -> tuple[bool, list[str]]:
@@ -226,7 +226,7 @@ def _advice(differing: dict[str, tuple[Any, Any]]) -> str:
     return "name another store"
 
 
-def continued_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str, Any]) -> dict[str, Any]:
+def resumed_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata with which a store that was begun is resumed: its own, where the rest agrees.
 
     Raises `StoreError` for what differs beyond the spelling of names and the number of rows.

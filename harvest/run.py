@@ -1,7 +1,6 @@
-"""Harvest: run a language model once over packed text and store what its hook points hold.
+"""The harvest stage: run a language model once over packed text and store the activations at its hook points.
 
-PyTorch and the libraries above it take seconds to import: a store that is complete is reused
-without them.
+PyTorch and transformers take seconds to import, so a store that is already complete is reused without them.
 """
 
 from __future__ import annotations
@@ -9,33 +8,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..shared.core.interrupt import Interrupt
+from ..shared.core.launcher import n_launched, silence_connection_logs
 from ..shared.core.lazy import fast_imports
-from ..shared.core.location import StoreUrl, locate
+from ..shared.core.location import StoreUrl, locate, staging_folder
+from ..shared.store.format.layout import STAGED_FOLDER
 from .config import HarvestConfig
 from .progress import Progress
-from .ranks.launch import needs_ranks, quiet_network
 from .reuse import check_unchanged, compare, identity
-from .steps import open_writer, run_model, tell_standing, tell_stored, write_sources
+from .steps import open_writer, print_status, print_stored, run_model, write_sources
 
 
 def harvest(config: HarvestConfig) -> Path | StoreUrl:
     """Write the activation store that the configuration describes, and return its path or URL.
 
-    A store that is complete is reused without loading the model; one that was interrupted, or holds fewer
-    rows than are asked for, is resumed, and ends with the same bytes as one that was harvested at once.
+    A complete store is reused without loading the model. An interrupted store, or one with fewer rows than `tokens`,
+    is resumed and ends with the same bytes as an uninterrupted one.
     """
     store = locate(config.store)
-    if needs_ranks(store, config.cache):
-        quiet_network()
+    if _needs_ranks(store, config.cache):
+        silence_connection_logs()
         from .ranks.multi_process import harvest_ranks
 
         return harvest_ranks(config)
     wanted = identity(config)
-    standing = compare(store, wanted)
-    tell_standing(store, standing)
-    if standing.complete:
+    status = compare(store, wanted)
+    print_status(store, status)
+    if status.complete:
         return store
-    with fast_imports():  # transformers imports a model's code as it loads the model
+    with fast_imports():  # loading the model imports its code
         from ..shared.store import ActivationStoreWriter
         from ..shared.store.local.store_folder import check_free
         from .plan import make_plan
@@ -52,5 +52,11 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
         with Progress(writer, config.context_size, config.n_contexts, writer.assignment.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
         check_unchanged(config, wanted)
-    tell_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
+    print_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
     return store
+
+
+def _needs_ranks(store: Path | StoreUrl, cache: str | None) -> bool:
+    """Return whether several processes harvest, or earlier ranks left staged shards to adopt."""
+    folder = store if isinstance(store, Path) else staging_folder(store, cache)
+    return n_launched() > 1 or (folder / STAGED_FOLDER).is_dir()

@@ -1,4 +1,4 @@
-"""The steps of a harvest that one process and several ranks have in common."""
+"""The steps of a harvest that a single process and several ranks share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 from ..shared.core.config import to_toml
 from ..shared.core.location import StoreUrl, locate
 from .config import HarvestConfig
-from .estimate import announce, human_bytes
+from .estimate import human_bytes, report_estimate
 from .prefetch import Prefetch
 from .progress import Progress
-from .reuse import Standing, continued_metadata, find_manifest
+from .reuse import StoreStatus, find_manifest, resumed_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,17 +31,17 @@ BATCHES_AHEAD = 4
 def open_writer(
     config: HarvestConfig, plan: Plan, identity: dict[str, object], make: Callable[..., Writer], n_kept: int = 0
 ) -> Writer:
-    """Begin the store, or open it where an earlier harvest left it, of which `n_kept` contexts are kept.
+    """Create the store's writer, or reopen the store of an earlier harvest.
 
-    That number counts only for a store that was begun for another number of contexts.
+    `n_kept` is the number of its contexts to keep; it matters only if that harvest had another number of `tokens`.
     """
     from .plan import metadata_of
 
     metadata = metadata_of(config, identity, plan)
     store = locate(config.store)
-    begun = find_manifest(store)
-    if begun is not None:
-        metadata = continued_metadata(store, begun.header, metadata)
+    existing = find_manifest(store)
+    if existing is not None:
+        metadata = resumed_metadata(store, existing.header, metadata)
     return make(
         config.store,
         plan.widths,
@@ -63,7 +63,7 @@ def open_writer(
 
 
 def write_sources(config: HarvestConfig, plan: Plan, writer: ActivationStoreWriter) -> None:
-    """Write the configuration, and the tokenizer's files if they are those that the store names."""
+    """Write the configuration beside the store, and the tokenizer's files if they match the store's digest."""
     from ..shared.store.read.tokenizer_folder import describe_tokenizer, tokenizer_key
 
     writer.write_beside("harvest.toml", to_toml(config))
@@ -81,10 +81,10 @@ def run_model(
     progress: Progress,
     check: Callable[[], object],
 ) -> None:
-    """Append every context of the writer's assignment, a batch at a time; `check` may raise between batches.
+    """Run the model and append every context of the writer's assignment; call `check` after each batch.
 
-    Batches are always cut at the same contexts, so that a harvest that resumes, or is shared among ranks, computes the
-    same bits; of those that lie partly in the assignment, the other contexts are dropped.
+    Batches always start at the same contexts, so that a resumed or multi-rank harvest computes the same bits. A batch
+    that lies only partly in the assignment is run whole, and its other contexts are dropped.
     """
     from .forward import choose_workers, forward_passes
     from .tokens.tokens import batch_contexts
@@ -99,7 +99,7 @@ def run_model(
         for number, (batch, activations, seconds) in enumerate(passes):
             if number == 0 and assignment.rank == 0:
                 rows_per_second = assignment.world * workers * batch.tokens.size / seconds
-                announce(config, plan.widths, config.n_contexts - assignment.n_done, rows_per_second)
+                report_estimate(config, plan.widths, config.n_contexts - assignment.n_done, rows_per_second)
             for part in assignment.parts(batch.first, batch.stop):
                 append(writer, batch, activations, slice(part.start - batch.first, part.stop - batch.first))
                 progress.update(len(part))
@@ -107,7 +107,7 @@ def run_model(
 
 
 def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapping[str, Tensor], part: slice) -> None:
-    """Hand a part of a batch's contexts to the writer."""
+    """Append the contexts `part` of a batch to the writer."""
     writer.append(
         {name: activation[part] for name, activation in activations.items()},
         batch.tokens[part],
@@ -120,19 +120,19 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
     )
 
 
-def tell_standing(store: Path | StoreUrl, standing: Standing) -> None:
-    """Say what to know about a store that is there, and whether there is nothing to do."""
-    for note in standing.notes:
+def print_status(store: Path | StoreUrl, status: StoreStatus) -> None:
+    """Print the notes on an existing store, and whether it is complete."""
+    for note in status.notes:
         print(f"note: {note}", file=sys.stderr)
-    if standing.complete:
+    if status.complete:
         print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
 
 
-def tell_stored(config: HarvestConfig, plan: Plan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
-    """Say what the store holds and what this run wrote."""
-    n_places = len(plan.widths)
+def print_stored(config: HarvestConfig, plan: Plan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
+    """Print what the store holds and what this run wrote."""
+    n_hook_points = len(plan.widths)
     print(
-        f"stored {n_contexts * config.context_size:,} rows at {n_places} hook point{'s'[: n_places != 1]} in "
+        f"stored {n_contexts * config.context_size:,} rows at {n_hook_points} hook point{'s'[: n_hook_points != 1]} in "
         f"'{config.store}'; "
         f"this run wrote {human_bytes(bytes_written)} for {human_bytes(raw_bytes)} of activations",
         file=sys.stderr,

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from ..shared.core.cli import PARTLY_FAILED, run_stage
+from ..shared.core.launcher import is_first_launched, n_launched
 from ..shared.core.lazy import fast_imports
 from .config import TrainConfig
 
@@ -27,16 +28,15 @@ def _run(config: TrainConfig) -> Any:
     keep_freed_memory()
 
     def code_of_training() -> int:
-        first = os.environ.get("RANK", "0") == "0"
-        return PARTLY_FAILED if train(config).diverged and first else 0
+        return PARTLY_FAILED if train(config).diverged and is_first_launched() else 0
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if n_launched() == 1:
         return code_of_training()
     from .parallel.failure_report import report_failure_once
 
     code = report_failure_once(code_of_training)
     if code:
-        # Not `sys.exit`: the threads of a process group that has lost a member cannot be joined.
+        # Not `sys.exit`: the threads of a process group that has lost a member never end.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

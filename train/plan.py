@@ -16,7 +16,7 @@ from .kernels import backend_for
 from .memory import available_memory, held_bytes, parameter_shapes
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import most_held
-from .parallel.ranks import Ranks
+from .parallel.ranks import TrainRanks
 from .step.sae_trainer import Schedule
 from .sweep.grids import expand_sweep
 from .warm_start.initialise import read_initial, source_of
@@ -66,7 +66,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, ranks: Ranks | None = None) -> Plan:
+def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, ranks: TrainRanks | None = None) -> Plan:
     """Expand the sweep and check it against the store and the machine; memory is that of the rank that needs most.
 
     Raises:
@@ -76,7 +76,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     """
     if not rows_per_epoch:
         raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
-    ranks = ranks or Ranks(config.device)
+    ranks = ranks or TrainRanks(config.device)
     saes = expand_sweep(config.sae)
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)

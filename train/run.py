@@ -16,7 +16,7 @@ from .checkpoints.output import locked
 from .config import TrainConfig
 from .lockstep import make_trainers, prepare, step_all
 from .parallel.layout import Layout
-from .parallel.ranks import Agreement, Ranks, open_ranks
+from .parallel.ranks import Agreement, TrainRanks, open_ranks
 from .plan import Plan, plan_run
 from .reporting.metrics import PendingLines
 from .reporting.progress import Progress
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> TrainedSaes:
         return _train(msgspec.structs.replace(config, device=ranks.device), ranks)
 
 
-def _train(config: TrainConfig, ranks: Ranks) -> TrainedSaes:
+def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
     make_current(config.device)
     say = print if ranks.first else _say_nothing
     output = Path(config.output)

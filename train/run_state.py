@@ -25,7 +25,7 @@ from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
 from .config import SaeConfig, TrainConfig
 from .parallel.latents import is_sharded
 from .parallel.layout import Layout
-from .parallel.ranks import Ranks
+from .parallel.ranks import TrainRanks
 from .plan import Plan
 from .same_run import Difference, Request, compare
 from .step.sae_trainer import SaeTrainer
@@ -50,7 +50,12 @@ class RunState:
     """
 
     def __init__(
-        self, config: TrainConfig, plan: Plan, store: ActivationStore, ranks: Ranks, say: Callable[..., None] = print
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        store: ActivationStore,
+        ranks: TrainRanks,
+        say: Callable[..., None] = print,
     ):
         self.output = Path(config.output)
         self.step = 0

@@ -1,8 +1,8 @@
-"""Harvest one store by several ranks, or alone where ranks left finished shards behind a gap.
+"""Harvest one store with several ranks, or with one process if earlier ranks left staged shards.
 
-Every rank reads and packs the whole text, runs the model over the batches that its shards touch, and writes those
-shards. A batch on the edge of two ranks' shards is run whole by both, so that each computes the bits that one process
-would.
+Every rank reads and packs the whole text, runs the model over the batches that overlap its shards, and writes those
+shards. Two ranks whose shards share a batch both run the whole batch, so that each computes the same bits as a single
+process.
 """
 
 from __future__ import annotations
@@ -28,54 +28,54 @@ from ..forward import MAX_WORKERS
 from ..plan import Plan, make_plan
 from ..resume import resume_contexts
 from ..reuse import check_unchanged, compare, identity
-from ..steps import open_writer, run_model, tell_standing, tell_stored, write_sources
+from ..steps import open_writer, print_status, print_stored, run_model, write_sources
 from ..tokens.packing import Context
 from ..tokens.tokens import read_contexts
+from .rank_group import RankGroup, join_ranks, rank_device
 from .rank_progress import RankProgress
-from .ranks import Ranks, join_ranks, rank_device
 
 T = TypeVar("T")
-SECONDS_TO_SEE = 120
+SECONDS_UNTIL_VISIBLE = 120
 MAX_THREADS = 8
 
 
 def harvest_ranks(config: HarvestConfig) -> Path | StoreUrl:
-    """Write the store as one of the ranks that the launcher started, and return its path or URL."""
+    """Write the store together with the other ranks, and return its path or URL."""
     store = locate(config.store)
     with join_ranks() as ranks:
         wanted = identity_of_ranks(config, ranks)
         ranks.agree(wanted | {"store": str(store)})
-        standing = ranks.lead(lambda: compare(store, wanted))
-        tell_standing(store, standing)
-        if standing.complete:
+        status = ranks.lead(lambda: compare(store, wanted))
+        print_status(store, status)
+        if status.complete:
             return store
-        here = on_this_rank(config, ranks)
-        ranks.agree({"torch": torch.__version__, "processor": processor(here.device)})
-        plan = make_plan(here)
-        text = Text()
+        own_config = rank_config(config, ranks)
+        ranks.agree({"torch": torch.__version__, "processor": processor(own_config.device)})
+        plan = make_plan(own_config)
+        text = TextChecksum()
         contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings))
         contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
         ranks.agree({"contexts that the store holds": n_kept})
-        writer = open_writer(here, plan, wanted, partial(RankWriter, group=ranks), n_kept)
+        writer = open_writer(own_config, plan, wanted, partial(RankWriter, group=ranks), n_kept)
         try:
-            with Interrupt() as interrupt, writer, ranks.tells_failures():
-                written = harvest_share(config, wanted, here, plan, writer, ranks, interrupt, text, contexts)
+            with Interrupt() as interrupt, writer, ranks.reporting_failures():
+                written = harvest_assignment(config, wanted, own_config, plan, writer, ranks, interrupt, text, contexts)
         finally:
             writer.release()
-        tell_stored(config, plan, text.n_contexts, *written)
+        print_stored(config, plan, text.n_contexts, *written)
     return store
 
 
-def identity_of_ranks(config: HarvestConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return the harvest's identity; on each machine one rank reads large files, and the others what it kept."""
+def identity_of_ranks(config: HarvestConfig, ranks: RankGroup) -> dict[str, Any]:
+    """Return the harvest's identity. On each machine one rank hashes large files, and the others read its cache."""
     first = identity(config) if ranks.local_rank == 0 else None
     ranks.meet()
     return first or identity(config)
 
 
-def on_this_rank(config: HarvestConfig, ranks: Ranks) -> HarvestConfig:
-    """Return the configuration with this rank's device and its part of the machine's cores."""
-    cores = max(1, (os.cpu_count() or 1) // ranks.local_world)
+def rank_config(config: HarvestConfig, ranks: RankGroup) -> HarvestConfig:
+    """Return the configuration with this rank's device and its share of the machine's cores."""
+    cores = max(1, (os.cpu_count() or 1) // ranks.local_n)
     return msgspec.structs.replace(
         config,
         device=rank_device(config.device, ranks),
@@ -85,28 +85,31 @@ def on_this_rank(config: HarvestConfig, ranks: Ranks) -> HarvestConfig:
 
 
 def processor(device: str) -> str:
-    """Return what computes: two kinds round differently."""
+    """Return the name of the device that computes; different kinds round differently."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def harvest_share(
+def harvest_assignment(
     config: HarvestConfig,
     wanted: dict[str, Any],
-    here: HarvestConfig,
+    own_config: HarvestConfig,
     plan: Plan,
     writer: RankWriter,
-    ranks: Ranks,
+    ranks: RankGroup,
     interrupt: Interrupt,
-    text: Text,
+    text: TextChecksum,
     contexts: Iterator[Context],
 ) -> tuple[int, int]:
-    """Harvest this rank's shards of the text, and see the store completed; return all ranks' bytes."""
+    """Harvest this rank's shards and wait until the store is complete.
+
+    Returns the bytes that all ranks wrote, and the bytes of the activations in them.
+    """
     ranks.meet()
     writer.watch()
     ranks.liveness = writer.liveness
-    if ranks.rank == 0:
+    if ranks.first:
         write_sources(config, plan, writer)
         for fault in writer.faults:
             print(f"note: {fault}", file=sys.stderr)
@@ -116,48 +119,47 @@ def harvest_share(
         ranks.check()
 
     with RankProgress(ranks, writer, config) as progress:
-        run_model(here, plan, writer, contexts, progress, check)
+        run_model(own_config, plan, writer, contexts, progress, check)
         writer.close()
         progress.refresh(now=True)
-        ranks.say("read", text.word)
-        if ranks.rank == 0:
+        ranks.publish("text", text.summary)
+        if ranks.first:
             complete(ranks, writer, text, progress, check, lambda: check_unchanged(config, wanted))
-            ranks.say("complete", "yes")
+            ranks.publish("complete", "yes")
         else:
-            wait_for(lambda: ranks.heard("complete", [0]), check)
+            wait_for(lambda: ranks.published("complete", [0]), check)
         ranks.meet()
     return progress.bytes_written, progress.raw_bytes
 
 
 def complete(
-    ranks: Ranks,
+    ranks: RankGroup,
     writer: RankWriter,
-    text: Text,
+    text: TextChecksum,
     progress: RankProgress,
     check: Callable[[], None],
     check_text: Callable[[], None],
 ) -> None:
-    """Adopt what the ranks stage until all of them are done, and complete the store if its text is still the same."""
+    """Adopt staged shards until all ranks are done; complete the store if its text has not changed."""
 
     def all_done() -> list[str] | None:
         writer.adopt()
         progress.refresh()
-        return ranks.heard("read")
+        return ranks.published("text")
 
-    words = wait_for(all_done, check)
-    for rank, word in enumerate(words):
-        if word != text.word:
+    for rank, summary in enumerate(wait_for(all_done, check)):
+        if summary != text.summary:
             raise DataError(
-                f"rank {rank} read {word} of text, rank 0 {text.word}: the store mixes both; "
+                f"rank {rank} read {summary} of text, rank 0 {text.summary}: the store mixes both; "
                 f"give all ranks the same text, and name another store"
             )
     progress.refresh(now=True)
-    seen_until = time.monotonic() + SECONDS_TO_SEE
+    visible_until = time.monotonic() + SECONDS_UNTIL_VISIBLE
     while (n_contexts := writer.adopt()) < text.n_contexts:
         check()
-        if time.monotonic() > seen_until:
+        if time.monotonic() > visible_until:
             raise StoreError(
-                f"the ranks are done, but only {n_contexts} of {text.n_contexts} contexts are to be seen in "
+                f"the ranks are done, but only {n_contexts} of {text.n_contexts} contexts are visible in "
                 f"'{writer.path}'; start the same command again to resume"
             )
         time.sleep(POLL_SECONDS)
@@ -166,27 +168,27 @@ def complete(
 
 
 def wait_for(ready: Callable[[], T | None], check: Callable[[], None]) -> T:
-    """Return what `ready` returns once it is not None."""
+    """Poll `ready` until it returns a value other than None, and return that."""
     while (found := ready()) is None:
         check()
         time.sleep(POLL_SECONDS)
     return found
 
 
-class Text:
-    """What was read: all ranks must read the same."""
+class TextChecksum:
+    """The number of contexts read and a checksum of their tokens; all ranks must read the same."""
 
     def __init__(self) -> None:
         self.n_contexts = 0
         self.checksum = 0
 
     @property
-    def word(self) -> str:
+    def summary(self) -> str:
         """The number of contexts and the checksum of their tokens."""
         return f"{self.n_contexts} contexts with checksum {self.checksum:08x}"
 
     def follow(self, contexts: Iterator[Context]) -> Iterator[Context]:
-        """Yield the contexts, taking note of them."""
+        """Yield the contexts, adding them to the count and the checksum."""
         for context in contexts:
             self.n_contexts += 1
             self.checksum = crc32c(context.tokens, self.checksum)

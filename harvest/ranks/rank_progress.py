@@ -1,4 +1,4 @@
-"""The progress of all ranks in rank 0's bar."""
+"""Show the progress of all ranks in rank 0's bar."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
 from ..progress import Progress
-from .ranks import Ranks
+from .rank_group import RankGroup
 
 SECONDS = 1.0
 
 
 class RankProgress(Progress):
-    """Each rank says once a second how far it is; rank 0 shows the sum."""
+    """Each rank publishes its progress once a second; rank 0 shows the sum."""
 
-    def __init__(self, ranks: Ranks, writer: RankWriter, config: HarvestConfig) -> None:
+    def __init__(self, ranks: RankGroup, writer: RankWriter, config: HarvestConfig) -> None:
         super().__init__(
             writer,
             config.context_size,
@@ -30,18 +30,18 @@ class RankProgress(Progress):
         self.bytes_written, self.raw_bytes = 0, 0
 
     def update(self, n_contexts: int) -> None:
-        """Count contexts that this rank handed to its writer."""
+        """Count contexts that this rank passed to its writer."""
         self._own += n_contexts
         self.refresh()
 
     def refresh(self, now: bool = False) -> None:
-        """Say how far this rank is and show how far all are, if that was not done within the last second."""
+        """Publish this rank's progress and show that of all ranks: once a second at most, unless `now`."""
         if not now and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + SECONDS
-        self._ranks.say("progress", f"{self._own} {self._writer.bytes_written} {self._writer.raw_bytes}")
-        if self._ranks.rank == 0 and (words := self._ranks.heard("progress")) is not None:
-            said = [[int(number) for number in word.split()] for word in words]
-            n_contexts, self.bytes_written, self.raw_bytes = map(sum, zip(*said, strict=True))
+        self._ranks.publish("progress", f"{self._own} {self._writer.bytes_written} {self._writer.raw_bytes}")
+        if self._ranks.first and (messages := self._ranks.published("progress")) is not None:
+            numbers = [[int(number) for number in message.split()] for message in messages]
+            n_contexts, self.bytes_written, self.raw_bytes = map(sum, zip(*numbers, strict=True))
             self._show(n_contexts - self._shown, self.bytes_written, self.raw_bytes)
             self._shown = n_contexts

@@ -287,8 +287,8 @@ def test_metrics_on_a_full_disk_are_one_line(tmp_path):
 def test_an_output_has_one_process_and_a_killed_one_lets_it_go(config, tmp_path, whole):
     script = (
         "import sys, time; from pathlib import Path; from thresher.train.checkpoints.output import locked;"
-        "from thresher.train.parallel.ranks import Ranks\n"
-        "with locked(Path(sys.argv[1]), Ranks()): print('locked', flush=True); time.sleep(60)"
+        "from thresher.train.parallel.ranks import TrainRanks\n"
+        "with locked(Path(sys.argv[1]), TrainRanks()): print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, config.output], stdout=subprocess.PIPE, text=True) as other:
         try:

@@ -20,7 +20,7 @@ from thresher.shared.core.config import to_toml
 from thresher.shared.core.errors import ConfigError, HookPointError, MissingFileError, StoreError
 from thresher.train import TrainConfig, train
 from thresher.train.architectures.topk import TopK
-from thresher.train.parallel.ranks import Ranks
+from thresher.train.parallel.ranks import TrainRanks
 from thresher.train.plan import plan_run
 from thresher.train.sweep.grids import expand_sweep
 
@@ -322,7 +322,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(config, tmp_path, m
         free = lambda bytes_: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (bytes_, 1 << 40))  # noqa: E731
     else:
         free = lambda bytes_: monkeypatch.setattr(plan_module, "available_memory", lambda *_: bytes_)  # noqa: E731
-    ranks = Ranks(device)
+    ranks = TrainRanks(device)
     free(needed)
     assert plan_run(change(config, device=device), store, 1000, ranks).memory_bytes == needed
     free(needed - 1)

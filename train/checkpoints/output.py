@@ -16,7 +16,7 @@ from ...shared.core.errors import OutputBusyError, ThresherError
 from ...shared.store.local.durable import sync_folder
 
 if TYPE_CHECKING:
-    from ..parallel.ranks import Ranks
+    from ...shared.core.processes import Ranks
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

@@ -6,13 +6,13 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..architectures.contract import Collectives
-from .ranks import Ranks
+from .ranks import TrainRanks
 
 
 class RankCollectives(Collectives):
     """The reductions that are the same however ranks share the work."""
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: TrainRanks):
         self.ranks = ranks
 
     def least(self, number: Tensor) -> Tensor:

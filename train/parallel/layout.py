@@ -20,7 +20,7 @@ from ...shared.core.errors import ConfigError
 from ..architectures.contract import SINGLE_PROCESS, Collectives
 from .data import DataParallel
 from .latents import LatentShards
-from .ranks import Ranks
+from .ranks import TrainRanks
 
 if TYPE_CHECKING:
     from ..config import SaeConfig
@@ -53,12 +53,12 @@ class Layout:
         ConfigError: some rank would have nothing to do.
     """
 
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: TrainRanks = field(default_factory=TrainRanks)
     parallel: str = "spread"
     savers: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, parallel: str, n_parameters: Mapping[str, int], ranks: Ranks) -> Layout:
+    def of(cls, parallel: str, n_parameters: Mapping[str, int], ranks: TrainRanks) -> Layout:
         """Lay a sweep out over ranks, by the parameters of its SAEs."""
         if parallel == "spread" and len(n_parameters) < ranks.n:
             raise ConfigError(

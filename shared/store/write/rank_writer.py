@@ -31,7 +31,7 @@ class Group(Protocol):
     """The processes that write a store together."""
 
     rank: int
-    world: int
+    n: int
 
     def lead(self, action: Callable[[], T]) -> T:
         """Return on every rank what the action, run by rank 0 alone, returns; on its failure every rank raises."""
@@ -84,7 +84,7 @@ class RankWriter(ActivationStoreWriter):
             self.liveness = LivenessLock(self._folder / PARTIAL_FOLDER, self._group.rank)
         header = self._read_header()
         self._assignment = ShardAssignment(
-            header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.world
+            header.contexts_per_shard, n_committed, staged, self._group.rank, self._group.n
         )
         return _RankFolder(self._folder, header, self._group, n_committed, self._store, isinstance(self.path, Path))
 
@@ -151,7 +151,7 @@ class RankWriter(ActivationStoreWriter):
     def watch(self) -> None:
         """Begin to watch the other ranks (rank 0: all, the others: rank 0); every rank has its writer by now."""
         assert self.liveness is not None
-        self.liveness.watch(range(1, self._group.world) if self._group.rank == 0 else [0])
+        self.liveness.watch(range(1, self._group.n) if self._group.rank == 0 else [0])
 
     def adopt(self) -> int:
         """Make what is staged part of the store as far as it has no gap; return the contexts in it. For rank 0."""
@@ -203,7 +203,7 @@ class _RankFolder:
         while True:
             if self._store is not None:
                 self._store.adopt()
-            if self._is_own or record.shard < self._n_adopted() + SHARDS_AHEAD * self._group.world:
+            if self._is_own or record.shard < self._n_adopted() + SHARDS_AHEAD * self._group.n:
                 return
             self._group.check()
             time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Harvest by several ranks, kill some, go on with other numbers of them, and compare: run as a script by test_ranks.py.
+"""Harvest by several ranks, kill some, resume with other numbers of them, and compare: run as a script by test_ranks.py.
 
 One process imports torch once and forks a child for every rank; it prints one JSON line. Given a URL, the stores are
 below it and only the plain one is in a folder; whoever runs this compares them.
@@ -23,7 +23,7 @@ import torch
 
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.plan import make_plan
-from thresher.harvest.ranks import multi_process as together
+from thresher.harvest.ranks import multi_process
 from thresher.harvest.run import harvest
 from thresher.harvest.tokens.packing import Context
 from thresher.shared.core.cli import run_guarded
@@ -239,26 +239,26 @@ def differences(scene: Scene) -> None:
     """Start ranks that differ from each other or fail."""
     scene.begin("another seed")
     codes = scene.run(2, lambda rank: {"seed": rank})
-    scene.expect(codes, [2, 2], "error: rank 1 differs from rank 0 in seed (1, rank 0 0); start every rank alike")
+    scene.expect(codes, [2, 2], "error: rank 1 differs from rank 0 in seed (1, rank 0 0); use the same for all ranks")
 
     scene.begin("another processor")
 
     def other_processor(rank: int) -> None:
-        together.processor = lambda device: f"GPU {rank}"
+        multi_process.processor = lambda device: f"GPU {rank}"
 
-    said = "error: rank 1 differs from rank 0 in processor ('GPU 1', rank 0 'GPU 0'); start every rank alike"
+    said = "error: rank 1 differs from rank 0 in processor ('GPU 1', rank 0 'GPU 0'); use the same for all ranks"
     scene.expect(scene.run(2, other_processor), [2, 2], said)
 
     scene.begin("another text")
 
     def read_less(rank: int) -> None:
-        read = together.read_contexts
+        read = multi_process.read_contexts
 
         def changed(*arguments: object) -> Iterator[Context]:
             for context in read(*arguments):
                 yield context._replace(tokens=context.tokens * (1 - rank))
 
-        together.read_contexts = changed
+        multi_process.read_contexts = changed
 
     words = (
         "rank 1 read 83 contexts with checksum",
@@ -272,13 +272,13 @@ def differences(scene: Scene) -> None:
     before = path.read_bytes()
 
     def rewrite(rank: int) -> None:
-        check = together.check_unchanged
+        check = multi_process.check_unchanged
 
         def late(*arguments: object) -> None:
             path.write_bytes(before + b" more")
             check(*arguments)
 
-        together.check_unchanged = late
+        multi_process.check_unchanged = late
 
     codes = scene.run(2, rewrite)
     path.write_bytes(before)
@@ -291,7 +291,7 @@ def differences(scene: Scene) -> None:
             raise NonFiniteError("hook point 'x' is NaN")
 
         if rank:
-            together.run_model = run_model
+            multi_process.run_model = run_model
 
     codes = scene.run(3, fail)
     said = "rank 0 stops: rank 1 failed: hook point 'x' is NaN;", "rank 0 stops: rank 2 failed: hook point 'x' is NaN;"

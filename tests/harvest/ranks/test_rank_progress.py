@@ -1,4 +1,4 @@
-"""Rank 0's bar counts what all ranks do."""
+"""Rank 0's bar counts the progress of all ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.distributed import HashStore
 from thresher.harvest import progress
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.ranks import rank_progress
-from thresher.harvest.ranks.ranks import Ranks
+from thresher.harvest.ranks.rank_group import RankGroup
 from thresher.shared.store.write.assignment import ShardAssignment
 
 CONFIG = HarvestConfig(model="m", hook_points=["blocks.0.resid_post"], store="s", tokens=800, context_size=8)
 
 
 class Bar:
-    """Takes the place of tqdm's."""
+    """Stands in for tqdm's bar."""
 
     def __init__(self, total: int, initial: int, disable: bool | None, **_: Any) -> None:
         self.total, self.n, self.disable, self.postfix = total, initial, disable, ""
@@ -37,11 +37,11 @@ def test_rank_0_shows_the_sum_and_the_others_nothing(monkeypatch: pytest.MonkeyP
     words = HashStore()
     assignment = ShardAssignment(contexts_per_shard=10, n_committed=20, staged={3: 10})
     writers = [SimpleNamespace(assignment=assignment, bytes_written=0, raw_bytes=0) for _ in range(3)]
-    everyone = [rank_progress.RankProgress(Ranks(rank, 3, words, None), writers[rank], CONFIG) for rank in range(3)]
+    everyone = [rank_progress.RankProgress(RankGroup(rank, 3, words, None), writers[rank], CONFIG) for rank in range(3)]
     assert [bar.disable for bar in bars] == [None, True, True]
     assert (bars[0].n, bars[0].total) == (30 * 8, 800)
     everyone[0].update(5)
-    assert bars[0].n == 30 * 8  # not all have said anything yet
+    assert bars[0].n == 30 * 8  # not all ranks have published yet
     writers[1].bytes_written, writers[1].raw_bytes = 2 * 10**9, 3 * 10**9
     everyone[1].update(7)
     everyone[2].update(1)

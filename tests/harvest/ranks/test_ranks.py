@@ -1,4 +1,4 @@
-"""Several ranks write the bytes of one process, also after one of them was killed; who does not belong is refused."""
+"""Several ranks write the same bytes as one process, even after a kill; ranks that differ are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch.distributed import HashStore
 
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.ranks.ranks import Ranks, rank_device
+from thresher.harvest.ranks.rank_group import RankGroup, rank_device
 from thresher.harvest.run import harvest
 from thresher.shared.core.config import load_config
 from thresher.shared.core.errors import ConfigError
@@ -41,7 +41,7 @@ def test_any_number_of_ranks_leaves_the_bytes_of_one_process(toml: Path, play_ra
 
 
 @pytest.mark.long
-def test_kills_at_random_moments_are_mended_by_any_number_of_ranks(toml: Path, play_ranks: Play) -> None:
+def test_any_number_of_ranks_resumes_after_kills_at_random_moments(toml: Path, play_ranks: Play) -> None:
     result = play_ranks(toml, "random")
     assert result["problems"] == []
     assert sum("-9" in note for note in result["notes"]) >= 20
@@ -74,7 +74,7 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     ranks = []
     for local_rank in range(3):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        ranks.append(Ranks(4 + local_rank, 8, HashStore(), None))
+        ranks.append(RankGroup(4 + local_rank, 8, HashStore(), None))
     assert [rank_device(device, ranks[1]) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     assert chosen == ["cuda:1", "cuda:1"]
     with pytest.raises(
@@ -83,4 +83,4 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
         rank_device("auto", ranks[2])
     with pytest.raises(ConfigError, match="device is 'cuda:0', but each of 3 processes needs its own"):
         rank_device("cuda:0", ranks[1])
-    assert rank_device("auto", Ranks(0, 1, HashStore(), None)) == "cuda"
+    assert rank_device("auto", RankGroup(0, 1, HashStore(), None)) == "cuda"

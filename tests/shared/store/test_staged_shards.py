@@ -28,8 +28,8 @@ class Cut(Exception):
 class Group:
     """A rank whose rank 0 is in the same process: what that one's action returned is handed on."""
 
-    def __init__(self, rank: int, world: int, results: list[object]) -> None:
-        self.rank, self.world, self._results = rank, world, results
+    def __init__(self, rank: int, n: int, results: list[object]) -> None:
+        self.rank, self.n, self._results = rank, n, results
 
     def lead(self, action: Callable[[], object]) -> object:
         if self.rank == 0:

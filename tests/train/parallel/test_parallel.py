@@ -20,7 +20,7 @@ from thresher.shared.core.config import to_toml
 from thresher.shared.core.errors import ConfigError
 from thresher.train import TrainConfig, train
 from thresher.train.parallel.layout import Layout, most_held, spread
-from thresher.train.parallel.ranks import Agreement, Ranks
+from thresher.train.parallel.ranks import Agreement, TrainRanks
 from thresher.train.plan import plan_run
 from thresher.train.sweep.grids import expand_sweep
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_sharded_is_refused(configs, table, message):
 
 
 def test_one_process_decides_for_itself():
-    agreement = Agreement(Ranks())
+    agreement = Agreement(TrainRanks())
     assert agreement.ask(stop=True, trains=True) == (True, False)
     assert agreement.ask(stop=False, trains=False) == (False, True)
     agreement.settle()
