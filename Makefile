@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate demo test test-long test-gpu bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate demo test test-long test-gpu test-gpu-versions bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -41,6 +41,15 @@ test-long: $(READY)  ## the tests that take minutes
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+OLDEST_TRITON := .venv-gpu-versions
+$(OLDEST_TRITON)/.ready: $(READY)
+	rm -rf $(OLDEST_TRITON)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST_TRITON) 'triton==3.6.*'
+	touch $@
+
+test-gpu-versions: $(READY) $(OLDEST_TRITON)/.ready  ## the tests of the GPU kernels with the oldest Triton that is allowed
+	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 tests/train/kernels tests/train/step tests/train/stream/test_gpu_windows.py $(ARGS)
 
 PEERS := .venv-peers
 $(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements-no-deps.txt

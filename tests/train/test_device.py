@@ -11,8 +11,6 @@ from thresher.harvest.plan import make_plan
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError, MissingFileError, ModelError
 from thresher.train import TrainConfig, train
-from thresher.train.kernels import cpu, reference
-from thresher.train.kernels import triton as fused
 
 
 @pytest.fixture
@@ -91,18 +89,3 @@ def test_references_train_what_the_cpu_operations_train(configured):
         torch.testing.assert_close(first.W_dec, second.W_dec, rtol=1e-3, atol=1e-3)
         assert not torch.equal(first.W_dec, torch.zeros_like(first.W_dec))
     assert 'kernels = "reference"' in (runs[1][0] / "config.toml").read_text()
-
-
-@pytest.mark.parametrize("kernels", [cpu, fused])
-def test_sums_by_latent_are_the_references(kernels):
-    generator = torch.Generator().manual_seed(0)
-    values, g = torch.randn(9, generator=generator), torch.randn(4, 5, generator=generator)
-    indices = torch.randint(0, 6, (9,), generator=generator)
-    offsets = torch.tensor([0, 2, 2, 8, 9])
-    expected = reference.grad_weights_and_bias(values, indices, offsets, g, 7)
-    found = kernels.grad_weights_and_bias(values, indices, offsets, g, 7)
-    torch.testing.assert_close(found, expected)
-    assert (found[1][6], expected[1][6]) == (0, 0)
-    csc = kernels.to_csc(indices, offsets, 7)
-    torch.testing.assert_close(kernels.sum_by_latent(values, indices, offsets, 7, csc), expected[1])
-    torch.testing.assert_close(reference.sum_by_latent(values, indices, offsets, 7), expected[1])

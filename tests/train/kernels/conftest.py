@@ -67,6 +67,22 @@ def _patch_language_once_a_launch():
     monkeypatch.undo()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _index_of_one_element():
+    """Let Triton 3.6's interpreter run with NumPy 2.4, which makes no number of an array that has a dimension."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch):
     """Fill what `torch.empty` returns with NaN or nonsense: an element that no kernel writes then shows."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thresher.shared.store.format.quantise import dequantise as store_dequantise
-from thresher.train.kernels import reference
+from thresher.train.kernels import cpu, reference
 from thresher.train.kernels import triton as fused
 from thresher.train.kernels.triton.csc import to_csc
 from thresher.train.stream.normalization import Normalization
@@ -138,3 +138,18 @@ def test_rows_are_normalised_as_normalization_does(device, d_in):
     torch.testing.assert_close(x_compute.float(), x, rtol=2**-7, atol=0)
     x, x_compute = fused.normalise(rows, normalization.mean, 0.3, torch.float32)
     assert x_compute is x
+
+
+@pytest.mark.parametrize("kernels", [cpu, fused])
+def test_sums_by_latent_are_the_references(kernels):
+    generator = torch.Generator().manual_seed(0)
+    values, g = torch.randn(9, generator=generator), torch.randn(4, 5, generator=generator)
+    indices = torch.randint(0, 6, (9,), generator=generator)
+    offsets = torch.tensor([0, 2, 2, 8, 9])
+    expected = reference.grad_weights_and_bias(values, indices, offsets, g, 7)
+    found = kernels.grad_weights_and_bias(values, indices, offsets, g, 7)
+    torch.testing.assert_close(found, expected)
+    assert (found[1][6], expected[1][6]) == (0, 0)
+    csc = kernels.to_csc(indices, offsets, 7)
+    torch.testing.assert_close(kernels.sum_by_latent(values, indices, offsets, 7, csc), expected[1])
+    torch.testing.assert_close(reference.sum_by_latent(values, indices, offsets, 7), expected[1])
