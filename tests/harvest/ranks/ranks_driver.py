@@ -1,4 +1,4 @@
-"""Harvest by several ranks, kill some, resume with other numbers of them, and compare: run as a script by test_ranks.py.
+"""Harvest by several ranks, kill some, resume with other numbers of ranks, and compare. Run by test_ranks.py.
 
 One process imports torch once and forks a child for every rank; it prints one JSON line. Given a URL, the stores are
 below it and only the plain one is in a folder; whoever runs this compares them.
