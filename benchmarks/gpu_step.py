@@ -267,8 +267,8 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
     """Time a trainer's steps of every kind of selection, replayed as graphs, on batches already there."""
     import torch
 
+    from thresher.train.architectures import make_config
     from thresher.train.architectures.contract import Batch
-    from thresher.train.config import SaeConfig
     from thresher.train.kernels import triton as fused
     from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
     from thresher.train.step.step_graphs import capture_on_cuda
@@ -287,7 +287,7 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
     }
     table: dict[str, Any] = {}
     for name, recipe in recipes.items():
-        config = SaeConfig(hook_point="x", architecture=name, d_sae=size.d_sae, **recipe)
+        config = make_config(hook_point="x", architecture=name, d_sae=size.d_sae, **recipe)
         capture = capture_on_cuda if device.type == "cuda" else None
         schedule = Schedule(1000, size.batch, 1, 0.0)
         try:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from thresher.shared.core.cores import on_cores
+from thresher.train.architectures import make_config
 from thresher.train.architectures.parts.latents import encoded_bias
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.kernels.cpu import row_blocks
 from thresher.train.kernels.cpu.topk import topk_of_rows
@@ -76,7 +76,7 @@ def trainers_for(options: argparse.Namespace, n: int, dtype: torch.dtype = torch
     schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
     normalization = Normalization(torch.zeros(options.d_in), 1.0, float(options.d_in))
     keys = {"hook_point": "h", "d_sae": options.d_sae, "k": options.k, "lr": 1e-3}
-    configs = [SaeConfig(**keys, seed=seed, name=str(seed)) for seed in range(n)]
+    configs = [make_config(**keys, seed=seed, name=str(seed)) for seed in range(n)]
     return [SaeTrainer(c, options.d_in, normalization, schedule, kernels_for("cpu"), dtype) for c in configs]
 
 
@@ -84,7 +84,7 @@ def step(trainers: list[SaeTrainer], group: Grouped | None, rows: torch.Tensor) 
     """Take a step of every SAE on a batch."""
     prepared = prepare({"h": rows}, trainers)
     if group is not None:
-        group.encode(prepared[("h",), None].x_compute, int(trainers[0].config.k or 0))
+        group.encode(prepared[("h",), ("h",)].x_compute, trainers[0].architecture.config.k)
     return list(step_all(trainers, prepared).values())
 
 

@@ -24,7 +24,8 @@ from thresher.train.config import TrainConfig
 from thresher.train.memory import held_bytes
 from thresher.train.sweep.grids import expand_sweep
 for sae in expand_sweep(load_config(TrainConfig, sys.argv[2], []).sae):
-    held_bytes(make_architecture(msgspec.structs.replace(sae, d_sae=64, k=sae.k and 8), 16), "bfloat16")
+    small = {"d_sae": 64} | ({"k": 8} if hasattr(sae, "k") else {})
+    held_bytes(make_architecture(msgspec.structs.replace(sae, **small), 16), "bfloat16")
 """
 
 

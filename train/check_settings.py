@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..shared.core.errors import ConfigError, NonFiniteError, StoreError
 from .architectures.base import Architecture
@@ -38,26 +38,20 @@ def check_activations(store: ActivationStore, saes: Sequence[SaeConfig]) -> None
             raise StoreError(f"{where} do not vary: all {moments.count:,} training rows are equal; {advice}")
 
 
-def check_schedules(architecture: Architecture, schedule: Schedule) -> None:
+def check_schedules(architecture: Architecture[Any], schedule: Schedule) -> None:
     """Refuse schedules of an SAE that the run ends before, so that the saved SAE is what was asked for.
 
     Raises:
         ConfigError: a schedule is longer than the run.
     """
-    sae, n_steps = architecture.config, schedule.n_steps
-    schedules = {
-        "k_anneal_steps": f"k would not reach {sae.k}",
-        "p_anneal_steps": f"the penalty's power would not reach {sae.p_final}",
-        "sparsity_warmup_steps": "the sparsity penalty would not reach its weight",
-    }
-    for key, consequence in schedules.items():
-        given = getattr(sae, key)
+    n_steps = schedule.n_steps
+    for key, (given, consequence) in architecture.schedules.items():
         if given is not None and given > n_steps:
             raise ConfigError(
                 f"{key} is {given:,}, but the run has {n_steps:,} steps, so {consequence}; "
                 f"give at most {n_steps:,}, or train on more tokens"
             )
-    every, half = sae.resample_every_tokens, n_steps // 2 * schedule.batch_size
+    every, half = architecture.config.resample_every_tokens, n_steps // 2 * schedule.batch_size
     if every is not None and every > half:
         raise ConfigError(
             f"resample_every_tokens is {every:,}, but latents are resampled in the first half of the run only, "
@@ -65,8 +59,9 @@ def check_schedules(architecture: Architecture, schedule: Schedule) -> None:
         )
 
 
-def notes_of(saes: Sequence[SaeConfig], schedule: Schedule, rows_per_epoch: int) -> tuple[str, ...]:
+def notes_of(architectures: Sequence[Architecture[Any]], schedule: Schedule, rows_per_epoch: int) -> tuple[str, ...]:
     """Return sentences about what a run does otherwise than its configuration suggests."""
+    saes = [architecture.config for architecture in architectures]
     n_tokens = schedule.n_steps * schedule.batch_size
     notes = list(_warmup_notes(saes, schedule))
     late = [f"'{sae.name}'" for sae in saes if (sae.dead_after_tokens or 0) >= n_tokens]
@@ -80,9 +75,10 @@ def notes_of(saes: Sequence[SaeConfig], schedule: Schedule, rows_per_epoch: int)
             f"the store has {rows_per_epoch:,} training rows, fewer than a batch of {schedule.batch_size:,}: "
             "each batch repeats rows"
         )
-    annealed = [f"'{sae.name}'" for sae in saes if sae.k_anneal_steps]
-    if annealed:
-        notes.append(f"the metrics of {_some(annealed)} are of the annealed k, which each line of metrics.jsonl gives")
+    for note in dict.fromkeys(architecture.note for architecture in architectures):
+        if note is not None:
+            names = [f"'{each.config.name}'" for each in architectures if each.note == note]
+            notes.append(note.format(_some(names)))
     return tuple(notes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -13,75 +13,33 @@ HookPoints = str | tuple[str, ...]
 """One hook point, or several whose rows lie side by side."""
 
 
-class SaeConfig(Config, frozen=True):
-    """One SAE of a sweep: a `[[sae]]` table of the configuration, once its grids are expanded."""
+class SaeConfig(Config, frozen=True, kw_only=True):
+    """The keys that the `[[sae]]` tables of all architectures share, once grids are expanded.
+
+    Each architecture adds its own keys in a subclass, which is in its file in `train/architectures`.
+    """
 
     hook_point: Annotated[
         str, Meta(description="Hook point to read and write; with other keys of these, the first that is read.")
     ]
     d_sae: Annotated[int, Meta(ge=1, description="Number of latents.")]
-    architecture: Annotated[str, Meta(description="Registered architecture, such as topk or standard.")] = "topk"
-    name: Annotated[str | None, Meta(description="Folder name; may use other keys, as in topk-k{k}.")] = None
-    k: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="Active latents per row, for the top-k kinds.")
-    ] = None
-    l1_coefficient: Annotated[Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the L1 penalty.")] = None
-    l0_coefficient: Annotated[Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the L0 penalty.")] = None
-    target_l0: Annotated[
-        Annotated[float, Meta(gt=0)] | None, Meta(description="L0 to aim at, which the L0 penalty is then about.")
-    ] = None
-    initial_l0: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(
-            description="Latents per row to fire on the first batch, which sets a JumpReLU's thresholds, or a gated "
-            "SAE's biases, to it; a JumpReLU's target_l0 if not given."
-        ),
-    ] = None
-    sparsity_loss: Annotated[
-        Literal["l0", "tanh"] | None,
-        Meta(description="A JumpReLU SAE's penalty: l0, or tanh with the pre-activation loss; l0 if not given."),
-    ] = None
-    tanh_scale: Annotated[
-        Annotated[float, Meta(gt=0)] | None, Meta(description="Factor of latents inside the tanh penalty; 4.")
-    ] = None
-    pre_act_coefficient: Annotated[
-        Annotated[float, Meta(ge=0)] | None,
-        Meta(description="Weight of the pre-activation loss beside the tanh penalty; 3e-6."),
-    ] = None
-    bandwidth: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Width of a JumpReLU's straight-through rectangle, on normalised inputs; the recipe's own."),
-    ] = None
-    initial_threshold: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="A JumpReLU's thresholds before training, on normalised inputs; the recipe's own."),
-    ] = None
-    threshold_lr_scale: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(
-            description="Factor of the learning rate of a JumpReLU's log thresholds, 4 if started at an L0, or 1; or "
-            "of a gated SAE's two biases and rescaling, 1."
-        ),
-    ] = None
-    decoder_lr_scale: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Factor of the learning rate of a gated SAE's decoder; 1."),
-    ] = None
-    prefix_sizes: Annotated[
-        tuple[int, ...] | None, Meta(description="Sizes of a Matryoshka SAE's prefixes, growing to d_sae.")
+    architecture: Annotated[str, Meta(description="Name of the architecture.")] = "topk"
+    name: Annotated[
+        str | None, Meta(description="Name of the SAE's folder; may contain other keys, as in topk-k{k}.")
     ] = None
     lr: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Peak learning rate; the architecture's own if not given."),
+        Meta(description="Peak learning rate; the architecture's default if not given."),
     ] = None
     beta1: Annotated[
         Annotated[float, Meta(ge=0, lt=1)] | None,
-        Meta(description="Adam's decay of gradients; the architecture's own if not given."),
+        Meta(description="Adam's decay rate of gradients; the architecture's default if not given."),
     ] = None
     beta2: Annotated[
         Annotated[float, Meta(ge=0, lt=1)] | None,
         Meta(
-            description="Adam's decay of squared gradients; the architecture's own if not given, 0.99 for short runs."
+            description="Adam's decay rate of squared gradients, 0.99 for short runs; the architecture's default if "
+            "not given."
         ),
     ] = None
     weight_decay: Annotated[
@@ -89,39 +47,36 @@ class SaeConfig(Config, frozen=True):
     ] = 0.0
     lr_decay: Annotated[
         Literal["linear", "cosine"] | None,
-        Meta(description="Shape of the learning rate's fall, where not the run's."),
+        Meta(description="Shape of the learning rate's decay; the run's if not given."),
     ] = None
     decay_fraction: Annotated[
         Annotated[float, Meta(ge=0, le=1)] | None,
-        Meta(description="Last fraction of the run over which this SAE's learning rate falls, where not the run's."),
+        Meta(description="Last fraction of the run, over which the learning rate decays; the run's if not given."),
     ] = None
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of the initial weights.")] = 0
     init_from: Annotated[
         str | None,
         Meta(
-            description="Folder of a trained SAE to start from: ours, SAELens's, sparsify's or dictionary_learning's."
+            description="Folder of a trained SAE to start from: Thresher's, SAELens's, sparsify's or "
+            "dictionary_learning's."
         ),
-    ] = None
-    aux_coefficient: Annotated[
-        Annotated[float, Meta(ge=0)] | None, Meta(description="Weight of the auxiliary loss of dead latents; 1/32.")
-    ] = None
-    k_aux: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="Dead latents per row in the auxiliary loss; d_in / 2.")
     ] = None
     dead_after_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="A latent is dead when it has not fired for so many tokens; a tenth of the run."),
-    ] = None
-    sparsity_warmup_steps: Annotated[
-        Annotated[int, Meta(ge=0)] | None,
-        Meta(description="Steps over which the sparsity penalty grows; a twentieth of the run."),
+        Meta(
+            description="A latent is dead when it has not fired for this many tokens; a tenth of the run, at most 10 "
+            "million, if not given."
+        ),
     ] = None
     clip_grad_norm: Annotated[
-        Annotated[float, Meta(gt=0)] | None, Meta(description="Largest norm of the gradient, if any.")
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Largest norm of the gradient; it is not clipped if not given."),
     ] = None
     resample_every_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="Tokens between resamplings of dead latents, in the run's first half; never if not given."),
+        Meta(
+            description="Tokens between resamplings of dead latents, in the first half of the run; never if not given."
+        ),
     ] = None
     hook_points: Annotated[
         tuple[str, ...] | None, Meta(description="Several hook points to read and write, of equal width: a crosscoder.")
@@ -139,28 +94,15 @@ class SaeConfig(Config, frozen=True):
     hook_point_out: Annotated[
         str | None, Meta(description="Older name of `writes`, of a transcoder or skip_transcoder.")
     ] = None
-    k_anneal_steps: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="Steps over which a TopK SAE's k falls from d_in to k.")
-    ] = None
-    multi_topk_coefficient: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Weight of a TopK SAE's loss with 4 k latents, published as 0.125; none if not given."),
-    ] = None
-    p_final: Annotated[
-        Annotated[float, Meta(gt=0, lt=1)] | None,
-        Meta(description="Power of a standard SAE's penalty at the end of p-annealing; it stays L1 if not given."),
-    ] = None
-    p_anneal_steps: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="Steps over which the power falls from 1 to p_final.")
-    ] = None
-    unit_norm_decoder: Annotated[
-        bool | None,
-        Meta(description="Hold decoder rows at unit norm, the gradient along them removed; the architecture's own."),
-    ] = None
     ema_decay: Annotated[
         Annotated[float, Meta(gt=0, lt=1)] | None,
-        Meta(description="Decay of a running mean of the weights, which is then what is saved; none if not given."),
+        Meta(description="Decay of a running mean of the weights, which is then saved; none if not given."),
     ] = None
+
+    name_ending: ClassVar[str] = ""
+    """What follows `{architecture}-{hook_point}-{d_sae}` in a name that is not given."""
+    unused: ClassVar[tuple[str, ...]] = ("hook_point_out",)
+    """Keys of these that the architecture does not use."""
 
     @property
     def wiring(self) -> Wiring:
@@ -171,7 +113,7 @@ class SaeConfig(Config, frozen=True):
         return Wiring.of(self.hook_point if reads is None else reads, writes, skip)
 
 
-class TrainConfig(Config, frozen=True):
+class TrainConfig(Config, frozen=True, kw_only=True):
     """What to train, on which store, and for how long."""
 
     store: Annotated[str, Meta(description="Activation store: a folder, or a URL such as s3://bucket/prefix.")]

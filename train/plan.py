@@ -10,6 +10,7 @@ import torch
 from ..shared.core.device import choose_device, describe_device
 from ..shared.core.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
+from .architectures.registry import find_architecture
 from .check_settings import check_activations, check_schedules, notes_of
 from .config import SaeConfig, TrainConfig
 from .kernels import backend_for
@@ -43,10 +44,10 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
-        columns = ("name", "architecture", "hook_point", "d_sae", "k", "l1_coefficient", "lr", "parameters")
+        own = dict.fromkeys(key for sae in self.saes for key in find_architecture(sae.architecture).required)
+        columns = ("name", "architecture", "hook_point", "d_sae", *own, "lr", "parameters")
         rows = [
-            [str(getattr(sae, key)) if getattr(sae, key) is not None else "-" for key in columns[:-1]]
-            + [f"{self.n_parameters[str(sae.name)]:,}"]
+            [_shown(getattr(sae, key, None)) for key in columns[:-1]] + [f"{self.n_parameters[str(sae.name)]:,}"]
             for sae in self.saes
         ]
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
@@ -81,7 +82,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)
     schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
-    n_parameters, needed, recipes = {}, {}, {}
+    n_parameters, needed, architectures = {}, {}, {}
     for sae in saes:
         for place in sae.wiring.hook_points:
             if place not in store.hook_points:
@@ -95,7 +96,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
             check_schedules(architecture, schedule)
         except ConfigError as error:
             raise ConfigError(f"SAE '{sae.name}': {error}") from None
-        recipes[str(sae.name)] = architecture.recipe
+        architectures[str(sae.name)] = architecture
         if config.dry_run and source_of(sae, config.init_from) is not None:
             read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
@@ -129,8 +130,8 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         backend_for(device, config.kernels),
         config.parallel,
         ranks.n,
-        notes_of(saes, schedule, rows_per_epoch),
-        recipes,
+        notes_of(list(architectures.values()), schedule, rows_per_epoch),
+        {name: architecture.recipe for name, architecture in architectures.items()},
     )
 
 
@@ -148,3 +149,7 @@ def _width(store: ActivationStore, sae: SaeConfig, names: tuple[str, ...]) -> in
             "expected one width"
         )
     return sum(widths.values())
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else str(value)

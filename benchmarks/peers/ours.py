@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from thresher.train.config import SaeConfig
+from thresher.train.architectures import make_config
 from thresher.train.kernels import kernels_for
 from thresher.train.lockstep import prepare, step_all
 from thresher.train.memory import keep_freed_memory
@@ -38,7 +38,7 @@ class Thresher:
             "batch_topk": {"k": options.k},
             "jumprelu": {"l0_coefficient": options.sparsity},
         }.get(architecture, {"l1_coefficient": options.sparsity})
-        config = SaeConfig(hook_point="h", architecture=architecture, d_sae=options.d_sae, lr=options.lr, **keys)
+        config = make_config(hook_point="h", architecture=architecture, d_sae=options.d_sae, lr=options.lr, **keys)
         normalization = Normalization(torch.zeros(d_in), 1.0, float(d_in))
         schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
         keep_freed_memory()  # as `thresher train` does

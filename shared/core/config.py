@@ -102,7 +102,10 @@ def to_config(cls: type[C], table: Mapping[str, Any], where: str, overridden: It
             continue
         origin = f"command line: --{field.name}" if field.name in overridden else f"{where}: {field.name}"
         kept[field.name] = check_value(origin, table[field.name], field.type)
-    return cls(**kept)
+    try:
+        return cls(**kept)
+    except ConfigError as error:  # values that do not fit together
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _missing(cls: type[Config], field: msgspec.structs.FieldInfo, where: str) -> str:

@@ -12,8 +12,8 @@ import torch
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError, NonFiniteError, OutputError, StoreError
 from thresher.train import TrainConfig, train
-from thresher.train.architectures import ARCHITECTURES, architectures_using, make_architecture
-from thresher.train.architectures.base import COMMON_OPTIONS
+from thresher.train.architectures import ARCHITECTURES, architectures_using, make_architecture, make_config
+from thresher.train.architectures.registry import all_fields
 from thresher.train.config import SaeConfig
 from thresher.train.plan import plan_run
 
@@ -100,7 +100,8 @@ def change(config, **changes):
 
 
 def test_every_key_is_used_by_all_architectures_or_named_here():
-    assert set(SaeConfig.__struct_fields__) == set(COMMON_OPTIONS) | set(GIVEN)
+    shared = set(SaeConfig.__struct_fields__) - set(SaeConfig.unused)
+    assert set(all_fields()) == shared | set(GIVEN)
     assert set(USED) == set(ARCHITECTURES)
 
 
@@ -108,19 +109,19 @@ def test_every_key_is_used_by_all_architectures_or_named_here():
 def test_options_that_an_architecture_does_not_use_are_refused(architecture):
     required = {key: GIVEN[key] for key in ARCHITECTURES[architecture].required}
     base = {"architecture": architecture, "hook_point": "h", "d_sae": 32} | required | PLACES.get(architecture, {})
-    make_architecture(SaeConfig(**base), 16)
+    make_architecture(make_config(**base), 16)
     for key, value in GIVEN.items():
         assert (architecture in architectures_using(key)) == (key in USED[architecture]), key
         if key not in USED[architecture]:
             users = ", ".join(name for name in ARCHITECTURES if key in USED[name])
             said = f"'{key}' is given, but architecture '{architecture}' does not use it (used by: {users})"
             with pytest.raises(ConfigError, match=re.escape(said)):
-                make_architecture(SaeConfig(**(base | {key: value})), 16)
+                make_architecture(make_config(**(base | {key: value})), 16)
 
 
 def test_the_auxiliary_loss_is_on_unless_it_is_given_as_zero(config):
     for given, weight in ((None, 1 / 32), (0.0, 0.0), (0.5, 0.5)):
-        assert make_architecture(SaeConfig(**TOPK, aux_coefficient=given), 32).aux_coefficient == weight
+        assert make_architecture(make_config(**TOPK, aux_coefficient=given), 32).aux_coefficient == weight
     (folder,) = train(config)
     assert json.loads((folder / "cfg.json").read_text())["metadata"].get("aux_coefficient", 1 / 32) == 1 / 32
 
@@ -133,7 +134,7 @@ def test_the_auxiliary_loss_is_on_unless_it_is_given_as_zero(config):
         (STANDARD | {"sparsity_warmup_steps": 21}, "sparsity_warmup_steps is 21, but the run has 20 steps"),
         (TOPK | {"resample_every_tokens": 641}, "resample_every_tokens is 641, .* which has 640 tokens"),
         (
-            {"architecture": "crosscoder", "hook_point": "g", "hook_points": ["h", "g"], "d_sae": 32},
+            STANDARD | {"architecture": "crosscoder", "hook_point": "g", "hook_points": ["h", "g"]},
             "hook_point is 'g', but the first of hook_points is 'h'",
         ),
     ],

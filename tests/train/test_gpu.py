@@ -12,8 +12,8 @@ import thresher.train.run as run_module
 import thresher.train.step.sae_trainer as trainer_module
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.train import TrainConfig, train
+from thresher.train.architectures import make_config
 from thresher.train.architectures.contract import Batch
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import triton as fused
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
 from thresher.train.step.step_graphs import capture_on_cuda
@@ -129,7 +129,7 @@ def test_lines_of_metrics_are_those_of_a_run_that_reads_each(config, tmp_path, m
 @pytest.mark.parametrize("table", tables_of(SWEEP + ANNEALED), ids=lambda table: table["architecture"])
 @pytest.mark.parametrize("capture", [None, capture_on_cuda])
 def test_a_step_waits_for_the_device_only_to_look(table, capture):
-    config = SaeConfig(**table, dead_after_tokens=128)
+    config = make_config(**table, dead_after_tokens=128)
     normalization = Normalization(torch.zeros(32), 1.0, 32.0)
     schedule = Schedule(1000, 128, 1, 0.5)
     trainer = SaeTrainer(config, 32, normalization, schedule, fused, device="cuda", capture=capture)

@@ -33,8 +33,11 @@ def store(array_store):
 def config():
     """Return the shipped sweep of every architecture, narrower, and what else makes an SAE hold more or less."""
     shipped = load_config(TrainConfig, MIXED, [])
-    narrow = [msgspec.structs.replace(sae, d_sae=64, k=sae.k and 8) for sae in expand_sweep(shipped.sae)]
-    narrow = [msgspec.structs.replace(sae, p_anneal_steps=sae.p_anneal_steps and 10) for sae in narrow]
+    narrow = []
+    for sae in expand_sweep(shipped.sae):
+        changes = {"d_sae": 64, "k": 8, "p_anneal_steps": 10}
+        given = {key: value for key, value in changes.items() if getattr(sae, key, None) is not None}
+        narrow.append(msgspec.structs.replace(sae, **given))
     more = [
         {"k": 4, "k_anneal_steps": 10},
         {"architecture": "gated", "l1_coefficient": 1.0, "ema_decay": 0.9},

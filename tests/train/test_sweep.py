@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from thresher.shared.core.errors import ConfigError
-from thresher.train.config import SaeConfig
+from thresher.train.architectures import make_config
 from thresher.train.sweep.grids import expand_sweep
 
 BASE = {"hook_point": "blocks.2.hook_resid_post", "d_sae": 64}
@@ -29,7 +29,7 @@ def test_names_tell_the_saes_apart():
 
 
 def test_configurations_are_accepted_too():
-    assert expand_sweep([SaeConfig(**BASE, k=4, name="x")])[0].name == "x"
+    assert expand_sweep([make_config(**BASE, k=4, name="x")])[0].name == "x"
 
 
 def test_random_search_draws_the_same_values_each_time():
@@ -77,6 +77,7 @@ def test_errors(tables, message):
 
 
 READS, WRITES = "blocks.1.mlp_in", "blocks.1.mlp_out"
+TRANSCODER = {"architecture": "transcoder", "l1_coefficient": 1.0, "k": None}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ READS, WRITES = "blocks.1.mlp_in", "blocks.1.mlp_out"
         ({"reads": ["a", "b"], "writes": ["a", "b"]}, ("a", "b"), ("a", "b"), "crosscoder"),
         ({"reads": ["a", "b"], "writes": ["c", "d", "e"]}, ("a", "b"), ("c", "d", "e"), "crosscoder"),
         ({"reads": "a", "writes": ["a", "b"]}, ("a",), ("a", "b"), "crosscoder"),
-        ({"hook_point": READS, "hook_point_out": WRITES}, (READS,), (WRITES,), "transcoder"),
+        (TRANSCODER | {"hook_point": READS, "hook_point_out": WRITES}, (READS,), (WRITES,), "transcoder"),
     ],
 )
 def test_what_is_read_and_written(table, reads, writes, kind):

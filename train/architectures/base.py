@@ -8,9 +8,11 @@ activations, and bfloat16 has its precision where the activations vary. While tr
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import torch
+from jaxtyping import Float
+from msgspec import Meta
 from torch import Tensor
 
 from ...shared.core.errors import ConfigError
@@ -18,68 +20,58 @@ from ...shared.sae import Sae
 from ..config import SaeConfig
 from ..stream.normalization import Normalization
 from .contract import Batch, Buffers, Parameters, StepInput, StepOutput
+from .parts.decoder_norms import fold_decoder_norms, has_unit_norms
 
-COMMON_OPTIONS = (
-    "hook_point",
-    "hook_points",
-    "reads",
-    "writes",
-    "skip",
-    "d_sae",
-    "architecture",
-    "name",
-    "lr",
-    "beta1",
-    "beta2",
-    "weight_decay",
-    "lr_decay",
-    "decay_fraction",
-    "seed",
-    "init_from",
-    "dead_after_tokens",
-    "clip_grad_norm",
-    "resample_every_tokens",
-    "ema_decay",
-)
-"""Keys of a `[[sae]]` table that every architecture uses."""
+C = TypeVar("C", bound=SaeConfig)
+P = TypeVar("P", bound="PenaltyConfig")
 
 
-class Architecture:
-    """Base of the architectures; a subclass is registered by its `name`.
+class Architecture(Generic[C]):
+    """Base of the architectures: `config` holds the keys of its `[[sae]]` table.
 
-    `required` and `options` name the keys of a `[[sae]]` table that it uses besides `COMMON_OPTIONS`.
+    A subclass states in `saved_as` which kind of SAE `exported` gives, and in `resolved` its properties that depend on
+    what the configuration leaves open.
 
-    One whose loss does not depend on which latents are dead says so in `revives_dead`, and is not told. One that says
-    `capturable` of itself, which its subclasses do not inherit, asks the device for nothing in a step that has room,
-    nor does anything there that the next step may do otherwise, but for what `decided_at` says.
+    Set `capturable = True` (it is not inherited) only if a step with `room` never synchronises with the device and
+    always launches the same kernels, except where `decided_at` changes.
     """
 
-    name: ClassVar[str]
-    required: ClassVar[tuple[str, ...]] = ()
-    options: ClassVar[tuple[str, ...]] = ()
-    unit_norm_decoder: ClassVar[bool] = True
+    saved_as: ClassVar[str]
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
     kind_of_wiring: ClassVar[str] = "sae"
-    revives_dead: ClassVar[bool] = True
     capturable: ClassVar[bool] = False
-    sparsity_warmup_fraction: ClassVar[float] = 1 / 20
-    resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "sparsity_warmup_fraction")
+    resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "unit_norm_decoder")
 
-    def __init__(self, config: SaeConfig, d_in: int):
-        for key in self.required:
-            if getattr(config, key) is None:
-                raise ConfigError(f"architecture '{self.name}' needs '{key}'; give it in the [[sae]] table")
-        if config.k is not None and config.k > config.d_sae:
-            raise ConfigError(f"k is {config.k}, expected at most d_sae = {config.d_sae}; give a smaller k")
-        for key in ("target_l0", "initial_l0"):
-            l0 = getattr(config, key)
-            if l0 is not None and l0 > config.d_sae:
-                raise ConfigError(f"{key} is {l0:g}, expected at most d_sae = {config.d_sae}; give a smaller {key}")
+    def __init__(self, config: C, d_in: int, d_out: int | None = None):
         self.config = config
-        self.d_in = self.d_out = d_in
+        self.d_in, self.d_out = d_in, d_out or d_in
         self.d_sae = config.d_sae
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Whether training holds decoder rows at unit norm."""
+        return True
+
+    @property
+    def revives_dead(self) -> bool:
+        """Whether the loss depends on which latents are dead; a step is told of them only then."""
+        return False
+
+    @property
+    def schedules(self) -> dict[str, tuple[int | None, str]]:
+        """Keys that count steps which the run must have: their values, and what would not happen in a shorter run."""
+        return {}
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the plan about what the metrics mean, with `{}` for the names of the SAEs that have it."""
+        return None
+
+    def sparsity_warmup_steps(self, n_steps: int) -> int:
+        """Return the steps of a run of `n_steps` over which `sparsity_scale` of a step grows from 0 to 1."""
+        return 0
 
     @property
     def lr(self) -> float:
@@ -99,14 +91,7 @@ class Architecture:
 
         A resumed run compares them: another release may have other defaults.
         """
-        held = self.unit_norm_decoder if self.config.unit_norm_decoder is None else self.config.unit_norm_decoder
-        return {"unit_norm_decoder": held} | {name: getattr(self, name) for name in self.resolved}
-
-    @property
-    def aux_coefficient(self) -> float:
-        """Return the weight of the loss that revives dead latents; 1/32 if not given (arXiv 2406.04093, A.2)."""
-        given = self.config.aux_coefficient
-        return (1 / 32 if self.revives_dead else 0.0) if given is None else given
+        return {name: getattr(self, name) for name in self.resolved}
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -142,46 +127,133 @@ class Architecture:
         """Return the loss and its gradients at these parameters."""
         raise NotImplementedError
 
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
-        """Return the saved architecture and its tensors in raw activation units.
+    def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
+        """Return the saved SAE's tensors, in raw activation units.
 
         Latents scale with the input, so the encoder's weights stay, its bias is divided by the
         scale, and the decoder keeps its norms.
         """
-        return self.name, {
+        return {
             "W_enc": parameters["W_enc"].T,
             "b_enc": parameters["b_enc"] / normalization.scale,
             "W_dec": parameters["W_dec"],
             "b_dec": parameters["b_dec"] / normalization.scale + normalization.mean.to(parameters["b_dec"].dtype),
         }
 
+    def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
+        """Return the parameters and buffers with which training starts from an SAE: the inverse of `exported`.
+
+        The SAE is of the kind `saved_as` and of this architecture's sizes. Latents and reconstructions stay, except for
+        what `differences` says.
+
+        Raises:
+            SaeError: the architecture cannot hold what the SAE computes.
+        """
+        tensors, scale = self._held(sae), normalization.scale
+        W_enc = tensors["W_enc"].T.contiguous()
+        parameters = {
+            "W_enc": W_enc,
+            "b_enc": bias_of_centred(sae, tensors["b_enc"], W_enc) * scale,
+            "W_dec": tensors["W_dec"],
+            "b_dec": (tensors["b_dec"] - normalization.mean) * scale,
+        }
+        return parameters, self.initial_buffers()
+
+    def _held(self, sae: Sae) -> dict[str, Tensor]:
+        """Return an SAE's tensors, with decoder norms folded into the encoder where training holds them at one."""
+        tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
+        folds = self.unit_norm_decoder and not has_unit_norms(sae.W_dec)
+        return fold_decoder_norms(tensors) if folds else tensors
+
+    def check_source(self, sae: Sae) -> None:
+        """Raise `SaeError` if training cannot start from an SAE of the right kind and sizes."""
+
+    def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
+        """Return how the first step differs from what an SAE computes or is used for, each as a line for the user."""
+        config = self.config
+        found = [
+            f"it is of a model loaded with {name} = true, this one of the model as it is"
+            for name in sae.model_processing
+        ]
+        if sae.hook_point and sae.hook_point != config.hook_point:
+            found.append(f"it is of '{sae.hook_point}', this one of '{config.hook_point}'")
+        norms = sae.W_dec.detach().norm(dim=1)
+        if self.unit_norm_decoder and not has_unit_norms(sae.W_dec):
+            found.append(
+                f"its decoder norms, {float(norms.min()):.3g} to {float(norms.max()):.3g}, move into the encoder: "
+                "latents are scaled by them, and reconstructions stay"
+            )
+        return found
+
     def hyperparameters(self) -> dict[str, Any]:
         """Return what the saved SAE says about its training."""
-        keys = (
-            "architecture",
-            "d_sae",
-            "k",
-            "l1_coefficient",
-            "l0_coefficient",
-            "target_l0",
-            "seed",
-        )
-        values = {key: getattr(self.config, key) for key in keys}
-        if self.revives_dead:
-            values["aux_coefficient"] = self.aux_coefficient
-        return {key: value for key, value in values.items() if value is not None} | {"lr": self.lr}
+        return self._describe()
+
+    def _describe(self, *keys: str, **resolved: Any) -> dict[str, Any]:
+        """Return shared hyperparameters, with those of other keys that are given, and values that were resolved."""
+        values = {key: getattr(self.config, key) for key in ("architecture", "d_sae", *keys, "seed")}
+        return {key: value for key, value in values.items() if value is not None} | resolved | {"lr": self.lr}
 
     def to_sae(
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization, metadata: dict[str, Any]
     ) -> Sae:
         """Return the SAE for inference on raw activations."""
-        architecture, tensors = self.exported(parameters, buffers, normalization)
+        tensors = self.exported(parameters, buffers, normalization)
         return Sae(
-            architecture,
+            self.saved_as,
             {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
             hook_point=self.config.hook_point,
             config=self.hyperparameters(),
             metadata=metadata,
         )
+
+
+def bias_of_centred(sae: Sae, bias: Tensor, W_enc: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
+    """Return an SAE's encoder bias for inputs less `b_dec`, which not every SAE subtracts."""
+    return bias if sae.apply_b_dec_to_input else bias + W_enc @ sae.b_dec.detach()
+
+
+def unused_start(**given: float | None) -> list[str]:
+    """Return a line for each key that is given and that says where training starts, where an SAE says it instead."""
+    return [
+        f"{key} = {value:g} is not used: thresholds and biases start at the SAE's"
+        for key, value in given.items()
+        if value is not None
+    ]
+
+
+class PenaltyConfig(SaeConfig, frozen=True, kw_only=True):
+    """Configuration of an architecture that penalises active latents."""
+
+    sparsity_warmup_steps: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Steps over which the sparsity penalty grows; a twentieth of the run if not given."),
+    ] = None
+
+
+class PenaltyArchitecture(Architecture[P]):
+    """Base of the architectures with a sparsity penalty, which is multiplied by a step's `sparsity_scale`."""
+
+    sparsity_warmup_fraction: ClassVar[float] = 1 / 20
+    resolved = (*Architecture.resolved, "sparsity_warmup_fraction")
+
+    def sparsity_warmup_steps(self, n_steps: int) -> int:
+        """Return the steps over which the penalty grows to its full weight."""
+        given = self.config.sparsity_warmup_steps
+        return int(n_steps * self.sparsity_warmup_fraction) if given is None else given
+
+    @property
+    def schedules(self) -> dict[str, tuple[int | None, str]]:
+        """The penalty's growth."""
+        return {
+            "sparsity_warmup_steps": (
+                self.config.sparsity_warmup_steps,
+                "the sparsity penalty would not reach its weight",
+            )
+        }
+
+
+def check_number_of_latents(config: SaeConfig, key: str, given: float | None) -> None:
+    """Raise `ConfigError` if a key asks for more active latents than there are."""
+    if given is not None and given > config.d_sae:
+        raise ConfigError(f"{key} is {given:g}, expected at most d_sae = {config.d_sae}; give a smaller {key}")

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..architectures.contract import SINGLE_PROCESS, Collectives
+from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .contract import Batch, Buffers, Parameters, StepInput
+from .contract import SINGLE_PROCESS, Batch, Buffers, Collectives, Parameters, StepInput
+from .parts.decoder_norms import NORM_TOLERANCE
 from .parts.latents import SparseLatents, csr_of, encoded_bias, sparse_at, sparse_within
-from .topk import TopK
+from .registry import register
+from .topk import LargestConfig, TopK
 
 _MOMENTUM = 0.95
 _SAMPLE = 1 << 16
 _LEAST_CAPACITY = 1024
 
 
-class BatchTopK(TopK):
+class BatchTopKConfig(LargestConfig, frozen=True, kw_only=True):
+    """BatchTopK: the batch * k largest latents of a whole batch (arXiv 2412.06410)."""
+
+    architecture: Literal["batch_topk"] = "batch_topk"
+
+
+L = TypeVar("L", bound=LargestConfig)
+
+
+@register(BatchTopKConfig)
+class BatchTopK(TopK[L]):
     """Keeps the `batch * k` largest of `ReLU(W_enc (x - b_dec) + b_enc)`, with TopK's loss and AuxK.
 
     Saved as a JumpReLU SAE whose one threshold is the running mean of each batch's smallest kept latent.
     """
 
-    name = "batch_topk"
+    saved_as = "jumprelu"
     capturable = True
-    options = ("aux_coefficient", "k_aux", "unit_norm_decoder")
     betas = (0.9, 0.99)
     default_lr = 3e-4
 
@@ -52,13 +65,23 @@ class BatchTopK(TopK):
         threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
         return latents
 
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
+    def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Return a JumpReLU SAE with the same threshold for every latent."""
-        _, tensors = super().exported(parameters, buffers, normalization)
         threshold = buffers["threshold"].clamp_min(0) / normalization.scale
-        return "jumprelu", tensors | {"threshold": threshold.repeat(self.d_sae)}
+        return super().exported(parameters, buffers, normalization) | {"threshold": threshold.repeat(self.d_sae)}
+
+    def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
+        """Return the parameters, and the mean of the SAE's thresholds as the running threshold."""
+        parameters, _ = super().imported(sae, normalization)
+        return parameters, {"threshold": (self._held(sae)["threshold"] * normalization.scale).mean()}
+
+    def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
+        """Add thresholds that are averaged."""
+        found, thresholds = super().differences(sae, normalization), self._held(sae)["threshold"]
+        least, mean, most = (float(value) for value in (thresholds.min(), thresholds.mean(), thresholds.max()))
+        if most - least > NORM_TOLERANCE * abs(mean):
+            found.append(f"its thresholds, {least:.3g} to {most:.3g}, become one, their mean of {mean:.3g}")
+        return found
 
 
 def within_room(

@@ -2,35 +2,76 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import Architecture
+from .base import PenaltyArchitecture, PenaltyConfig, bias_of_centred, check_number_of_latents, unused_start
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .parts.dense import squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
+from .registry import register
 
 # At full size half of all random latents would fire at first, an error that a short run is busy with unlearning.
 _ENCODER_SCALE = 0.1
 
 
-class Gated(Architecture):
+class GatedConfig(PenaltyConfig, frozen=True, kw_only=True):
+    """Gated: one path decides which latents are active, another how large they are (arXiv 2404.16014)."""
+
+    architecture: Literal["gated"] = "gated"
+    l1_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L1 penalty.")]
+    initial_l0: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Latents per row to fire on the first batch, which sets the gates' biases; they start at 0 if "
+            "not given."
+        ),
+    ] = None
+    threshold_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Factor of the learning rate of both biases and the rescaling; 1 if not given."),
+    ] = None
+    decoder_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Factor of the learning rate of the decoder; 1 if not given."),
+    ] = None
+    unit_norm_decoder: Annotated[
+        bool | None,
+        Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
+    ] = None
+
+    name_ending: ClassVar[str] = "-l1-{l1_coefficient}"
+
+    def __post_init__(self) -> None:
+        """Check that there are enough latents for the first L0."""
+        super().__post_init__()
+        check_number_of_latents(self, "initial_l0", self.initial_l0)
+
+
+@register(GatedConfig)
+class Gated(PenaltyArchitecture[GatedConfig]):
     """`f = [pi > 0] ReLU(exp(r) l + b_mag)` with `l = W_enc (x - b_dec)` and `pi = l + b_gate`.
 
     Loss: `||x - x_hat||^2 + lambda ||ReLU(pi)||_1 + ||x - x_hat'||^2`, where `x_hat'` decodes `ReLU(pi)` with the
     decoder held constant. The encoder starts small, so that the first reconstructions are near the mean.
     """
 
-    name = "gated"
+    saved_as = "gated"
     capturable = True
-    required = ("l1_coefficient",)
-    options = ("sparsity_warmup_steps", "unit_norm_decoder", "initial_l0", "threshold_lr_scale", "decoder_lr_scale")
     betas = (0.0, 0.999)
     eps = 1e-8
-    revives_dead = False
     default_lr = 5e-5
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Whether training holds decoder rows at unit norm: unless the configuration says that it does not."""
+        return self.config.unit_norm_decoder is not False
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -84,11 +125,32 @@ class Gated(Architecture):
         l0 = count(active) / len(x)
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
+    def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Scale both biases to raw activation units."""
-        _, tensors = super().exported(parameters | {"b_enc": parameters["b_gate"]}, buffers, normalization)
+        tensors = super().exported(parameters | {"b_enc": parameters["b_gate"]}, buffers, normalization)
         b_gate = tensors.pop("b_enc")
         b_mag = parameters["b_mag"] / normalization.scale
-        return self.name, tensors | {"b_gate": b_gate, "b_mag": b_mag, "r_mag": parameters["r_mag"]}
+        return tensors | {"b_gate": b_gate, "b_mag": b_mag, "r_mag": parameters["r_mag"]}
+
+    def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
+        """Return the parameters. Magnitudes are scaled before their bias, which includes what is not subtracted."""
+        tensors, scale = self._held(sae), normalization.scale
+        W_enc = tensors["W_enc"].T.contiguous()
+        b_gate = bias_of_centred(sae, tensors["b_gate"], W_enc)
+        b_mag = tensors["b_mag"] + (b_gate - tensors["b_gate"]) * tensors["r_mag"].exp()
+        return {
+            "W_enc": W_enc,
+            "b_gate": b_gate * scale,
+            "b_mag": b_mag * scale,
+            "r_mag": tensors["r_mag"],
+            "W_dec": tensors["W_dec"],
+            "b_dec": (tensors["b_dec"] - normalization.mean) * scale,
+        }, {}
+
+    def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
+        """Add an initial L0 that is not used."""
+        return super().differences(sae, normalization) + unused_start(initial_l0=self.config.initial_l0)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what the saved SAE says about its training."""
+        return self._describe("l1_coefficient")

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from ..stream.normalization import Normalization
-from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.dense import squared
 from .parts.latents import SparseLatents, add_rows
-from .topk import TopK
+from .registry import register
+from .topk import LargestConfig, TopK
 
 
-class HierarchicalTopK(TopK):
+class HierarchicalTopKConfig(LargestConfig, frozen=True, kw_only=True):
+    """HierarchicalTopK: one SAE for every k up to K (arXiv 2505.24473)."""
+
+    architecture: Literal["hierarchical_topk"] = "hierarchical_topk"
+
+
+@register(HierarchicalTopKConfig)
+class HierarchicalTopK(TopK[HierarchicalTopKConfig]):
     """TopK with the loss `(1 / K) sum_j ||x - x_hat_j||^2 / Var(x)` over every prefix of the sorted top K."""
 
-    name = "hierarchical_topk"
     capturable = True
-    options = ("aux_coefficient", "k_aux", "unit_norm_decoder")
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, largest first in every row."""
@@ -67,9 +72,3 @@ class HierarchicalTopK(TopK):
         terms: dict[str, Number] = {"mse_loss": total / (len(x) * k * step.total_variance)}
         mse = squared(final) / len(x)
         return self.finish(parameters, batch, step, latents, gradients, final, terms, mse)
-
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
-        """Return a TopK SAE, which takes any smaller k as well."""
-        return "topk", super().exported(parameters, buffers, normalization)[1]

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from ...shared.core.errors import ConfigError
+from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import Architecture
+from .base import PenaltyArchitecture, PenaltyConfig, check_number_of_latents, unused_start
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .parts.decoder_norms import fold_decoder_norms
 from .parts.dense import squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
+from .registry import register
 
 _BANDWIDTH = 0.001
 # From a start at a given L0: this is about a third of a threshold that few latents of unit norm pass.
 _WIDE_BANDWIDTH = 0.5
 _FAST_LR_SCALE = 4.0
 _SMALLEST_THRESHOLD = 1e-3
+# Of an SAE that training starts from: thresholds are trained by their logarithm, so none of them is zero.
+_LEAST_IMPORTED_THRESHOLD = 1e-8
 
 _FIRST_THRESHOLD = 0.1
 _TANH_BANDWIDTH = 2.0
@@ -30,7 +37,82 @@ _FIRST_ACTIVE_LATENTS = 10_000
 _EDGE = 0.51
 
 
-class JumpReLU(Architecture):
+class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
+    """JumpReLU: a learned threshold per latent and a penalty on L0 (arXiv 2407.14435; Gemma Scope, 2408.05147)."""
+
+    architecture: Literal["jumprelu"] = "jumprelu"
+    l0_coefficient: Annotated[float, Meta(ge=0, description="Weight of the sparsity penalty.")]
+    target_l0: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="L0 to aim at: the penalty is on the distance from it; on L0 itself if not given."),
+    ] = None
+    initial_l0: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Latents per row to fire on the first batch, which sets the thresholds; target_l0 if not given."
+        ),
+    ] = None
+    initial_threshold: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Thresholds before training, on normalised inputs; if neither L0 is given, 0.1 with tanh, "
+            "otherwise 0.001 sqrt(d_in)."
+        ),
+    ] = None
+    bandwidth: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Width of the straight-through rectangle, on normalised inputs; if not given, 0.5 where the "
+            "first batch sets the thresholds, 2 with tanh, otherwise 0.001 sqrt(d_in)."
+        ),
+    ] = None
+    threshold_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Factor of the learning rate of the log thresholds; if not given, 4 where the first batch sets "
+            "them, otherwise 1."
+        ),
+    ] = None
+    sparsity_loss: Annotated[
+        Literal["l0", "tanh"] | None,
+        Meta(description="Penalty: l0, or tanh with the pre-activation loss; l0 if not given."),
+    ] = None
+    tanh_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Factor of latents inside the tanh penalty; 4 if not given."),
+    ] = None
+    pre_act_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Weight of the pre-activation loss beside the tanh penalty; 3e-6 if not given."),
+    ] = None
+    unit_norm_decoder: Annotated[
+        bool | None,
+        Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
+    ] = None
+
+    @property
+    def uses_tanh(self) -> bool:
+        """Whether the penalty is the tanh penalty."""
+        return self.sparsity_loss == "tanh"
+
+    def __post_init__(self) -> None:
+        """Check the L0s, and that no key is given that has no effect."""
+        super().__post_init__()
+        check_number_of_latents(self, "target_l0", self.target_l0)
+        check_number_of_latents(self, "initial_l0", self.initial_l0)
+        for key, given in (("tanh_scale", self.tanh_scale), ("pre_act_coefficient", self.pre_act_coefficient)):
+            if given is not None and not self.uses_tanh:
+                raise ConfigError(f"'{key}' is given, but only a jumprelu SAE with sparsity_loss = 'tanh' uses it")
+        if self.uses_tanh and self.target_l0 is not None:
+            raise ConfigError("'target_l0' is for sparsity_loss = 'l0', and this SAE's is 'tanh'; leave one out")
+        if self.initial_l0 is not None and (self.uses_tanh or self.initial_threshold is not None):
+            other = "sparsity_loss = 'tanh'" if self.uses_tanh else "'initial_threshold'"
+            raise ConfigError(f"{other} sets the first thresholds otherwise than 'initial_l0' does; leave one out")
+        if self.uses_tanh and self.unit_norm_decoder is not None:
+            raise ConfigError("sparsity_loss = 'tanh' penalises decoder norms; leave unit_norm_decoder out")
+
+
+class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
     """`f = z H(z - theta)`, loss `||x - x_hat||^2 / d_in + lambda L0`, or `lambda (L0 / L0* - 1)^2` with a target.
 
     The thresholds learn by straight-through estimates with a rectangle of width epsilon about each:
@@ -42,26 +124,17 @@ class JumpReLU(Architecture):
     a run of a thousand steps would end before small thresholds were large.
     """
 
-    name = "jumprelu"
+    saved_as = "jumprelu"
     capturable = True
-    required = ("l0_coefficient",)
-    options = (
-        "sparsity_warmup_steps",
-        "unit_norm_decoder",
-        "target_l0",
-        "initial_l0",
-        "sparsity_loss",
-        "tanh_scale",
-        "pre_act_coefficient",
-        "bandwidth",
-        "initial_threshold",
-        "threshold_lr_scale",
-    )
-    resolved = (*Architecture.resolved, "bandwidth", "first_threshold")
+    resolved = (*PenaltyArchitecture.resolved, "bandwidth", "first_threshold")
     betas = (0.0, 0.999)
     eps = 1e-8
-    revives_dead = False
     default_lr = 7e-5
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Whether training holds decoder rows at unit norm: unless the configuration says that it does not."""
+        return self.config.unit_norm_decoder is not False
 
     @property
     def bandwidth(self) -> float:
@@ -130,12 +203,35 @@ class JumpReLU(Architecture):
             return weight * l0, weight
         return weight * (l0 / target - 1) ** 2, 2 * weight * (l0 / target - 1) / target
 
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
+    def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Add the thresholds, in raw activation units."""
-        architecture, tensors = super().exported(parameters, buffers, normalization)
-        return architecture, tensors | {"threshold": parameters["log_threshold"].exp() / normalization.scale}
+        threshold = parameters["log_threshold"].exp() / normalization.scale
+        return super().exported(parameters, buffers, normalization) | {"threshold": threshold}
+
+    def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
+        """Add the thresholds' logarithms; thresholds that have none start just above zero."""
+        parameters, buffers = super().imported(sae, normalization)
+        threshold = (self._held(sae)["threshold"] * normalization.scale).clamp_min(_LEAST_IMPORTED_THRESHOLD)
+        return parameters | {"log_threshold": threshold.log()}, buffers
+
+    def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
+        """Add keys that are not used, and thresholds that are raised."""
+        resamples = self.config.resample_every_tokens is not None
+        threshold = None if resamples else self.config.initial_threshold
+        found = super().differences(sae, normalization)
+        found += unused_start(initial_l0=self.config.initial_l0, initial_threshold=threshold)
+        thresholds, limit = self._held(sae)["threshold"], _LEAST_IMPORTED_THRESHOLD / normalization.scale
+        n_raised = int((thresholds * normalization.scale < _LEAST_IMPORTED_THRESHOLD).sum())
+        if n_raised:
+            found.append(
+                f"{n_raised:,} of its {sae.d_sae:,} thresholds are below {limit:.1g} "
+                f"(the least is {float(thresholds.min()):.3g}) and start there"
+            )
+        return found
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what the saved SAE says about its training."""
+        return self._describe("l0_coefficient", "target_l0")
 
 
 class TanhJumpReLU(JumpReLU):
@@ -149,15 +245,14 @@ class TanhJumpReLU(JumpReLU):
 
     capturable = True
     resolved = (*JumpReLU.resolved, "tanh_scale", "pre_act_coefficient")
-    unit_norm_decoder = False
     betas = (0.9, 0.999)
     default_lr = 2e-4
     sparsity_warmup_fraction = 1.0
 
-    @staticmethod
-    def is_asked_for(config: object) -> bool:
-        """Return whether a JumpReLU SAE's configuration names this loss."""
-        return getattr(config, "sparsity_loss", None) == "tanh"
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Decoder norms are free, because the penalty depends on them."""
+        return False
 
     @property
     def bandwidth(self) -> float:
@@ -239,9 +334,12 @@ class TanhJumpReLU(JumpReLU):
         given = self.config.pre_act_coefficient
         return _PRE_ACT_COEFFICIENT if given is None else given
 
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
+    def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Fold the decoder's norms into the encoder and the thresholds."""
-        architecture, tensors = super().exported(parameters, buffers, normalization)
-        return architecture, fold_decoder_norms(tensors)
+        return fold_decoder_norms(super().exported(parameters, buffers, normalization))
+
+
+@register(JumpReLUConfig)
+def make_jumprelu(config: JumpReLUConfig, d_in: int, d_out: int | None = None) -> JumpReLU:
+    """Return the architecture with a penalty on L0, or with the tanh penalty."""
+    return (TanhJumpReLU if config.uses_tanh else JumpReLU)(config, d_in, d_out)

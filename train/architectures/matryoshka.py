@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from msgspec import Meta
 
 from ...shared.core.errors import ConfigError
-from ..config import SaeConfig
 from .batch_topk import BatchTopK
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.dense import squared
 from .parts.latents import gradients_of
+from .registry import register
+from .topk import LargestConfig
 
 _DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
-class MatryoshkaBatchTopK(BatchTopK):
-    """BatchTopK with the loss `sum_g ||x - x_hat_g||^2 / Var(x)`, where x_hat_g uses the first g latents only.
+class MatryoshkaBatchTopKConfig(LargestConfig, frozen=True, kw_only=True):
+    """Matryoshka BatchTopK: every prefix of the latents reconstructs (arXiv 2503.17547)."""
 
-    The prefix sizes are `prefix_sizes`, cumulative and ending at d_sae; by default d_sae / 16, / 8, / 4, / 2, d_sae.
-    """
+    architecture: Literal["matryoshka_batch_topk"] = "matryoshka_batch_topk"
+    prefix_sizes: Annotated[
+        tuple[int, ...] | None,
+        Meta(description="Sizes of the prefixes, growing to d_sae; d_sae / 16, / 8, / 4, / 2 and d_sae if not given."),
+    ] = None
 
-    name = "matryoshka_batch_topk"
+    def __post_init__(self) -> None:
+        """Check that the prefixes grow and end with all latents."""
+        super().__post_init__()
+        sizes = self.prefixes
+        if sizes != sorted(set(sizes)) or sizes[-1] != self.d_sae or sizes[0] < 1:
+            raise ConfigError(f"prefix_sizes is {sizes}, expected to grow and end at d_sae = {self.d_sae}")
+
+    @property
+    def prefixes(self) -> list[int]:
+        """The sizes of the prefixes."""
+        if self.prefix_sizes is not None:
+            return list(self.prefix_sizes)
+        return sorted({max(1, round(fraction * self.d_sae)) for fraction in _DEFAULT_FRACTIONS})
+
+
+@register(MatryoshkaBatchTopKConfig)
+class MatryoshkaBatchTopK(BatchTopK[MatryoshkaBatchTopKConfig]):
+    """BatchTopK with the loss `sum_g ||x - x_hat_g||^2 / Var(x)`, where x_hat_g uses the first g latents only."""
+
     capturable = True
-    options = ("prefix_sizes", *BatchTopK.options)
     resolved = (*BatchTopK.resolved, "prefixes")
 
-    def __init__(self, config: SaeConfig, d_in: int):
-        super().__init__(config, d_in)
-        sizes = config.prefix_sizes or sorted({max(1, round(f * self.d_sae)) for f in _DEFAULT_FRACTIONS})
-        self.prefixes = list(sizes)
-        if self.prefixes != sorted(set(self.prefixes)) or self.prefixes[-1] != self.d_sae or self.prefixes[0] < 1:
-            raise ConfigError(f"prefix_sizes is {self.prefixes}, expected to grow and end at d_sae = {self.d_sae}")
+    @property
+    def prefixes(self) -> list[int]:
+        """The sizes of the prefixes, cumulative."""
+        return self.config.prefixes
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients; a latent's is by the sum of the residuals that it is part of."""

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from ...shared.core.errors import ConfigError
 from ..stream.normalization import Normalization
-from .base import Architecture
+from .base import PenaltyArchitecture, PenaltyConfig
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .parts.decoder_norms import fold_decoder_norms
 from .parts.dense import squared
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
+from .registry import register
 
 _EPSILON = 1e-3
 
 
-class Standard(Architecture):
+class StandardConfig(PenaltyConfig, frozen=True, kw_only=True):
+    """Standard: ReLU and an L1 penalty weighted by decoder norms (Anthropic, April 2024 update)."""
+
+    architecture: Literal["standard"] = "standard"
+    l1_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L1 penalty.")]
+    p_final: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)] | None,
+        Meta(description="Power of the penalty at the end of p-annealing; it stays L1 if not given."),
+    ] = None
+    p_anneal_steps: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Steps over which the power falls from 1 to p_final; required beside it."),
+    ] = None
+
+    name_ending: ClassVar[str] = "-l1-{l1_coefficient}"
+
+    def __post_init__(self) -> None:
+        """Check that p-annealing has both of its keys."""
+        super().__post_init__()
+        if (self.p_final is None) != (self.p_anneal_steps is None):
+            raise ConfigError("p-annealing needs both 'p_final' and 'p_anneal_steps'; give both or neither")
+
+
+class Standard(PenaltyArchitecture[StandardConfig]):
     """`f = ReLU(W_enc (x - b_dec) + b_enc)`, loss `||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||`.
 
     Decoder norms are free while training and folded into the encoder on saving.
     """
 
-    name = "standard"
+    saved_as = "standard"
     capturable = True
-    required = ("l1_coefficient",)
-    options = ("sparsity_warmup_steps", "p_final", "p_anneal_steps")
-    unit_norm_decoder = False
     eps = 1e-8
-    revives_dead = False
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Decoder norms are free, because the penalty depends on them."""
+        return False
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return decoder rows of norm 0.1 and the encoder their transpose."""
@@ -55,12 +84,13 @@ class Standard(Architecture):
         l0 = count(active) / len(x)
         return StepOutput(gradients, sums > 0, sum(terms.values()), mse, l0, terms)
 
-    def exported(
-        self, parameters: Parameters, buffers: Buffers, normalization: Normalization
-    ) -> tuple[str, dict[str, Tensor]]:
+    def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Fold the decoder's norms into the encoder, so that saved decoder rows have unit norm."""
-        architecture, tensors = super().exported(parameters, buffers, normalization)
-        return architecture, fold_decoder_norms(tensors)
+        return fold_decoder_norms(super().exported(parameters, buffers, normalization))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what the saved SAE says about its training."""
+        return self._describe("l1_coefficient")
 
 
 class PAnnealed(Standard):
@@ -71,6 +101,12 @@ class PAnnealed(Standard):
     """
 
     capturable = True
+
+    @property
+    def schedules(self) -> dict[str, tuple[int | None, str]]:
+        """The fall of the power, and the penalty's growth."""
+        annealing = (self.config.p_anneal_steps, f"the penalty's power would not reach {self.config.p_final}")
+        return {"p_anneal_steps": annealing} | super().schedules
 
     def initial_buffers(self) -> Buffers:
         """Return p and the penalty's scale."""
@@ -113,3 +149,9 @@ def _power_sum(weighted: Tensor, p: Tensor) -> Tensor:
     """Return the sum of the powers; what is zero, as room that no entry takes is, adds nothing even by rounding."""
     powers = (weighted + _EPSILON).pow_(p).sub_(_EPSILON**p)
     return powers.mul_(weighted > 0).sum(dtype=torch.float64)
+
+
+@register(StandardConfig)
+def make_standard(config: StandardConfig, d_in: int, d_out: int | None = None) -> Standard:
+    """Return the architecture with an L1 penalty, or with p-annealing."""
+    return (Standard if config.p_final is None else PAnnealed)(config, d_in, d_out)

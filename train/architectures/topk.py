@@ -3,35 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from ...shared.core.errors import SaeError
+from ...shared.sae import Sae
 from ..config import SaeConfig
-from .base import Architecture
+from ..stream.normalization import Normalization
+from .base import Architecture, check_number_of_latents
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.auxk import add_auxk
+from .parts.decoder_norms import has_unit_norms
 from .parts.dense import error_of, squared
 from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows
+from .registry import register
 
 _WIDER = 4
 # A step is captured where as many have the same k: a capture costs as much as dozens of them.
 _LEAST_STEPS_ALIKE = 256
 
 
-class TopK(Architecture):
+class LargestConfig(SaeConfig, frozen=True, kw_only=True):
+    """Configuration of an architecture that keeps the k largest latents."""
+
+    k: Annotated[int, Meta(ge=1, description="Active latents per row.")]
+    aux_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Weight of the auxiliary loss of dead latents; 1/32 if not given."),
+    ] = None
+    k_aux: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Dead latents per row in the auxiliary loss; d_in / 2 if not given."),
+    ] = None
+    unit_norm_decoder: Annotated[
+        bool | None,
+        Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
+    ] = None
+
+    name_ending: ClassVar[str] = "-k{k}"
+
+    def __post_init__(self) -> None:
+        """Check that there are k latents."""
+        super().__post_init__()
+        check_number_of_latents(self, "k", self.k)
+
+
+class TopKConfig(LargestConfig, frozen=True, kw_only=True):
+    """TopK: the k largest pre-activations of each row (arXiv 2406.04093)."""
+
+    architecture: Literal["topk"] = "topk"
+    k_anneal_steps: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Steps over which k falls from d_in to k; it does not change if not given."),
+    ] = None
+    multi_topk_coefficient: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Weight of a second loss with 4 k latents, published as 0.125; none if not given."),
+    ] = None
+
+
+L = TypeVar("L", bound=LargestConfig)
+
+
+class TopK(Architecture[L]):
     """`f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, loss `||x - x_hat||^2 / Var(x)` and AuxK.
 
     The k latents of a row are chosen from a product in the compute dtype, their values then computed in the
     parameters' own precision; or both in that precision, where that takes less time (see `largest_of_rows`).
     """
 
-    name = "topk"
+    saved_as = "topk"
     capturable = True
-    required = ("k",)
-    options = ("aux_coefficient", "k_aux", "unit_norm_decoder", "k_anneal_steps", "multi_topk_coefficient")
-
     resolved = (*Architecture.resolved, "aux_coefficient", "k_aux")
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Whether training holds decoder rows at unit norm: unless the configuration says that it does not."""
+        return self.config.unit_norm_decoder is not False
+
+    @property
+    def aux_coefficient(self) -> float:
+        """Return the weight of the loss that revives dead latents; 1/32 if not given (arXiv 2406.04093, A.2)."""
+        return 1 / 32 if self.config.aux_coefficient is None else self.config.aux_coefficient
+
+    @property
+    def revives_dead(self) -> bool:
+        """Whether there is an auxiliary loss."""
+        return self.aux_coefficient > 0
 
     @property
     def k_aux(self) -> int:
@@ -85,16 +146,42 @@ class TopK(Architecture):
         l0 = step.across.over_latents(count(latents.pre_acts > 0)) / len(batch.x)
         return StepOutput(gradients, latents.fired(), sum(terms.values()), mse, l0, terms)
 
+    def _held(self, sae: Sae) -> dict[str, Tensor]:
+        if sae.architecture == "topk" and self.unit_norm_decoder and not has_unit_norms(sae.W_dec):
+            norms = sae.W_dec.norm(dim=1)
+            raise SaeError(
+                f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, expected 1, and "
+                "scaling them would change which latents are the top k; give unit_norm_decoder = false"
+            )
+        return super()._held(sae)
 
-class AnnealedTopK(TopK):
+    def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
+        """Add another k."""
+        found, theirs, k = super().differences(sae, normalization), sae.config.get("k"), self.config.k
+        if isinstance(theirs, int) and theirs != k:
+            found.append(f"it keeps k = {theirs} latents, this one {k}")
+        return found
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what the saved SAE says about its training."""
+        return self._describe("k", aux_coefficient=self.aux_coefficient)
+
+
+class AnnealedTopK(TopK[TopKConfig]):
     """TopK with k-annealing, linear from d_in to k, and Multi-TopK, which adds `c L(4 k)` to the loss `L(k)`."""
 
     capturable = True
 
-    @staticmethod
-    def is_asked_for(config: SaeConfig) -> bool:
-        """Return whether a TopK SAE's configuration uses either."""
-        return bool(config.k_anneal_steps or config.multi_topk_coefficient)
+    @property
+    def schedules(self) -> dict[str, tuple[int | None, str]]:
+        """The fall of k."""
+        return {"k_anneal_steps": (self.config.k_anneal_steps, f"k would not reach {self.config.k}")}
+
+    @property
+    def note(self) -> str | None:
+        """Metrics are those of the step's k."""
+        annealed = self.config.k_anneal_steps is not None
+        return "the metrics of {} are of the annealed k, which each line of metrics.jsonl gives" if annealed else None
 
     def k_at(self, steps_done: int) -> int:
         """Return the number of active latents at a step, counted from 0."""
@@ -109,6 +196,11 @@ class AnnealedTopK(TopK):
         k, steps = self.k_at(steps_done), self.config.k_anneal_steps or 0
         n_values = min(self.d_in, self.d_sae) - int(self.config.k or 0)
         return k if steps_done >= steps or steps >= _LEAST_STEPS_ALIKE * n_values else None
+
+    def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
+        """Add the k of the first step."""
+        found, first, k = super().differences(sae, normalization), self.k_at(0), self.config.k
+        return found + ([f"k_anneal_steps keeps {first} latents at first, and {k} at the end"] if first != k else [])
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
@@ -136,3 +228,10 @@ class AnnealedTopK(TopK):
         g = error * (2 / (len(x) * step.total_variance))
         by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
         return latents, gradients_of(parameters, latents, x, g, values, by_pre_acts), error
+
+
+@register(TopKConfig)
+def make_topk(config: TopKConfig, d_in: int, d_out: int | None = None) -> TopK[TopKConfig]:
+    """Return plain TopK, or with k-annealing or Multi-TopK."""
+    plain = config.k_anneal_steps is None and config.multi_topk_coefficient is None
+    return (TopK if plain else AnnealedTopK)(config, d_in, d_out)

@@ -80,7 +80,7 @@ def is_sharded(name: str) -> bool:
 def check_can_be_sharded(sae: SaeConfig, architecture: Architecture) -> None:
     """Raise `ConfigError` for an SAE that can only be trained with all its latents in one place."""
     if type(architecture) not in (TopK, BatchTopK):
-        what = f"architecture '{sae.architecture}'" if type(architecture).name != "topk" else "its k or loss"
+        what = "its k or loss" if isinstance(architecture, TopK) else f"architecture '{sae.architecture}'"
         raise ConfigError(
             f"SAE '{sae.name}': parallel = 'latents' trains plain topk and batch_topk, but not {what}; "
             "use 'spread' or 'data'"

@@ -34,8 +34,7 @@ class FusedStep:
         compute_dtype: torch.dtype,
     ) -> FusedStep | None:
         """Return the fused step, where kernels and architecture have one."""
-        free_norms = architecture.config.unit_norm_decoder is False
-        if not hasattr(kernels, "TopKStep") or type(architecture) is not TopK or free_norms:
+        if not hasattr(kernels, "TopKStep") or type(architecture) is not TopK or not architecture.unit_norm_decoder:
             return None
         config, (beta1, beta2) = architecture.config, architecture.adam_betas
         options = kernels.TopKOptions(

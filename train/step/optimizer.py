@@ -33,8 +33,7 @@ class Optimizer:
         across: Collectives = SINGLE_PROCESS,
     ):
         self.parameters = parameters
-        asked = architecture.config.unit_norm_decoder
-        self.unit_norm_decoder = architecture.unit_norm_decoder if asked is None else asked
+        self.unit_norm_decoder = architecture.unit_norm_decoder
         self.betas = architecture.adam_betas
         self.eps = architecture.eps
         self.lr_scales = architecture.lr_scales

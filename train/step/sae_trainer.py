@@ -109,9 +109,7 @@ class SaeTrainer:
         self.tokens_since_fired = torch.zeros(len(self.W_enc_compute), dtype=torch.int64, device=device)
         n_tokens = schedule.n_steps_at_first * schedule.batch_size
         self.dead_after_tokens = config.dead_after_tokens or min(_MOST_DEAD_AFTER_TOKENS, max(n_tokens // 10, 1))
-        warmup = config.sparsity_warmup_steps
-        share = self.architecture.sparsity_warmup_fraction
-        self.sparsity_warmup_steps = int(schedule.n_steps_at_first * share) if warmup is None else warmup
+        self.sparsity_warmup_steps = self.architecture.sparsity_warmup_steps(schedule.n_steps_at_first)
         self.averages = {name: tensor.clone() for name, tensor in self.parameters.items()} if config.ema_decay else {}
         self.steps_done = 0
         self.seconds = 0.0
@@ -136,7 +134,7 @@ class SaeTrainer:
         """Return whether the loss depends on which latents are dead."""
         if self.fused_step is not None:
             return self.fused_step.has_auxk
-        return self.architecture.revives_dead and self.architecture.aux_coefficient > 0
+        return self.architecture.revives_dead
 
     def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
         """Let parameters, moments and counters be those of the fused step, where there is one."""

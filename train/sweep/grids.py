@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec.inspect import VarTupleType
 
-from ...shared.core.config import to_config
 from ...shared.core.errors import ConfigError
 from ...shared.model.hook_points import canonical_hook_point
+from ..architectures.registry import takes, to_sae_config
 from ..config import HookPoints, SaeConfig
 from .random_search import draws_of, sample_tables
 
@@ -23,7 +24,6 @@ _RESERVED = {"config.toml", "checkpoint.json", "checkpoint.previous.json"}
 _MOST_BYTES = 200
 """File systems allow 255; the files of an evaluation are named after the SAE, with endings."""
 
-_LISTS = ("prefix_sizes", "hook_points", "reads", "writes")
 _SEVERAL = ("reads", "hook_points")
 """Keys that name what is read, in place of `hook_point`; `hook_point` is then the first."""
 _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae": ""}
@@ -59,7 +59,7 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
                 if not sample[key]:
                     raise ConfigError(f"{where}: '{key}' is an empty list; give at least one value")
             for values in itertools.product(*(sample[key] for key in varying)):
-                config = to_config(SaeConfig, {**sample, **dict(zip(varying, values, strict=True))}, where)
+                config = to_sae_config({**sample, **dict(zip(varying, values, strict=True))}, where)
                 config, given = _canonical(config, where), config.hook_point
                 if has_both and canonical_hook_point(given) != config.hook_point:
                     raise ConfigError(
@@ -139,8 +139,8 @@ def _canonical(config: SaeConfig, where: str) -> SaeConfig:
 
 
 def _is_grid(key: str, value: Any) -> bool:
-    """Tell whether a value stands for several; `_LISTS` are lists themselves, and a grid of lists."""
-    return isinstance(value, list) and (key not in _LISTS or bool(value and isinstance(value[0], list)))
+    """Return whether a value stands for several: a list, or a list of lists where the key takes lists."""
+    return isinstance(value, list) and (not takes(key, VarTupleType) or bool(value and isinstance(value[0], list)))
 
 
 def _name(config: SaeConfig, varying: Sequence[str], where: str, ending: str) -> str:
@@ -149,8 +149,7 @@ def _name(config: SaeConfig, varying: Sequence[str], where: str, ending: str) ->
     template = config.name
     if template is None:
         template = "{architecture}-{reads}-{writes}-{d_sae}" if config.writes else "{architecture}-{hook_point}-{d_sae}"
-        template += "-k{k}" if config.k is not None else ""
-        template += "-l1-{l1_coefficient}" if config.l1_coefficient is not None else ""
+        template += config.name_ending
     for key in varying:
         if f"{{{key}}}" not in template and key != "name":
             template += f"-{_LABELS.get(key, key)}{{{key}}}"

@@ -7,11 +7,13 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.inspect import IntType
+
 from ...shared.core.config import check_keys
 from ...shared.core.errors import ConfigError
+from ..architectures.registry import takes
 
 _KINDS = ("uniform", "log_uniform", "choice")
-_WHOLE = ("d_sae", "k", "k_aux", "seed", "dead_after_tokens", "sparsity_warmup_steps", "resample_every_tokens")
 _DIGITS = 4
 
 
@@ -51,7 +53,7 @@ def sample_tables(table: Mapping[str, Any], draws: Mapping[str, tuple[str, list[
     rest = {key: value for key, value in table.items() if key not in ("samples", "sample_seed")}
     generators = {key: random.Random(f"{table.get('sample_seed', 0)}:{key}") for key in draws}
     return [
-        rest | {key: _draw(kind, parts, key in _WHOLE, generators[key]) for key, (kind, parts) in draws.items()}
+        rest | {key: _draw(kind, parts, takes(key, IntType), generators[key]) for key, (kind, parts) in draws.items()}
         for _ in range(table["samples"])
     ]
 

@@ -10,9 +10,8 @@ import torch
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError, HookPointError
 from thresher.train import TrainConfig, train
-from thresher.train.architectures import make_architecture
+from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.stream.normalization import Normalization, normalization_across
 
@@ -22,7 +21,7 @@ CROSS = {"architecture": "crosscoder", "hook_points": (IN, OTHER)}
 
 def problem(d_in, d_out, bias, **keys):
     torch.manual_seed(0)
-    config = SaeConfig(hook_point=IN, d_sae=19, l1_coefficient=0.7, **keys)
+    config = make_config(hook_point=IN, d_sae=19, l1_coefficient=0.7, **keys)
     architecture = make_architecture(config, d_in, d_out)
     parameters = {
         name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64) + bias * (name == "b_enc")
@@ -77,7 +76,7 @@ def test_crosscoder_gradients(bias):
 @pytest.mark.parametrize("keys", [{"architecture": "skip_transcoder", "hook_point_out": OUT}, CROSS])
 def test_what_is_saved_computes_on_raw_rows_what_was_trained(keys, tmp_path):
     by_hook = {name: Normalization(torch.randn(6), scale, 2.0) for name, scale in ((IN, 3.0), (OUT, 0.2), (OTHER, 1.7))}
-    config = SaeConfig(hook_point=IN, d_sae=19, l1_coefficient=0.7, **keys)
+    config = make_config(hook_point=IN, d_sae=19, l1_coefficient=0.7, **keys)
     kind = normalization_across(config, by_hook)
     d_in = len(kind.mean)
     architecture, p, _ = problem(d_in, 6 if kind.target else d_in, 0.0, **keys)

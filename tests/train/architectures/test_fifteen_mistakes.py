@@ -20,12 +20,11 @@ import thresher.train.architectures.jumprelu as jumprelu_module
 import thresher.train.architectures.parts.latents as latents_module
 import thresher.train.architectures.topk as topk_module
 import thresher.train.step.resampling as resampling_module
-from thresher.train.architectures import ARCHITECTURES, architectures_using, make_architecture
+from thresher.train.architectures import ARCHITECTURES, architectures_using, make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
 from thresher.train.architectures.matryoshka import MatryoshkaBatchTopK
 from thresher.train.architectures.parts.auxk import add_auxk
 from thresher.train.architectures.parts.latents import DenseLatents, sparse_at
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.step.optimizer import Optimizer
 from thresher.train.step.resampling import resample_dead_latents
@@ -39,7 +38,7 @@ def sae_config(**keys):
     """Return a configuration with those of the keys that its architecture uses."""
     keys = {"hook_point": "h", "d_sae": D_SAE, "k": 3} | keys
     architecture = keys.get("architecture", "topk")
-    return SaeConfig(**{key: value for key, value in keys.items() if architecture in architectures_using(key)})
+    return make_config(**{key: value for key, value in keys.items() if architecture in architectures_using(key)})
 
 
 def make(seed=0, dtype=torch.float64, **keys):
@@ -312,8 +311,10 @@ def test_10_a_resumed_trainer_goes_on_as_if_never_stopped():
 def check_equal_steps_are_bitwise_equal(name, take):
     """Also with another number of threads, which must not change the order of any sum by latent."""
     keys = {"architecture": name, "l1_coefficient": 0.1, "l0_coefficient": 0.1, "d_sae": 64}
-    kinds = {"sae": {}, "transcoder": {"reads": "h", "writes": "out"}, "crosscoder": {"hook_points": ("h", "i")}}
-    keys |= kinds[ARCHITECTURES[name].kind_of_wiring]
+    if "transcoder" in name:
+        keys |= {"reads": "h", "writes": "out"}
+    elif name == "crosscoder":
+        keys |= {"hook_points": ("h", "i")}
     architecture, parameters, _ = make(dtype=torch.float32, **keys)
     x = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(2))
     dead = torch.arange(64) >= 50

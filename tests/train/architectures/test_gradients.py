@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from thresher.train.architectures import make_architecture
+from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 
 TOTAL_VARIANCE = 3.7
@@ -14,7 +13,7 @@ TOTAL_VARIANCE = 3.7
 def problem(d_in=7, d_sae=19, batch=13, seed=0, bias=0.0, noise=0.3, **config):
     """Return an architecture with random float64 parameters and a batch."""
     torch.manual_seed(seed)
-    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=d_sae, **config), d_in)
+    architecture = make_architecture(make_config(hook_point="h", d_sae=d_sae, **config), d_in)
     parameters = {
         name: tensor.double()
         + noise * torch.randn(tensor.shape, dtype=torch.float64)
@@ -307,7 +306,7 @@ def test_tanh_jumprelu(bias, epsilon, scale, pre_act):
 def test_tanh_jumprelu_starts_with_the_published_share_of_latents_active():
     """Ten thousand latents a row, where that is fewer than half; each latent fires equally often."""
     architecture = make_architecture(
-        SaeConfig(hook_point="h", d_sae=40_000, architecture="jumprelu", sparsity_loss="tanh", l0_coefficient=1.0), 6
+        make_config(hook_point="h", d_sae=40_000, architecture="jumprelu", sparsity_loss="tanh", l0_coefficient=1.0), 6
     )
     initial = architecture.initial_parameters(torch.Generator().manual_seed(0))
     parameters = {name: tensor.double() for name, tensor in initial.items()}

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from thresher.shared.core.errors import ConfigError
-from thresher.train.architectures import make_architecture
+from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.kernels import triton as fused
 from thresher.train.step.optimizer import Optimizer
@@ -25,7 +24,7 @@ def keep_topk(pre_acts, k):
 def test_annealed_topk_gradients(steps_done, k, coefficient):
     """4 k is more than there are latents while k is large; AuxK is of the narrow reconstruction."""
     keys = {"k": 2, "k_anneal_steps": 10, "multi_topk_coefficient": coefficient, "aux_coefficient": 0.4}
-    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+    architecture = make_architecture(make_config(hook_point="h", d_sae=D_SAE, **keys), D_IN)
     torch.manual_seed(0)
     p = {
         name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64)
@@ -55,7 +54,7 @@ def test_annealed_topk_gradients(steps_done, k, coefficient):
 def test_p_annealing_gradients(bias):
     """Dense and sparse; when p falls to 0.6, the penalty at once is what it was with p = 1, and another later."""
     keys = {"architecture": "standard", "l1_coefficient": 0.7, "p_final": 0.2, "p_anneal_steps": 10}
-    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+    architecture = make_architecture(make_config(hook_point="h", d_sae=D_SAE, **keys), D_IN)
     torch.manual_seed(0)
     p = {
         name: tensor.double() + 0.3 * torch.randn(tensor.shape, dtype=torch.float64) + bias * (name == "b_enc")
@@ -99,7 +98,7 @@ def train_steps(config, n=12):
 
 
 def test_saved_weights_are_the_running_mean():
-    config = SaeConfig(hook_point="h", d_sae=D_SAE, k=2, lr=0.01, ema_decay=0.6)
+    config = make_config(hook_point="h", d_sae=D_SAE, k=2, lr=0.01, ema_decay=0.6)
     initial = make_architecture(config, D_IN).initial_parameters(torch.Generator().manual_seed(0))
     trainer, history = train_steps(config)
     mean = initial["W_dec"]
@@ -114,7 +113,7 @@ def test_saved_weights_are_the_running_mean():
 
 def test_decoder_norms_may_be_free():
     """Then neither is the gradient projected nor are the rows normalised: plain Adam."""
-    config = SaeConfig(hook_point="h", d_sae=D_SAE, k=2, unit_norm_decoder=False)
+    config = make_config(hook_point="h", d_sae=D_SAE, k=2, unit_norm_decoder=False)
     architecture = make_architecture(config, D_IN)
     parameters = architecture.initial_parameters(torch.Generator().manual_seed(0))
     expected = torch.nn.Parameter(parameters["W_dec"].clone())
@@ -129,7 +128,7 @@ def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
     """The fused step has no decay; it must not be taken as if it had."""
     kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
     for decay, fuses in ((0.0, True), (0.1, False)):
-        config = SaeConfig(hook_point="h", d_sae=D_SAE, k=2, weight_decay=decay)
+        config = make_config(hook_point="h", d_sae=D_SAE, k=2, weight_decay=decay)
         trainer = SaeTrainer(config, D_IN, kind, Schedule(9, 32, 2, 0.2), fused, torch.float32)
         assert (trainer.fused_step is not None) == fuses
 
@@ -156,4 +155,4 @@ def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
 )
 def test_an_option_without_effect_is_refused(keys):
     with pytest.raises(ConfigError, match=next(reversed(keys))):
-        make_architecture(SaeConfig(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+        make_architecture(make_config(hook_point="h", d_sae=D_SAE, **keys), D_IN)

@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 
+from thresher.train.architectures import make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.architectures.topk import TopK
 from thresher.train.checkpoints.checkpoint import load_state, save_state
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
@@ -29,7 +29,7 @@ def _large_eps(monkeypatch):
 
 def make_trainer(kernels, device, fuse=True, dtype=torch.float32):
     # Latents are dead after one step without firing, so that AuxK has work.
-    config = SaeConfig(
+    config = make_config(
         hook_point="x", d_sae=17, k=2, lr=1e-2, clip_grad_norm=1.0, k_aux=3, dead_after_tokens=BATCH, aux_coefficient=1
     )
     return SaeTrainer(config, D_IN, NORMALIZATION, Schedule(N_STEPS, BATCH, 1, 0.5), kernels, dtype, device, fuse)

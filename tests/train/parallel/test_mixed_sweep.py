@@ -44,11 +44,14 @@ def config(tmp_path):
         tokens=512 * 150,
         checkpoint_every_tokens=512 * 6,
         window_bytes=1 << 20,
-        sae=[
-            msgspec.structs.replace(sae, d_sae=256, k=sae.k and 8, p_anneal_steps=sae.p_anneal_steps and 100)
-            for sae in expand_sweep(shipped.sae)
-        ],
+        sae=[narrow(sae) for sae in expand_sweep(shipped.sae)],
     )
+
+
+def narrow(sae):
+    changes = {"d_sae": 256, "k": 8, "p_anneal_steps": 100}
+    given = {key: value for key, value in changes.items() if getattr(sae, key, None) is not None}
+    return msgspec.structs.replace(sae, **given)
 
 
 @pytest.mark.long

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import thresher.train.step.optimizer as optimizer_module
-from thresher.train.architectures import make_architecture
-from thresher.train.config import SaeConfig
+from thresher.train.architectures import make_architecture, make_config
 from thresher.train.step.sae_trainer import Schedule
 from thresher.train.step.schedule import lr_factor, sparsity_factor
 
@@ -30,7 +29,7 @@ from thresher.train.step.schedule import lr_factor, sparsity_factor
 )
 def test_equals_adam(kind, clip, block, monkeypatch):
     monkeypatch.setattr(optimizer_module, "_BLOCK_ELEMENTS", block)
-    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=13, **kind), 5)
+    architecture = make_architecture(make_config(hook_point="h", d_sae=13, **kind), 5)
     parameters = architecture.initial_parameters(torch.Generator().manual_seed(0))
     expected = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
     decay = kind.get("weight_decay", 0.0)
@@ -66,7 +65,7 @@ def test_equals_adam(kind, clip, block, monkeypatch):
 def test_only_a_cpus_blocks_go_to_other_threads(device, monkeypatch):
     """On a GPU another thread would launch on a device and a stream of its own, and break a capture."""
     monkeypatch.setattr(optimizer_module, "_BLOCK_ELEMENTS", 10)
-    architecture = make_architecture(SaeConfig(hook_point="h", d_sae=64, k=2), 5)
+    architecture = make_architecture(make_config(hook_point="h", d_sae=64, k=2), 5)
     initial = architecture.initial_parameters(torch.Generator().manual_seed(0))
     parameters = {name: tensor.to(device) for name, tensor in initial.items()}
     ours = optimizer_module.Optimizer(parameters, architecture)
@@ -111,7 +110,7 @@ def test_cosine_decay_is_pytorchs():
 
 def test_an_sae_may_have_a_schedule_of_its_own():
     schedule = Schedule(100, 8, 10, 0.2, "cosine")
-    base = SaeConfig(hook_point="h", d_sae=4, k=1)
+    base = make_config(hook_point="h", d_sae=4, k=1)
     constant = msgspec.structs.replace(base, decay_fraction=0.0)
     linear = msgspec.structs.replace(base, lr_decay="linear", decay_fraction=0.5)
     for step in range(100):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from thresher.shared.core.cores import single_threaded_operators
-from thresher.train.config import SaeConfig
+from thresher.train.architectures import make_config
 from thresher.train.kernels import cpu
 from thresher.train.lockstep import prepare, step_all
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
@@ -18,7 +18,7 @@ def test_steps_that_took_longest_come_first_and_are_told_in_the_order_of_the_swe
     monkeypatch.setattr(SaeTrainer, "step", lambda self, batch: taken.append(self.name) or step(self, batch))
     trainers = [
         SaeTrainer(
-            SaeConfig(name=name, hook_point="h", architecture="topk", d_sae=12, k=2),
+            make_config(name=name, hook_point="h", architecture="topk", d_sae=12, k=2),
             6,
             Normalization(torch.zeros(6), 1.0, 6.0),
             Schedule(10, 8, 0, 0.0),

@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError, MissingFileError, SaeError
 from thresher.train import TrainConfig, train
-from thresher.train.architectures import ARCHITECTURES, make_architecture
+from thresher.train.architectures import ARCHITECTURES, make_architecture, make_config
 from thresher.train.architectures.contract import Batch
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import kernels_for
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization, normalization_across
 from thresher.train.warm_start.foreign_saes import read_trained_sae
-from thresher.train.warm_start.initialise import initialise_trainers, parameters_of, read_initial
+from thresher.train.warm_start.initialise import initialise_trainers, read_initial
 
 D_IN, D_SAE, HOOK = 6, 19, "blocks.0.resid_post"
 IN, OUT, OTHER = "blocks.0.mlp_in", "blocks.0.mlp_out", "blocks.1.mlp_in"
@@ -37,7 +36,7 @@ KEYS = {
 
 
 def sae_config(name, **changes):
-    return SaeConfig(**{"hook_point": IN, "d_sae": D_SAE, "architecture": name, "name": name} | KEYS[name] | changes)
+    return make_config(**{"hook_point": IN, "d_sae": D_SAE, "architecture": name, "name": name} | KEYS[name] | changes)
 
 
 def normalization(config, seed, scale):
@@ -77,7 +76,7 @@ def test_an_sae_continues_under_another_normalisation(name, keys, tmp_path):
     sae = Sae.load(trained(config, normalization(config, 0, 1.7)).save(tmp_path / name))
     other = normalization(config, 1, 0.2)
     architecture = make_architecture(config, len(other.mean), D_IN if other.target else len(other.mean))
-    parameters, buffers = parameters_of(architecture, sae, other)
+    parameters, buffers = architecture.imported(sae, other)
     again = architecture.to_sae(parameters, buffers, other, {})
     x = torch.randn(50, len(other.mean)) * 2
     torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-4)
@@ -107,10 +106,10 @@ def test_a_topk_sae_of_free_norms_starts_only_where_norms_are_free():
     config = sae_config("topk", unit_norm_decoder=False)
     kind = normalization(config, 0, 1.0)
     sae = trained(config, kind)
-    sae.W_dec *= 1.5
+    sae.W_dec.copy_(1.5 * torch.nn.functional.normalize(sae.W_dec))
     with pytest.raises(SaeError, match=r"norms from 1\.5 to 1\.5, expected 1.*unit_norm_decoder = false"):
-        parameters_of(make_architecture(sae_config("topk"), D_IN), sae, kind)
-    parameters, _ = parameters_of(make_architecture(config, D_IN), sae, kind)
+        make_architecture(sae_config("topk"), D_IN).imported(sae, kind)
+    parameters, _ = make_architecture(config, D_IN).imported(sae, kind)
     assert torch.equal(parameters["W_dec"], sae.W_dec)
 
 
@@ -234,7 +233,7 @@ def test_dictionary_learning_is_read(kind, tmp_path):
     config = sae_config(names[sae.architecture], **({"k": 4} if kind == "AutoEncoderTopK" else {}))
     norm = normalization(config, 1, 0.3)
     architecture = make_architecture(config, D_IN)
-    ours = architecture.to_sae(*parameters_of(architecture, sae, norm), norm, {})
+    ours = architecture.to_sae(*architecture.imported(sae, norm), norm, {})
     torch.testing.assert_close(ours(x), sae(x), rtol=1e-4, atol=1e-4)
 
 

@@ -9,10 +9,9 @@ import torch
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.shared.core.errors import SaeError
 from thresher.train import TrainConfig, train
-from thresher.train.architectures import make_architecture
-from thresher.train.config import SaeConfig
+from thresher.train.architectures import make_architecture, make_config
 from thresher.train.stream.normalization import Normalization, normalization_across
-from thresher.train.warm_start.initialise import parameters_of, read_initial, what_differs
+from thresher.train.warm_start.initialise import read_initial
 
 D, N, HOOK, OUT = 6, 19, "blocks.0.resid_post", "blocks.0.mlp_out"
 
@@ -30,13 +29,13 @@ def make(architecture, *others, config=None, metadata=None, hook_point=HOOK, n_h
 
 def architecture(name, **changes):
     keys = {"topk": {"k": 3}, "batch_topk": {"k": 3}, "jumprelu": {"l0_coefficient": 0.1}, "crosscoder": {}}
-    config = SaeConfig(**{"hook_point": HOOK, "d_sae": N, "architecture": name} | keys.get(name, {}) | changes)
+    config = make_config(**{"hook_point": HOOK, "d_sae": N, "architecture": name} | keys.get(name, {}) | changes)
     d_in = D * len(config.wiring.reads)
     return make_architecture(config, d_in, D if config.hook_point_out else d_in)
 
 
 def told(name, sae, **changes):
-    return what_differs(architecture(name, **changes), sae, Normalization(torch.zeros(D), 0.5, 1.0))
+    return architecture(name, **changes).differences(sae, Normalization(torch.zeros(D), 0.5, 1.0))
 
 
 def test_nothing_is_said_where_nothing_differs():
@@ -54,7 +53,7 @@ def test_thresholds_that_are_averaged_are_told_with_their_range():
         "it keeps k = 5 latents, this one 3",
         "its thresholds, 1 to 3, become one, their mean of 2",
     ]
-    _, buffers = parameters_of(architecture("batch_topk"), sae, Normalization(torch.zeros(D), 0.5, 1.0))
+    _, buffers = architecture("batch_topk").imported(sae, Normalization(torch.zeros(D), 0.5, 1.0))
     assert float(buffers["threshold"]) == pytest.approx(2 * 0.5)
 
 
@@ -74,7 +73,7 @@ def test_thresholds_that_are_raised_and_norms_that_are_folded_are_told():
 def test_a_start_that_is_not_used_is_told():
     sae = make("jumprelu", "threshold")
     sae.threshold.data.fill_(0.1)
-    said = "initial_l0 = 5 is not used: thresholds and biases start at its"
+    said = "initial_l0 = 5 is not used: thresholds and biases start at the SAE's"
     assert said in told("jumprelu", sae, initial_l0=5)
     assert told("jumprelu", sae, initial_threshold=0.5) == [said.replace("l0 = 5", "threshold = 0.5")]
     assert told("jumprelu", sae, initial_threshold=0.5, resample_every_tokens=10) == []
@@ -99,7 +98,7 @@ def test_another_place_or_a_falling_k_is_told():
 
 def test_a_transcoder_without_its_output_is_refused(tmp_path):
     make("transcoder").save(tmp_path / "sae")
-    config = SaeConfig(
+    config = make_config(
         hook_point=HOOK,
         hook_point_out=OUT,
         d_sae=N,
@@ -123,14 +122,16 @@ def test_a_crosscoders_hook_points_are_matched_by_name(tmp_path):
     ours = crosscoder(order)
     by_hook = {name: Normalization(torch.randn(D), 0.5 + number, 1.0) for number, name in enumerate(places)}
     kind = normalization_across(ours.config, by_hook)
-    again = ours.to_sae(*parameters_of(ours, sae, kind), kind, {})
+    again = ours.to_sae(*ours.imported(sae, kind), kind, {})
     expected = dict(zip(places, sae(torch.cat([rows[name] for name in places], 1)).chunk(3, 1), strict=True))
     found = again(torch.cat([rows[name] for name in order], 1))
     torch.testing.assert_close(found, torch.cat([expected[name] for name in order], 1), rtol=1e-4, atol=1e-4)
-    assert what_differs(ours, sae, kind) == ["its hook points ['a', 'b', 'c'] are put in this SAE's order"]
+    assert ours.differences(sae, kind) == ["its hook points ['a', 'b', 'c'] are put in this SAE's order"]
     sae.save(tmp_path / "sae")
     others = crosscoder(("c", "a", "d"))
-    config = SaeConfig(hook_point="c", d_sae=N, architecture="crosscoder", name="x", hook_points=("c", "a", "d"))
+    config = make_config(
+        hook_point="c", d_sae=N, architecture="crosscoder", name="x", hook_points=("c", "a", "d"), l1_coefficient=1.0
+    )
     with pytest.raises(SaeError, match="the crosscoder is of a, b, c; expected c, a, d, in any order"):
         read_initial(config, str(tmp_path / "sae"), others)
 

@@ -16,7 +16,7 @@ from thresher.evaluate.run import evaluate
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.train import TrainConfig, train
-from thresher.train.config import SaeConfig
+from thresher.train.architectures import make_config
 
 HOOK = "blocks.1.resid_post"
 
@@ -63,7 +63,7 @@ def all_stages(store, model, text, output):
             shard_bytes=16 * 16 * 2 * 20,
         )
     )
-    sae = SaeConfig(architecture="topk", hook_point=HOOK, d_sae=32, k=4, lr=1e-3)
+    sae = make_config(architecture="topk", hook_point=HOOK, d_sae=32, k=4, lr=1e-3)
     config = TrainConfig(store=store, output=str(output / "saes"), batch_size=64, tokens=64 * 30, sae=[sae])
     (folder,) = train(config)
     config = EvaluateConfig(store=store, saes=str(output / "saes"), output=str(output / "evaluation"), model=str(model))

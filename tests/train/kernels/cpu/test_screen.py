@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from thresher.shared.core.cores import single_threaded_operators
-from thresher.train.architectures import make_architecture
+from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
 from thresher.train.architectures.parts.latents import largest_of_rows
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import cpu
 from thresher.train.kernels.cpu import screen as cpu_screen
 from thresher.train.kernels.cpu.int8 import DEVIATIONS, LEVELS, Int8Encoder, multiplies_int8, peaks_of
@@ -198,7 +197,7 @@ def test_the_architecture_chooses_by_it_and_only_below_full_precision(monkeypatc
 def test_hierarchical_topk_counts_no_latent_twice_where_few_are_positive():
     x, W, b_enc = gaussian(64, 80), gaussian(1600, 80, 1), torch.full((1600,), -18.0)
     parameters = {"W_enc": W, "b_enc": b_enc, "W_dec": W, "b_dec": torch.zeros(80)}
-    config = SaeConfig(hook_point="h", architecture="hierarchical_topk", d_sae=1600, k=32)
+    config = make_config(hook_point="h", architecture="hierarchical_topk", d_sae=1600, k=32)
     architecture = make_architecture(config, 80, 80)
     exact = (x.double() @ W.double().T + b_enc).relu()
     assert 0 < int((exact > 0).sum(1).amin()) < 32

@@ -11,11 +11,10 @@ import thresher.train.kernels.triton.select as select_module
 import thresher.train.step.host_polls as polls_module
 import thresher.train.step.sae_trainer as trainer_module
 import thresher.train.step.step_graphs as graphs_module
-from thresher.train.architectures import ARCHITECTURES, make_architecture
+from thresher.train.architectures import Architecture, make_architecture, make_config
 from thresher.train.architectures.capacity import EntryCapacity
 from thresher.train.architectures.contract import Batch
 from thresher.train.architectures.parts.latents import SparseLatents
-from thresher.train.config import SaeConfig
 from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
 from thresher.train.step.host_polls import DeadLatentPoll
@@ -66,7 +65,7 @@ def make_trainer(name, kernels, capture=None, **changes):
     }
     if "k" in RECIPES[name]:
         table["k_aux"] = 5
-    config = SaeConfig(**table | RECIPES[name] | changes)
+    config = make_config(**table | RECIPES[name] | changes)
     out = Normalization(torch.zeros(D_IN), 1.0, float(D_IN)) if "hook_point_out" in RECIPES[name] else None
     normalization = Normalization(torch.zeros(D_IN), 1.0, float(D_IN), out)
     schedule = Schedule(N_STEPS, BATCH, 1, 0.5)
@@ -86,7 +85,9 @@ def train(trainer, name, n_steps=N_STEPS):
 @pytest.fixture
 def _large_eps(monkeypatch):
     """Far from Adam's own, with which the last bit of a gradient near zero decides which way a weight goes."""
-    for cls in ARCHITECTURES.values():
+    classes = [Architecture]
+    for cls in classes:
+        classes += cls.__subclasses__()
         monkeypatch.setattr(cls, "eps", 1e-3)
 
 
@@ -113,7 +114,7 @@ def test_replayed_steps_ask_for_nothing_and_train_what_the_references_do(taped, 
 @pytest.mark.parametrize(("steps", "decided"), [(10, [None, None, 2]), (5 * 256, [7, 6, 2])])
 def test_a_step_is_captured_for_each_k_that_lasts(steps, decided):
     """K falls from 7 to 2: in ten steps too fast to capture any, in 1,280 each k lasts for 256."""
-    config = SaeConfig(hook_point="x", d_sae=D_SAE, k=2, k_anneal_steps=steps)
+    config = make_config(hook_point="x", d_sae=D_SAE, k=2, k_anneal_steps=steps)
     architecture = make_architecture(config, d_in=7)
     assert [architecture.decided_at(done) for done in (0, steps // 5, steps)] == decided
     assert architecture.capturable
