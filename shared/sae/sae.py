@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,7 +15,7 @@ from ..core.errors import SaeError
 from ..core.paths import user_path
 from ..model.hook_points import canonical_hook_point
 from . import activations
-from .formats import read_sae
+from .formats import SaeParts, read_sae
 from .formats.files import saelens_config, tensor_names, write_folder
 from .selection import largest
 
@@ -39,6 +39,14 @@ class Sae(nn.Module):
     r_mag: nn.Parameter
     threshold: nn.Parameter
     W_skip: nn.Parameter
+
+    _kinds: ClassVar[dict[str, type[Sae]]] = {}
+
+    def __init_subclass__(cls, architecture: str | None = None, **keywords: Any):
+        """Let `load` return instances of a subclass for what is saved with its `architecture`."""
+        super().__init_subclass__(**keywords)
+        if architecture is not None:
+            Sae._kinds[architecture] = cls
 
     def __init__(
         self,
@@ -73,6 +81,10 @@ class Sae(nn.Module):
             SaeError: it is damaged or of an unsupported kind.
         """
         parts = read_sae(path)
+        return cls._kinds.get(parts.architecture, cls)._of(parts)
+
+    @classmethod
+    def _of(cls, parts: SaeParts) -> Sae:
         sae = cls(
             parts.architecture,
             parts.tensors,
@@ -99,6 +111,15 @@ class Sae(nn.Module):
                 "add hook_name_out to the metadata in its cfg.json"
             )
         return canonical_hook_point(name) if name else self.hook_point
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.W_enc.device
+
+    def decoder_norms(self, n_targets: int = 1) -> Float[Tensor, "d_sae n_targets"]:
+        """Return the norm of each latent's decoder row for each of the targets, which are side by side."""
+        return self.W_dec.detach().float().view(self.d_sae, n_targets, -1).norm(dim=2)
 
     @property
     def model_processing(self) -> list[str]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ...core.errors import MissingFileError, SaeError
 from ...core.paths import user_path
-from . import dictionary_learning, saelens, sparsify
+from . import cross_layer, dictionary_learning, saelens, sparsify
 from .files import CONFIG_NAME, WEIGHTS_NAME
 from .parts import SaeParts
 
-FORMATS = (saelens, sparsify, dictionary_learning)
+FORMATS = (cross_layer, saelens, sparsify, dictionary_learning)
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
