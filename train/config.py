@@ -22,7 +22,7 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     hook_point: Annotated[
         str, Meta(description="Hook point to read and write; with other keys of these, the first that is read.")
     ]
-    d_sae: Annotated[int, Meta(ge=1, description="Number of latents.")]
+    d_sae: Annotated[int, Meta(ge=1, description="Number of latents; of a cross-layer transcoder, per layer.")]
     architecture: Annotated[str, Meta(description="Name of the architecture.")] = "topk"
     name: Annotated[
         str | None, Meta(description="Name of the SAE's folder; may contain other keys, as in topk-k{k}.")
@@ -91,6 +91,13 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     skip: Annotated[
         bool | None, Meta(description="Add a linear path from `reads` to `writes`, which starts at zero.")
     ] = None
+    cross_layer: Annotated[
+        bool | None,
+        Meta(
+            description="Train one transcoder per pair of `reads` and `writes`, which are in the order of the layers; "
+            "its d_sae latents also write to all later ones of `writes`."
+        ),
+    ] = None
     hook_point_out: Annotated[
         str | None, Meta(description="Older name of `writes`, of a transcoder or skip_transcoder.")
     ] = None
@@ -105,12 +112,17 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     """Keys of these that the architecture does not use."""
 
     @property
+    def n_latents(self) -> int:
+        """Return the number of latents: of a cross-layer transcoder, those of all layers."""
+        return self.d_sae * (len(self.reads) if self.cross_layer and isinstance(self.reads, tuple) else 1)
+
+    @property
     def wiring(self) -> Wiring:
         """Return what is read and what is written, however the table says it."""
         reads = self.hook_points if self.reads is None else self.reads
         writes = self.hook_point_out if self.writes is None else self.writes
         skip = self.skip is True or self.architecture == "skip_transcoder"
-        return Wiring.of(self.hook_point if reads is None else reads, writes, skip)
+        return Wiring.of(self.hook_point if reads is None else reads, writes, skip, self.cross_layer is True)
 
 
 class TrainConfig(Config, frozen=True, kw_only=True):

@@ -106,7 +106,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         gradients = sum(tensor.nbytes for tensor in parameters)
         needed[str(sae.name)] = held_bytes(architecture, config.compute_dtype) + gradients
     check_activations(store, saes)
-    largest = max(sae.d_sae for sae in saes)
+    largest = max(architecture.d_sae for architecture in architectures.values())
     hook_points = {place for sae in saes for place in sae.wiring.hook_points}
     window_bytes = sum(
         min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points

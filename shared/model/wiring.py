@@ -12,15 +12,19 @@ from ..core.errors import ConfigError
 class Wiring:
     """What an SAE reads and what it writes: canonical names of hook points, whose rows lie side by side in this order.
 
-    With `skip` a linear path leads from the rows that are read to those that are written.
+    With `skip` a linear path leads from the rows that are read to those that are written. With `cross_layer` each hook
+    point that is read belongs to the one that is written in the same place, and its latents write to that and to all
+    after it.
 
     Raises:
-        ConfigError: a list is empty or names a hook point twice, or a skip path would copy what it is to reconstruct.
+        ConfigError: a list is empty or names a hook point twice, a skip path would copy what it is to reconstruct, or
+            the layers of a cross-layer transcoder do not pair.
     """
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     skip: bool = False
+    cross_layer: bool = False
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -37,12 +41,26 @@ class Wiring:
                 "other hook points"
             )
 
+        if self.cross_layer and (len(self.reads) != len(self.writes) or len(self.reads) < 2):
+            raise ConfigError(
+                f"cross_layer = true with {len(self.reads)} hook points to read and {len(self.writes)} to write; "
+                "expected as many of both, at least two, in the order of the model's layers"
+            )
+        if self.cross_layer and self.skip:
+            raise ConfigError("a cross-layer transcoder has no skip path; leave skip or cross_layer out")
+
     @classmethod
-    def of(cls, reads: str | Sequence[str], writes: str | Sequence[str] | None = None, skip: bool = False) -> Wiring:
+    def of(
+        cls,
+        reads: str | Sequence[str],
+        writes: str | Sequence[str] | None = None,
+        skip: bool = False,
+        cross_layer: bool = False,
+    ) -> Wiring:
         """Return the wiring of hook points given one or several; without `writes` those that are read are written."""
         read = (reads,) if isinstance(reads, str) else tuple(reads)
         written = read if writes is None else (writes,) if isinstance(writes, str) else tuple(writes)
-        return cls(read, written, skip)
+        return cls(read, written, skip, cross_layer)
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -51,10 +69,11 @@ class Wiring:
 
     @property
     def kind(self) -> str:
-        """Return `sae` (writes the hook point that it reads), `transcoder` (writes another) or `crosscoder`.
-
-        A crosscoder reads or writes several hook points.
+        """Return `sae` (writes the hook point that it reads), `transcoder` (writes another), `crosscoder` (reads or
+        writes several) or `cross_layer` (pairs them by layer).
         """
+        if self.cross_layer:
+            return "cross_layer"
         if len(self.reads) > 1 or len(self.writes) > 1:
             return "crosscoder"
         return "sae" if self.reads == self.writes else "transcoder"

@@ -49,6 +49,7 @@ GIVEN = {
     "p_final": 0.5,
     "p_anneal_steps": 5,
     "unit_norm_decoder": False,
+    "select_over": "layer",
 }
 """A value for each key that some architectures do not use."""
 
@@ -60,8 +61,11 @@ PLACES = {
 """Keys that say what is read and written, where an architecture's name asks for them."""
 
 USED = {
-    "topk": {"k", "aux_coefficient", "k_aux", "k_anneal_steps", "multi_topk_coefficient", "unit_norm_decoder"},
-    "batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder"},
+    "topk": {
+        *("k", "aux_coefficient", "k_aux", "k_anneal_steps", "multi_topk_coefficient"),
+        *("unit_norm_decoder", "select_over"),
+    },
+    "batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "select_over"},
     "matryoshka_batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "prefix_sizes"},
     "hierarchical_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder"},
     "standard": {"l1_coefficient", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},

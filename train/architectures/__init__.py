@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Importing an architecture's file registers it.
 from . import batch_topk as batch_topk
+from . import cross_layer as cross_layer
 from . import crosscoder as crosscoder
 from . import gated as gated
 from . import hierarchical_topk as hierarchical_topk

@@ -255,5 +255,7 @@ class PenaltyArchitecture(Architecture[P]):
 
 def check_number_of_latents(config: SaeConfig, key: str, given: float | None) -> None:
     """Raise `ConfigError` if a key asks for more active latents than there are."""
-    if given is not None and given > config.d_sae:
-        raise ConfigError(f"{key} is {given:g}, expected at most d_sae = {config.d_sae}; give a smaller {key}")
+    if given is None or given <= config.n_latents:
+        return
+    limit = f"the {config.n_latents} latents of all layers" if config.cross_layer else f"d_sae = {config.d_sae}"
+    raise ConfigError(f"{key} is {given:g}, expected at most {limit}; give a smaller {key}")

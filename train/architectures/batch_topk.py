@@ -14,14 +14,14 @@ from .contract import SINGLE_PROCESS, Batch, Buffers, Collectives, Parameters, S
 from .parts.decoder_norms import NORM_TOLERANCE
 from .parts.latents import SparseLatents, csr_of, encoded_bias, sparse_at, sparse_within
 from .registry import register
-from .topk import LargestConfig, TopK
+from .topk import CompetingConfig, LargestConfig, TopK
 
-_MOMENTUM = 0.95
+MOMENTUM = 0.95
 _SAMPLE = 1 << 16
 _LEAST_CAPACITY = 1024
 
 
-class BatchTopKConfig(LargestConfig, frozen=True, kw_only=True):
+class BatchTopKConfig(CompetingConfig, frozen=True, kw_only=True):
     """BatchTopK: the batch * k largest latents of a whole batch (arXiv 2412.06410)."""
 
     architecture: Literal["batch_topk"] = "batch_topk"
@@ -61,7 +61,7 @@ class BatchTopK(TopK[L]):
         positive = latents.pre_acts.where(latents.pre_acts > 0, torch.inf)
         smallest = positive.amin().float() if len(positive) else positive.new_full((), torch.inf, dtype=torch.float32)
         smallest, threshold = step.across.least(smallest), step.buffers["threshold"]
-        moved = torch.where(threshold < 0, smallest, torch.lerp(smallest, threshold, _MOMENTUM))
+        moved = torch.where(threshold < 0, smallest, torch.lerp(smallest, threshold, MOMENTUM))
         threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
         return latents
 

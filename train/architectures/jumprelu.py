@@ -24,9 +24,9 @@ _BANDWIDTH = 0.001
 # From a start at a given L0: this is about a third of a threshold that few latents of unit norm pass.
 _WIDE_BANDWIDTH = 0.5
 _FAST_LR_SCALE = 4.0
-_SMALLEST_THRESHOLD = 1e-3
+SMALLEST_THRESHOLD = 1e-3
 # Of an SAE that training starts from: thresholds are trained by their logarithm, so none of them is zero.
-_LEAST_IMPORTED_THRESHOLD = 1e-8
+LEAST_IMPORTED_THRESHOLD = 1e-8
 
 _FIRST_THRESHOLD = 0.1
 _TANH_BANDWIDTH = 2.0
@@ -34,7 +34,7 @@ _TANH_SCALE = 4.0
 _PRE_ACT_COEFFICIENT = 3e-6
 _FIRST_ACTIVE_LATENTS = 10_000
 # The rectangle's edge is looked for a little outside, where rounding to the compute dtype may have put it.
-_EDGE = 0.51
+EDGE = 0.51
 
 
 class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
@@ -137,6 +137,11 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return self.config.unit_norm_decoder is not False
 
     @property
+    def width(self) -> int:
+        """The width of the rows that are read, with whose norm the published lengths are scaled."""
+        return self.d_in
+
+    @property
     def bandwidth(self) -> float:
         """Return epsilon, in units of the normalised input."""
         return self.config.bandwidth or self._first_length
@@ -152,7 +157,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     @property
     def _first_length(self) -> float:
-        return _BANDWIDTH * math.sqrt(self.d_in) if self._first_l0 is None else _WIDE_BANDWIDTH
+        return _BANDWIDTH * math.sqrt(self.width) if self._first_l0 is None else _WIDE_BANDWIDTH
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -172,7 +177,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
             return
         n_active = round(len(batch.x) * self._first_l0 / self.config.d_sae)
         thresholds = exceeded_by(parameters, batch.x, n_active) + parameters["b_enc"]
-        parameters["log_threshold"].copy_(thresholds.clamp_min_(_SMALLEST_THRESHOLD).log_())
+        parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients; entries just below their threshold count for its gradient."""
@@ -211,7 +216,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
         """Add the thresholds' logarithms; thresholds that have none start just above zero."""
         parameters, buffers = super().imported(sae, normalization)
-        threshold = (self._held(sae)["threshold"] * normalization.scale).clamp_min(_LEAST_IMPORTED_THRESHOLD)
+        threshold = (self._held(sae)["threshold"] * normalization.scale).clamp_min(LEAST_IMPORTED_THRESHOLD)
         return parameters | {"log_threshold": threshold.log()}, buffers
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
@@ -220,8 +225,8 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         threshold = None if resamples else self.config.initial_threshold
         found = super().differences(sae, normalization)
         found += unused_start(initial_l0=self.config.initial_l0, initial_threshold=threshold)
-        thresholds, limit = self._held(sae)["threshold"], _LEAST_IMPORTED_THRESHOLD / normalization.scale
-        n_raised = int((thresholds * normalization.scale < _LEAST_IMPORTED_THRESHOLD).sum())
+        thresholds, limit = self._held(sae)["threshold"], LEAST_IMPORTED_THRESHOLD / normalization.scale
+        n_raised = int((thresholds * normalization.scale < LEAST_IMPORTED_THRESHOLD).sum())
         if n_raised:
             found.append(
                 f"{n_raised:,} of its {sae.d_sae:,} thresholds are below {limit:.1g} "
@@ -275,11 +280,13 @@ class TanhJumpReLU(JumpReLU):
             "log_threshold": torch.full((self.d_sae,), math.log(self.first_threshold)),
         }
 
+    def n_first_rows(self, n_rows: int) -> int:
+        """Return on how many rows of the first batch each latent fires."""
+        return min(round(n_rows * _FIRST_ACTIVE_LATENTS / self.d_sae), n_rows // 2)
+
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the encoder's biases so that each latent fires on 10,000 / d_sae of the first batch, at most on half."""
-        rows = len(batch.x)
-        n_active = min(round(rows * _FIRST_ACTIVE_LATENTS / self.d_sae), rows // 2)
-        lowest = exceeded_by(parameters, batch.x, n_active)
+        lowest = exceeded_by(parameters, batch.x, self.n_first_rows(len(batch.x)))
         parameters["b_enc"].copy_(parameters["log_threshold"].exp() - lowest)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
@@ -287,7 +294,7 @@ class TanhJumpReLU(JumpReLU):
         x, W_dec, rows = batch.x, parameters["W_dec"], len(batch.x)
         epsilon, scale = self.bandwidth, self.tanh_scale
         theta, bias, norms = parameters["log_threshold"].exp(), encoded_bias(parameters), W_dec.norm(dim=1)
-        latents = above_threshold(step, parameters, batch, bias, theta - _EDGE * epsilon)
+        latents = above_threshold(step, parameters, batch, bias, theta - EDGE * epsilon)
         distance = latents.pre_acts - latents.spread(theta)
         active = distance > 0
         values, weights = latents.pre_acts * active, latents.spread(norms)

@@ -37,12 +37,15 @@ class Registered(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Registered] = {}
+CROSS_LAYER: dict[str, Callable[..., Architecture[Any]]] = {}
+"""What makes an architecture's cross-layer transcoders, by its name."""
 
 
-def register(config: type[SaeConfig]) -> Callable[[Make], Make]:
+def register(config: type[SaeConfig], cross_layer: bool = False) -> Callable[[Make], Make]:
     """Register an architecture under the name that its configuration's `architecture` has by default.
 
-    The decorated class, or function, is called with a configuration, d_in and d_out.
+    The decorated class, or function, is called with a configuration, d_in and d_out. With `cross_layer` it is called
+    for the architecture's tables with `cross_layer = true`.
 
     Raises:
         ConfigError: another module has registered that name.
@@ -50,6 +53,9 @@ def register(config: type[SaeConfig]) -> Callable[[Make], Make]:
     name = next(field.default for field in msgspec.structs.fields(config) if field.name == "architecture")
 
     def keep(make: Make) -> Make:
+        if cross_layer:
+            CROSS_LAYER[name] = make
+            return make
         other = ARCHITECTURES.get(name)
         if other is not None and other.config.__module__ != config.__module__:
             raise ConfigError(
@@ -131,7 +137,15 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
     Raises:
         ConfigError: it cannot read and write what the configuration says.
     """
-    architecture = find_architecture(config.architecture).make(config, d_in, d_out)
+    make = find_architecture(config.architecture).make
+    if config.cross_layer:
+        if config.architecture not in CROSS_LAYER:
+            raise ConfigError(
+                f"architecture '{config.architecture}' has no cross-layer transcoder; with cross_layer = true give one "
+                f"of: {', '.join(CROSS_LAYER)}"
+            )
+        make = CROSS_LAYER[config.architecture]
+    architecture = make(config, d_in, d_out)
     wiring, kind = config.wiring, architecture.kind_of_wiring
     if wiring.kind != kind:
         wanted = {"sae": "hook_point", "transcoder": "reads and writes", "crosscoder": "at least two hook_points"}

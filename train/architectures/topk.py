@@ -9,7 +9,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from ...shared.core.errors import SaeError
+from ...shared.core.errors import ConfigError, SaeError
 from ...shared.sae import Sae
 from ..config import SaeConfig
 from ..stream.normalization import Normalization
@@ -51,7 +51,27 @@ class LargestConfig(SaeConfig, frozen=True, kw_only=True):
         check_number_of_latents(self, "k", self.k)
 
 
-class TopKConfig(LargestConfig, frozen=True, kw_only=True):
+class CompetingConfig(LargestConfig, frozen=True, kw_only=True):
+    """Configuration of an architecture whose latents may compete across the layers of a cross-layer transcoder."""
+
+    select_over: Annotated[
+        Literal["all", "layer"] | None,
+        Meta(
+            description="Of a cross-layer transcoder: whether all layers' latents compete for k places, or each layer "
+            "keeps k; all if not given."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Check that layers have k latents where each keeps k."""
+        super().__post_init__()
+        if self.select_over is not None and not self.cross_layer:
+            raise ConfigError("'select_over' is given, but only a table with cross_layer = true uses it; leave it out")
+        if self.select_over == "layer" and self.k > self.d_sae:
+            raise ConfigError(f"k is {self.k}, expected at most the d_sae = {self.d_sae} latents of a layer")
+
+
+class TopKConfig(CompetingConfig, frozen=True, kw_only=True):
     """TopK: the k largest pre-activations of each row (arXiv 2406.04093)."""
 
     architecture: Literal["topk"] = "topk"

@@ -208,7 +208,7 @@ class SaeTrainer:
         if self.room is None:
             return len(batch.x), n_dead
         waited = self.room.waited
-        self.room.before(done, SPARSE_BELOW * len(batch.x) * self.config.d_sae)
+        self.room.before(done, SPARSE_BELOW * len(batch.x) * self.architecture.d_sae)
         decided = self.architecture.decided_at(done)
         key = (len(batch.x), n_dead, self.room.capacity, self.room.margin, decided)
         return None if waited or self.room.exact or decided is None else key
@@ -227,7 +227,7 @@ class SaeTrainer:
         return taken | {
             "explained_variance": 1 - mse / self.normalization.total_variance,
             "l0": l0,
-            "dead_fraction": n_dead / self.config.d_sae,
+            "dead_fraction": n_dead / self.architecture.d_sae,
         }
 
     def _any_dead(self, batch: Batch, n_dead: Tensor) -> bool:

@@ -1,0 +1,177 @@
+"""Cross-layer transcoders with JumpReLU: a penalty on L0, or the published tanh penalty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from ..jumprelu import EDGE, LEAST_IMPORTED_THRESHOLD, SMALLEST_THRESHOLD, JumpReLU, JumpReLUConfig, TanhJumpReLU
+from ..parts.first_batch import exceeded_by
+from ..parts.latents import Latents, count
+from ..registry import register
+from .base import CrossLayer
+from .layers import LayerInput, entries_above, squared_errors
+
+
+class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
+    """`f_l = z_l H(z_l - theta_l)`, loss `sum_m ||y_m - y_hat_m||^2 / d_out + lambda L0`, or with a target L0.
+
+    L0 is that of all layers' latents together, and `d_out` the width of one target, so that a layer weighs as much as a
+    transcoder of its own. Thresholds learn as those of `JumpReLU` do.
+    """
+
+    activation = "jumprelu"
+
+    @property
+    def width(self) -> int:
+        """The width of what a layer reads, which the published bandwidth and first threshold are scaled by."""
+        return self.layers.d_in
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Add the thresholds' logarithms."""
+        log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
+        return super().initial_parameters(generator) | {"log_threshold": log_threshold}
+
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, where an L0 is given."""
+        if self._first_l0 is None or self.config.initial_threshold is not None:
+            return
+        n_active = round(len(batch.x) * self._first_l0 / self.d_sae)
+        thresholds = self._exceeded_by(parameters, batch, n_active) + parameters["b_enc"]
+        parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
+
+    def _exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
+        """Return for each latent the value that `W_enc_l x_l` exceeds in so many rows."""
+        zero = parameters["b_enc"].new_zeros(self.layers.d_in)
+        return torch.cat(
+            [
+                exceeded_by({"W_enc": parameters["W_enc"][self.layers.latents(i)], "b_dec": zero}, x, n_rows)
+                for i, x in enumerate(batch.x.chunk(self.layers.n, dim=1))
+            ]
+        )
+
+    def thresholds(self, parameters: Parameters, buffers: Buffers) -> Float[Tensor, " all_latents"]:
+        """Return the thresholds."""
+        return parameters["log_threshold"].exp()
+
+    def with_thresholds(
+        self, parameters: Parameters, threshold: Float[Tensor, " all_latents"] | None
+    ) -> tuple[Parameters, Buffers]:
+        """Add the thresholds' logarithms; thresholds that have none start just above zero."""
+        assert threshold is not None
+        return parameters | {"log_threshold": threshold.clamp_min(LEAST_IMPORTED_THRESHOLD).log()}, {}
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients; entries just below their threshold count for its gradient."""
+        layers, y, epsilon = self.layers, batch.x if batch.target is None else batch.target, self.bandwidth
+        inputs, theta = layers.inputs(parameters, batch, step), parameters["log_threshold"].exp()
+        latents, distances, values = self._select(inputs, step, theta, epsilon)
+        errors = layers.errors(latents, values, parameters["W_dec"], parameters["b_dec"], y)
+        scale = 2 / (len(y) * layers.d_out)
+        g = [error * scale for error in errors]
+        n_active = torch.stack([count(acts > 0) for acts in values]).sum()
+        l0 = step.across.mean(n_active / len(y))
+        penalty, by_l0 = self._penalty(l0, step.sparsity_scale)
+        by_pre_acts, by_theta = [], []
+        for i, (some, distance, acts) in enumerate(zip(latents, distances, values, strict=True)):
+            by_values = layers.grad_values(i, some, g, parameters["W_dec"])
+            own = some.spread(theta[layers.latents(i)])
+            near = distance.abs() < epsilon / 2
+            by_theta.append(-some.sum((by_values * own + by_l0 / len(y)) * near) / epsilon)
+            by_pre_acts.append(by_values * (acts > 0))
+        gradients = layers.gradients_of(parameters, inputs, latents, g, values, by_pre_acts)
+        gradients["log_threshold"] = torch.cat(by_theta) * theta
+        mse = squared_errors(errors) / len(y)
+        terms: dict[str, Number] = {"mse_loss": mse / layers.d_out, "l0_loss": penalty}
+        return StepOutput(gradients, _fired(latents, values), sum(terms.values()), mse, l0, terms)
+
+    def _select(
+        self, inputs: Sequence[LayerInput], step: StepInput, theta: Float[Tensor, " all_latents"], margin: float
+    ) -> tuple[list[Latents], list[Tensor], list[Tensor]]:
+        """Return each layer's entries above `theta - margin`, their distances from theta, and their values."""
+        latents, distances, values = [], [], []
+        for i, one in enumerate(inputs):
+            own = theta[self.layers.latents(i)]
+            some = entries_above(one, step, own - margin)
+            distance = some.pre_acts - some.spread(own)
+            latents.append(some)
+            distances.append(distance)
+            values.append(some.pre_acts * ((distance > 0) & (some.pre_acts > 0)))
+        return latents, distances, values
+
+
+class CrossLayerTanhJumpReLU(CrossLayerJumpReLU, TanhJumpReLU):
+    """The loss of "Circuit Tracing", `sum_m ||y_m - y_hat_m||^2 + lambda sum_i tanh(c f_i ||W_dec_i||)`.
+
+    `W_dec_i` are a latent's decoders for all its targets, one after another. The pre-activation loss of `TanhJumpReLU`,
+    `lambda_P sum_i ReLU(theta_i - z_i) ||W_dec_i||`, is added; the thresholds' gradients are also those given there.
+    """
+
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """Set the encoders' biases so that 10,000 latents in all fire on a row of the first batch, at most half."""
+        lowest = self._exceeded_by(parameters, batch, self.n_first_rows(len(batch.x)))
+        parameters["b_enc"].copy_(parameters["log_threshold"].exp() - lowest)
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients."""
+        layers, y, W_dec = self.layers, batch.x if batch.target is None else batch.target, parameters["W_dec"]
+        rows, epsilon, c = len(y), self.bandwidth, self.tanh_scale
+        inputs, theta = layers.inputs(parameters, batch, step), parameters["log_threshold"].exp()
+        norms = layers.decoder_norms(W_dec)
+        latents, distances, values = self._select(inputs, step, theta, EDGE * epsilon)
+        errors = layers.errors(latents, values, W_dec, parameters["b_dec"], y)
+        scale = 2 / rows
+        g = [error * scale for error in errors]
+        penalty = (self.config.l0_coefficient or 0.0) * step.sparsity_scale / rows
+        pull = self.pre_act_coefficient / rows
+
+        by_pre_acts, by_log_threshold, by_norms, below, penalised = [], [], [], [], []
+        for i, (some, distance, acts) in enumerate(zip(latents, distances, values, strict=True)):
+            own = layers.latents(i)
+            active, weights = acts > 0, some.spread(norms[own])
+            squashed = torch.tanh(acts * weights * c)
+            slope = (1 - squashed.square()) * (c * penalty)
+            by_values = layers.grad_values(i, some, g, W_dec) + slope * weights
+            near = distance.abs() < epsilon / 2
+            by_log_threshold.append(-some.sum(by_values * near) * theta[own] / epsilon)
+            by_norms.append(some.sum(slope * acts))
+            by_pre_acts.append((by_values + weights * pull) * active)
+            # Each latent's terms below its threshold are those of all rows less those of the rows where it is active.
+            sum_x = inputs[i].x.sum(0)
+            every = rows * (theta[own] - parameters["b_enc"][own]) - parameters["W_enc"][own] @ sum_x
+            below.append(every + some.sum(distance * active))
+            penalised.append(some.sum(squashed).sum().double())
+        gradients = layers.gradients_of(parameters, inputs, latents, g, values, by_pre_acts)
+        pre_act_loss = torch.cat(below)
+        n_below = torch.cat(
+            [rows - some.sum((acts > 0).to(acts.dtype)) for some, acts in zip(latents, values, strict=True)]
+        )
+        for i, one in enumerate(inputs):
+            gradients["W_enc"][layers.latents(i)].addr_(norms[layers.latents(i)] * -pull, one.x.sum(0))
+        gradients["b_enc"] -= norms * (pull * rows)
+        gradients["log_threshold"] = torch.cat(by_log_threshold) + n_below * norms * pull * theta
+        by_norm = torch.cat(by_norms) + pre_act_loss * pull
+        gradients["W_dec"] += layers.scale_decoders(W_dec, by_norm / norms.clamp_min(1e-12))
+        mse = squared_errors(errors) / rows
+        terms: dict[str, Number] = {
+            "mse_loss": mse,
+            "sparsity_loss": torch.stack(penalised).sum() * penalty,
+            "pre_act_loss": (pre_act_loss @ norms).double() * pull,
+        }
+        n_active = torch.stack([count(acts > 0) for acts in values]).sum()
+        return StepOutput(gradients, _fired(latents, values), sum(terms.values()), mse, n_active / rows, terms)
+
+
+def _fired(latents: Sequence[Latents], values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([some.sum(acts) for some, acts in zip(latents, values, strict=True)]) > 0
+
+
+@register(JumpReLUConfig, cross_layer=True)
+def make_jumprelu(config: JumpReLUConfig, d_in: int, d_out: int | None = None) -> CrossLayerJumpReLU:
+    """Return the architecture with a penalty on L0, or with the tanh penalty."""
+    return (CrossLayerTanhJumpReLU if config.uses_tanh else CrossLayerJumpReLU)(config, d_in, d_out)

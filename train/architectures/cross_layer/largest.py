@@ -1,0 +1,175 @@
+"""Cross-layer transcoders that keep the largest latents: TopK of each row, and BatchTopK of a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..batch_topk import MOMENTUM, BatchTopK, BatchTopKConfig, batch_threshold
+from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from ..parts.latents import SparseLatents, count, csr_of, sparse_at
+from ..registry import register
+from ..topk import CompetingConfig, TopK, TopKConfig
+from .auxk import add_auxk_across
+from .base import CrossLayer
+from .layers import LayerInput, squared_errors
+
+L = TypeVar("L", bound=CompetingConfig)
+
+
+class CrossLayerLargest(CrossLayer[L], TopK[L]):
+    """Loss `sum_m ||y_m - y_hat_m||^2 / sum_m Var(y_m)` and AuxK.
+
+    With `select_over = "all"` latents of all layers compete for the same k places of a row; with `"layer"` each layer
+    keeps k. Latents are chosen by their values, whatever the norms of their decoders, so norms are kept on saving.
+    """
+
+    folds = False
+
+    @property
+    def over_all(self) -> bool:
+        """Whether the latents of all layers compete."""
+        return self.config.select_over != "layer"
+
+    def choose(self, inputs: Sequence[LayerInput], step: StepInput) -> list[SparseLatents]:
+        """Return each layer's chosen entries, positive or not."""
+        raise NotImplementedError
+
+    def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
+        """Return the loss and its gradients."""
+        layers, y = self.layers, batch.x if batch.target is None else batch.target
+        inputs = layers.inputs(parameters, batch, step)
+        latents = self.choose(inputs, step)
+        values = [some.pre_acts.relu() for some in latents]
+        W_dec = parameters["W_dec"] if step.W_dec_compute is None else step.W_dec_compute
+        errors = layers.errors(latents, values, W_dec, parameters["b_dec"], y)
+        mse = squared_errors(errors) / len(y)
+        scale = 2 / (len(y) * step.total_variance)
+        by_pre_acts = [
+            torch.where(acts > 0, layers.grad_values(i, some, errors, parameters["W_dec"]).mul_(scale), 0)
+            for i, (some, acts) in enumerate(zip(latents, values, strict=True))
+        ]
+        gradients = layers.gradients_of(parameters, inputs, latents, errors, values, by_pre_acts, scale)
+        terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
+        if step.dead is not None and self.aux_coefficient > 0:
+            terms["auxk_loss"] = add_auxk_across(
+                gradients, layers, parameters, inputs, errors, step.dead, self.k_aux, self.aux_coefficient, step.across
+            )
+        fired = torch.cat([some.fired() for some in latents])
+        l0 = torch.stack([count(acts > 0) for acts in values]).sum() / len(y)
+        return StepOutput(gradients, fired, sum(terms.values()), mse, l0, terms)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Add what latents competed with."""
+        return super().hyperparameters() | {"select_over": "all" if self.over_all else "layer"}
+
+
+@register(TopKConfig, cross_layer=True)
+class CrossLayerTopK(CrossLayerLargest[TopKConfig]):
+    """The k largest of each row's latents, of all layers or of each."""
+
+    activation = "topk"
+    refused = (*CrossLayer.refused, "k_anneal_steps", "multi_topk_coefficient")
+
+    @property
+    def note(self) -> str | None:
+        """That a model cannot be run with the choice among all layers' latents."""
+        if not self.over_all:
+            return None
+        return (
+            "{} chooses the k largest latents of all layers, which is impossible before the later layers have run, so "
+            'it cannot be evaluated in the model; for that use select_over = "layer", or batch_topk'
+        )
+
+    def choose(self, inputs: Sequence[LayerInput], step: StepInput) -> list[SparseLatents]:
+        """Return each layer's chosen entries."""
+        k = min(self.config.k, self.layers.d_sae)
+        found = [step.kernels.select_topk(one.x_compute, one.W_enc_compute, one.b_enc, k) for one in inputs]
+        if self.over_all:
+            acts = torch.cat([acts for acts, _ in found], dim=1)
+            largest = acts.topk(self.config.k, dim=1, sorted=False)
+            kept = torch.zeros_like(acts, dtype=torch.bool).scatter_(1, largest.indices, largest.values > 0)
+            chosen = [csr_of(part) for part in kept.chunk(len(inputs), dim=1)]
+        else:
+            chosen = [csr_of(acts > 0) for acts, _ in found]
+        latents = []
+        for one, (_, top), (places, offsets) in zip(inputs, found, chosen, strict=True):
+            rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())
+            latents.append(_entries(one, step, top[rows, places].long(), offsets))
+        return latents
+
+
+@register(BatchTopKConfig, cross_layer=True)
+class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTopKConfig]):
+    """The `batch * k` largest latents of a batch, of all layers or of each.
+
+    Saved with thresholds, one for all latents or for each layer's: running means of each batch's smallest kept latent.
+    """
+
+    activation = "jumprelu"
+
+    def initial_buffers(self) -> Buffers:
+        """Return the running thresholds, negative until the first batch sets them."""
+        return {"threshold": torch.full((1 if self.over_all else self.layers.n,), -1.0)}
+
+    def choose(self, inputs: Sequence[LayerInput], step: StepInput) -> list[SparseLatents]:
+        """Return each layer's chosen entries, and update the running thresholds."""
+        chosen = self._largest(inputs, step)
+        latents = [_entries(one, step, *entries) for one, entries in zip(inputs, chosen, strict=True)]
+        smallest = torch.stack([_smallest_positive(some.pre_acts) for some in latents])
+        if self.over_all:
+            smallest = smallest.amin(0, keepdim=True)
+        smallest, threshold = step.across.least(smallest), step.buffers["threshold"]
+        moved = torch.where(threshold < 0, smallest, torch.lerp(smallest, threshold, MOMENTUM))
+        threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
+        return latents
+
+    def _largest(self, inputs: Sequence[LayerInput], step: StepInput) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's chosen entries as CSR indices and offsets.
+
+        One layer's pre-activations are in memory at a time: of each, only those are kept that would be among the
+        largest if there were no other layer.
+        """
+        rows = len(inputs[0].x)
+        n_kept = self.config.k * step.across.rows(rows)
+        candidates: list[tuple[Tensor, Tensor, Tensor]] = []
+        for one in inputs:
+            pre_acts = step.kernels.pre_activations(one.x_compute, one.W_enc_compute, one.b_enc)
+            lowest = batch_threshold(pre_acts, min(n_kept, pre_acts.numel()), step.across)
+            above = pre_acts >= lowest
+            candidates.append((*csr_of(above), pre_acts[above]))
+        if not self.over_all:
+            return [(indices, offsets) for indices, offsets, _ in candidates]
+        lowest = batch_threshold(torch.cat([values for *_, values in candidates])[None], n_kept, step.across)
+        chosen = []
+        for indices, offsets, values in candidates:
+            kept = values >= lowest
+            chosen.append((indices[kept], torch.nn.functional.pad(kept.cumsum(0), (1, 0))[offsets]))
+        return chosen
+
+    def thresholds(self, parameters: Parameters, buffers: Buffers) -> Float[Tensor, " all_latents"]:
+        """Return the running thresholds, by latent."""
+        by_layer = buffers["threshold"].clamp_min(0).expand(self.layers.n)
+        return by_layer.repeat_interleave(self.layers.d_sae)
+
+    def with_thresholds(
+        self, parameters: Parameters, threshold: Float[Tensor, " all_latents"] | None
+    ) -> tuple[Parameters, Buffers]:
+        """Return the means of thresholds, of all latents or of each layer's, as running thresholds."""
+        assert threshold is not None
+        by_layer = threshold.view(1 if self.over_all else self.layers.n, -1)
+        return parameters, {"threshold": by_layer.mean(1)}
+
+
+def _entries(one: LayerInput, step: StepInput, indices: Tensor, offsets: Tensor) -> SparseLatents:
+    return sparse_at(step, {"W_enc": one.W_enc}, one.x, one.b_enc, indices, offsets)
+
+
+def _smallest_positive(pre_acts: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+    """Return the least positive value, infinity where there is none."""
+    positive = pre_acts.where(pre_acts > 0, torch.inf).float()
+    return positive.amin() if len(positive) else positive.new_full((), torch.inf)
