@@ -54,7 +54,10 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     with writing(output / "dictionaries.parquet"):
         (output / "dictionaries.parquet").unlink(missing_ok=True)
     if config.dictionary:
-        write_rows(output / "dictionaries.parquet", compare_dictionaries(results.saes, firings))
+        write_rows(
+            output / "dictionaries.parquet",
+            compare_dictionaries([sae for sae in results.saes if not sae.is_cross_layer], firings),
+        )
     features = index_features(given, results)
     metrics = _write(results)
     results.remove_stale()

@@ -26,7 +26,6 @@ from .results.output import latents_path, write_latents
 from .results.provenance import provenance
 from .results.results import Results
 from .saes.digests import digest_of, sae_digest
-from .saes.hook_group import members
 from .saes.sae_folders import EvaluatedSae
 from .with_model.probing import sparse_probing
 from .with_model.splice_losses import accumulate_losses, per_hook_losses, run_name, splice_metrics
@@ -36,6 +35,7 @@ RESULTS_VERSION = 1
 WITHOUT_EFFECT = ("store", "saes", "output", "cache", "cache_bytes", "feature_rows", "export", "allow_other_model")
 """Settings that no result depends on; the store is identified by its checksums."""
 BAD_PREDICTIONS = "the model's predictions with it are NaN or infinite"
+NO_DIRECTIONS = "latents of different layers write to different numbers of targets: their directions are not compared"
 FIRINGS = "firings"
 """Key of the digest of the firings in an SAE's `latents` file."""
 
@@ -89,7 +89,9 @@ def judge_offline(given: Prepared, results: Results) -> dict[str, Fired]:
         found |= per_hook_metrics(sae.sae, inputs, sums[sae.name].by_hook_point, latents.firings)
         found["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
         columns = {}
-        if config.dictionary:
+        if config.dictionary and sae.is_cross_layer:
+            found["dictionary_note"] = NO_DIRECTIONS
+        elif config.dictionary:
             columns, summary = geometry(sae.sae, latents.firings, config.n_neighbours)
             found |= summary
         fired[sae.name] = latents
@@ -139,7 +141,10 @@ def judge_in_model(given: Prepared, results: Results) -> None:
     part = given.rows.subset(config.model_rows)
     losses = accumulate_losses(given.model, given.hook_points, waiting, part, config.batch_size)
     for sae in waiting:
-        targets = members(sae.target)
+        targets = sae.spliced_at
+        if not targets:
+            results.add("model", sae.name, {})
+            continue
         first = losses[run_name(sae, targets[0])]
         if not np.isfinite(first["ce_clean"]).all():
             raise NonFiniteError(

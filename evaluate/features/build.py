@@ -179,7 +179,7 @@ def _effects(
     """Return an SAE's logit effects, and in words what they go through or why there are none."""
     if readout is None:
         return None, "none: no model"
-    reason = why_no_effects(readout, sae.sae.W_dec.shape[1], sae.target)
+    reason = why_no_effects(readout, sae.sae.d_out, sae.target)
     if isinstance(readout, str) or reason is not None:
         return None, f"none: {reason}"
     tokens = vocabulary(tokenizer)

@@ -78,7 +78,7 @@ def active_latents(
 
 def _encode(sae: Sae, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (row, latent, activation) of what is above zero, by row and latent."""
-    x = x.to(sae.W_enc.device, torch.float32)
+    x = x.to(sae.device, torch.float32)
     if sae.architecture != "topk":
         latents = sae.encode(x)
         flat = np.flatnonzero((latents > 0).cpu().numpy())

@@ -1,4 +1,4 @@
-"""Metrics that only a crosscoder has: its reconstruction and its decoder norms at each of its hook points."""
+"""Metrics that only crosscoders and cross-layer transcoders have: reconstruction and decoder norms at each target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ...shared.sae import Sae
+from ...shared.sae import CrossLayerTranscoder, Sae
 from ..saes.hook_group import members
 from ..saes.sae_folders import EvaluatedSae
 from .bootstrap import point_estimates
@@ -18,32 +18,31 @@ from .reconstruction import InputSums, ReconstructionSums, reconstruction_metric
 
 WRITES = 0.1
 """A latent writes to a hook point if its decoder norm there is at least this share of its largest one."""
+NOT_BY_LAYER = (
+    "the k largest latents of all layers cannot be chosen before the later layers have run, so the model cannot run "
+    'with them; train with select_over = "layer", or batch_topk'
+)
 NO_MODEL_METRICS = "a crosscoder reconstructs several hook points: `per_hook` has the losses at each"
-
-
-def decoder_norms(sae: Sae, n_hook_points: int) -> Float[Tensor, "d_sae hook_points"]:
-    """Return the norm of each latent's decoder row at each hook point."""
-    return sae.W_dec.detach().float().view(sae.d_sae, n_hook_points, -1).norm(dim=2)
 
 
 def norm_shares(sae: Sae, n_hook_points: int) -> Float[np.ndarray, "d_sae hook_points"]:
     """Return each hook point's share of the sum of a latent's decoder norms; zero if all its norms are zero."""
-    norms = decoder_norms(sae, n_hook_points)
+    norms = sae.decoder_norms(n_hook_points)
     return (norms / norms.sum(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
 
 
 def norm_share_columns(sae: EvaluatedSae) -> dict[str, np.ndarray]:
-    """Return the per-latent column `decoder_norm_share`, by hook point; empty unless the SAE is a crosscoder."""
+    """Return the per-latent column `decoder_norm_share`, by hook point; empty for one target."""
     n = len(members(sae.target))
     return {"decoder_norm_share": norm_shares(sae.sae, n)} if n > 1 else {}
 
 
 class HookPointSums:
-    """Sums over rows of a crosscoder's reconstructions, kept for each of its hook points."""
+    """Sums over rows of reconstructions of several hook points, kept for each of them."""
 
     def __init__(self, sae: Sae, target: str, n_groups: int, device: str = "cpu"):
         self.hook_points = members(target)
-        norms = decoder_norms(sae, len(self.hook_points))
+        norms = sae.decoder_norms(len(self.hook_points))
         self.writes: Bool[Tensor, "hook_points d_sae"] = (norms >= WRITES * norms.amax(dim=1, keepdim=True)).T
         self.sums = {hook_point: ReconstructionSums(n_groups, device) for hook_point in self.hook_points}
 
@@ -58,7 +57,7 @@ class HookPointSums:
 def per_hook_metrics(
     sae: Sae, inputs: Mapping[str, InputSums], sums: HookPointSums | None, firings: Int64[np.ndarray, " d_sae"]
 ) -> dict[str, Any]:
-    """Return what `metrics.json` holds of a crosscoder beyond the metrics over all its hook points together.
+    """Return what `metrics.json` holds beyond the metrics over all the reconstructed hook points together.
 
     `per_hook` has one row per hook point: its metrics, and its mean share of the live latents' decoder norms. Empty if
     `sums` is None, as for an SAE with one target.
@@ -72,5 +71,9 @@ def per_hook_metrics(
         row = {"hook_point": hook_point, "decoder_norm_share": share}
         row |= point_estimates(reconstruction_metrics, inputs[hook_point].sums() | sums.sums[hook_point].sums())
         rows.append(row)
-    missing = {"ce_loss_score": None, "kl_div_score": None, "model_metrics_note": NO_MODEL_METRICS}
-    return {"per_hook": rows, **missing}
+    note = NO_MODEL_METRICS
+    if isinstance(sae, CrossLayerTranscoder):
+        if sae.chooses_by_layer:
+            return {"per_hook": rows}
+        note = NOT_BY_LAYER
+    return {"per_hook": rows, "ce_loss_score": None, "kl_div_score": None, "model_metrics_note": note}

@@ -70,4 +70,4 @@ def reconstruct_in_parts(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tenso
 
 def rows_at_a_time(sae: Sae) -> int:
     """Return how many rows to encode at a time so that memory stays bounded at any SAE width."""
-    return max(FEWEST_ROWS, LATENT_ENTRIES[sae.W_enc.device.type] // sae.d_sae)
+    return max(FEWEST_ROWS, LATENT_ENTRIES[sae.device.type] // sae.d_sae)

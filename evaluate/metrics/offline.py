@@ -21,7 +21,7 @@ from .reconstruction import InputSums, ReconstructionSums, reconstruction_metric
 
 @dataclass(frozen=True)
 class SaeSums:
-    """One SAE's sums over the held-out rows; `by_hook_point` only for a crosscoder."""
+    """One SAE's sums over the held-out rows; `by_hook_point` only where several hook points are reconstructed."""
 
     reconstruction: ReconstructionSums
     latents: LatentSums

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...shared.core.errors import HookPointError, MissingFileError, SaeError
 from ...shared.model.hook_points import canonical_hook_point
-from ...shared.sae import Sae
+from ...shared.sae import CrossLayerTranscoder, Sae
 from ...shared.sae.formats import is_sae
 from ...shared.sae.formats.files import CONFIG_NAME
 from ...shared.store import ActivationStore
@@ -27,7 +27,8 @@ DIVERGED_NAME = "diverged.json"
 class EvaluatedSae:
     """An SAE under evaluation, its name in the results, and the hook points that it reads and reconstructs.
 
-    A crosscoder's `hook_point` and `target` are the name of its group of hook points (`hook_group`).
+    A crosscoder's `hook_point` and `target` are the name of its group of hook points (`hook_group`). A cross-layer
+    transcoder's are the names of the group that it reads and of the group that it writes.
     """
 
     name: str
@@ -35,6 +36,22 @@ class EvaluatedSae:
     sae: Sae
     hook_point: str
     target: str
+
+    @property
+    def is_cross_layer(self) -> bool:
+        """Whether this is a cross-layer transcoder."""
+        return isinstance(self.sae, CrossLayerTranscoder)
+
+    @property
+    def spliced_at(self) -> list[str]:
+        """The hook points where it is spliced in, each in a run of its own.
+
+        A cross-layer transcoder is spliced in at all of its group in one run, or in none where its latents cannot be
+        chosen layer by layer.
+        """
+        if isinstance(self.sae, CrossLayerTranscoder):
+            return [self.target] if self.sae.chooses_by_layer else []
+        return members(self.target)
 
     def description(self) -> dict[str, Any]:
         """Return the fields that identify the SAE in `metrics.json`; `architecture` as trained, not as saved."""
@@ -139,6 +156,8 @@ def load_saes(
         hook_point = canonical_hook_point(sae.hook_point)
         if sae.architecture == "crosscoder":
             hook_point = group_name(canonical_hook_point(name) for name in sae.config["hook_points"])
+        if isinstance(sae, CrossLayerTranscoder):
+            hook_point = group_name(map(canonical_hook_point, sae.reads))
         if sae.model_processing:
             raise SaeError(
                 f"SAE '{name}' was trained on a model loaded with {sae.model_processing[0]} = true, whose activations "
@@ -150,7 +169,7 @@ def load_saes(
                 "returns, and save it"
             )
         try:
-            target = hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
+            target = _target(sae, hook_point)
         except SaeError as error:
             raise SaeError(f"SAE '{name}': {error}") from None
         for group, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
@@ -167,3 +186,10 @@ def load_saes(
                 )
         loaded.append(EvaluatedSae(name, folder, sae, hook_point, target))
     return loaded
+
+
+def _target(sae: Sae, hook_point: str) -> str:
+    """Return the name of what an SAE reconstructs, which reads `hook_point`; both may be groups."""
+    if isinstance(sae, CrossLayerTranscoder):
+        return group_name(map(canonical_hook_point, sae.writes))
+    return hook_point if sae.architecture == "crosscoder" else sae.target_hook_point

@@ -181,7 +181,7 @@ def _accuracies(x: Float[Tensor, "rows d_in"], task: Task, sae: EvaluatedSae | N
 
 
 def _latents(sae: EvaluatedSae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_sae"]:
-    encoded = encode(sae.sae, x.to(sae.sae.W_enc.device))
+    encoded = encode(sae.sae, x.to(sae.sae.device))
     if encoded.top_indices is None:
         return encoded.latents.cpu()
     return torch.zeros(len(x), sae.sae.d_sae).scatter_add_(1, encoded.top_indices.cpu(), encoded.latents.cpu())

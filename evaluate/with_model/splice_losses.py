@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 from ...shared.core.progress import progress as show_progress
 from ...shared.model.capture import reading, splice
 from ...shared.model.hook_points import ResolvedHookPoint
+from ...shared.sae import CrossLayerTranscoder
 from ..metrics.bootstrap import point_estimates
 from ..metrics.encoding import reconstruct_in_parts
 from ..metrics.held_out import HeldOut
 from ..saes.hook_group import concatenate, members
 from ..saes.sae_folders import EvaluatedSae
+from .cross_layer_splice import replacing_all
 
 Activation = Float[Tensor, "batch context d"]
 VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -161,16 +163,18 @@ def accumulate_losses(
 ) -> dict[str, dict[str, Float[np.ndarray, " groups"]]]:
     """Run the model on the stored tokens: clean, ablated once per target, and with each SAE.
 
-    SAEs read the clean run's activations. A crosscoder is spliced in at each of its hook points in turn. Returns the
-    sums of the losses per document group, keyed by `run_name`.
+    SAEs read the clean run's activations. A crosscoder is spliced in at each of its hook points in turn. A cross-layer
+    transcoder replaces all its targets in one run, in which each layer reads the activations of the changed model; what
+    it is compared with has all of them ablated. Returns the sums of the losses per document group, keyed by `run_name`.
     """
     device = str(next(model.parameters()).device)
     inputs = list(dict.fromkeys(name for sae in saes for name in members(sae.hook_point)))
-    targets = list(dict.fromkeys(name for sae in saes for name in members(sae.target)))
-    means = {name: torch.from_numpy(np.asarray(held_out.store.moments(name).mean)) for name in targets}
-    ablations = {("zero", target): ablation(0.0) for target in targets}
-    ablations |= {("mean", target): ablation(means[target]) for target in targets}
-    spliced = {run_name(sae, target): target for sae in saes for target in members(sae.target)}
+    targets = list(dict.fromkeys(name for sae in saes for name in sae.spliced_at))
+    points = list(dict.fromkeys(point for target in targets for point in members(target)))
+    zeros = {point: ablation(0.0) for point in points}
+    means = {point: ablation(torch.from_numpy(np.asarray(held_out.store.moments(point).mean))) for point in points}
+    ablations = {("zero", target): zeros for target in targets} | {("mean", target): means for target in targets}
+    spliced = {run_name(sae, target): target for sae in saes for target in sae.spliced_at}
     runs = [("clean", ""), *ablations, *(("sae", name) for name in spliced)]
     sums = {run: LossSums(held_out.n_groups, device) for run in runs}
     counts = {name: torch.zeros(held_out.n_groups, dtype=torch.float64, device=device) for name in LOSSES}
@@ -189,12 +193,19 @@ def accumulate_losses(
             clean = CleanRun(logits)
             sums["clean", ""].add(token_losses(logits, clean, tokens), count, group)
             for (kind, target), replace in ablations.items():
-                with splice(model, hook_points[target], replace):
+                with ExitStack() as stack:
+                    for point in members(target):
+                        stack.enter_context(splice(model, hook_points[point], replace[point]))
                     sums[kind, target].add(token_losses(_logits(model, tokens), clean, tokens), count, group)
             for sae in saes:
+                if isinstance(sae.sae, CrossLayerTranscoder):
+                    for target in sae.spliced_at:
+                        with replacing_all(model, hook_points, sae.sae, usable):
+                            losses = token_losses(_logits(model, tokens), clean, tokens)
+                        sums["sae", run_name(sae, target)].add(losses, count, group)
+                    continue
                 x_hat = reconstruct_in_parts(sae.sae, concatenate(seen, sae.hook_point)[usable].float())
-                points = members(sae.target)
-                for target, rows in zip(points, x_hat.chunk(len(points), dim=1), strict=True):
+                for target, rows in zip(sae.spliced_at, x_hat.chunk(len(sae.spliced_at), dim=1), strict=True):
                     with splice(model, hook_points[target], replacement(rows, usable)):
                         losses = token_losses(_logits(model, tokens), clean, tokens)
                     sums["sae", run_name(sae, target)].add(losses, count, group)
@@ -238,7 +249,7 @@ def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray
 
 def per_hook_losses(sae: EvaluatedSae, losses: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Return a crosscoder's losses with its reconstruction spliced in at one hook point at a time; else nothing."""
-    targets = members(sae.target)
+    targets = sae.spliced_at
     if len(targets) == 1:
         return {}
     runs = {target: losses[run_name(sae, target)] for target in targets}
