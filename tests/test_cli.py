@@ -81,3 +81,38 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_guarded(lambda: 1 / 0)
+
+
+def test_train_help_lists_the_keys_of_every_table_and_every_architecture(capsys):
+    from thresher.train.architectures import ARCHITECTURES
+    from thresher.train.config import SaeConfig, TrainConfig
+
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    run_keys, rest = shown.split("keys of every [[sae]] table")
+    sae_keys, architectures = rest.split("architectures, with the keys that they need")
+    assert {line.split()[0] for line in run_keys.splitlines() if line.startswith("  --")} == {
+        f"--{key}" for key in TrainConfig.__struct_fields__
+    }
+    listed = [line.split()[0] for line in sae_keys.splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(set(SaeConfig.__struct_fields__) - set(SaeConfig.unused))
+    lines = {line.split()[0]: line for line in architectures.splitlines() if line.startswith("  ")}
+    assert lines.keys() == ARCHITECTURES.keys()
+    assert lines["topk"].endswith("(arXiv 2406.04093). Needs k.")
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help", "jumprelu"], ["train", "jumprelu", "-h"]])
+def test_train_help_on_an_architecture_lists_its_own_keys(arguments, capsys):
+    assert main(arguments) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert lines[0].split() == ["l0_coefficient", *["Weight", "of", "the", "sparsity", "penalty.", "(required)"]]
+    keys = [line.split()[0] for line in lines]
+    assert {"target_l0", "tanh_scale", "sparsity_warmup_steps"} < set(keys)
+    assert not {"k", "lr", "hook_point", "architecture"} & set(keys)
+    assert main(["train", "--help", "jumpreul"]) == 2
+    assert capsys.readouterr().err == "error: no architecture 'jumpreul'; did you mean 'jumprelu'?\n"
+
+
+def test_help_with_a_config_file_is_the_stages(capsys):
+    assert main(["train", "some.toml", "--help"]) == 0
+    assert "usage: thresher train" in capsys.readouterr().out

@@ -132,26 +132,32 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     output: Annotated[str, Meta(description="Folder for the SAEs, one sub-folder each.")]
     sae: Annotated[
         list[Any],
-        Meta(min_length=1, description="The sweep, as [[sae]] tables; lists are grids, `samples` draws values."),
+        Meta(
+            min_length=1, description="The sweep, as [[sae]] tables: a list is a grid, `samples` draws random values."
+        ),
     ]
     batch_size: Annotated[int, Meta(ge=1, description="Activations per step.")] = 4096
     tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="Activations to train on; `epochs` of the store's. More of them train a finished run on."),
+        Meta(description="Activations to train on; `epochs` passes if not given. More continue a finished run."),
     ] = None
     epochs: Annotated[float, Meta(gt=0, description="Passes over the store when `tokens` is not given.")] = 1.0
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of the order of the activations.")] = 0
     warmup_steps: Annotated[int, Meta(ge=0, description="Steps over which the learning rate grows from zero.")] = 1000
     decay_fraction: Annotated[
-        float, Meta(ge=0, le=1, description="Last fraction of the run, over which the learning rate falls to zero.")
+        float, Meta(ge=0, le=1, description="Last fraction of the run, over which the learning rate decays to zero.")
     ] = 0.2
     lr_decay: Annotated[
         Literal["linear", "cosine"],
-        Meta(description="Shape of that fall: linear, or half a cosine; over a fraction of 1 a whole cosine schedule."),
+        Meta(
+            description="Shape of the decay: linear, or half a cosine; decay_fraction = 1 is a whole cosine schedule."
+        ),
     ] = "linear"
     init_from: Annotated[
         str | None,
-        Meta(description="Trained SAE for all to start from, or a run's output folder: each from that of its name."),
+        Meta(
+            description="Trained SAE that all start from, or a run's output, where each starts from that of its name."
+        ),
     ] = None
     normalize_activations: Annotated[
         Literal["expected_average_only_in", "none"],
@@ -166,28 +172,29 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     device: Device = "auto"
     kernels: Annotated[
         Literal["auto", "reference"],
-        Meta(description="auto: Triton kernels on CUDA and the CPU's own operations there; reference: plain PyTorch."),
+        Meta(description="auto: Triton kernels on CUDA, native operations on a CPU; reference: plain PyTorch."),
     ] = "auto"
     cuda_graphs: Annotated[
-        bool, Meta(description="On CUDA, replay steps whose shapes have settled as graphs; false launches each kernel.")
+        bool,
+        Meta(description="On CUDA, replay steps whose shapes have settled as graphs; false launches every kernel."),
     ] = True
     window_bytes: Annotated[
-        int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; more mixes more.")
+        int, Meta(ge=1, description="Memory for shuffling, in bytes per hook point; a larger window mixes more.")
     ] = 2 << 30
     roles: Roles = None
     cache: Cache = None
     cache_bytes: CacheBytes = None
     checkpoint_every_tokens: Annotated[int, Meta(ge=1, description="Tokens between checkpoints.")] = 50_000_000
-    keep_checkpoints: Annotated[int, Meta(ge=1, description="Checkpoints to keep, that of the run's end included.")] = 2
+    keep_checkpoints: Annotated[
+        int, Meta(ge=1, description="Checkpoints to keep, including the one at the end of the run.")
+    ] = 2
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
     tensorboard: Annotated[bool, Meta(description="Also write TensorBoard event files, if it is installed.")] = False
     wandb: Annotated[
         Literal["off", "offline", "online"],
         Meta(description="Also log to Weights & Biases, if it is installed; offline needs no network."),
     ] = "off"
-    wandb_project: Annotated[str, Meta(description="Project of the Weights & Biases runs, one for each SAE.")] = (
-        "thresher"
-    )
+    wandb_project: Annotated[str, Meta(description="Project of the Weights & Biases runs, one per SAE.")] = "thresher"
     parallel: Annotated[
         Literal["spread", "data", "latents"],
         Meta(

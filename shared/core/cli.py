@@ -79,9 +79,8 @@ def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, a
 
     `run` may return an exit code, such as `PARTLY_FAILED`.
     """
-    if "--help" in arguments or "-h" in arguments:
-        text = f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}"
-        return run_guarded(lambda: print(text, flush=True))
+    if asks_for_help(arguments):
+        return run_guarded(lambda: print(stage_help(stage, cls, summary), flush=True))
 
     def run_configured() -> Any:
         try:
@@ -91,6 +90,16 @@ def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, a
         return run(config)
 
     return run_guarded(lambda: _exit_code(run_configured()))
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    """Return whether a command line asks for help."""
+    return "--help" in arguments or "-h" in arguments
+
+
+def stage_help(stage: str, cls: type[Config], summary: str) -> str:
+    """Return a stage's usage and the keys of its configuration."""
+    return f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}"
 
 
 def _of_another_stage(stage: str, cls: type[Config], arguments: list[str]) -> ConfigError | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -208,16 +208,21 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def describe(cls: type[Config]) -> str:
-    """Return one line of help per configuration key: `--key`, default, sentence."""
+def describe(cls: type[Config], keys: Collection[str] | None = None, dashes: str = "--") -> str:
+    """Return one line of help per configuration key, or per key in `keys`: `--key`, sentence, default.
+
+    Required keys come first.
+    """
     lines = []
-    for field in _fields(cls):
+    for field in sorted(_fields(cls), key=lambda field: not field.required):
+        if keys is not None and field.name not in keys:
+            continue
         extra = getattr(field.type, "extra_json_schema", None) or {}
         if field.required:
             default = "required"
         elif field.default is msgspec.NODEFAULT:
             default = f"default {field.default_factory()!r}"
         else:
-            default = f"default {field.default!r}"
-        lines.append(f"  --{field.name:<22} {extra.get('description', '')} ({default})")
+            default = "optional" if field.default is None else f"default {field.default!r}"
+        lines.append(f"  {dashes + field.name:<26} {extra.get('description', '')} ({default})")
     return "\n".join(lines)

@@ -227,7 +227,10 @@ class PenaltyConfig(SaeConfig, frozen=True, kw_only=True):
 
     sparsity_warmup_steps: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        Meta(description="Steps over which the sparsity penalty grows; a twentieth of the run if not given."),
+        Meta(
+            description="Steps over which the sparsity penalty grows; if not given, a twentieth of the run, or all of "
+            "it with tanh."
+        ),
     ] = None
 
 
