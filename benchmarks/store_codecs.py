@@ -24,9 +24,8 @@ import numpy as np
 import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
-from thresher.shared.store.format.codecs import decode_chunk, encode_chunk
+from thresher.shared.store.format.codecs import decode_chunk, dequantise, encode_chunk, quantise
 from thresher.shared.store.format.layout import CHUNK_BYTES, Header, arrays_of
-from thresher.shared.store.format.quantise import dequantise, quantise
 from thresher.shared.store.write.encode import encode_hook_chunk
 from thresher.train import TrainConfig, train
 

@@ -66,9 +66,6 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
         str | None,
         Meta(description="Folder where shards wait to be uploaded to an object store; the user's cache when absent."),
     ] = None
-    covariance: Annotated[
-        bool, Meta(description="Also keep the covariance of each hook point: d_in^2 multiplications more a row.")
-    ] = False
     threads: Annotated[Positive | None, Meta(description="Threads that compress; one per core when absent.")] = None
     workers: Annotated[
         Positive | None, Meta(description="Batches that run at once on a CPU, one core each; one per core when absent.")

@@ -26,7 +26,7 @@ from .tokens.chat import template_source
 
 INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers", "on_bad_document")
 """Settings that are no part of a harvest's record."""
-LATER = ("covariance", "special_tokens", "holdout", "trust_remote_code")
+LATER = ("special_tokens", "holdout", "trust_remote_code")
 """Settings that are recorded only where they are not the default."""
 NEUTRAL = ("batch_size", "tokens")
 """Settings that are recorded, but change the rows by rounding at most, or only how many there are."""

@@ -55,7 +55,6 @@ def open_writer(
         shard_bytes=config.shard_bytes,
         n_contexts=config.n_contexts,
         threads=config.threads,
-        covariance=config.covariance,
         roles=plan.rules.keeps_roles,
         cache=config.cache,
         keep_contexts=n_kept,

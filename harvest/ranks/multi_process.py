@@ -22,7 +22,8 @@ from ...shared.core.errors import DataError, StoreError
 from ...shared.core.interrupt import Interrupt
 from ...shared.core.location import StoreUrl, locate
 from ...shared.store.format.checksum import crc32c
-from ...shared.store.write.rank_writer import POLL_SECONDS, RankWriter
+from ...shared.store.write.rank_store import POLL_SECONDS
+from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
 from ..forward import MAX_WORKERS
 from ..plan import Plan, make_plan

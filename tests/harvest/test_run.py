@@ -258,20 +258,6 @@ def test_codecs(config, codec):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
-def test_covariance_is_kept_where_it_is_asked_for(config):
-    assert "covariance" not in identity(config)
-    store = ActivationStore.open(harvest(replaced(config, covariance=True)))
-    rows = store.read("blocks.0.mlp_out", 0, store.n_rows).double().numpy()[store.training_mask(0, store.n_rows)]
-    np.testing.assert_allclose(
-        store.covariance("blocks.0.mlp_out"),
-        np.cov(rows, rowvar=False, bias=True),
-        rtol=0,
-        atol=1e-10 * rows.var(0).max(),
-    )
-    with pytest.raises(StoreError, match="covariance"):
-        harvest(config)
-
-
 def test_an_encoder_is_a_source_too(config, tmp_path):
     folder = tmp_path / "bert"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dust", "grain", "gr", "##o", "chaff", "<", ">", "bos"]

@@ -57,7 +57,10 @@ class Header(
     tag="header",
     tag_field="type",
 ):
-    """What a store is: fixed when it is created, the first line of its manifest."""
+    """The first line of the manifest: what a store holds, fixed when it is created.
+
+    `covariance` is true only in stores that an earlier version wrote with covariances: they can be read, not resumed.
+    """
 
     format_version: int
     hook_points: dict[str, Size]
@@ -194,7 +197,6 @@ def make_header(
     has_tokens: bool,
     chunk_bytes: int,
     shard_bytes: int,
-    covariance: bool = False,
     has_roles: bool = False,
 ) -> Header:
     """Return the header of a new store, its values checked."""
@@ -225,7 +227,6 @@ def make_header(
         mask_token_ids=sorted({int(token) for token in mask_token_ids}),
         n_contexts=n_contexts,
         metadata=dict(metadata),
-        covariance=bool(covariance),
         has_roles=bool(has_roles),
     )
 

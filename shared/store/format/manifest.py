@@ -6,6 +6,7 @@ complete, a last line. A line without its newline was cut off by a kill and does
 
 from __future__ import annotations
 
+import builtins
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,11 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     bytes: Count
     crc32c: Checksum
+
+    @classmethod
+    def of(cls, content: builtins.bytes) -> FileRecord:
+        """Return the record of a file with this content."""
+        return cls(len(content), crc32c(content))
 
 
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard", tag_field="type"):

@@ -1,16 +1,15 @@
-"""The side files with moments, held-out contexts and training-row counts: of a shard, or of a whole store."""
+"""The statistics files: moments, held-out contexts and training-row counts of a shard or of a whole store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import safetensors
 from safetensors import numpy as tensors
 
 from ...core.errors import StoreError
-from .covariance import merge_co_moments
 from .layout import Header
 from .moments import Moments
 from .roles import N_ROLES
@@ -18,23 +17,21 @@ from .roles import N_ROLES
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of each hook point the moments; of each context whether it is held out; of each chunk its training rows.
+    """The moments of each hook point's training rows, and which contexts are held out.
 
-    Where the store keeps covariances, of each hook point also the co-moment: `C` sums products of deviations from the
-    mean. Where it keeps roles, of each hook point also the moments of each role's training rows, in the order of
-    `ROLE_NAMES`, and of each chunk how many training rows each role has.
+    `held_out` is bool [contexts], `training_rows` int64 [chunks]. In a store with roles, `by_role` has the moments of
+    each role's training rows in the order of `ROLE_NAMES`, and `role_rows` (int64 [chunks, roles]) counts them.
     """
 
     moments: dict[str, Moments]
     held_out: np.ndarray
     training_rows: np.ndarray
-    co_moments: dict[str, np.ndarray] = field(default_factory=dict)
     by_role: dict[str, tuple[Moments, ...]] = field(default_factory=dict)
     role_rows: np.ndarray | None = None
 
 
 def moments_of_roles(header: Header, d_in: int) -> tuple[Moments, ...]:
-    """Return the moments of no rows of each role; none where the store keeps no roles."""
+    """Return the moments of no rows for each role, or an empty tuple if the store has no roles."""
     return (Moments.none(d_in),) * N_ROLES if header.has_roles else ()
 
 
@@ -44,24 +41,20 @@ def add_by_role(first: tuple[Moments, ...], other: tuple[Moments, ...]) -> tuple
 
 
 def merge_statistics(parts: Iterable[Statistics], header: Header) -> Statistics:
-    """Return the statistics of a store from those of its shards, in order, holding one of them at a time."""
+    """Return the statistics of a store, merged in order from those of its shards, one in memory at a time."""
     moments = {name: Moments.none(d_in) for name, d_in in header.hook_points.items()}
-    co_moments: dict[str, np.ndarray] = {}
     by_role = {name: moments_of_roles(header, d_in) for name, d_in in header.hook_points.items()}
     held_out, training = [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int64)]
     role_rows = [np.zeros((0, N_ROLES), dtype=np.int64)]
     for part in parts:
-        for name, co_moment in part.co_moments.items():
-            before = co_moments.get(name, co_moment)
-            co_moments[name] = merge_co_moments(before, moments[name], co_moment, part.moments[name])
         moments = {name: moments[name] + part.moments[name] for name in moments}
         held_out.append(part.held_out)
         training.append(part.training_rows)
         if part.role_rows is not None:
             by_role = {name: add_by_role(by_role[name], part.by_role[name]) for name in by_role}
             role_rows.append(part.role_rows)
-    whole = Statistics(moments, np.concatenate(held_out), np.concatenate(training), co_moments)
-    return replace(whole, by_role=by_role, role_rows=np.concatenate(role_rows)) if header.has_roles else whole
+    whole = (moments, np.concatenate(held_out), np.concatenate(training))
+    return Statistics(*whole, by_role, np.concatenate(role_rows)) if header.has_roles else Statistics(*whole)
 
 
 def encode_statistics(statistics: Statistics) -> bytes:
@@ -72,8 +65,6 @@ def encode_statistics(statistics: Statistics) -> bytes:
         arrays[f"{name}/mean"] = moments.mean
         arrays[f"{name}/M2"] = moments.M2
         arrays[f"{name}/sum_norm"] = np.array([moments.sum_norm])
-    for name, co_moment in statistics.co_moments.items():
-        arrays[f"{name}/C"] = co_moment
     for name, parts in statistics.by_role.items():
         arrays[f"{name}/roles/count"] = np.array([part.count for part in parts], dtype=np.int64)
         arrays[f"{name}/roles/mean"] = np.stack([part.mean for part in parts])
@@ -85,11 +76,11 @@ def encode_statistics(statistics: Statistics) -> bytes:
 
 
 def decode_statistics(content: bytes, header: Header, n_contexts: int) -> Statistics:
-    """Return what a file of statistics says of `n_contexts` contexts."""
+    """Return the statistics of `n_contexts` contexts; raise `StoreError` if the file does not have their arrays."""
     try:
         arrays = tensors.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise StoreError(f"no statistics: {error}") from None
+        raise StoreError(f"not a safetensors file: {error}") from None
     n_chunks = -(-n_contexts * header.context_size // header.chunk_rows)
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
         "held_out": ((n_contexts,), np.uint8),
@@ -98,7 +89,7 @@ def decode_statistics(content: bytes, header: Header, n_contexts: int) -> Statis
     for name, d_in in header.hook_points.items():
         shapes |= {f"{name}/count": ((1,), np.int64), f"{name}/sum_norm": ((1,), np.float64)}
         shapes |= {f"{name}/mean": ((d_in,), np.float64), f"{name}/M2": ((d_in,), np.float64)}
-        if header.covariance:
+        if header.covariance:  # the arrays are ignored
             shapes[f"{name}/C"] = ((d_in, d_in), np.float64)
         if header.has_roles:
             shapes |= {f"{name}/roles/count": ((N_ROLES,), np.int64)}
@@ -107,7 +98,7 @@ def decode_statistics(content: bytes, header: Header, n_contexts: int) -> Statis
     if header.has_roles:
         shapes["role_training_rows"] = ((n_chunks, N_ROLES), np.int64)
     if {key: (array.shape, array.dtype.type) for key, array in arrays.items()} != shapes:
-        raise StoreError("its statistics are not of the arrays that its header names")
+        raise StoreError("its arrays are not those of the header's hook points")
     moments = {
         name: Moments(
             int(arrays[f"{name}/count"][0]),
@@ -117,10 +108,9 @@ def decode_statistics(content: bytes, header: Header, n_contexts: int) -> Statis
         )
         for name in header.hook_points
     }
-    co_moments = {name: arrays[f"{name}/C"] for name in header.hook_points if header.covariance}
     by_role = {name: _by_role(arrays, name) for name in header.hook_points if header.has_roles}
     training_rows, role_rows = arrays["training_rows"], arrays.get("role_training_rows")
-    return Statistics(moments, arrays["held_out"].astype(bool), training_rows, co_moments, by_role, role_rows)
+    return Statistics(moments, arrays["held_out"].astype(bool), training_rows, by_role, role_rows)
 
 
 def _by_role(arrays: Mapping[str, np.ndarray], name: str) -> tuple[Moments, ...]:

@@ -1,8 +1,8 @@
-"""Shards that ranks have finished and that wait, safe on disk, until every shard before them is there.
+"""Staged shards: shards that ranks have finished and flushed, but that cannot be committed before earlier ones.
 
-A staged shard is a folder `.staged/<number>/`, moved there whole by one rename: its files under
-their temporary names, and a record, which is its line of the manifest as if it came directly
-behind the header. So a record fits one header alone, and what is staged is whole or absent.
+A staged shard is a folder `.staged/<number>/`, put there by one rename, so it is whole or absent. It holds the shard's
+files under temporary names and a record: the shard's line of the manifest as it would be directly behind the header,
+so that the record belongs to one header only.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 
 from ...core.errors import StoreError
 from ..format.checksum import crc32c
+from ..format.footer import CHECKSUM_BYTES, footer_bytes, parse_footer
 from ..format.layout import STAGED_FOLDER, ArrayLayout, Header, arrays_of, shard_keys
 from ..format.manifest import FileRecord, Manifest, ShardRecord, encode_line, parse_line
 from .durable import make_folder, move_into_place, remove_tree, sync_folder, temporary_name, write_synced
-from .shard_file import CHECKSUM_BYTES, footer_bytes, parse_footer
 
 RECORD = "shard.json"
 
 
 @dataclass(frozen=True)
 class StagedShard:
-    """A staged shard: its folder, its record, and where each of its files waits, by its path in the store."""
+    """A staged shard: its folder, its record, and the path of each of its files, by its path in the store."""
 
     folder: Path
     record: ShardRecord
@@ -33,12 +33,12 @@ class StagedShard:
 
 
 def staged_folder(store: Path, shard: int) -> Path:
-    """Return the folder in which a finished shard waits."""
+    """Return the folder of a staged shard."""
     return store / STAGED_FOLDER / f"{shard:05d}"
 
 
 def stage_shard(store: Path, header: Header, written: Mapping[str, Path], record: ShardRecord, work: Path) -> None:
-    """Move the flushed files of a shard to the staged ones, by way of a folder in the rank's own `work` folder."""
+    """Stage a shard, whose flushed files are `written`: collect them in a folder below `work`, then rename that."""
     folder = work / f"{record.shard:05d}"
     make_folder(folder)
     move_into_place([(path, folder / temporary_name(key)) for key, path in written.items()])
@@ -50,7 +50,7 @@ def stage_shard(store: Path, header: Header, written: Mapping[str, Path], record
 
 
 def read_staged(store: Path, header: Header, shard: int) -> StagedShard | None:
-    """Return a staged shard, or None if it is not there; raise `StoreError` if its record is not of this store."""
+    """Return a staged shard, or None if there is none; raise `StoreError` if its record is not of this store."""
     folder = staged_folder(store, shard)
     try:
         line = (folder / RECORD).read_bytes()
@@ -79,9 +79,10 @@ def list_staged(store: Path, header: Header) -> dict[int, StagedShard]:
 
 
 def drop_unusable(store: Path, manifest: Manifest) -> list[str]:
-    """Check every byte that earlier ranks staged; remove what is committed or damaged, and name the damage.
+    """Check every byte of the staged shards; remove those that are committed or damaged.
 
-    A kill may have left some files of the next shard already in their places: they count as staged.
+    Returns one line per damaged shard. After a kill, some files of the next shard may already have their final names:
+    they count as staged.
     """
     faults = []
     header = manifest.header
@@ -94,7 +95,7 @@ def drop_unusable(store: Path, manifest: Manifest) -> list[str]:
                 _check_files(store, header, shard, may_be_in_place=number == len(manifest.shards))
                 continue
             except StoreError as error:
-                faults.append(f"staged shard {number} of '{store}' is dropped and made again: {error}")
+                faults.append(f"staged shard {number} of '{store}' is dropped and will be made again: {error}")
         remove_tree(staged_folder(store, number))
     return faults
 
@@ -118,7 +119,7 @@ def _check_files(store: Path, header: Header, shard: StagedShard, may_be_in_plac
 
 
 def _check_array(path: Path, size: int, array: ArrayLayout, record: FileRecord, n_rows: int) -> None:
-    """Raise `StoreError` unless the footer has its checksum and every chunk the one that the footer names."""
+    """Raise `StoreError` unless the footer has the record's checksum and every chunk the footer's."""
     footer_size = footer_bytes(array.chunks_per_shard)
     if size < footer_size:
         raise StoreError(f"'{path.name}' has {size} bytes, fewer than its footer")

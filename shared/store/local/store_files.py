@@ -1,4 +1,4 @@
-"""What reading a store needs of where it is: its manifest, small files by name, and shards."""
+"""The files of a store as its readers see them (`StoreFiles`), and those of a store in a folder (`LocalFiles`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class StoreFiles(Protocol):
     """A store's files, in a folder or in an object store."""
 
     threads: int
-    """Threads that reading keeps busy at least, however few the cores."""
+    """How many threads reading should use even on fewer cores, because they wait for a network."""
 
     @property
     def location(self) -> Path | StoreUrl:
-        """Where the store is."""
+        """The store's folder or URL."""
         ...
 
     def manifest(self) -> Manifest | None:
@@ -31,19 +31,19 @@ class StoreFiles(Protocol):
         ...
 
     def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
-        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        """Return the content of a file that the manifest names; raise `StoreError` if it differs."""
         ...
 
     def content(self, key: str) -> bytes | None:
-        """Return a file as it is, or None if it is not there."""
+        """Return a file's content, unchecked, or None if it does not exist."""
         ...
 
     def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
-        """Return a shard where it is, whatever copies there are."""
+        """Open a shard in the store itself, past any cache."""
         ...
 
     def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
-        """Return what hands out an array's shards."""
+        """Return the cache of an array's open shards."""
         ...
 
 
@@ -60,7 +60,7 @@ class LocalFiles:
         return read_manifest(self.location)
 
     def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
-        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        """Return the content of a file that the manifest names; raise `StoreError` if it differs."""
         return read_named(self.location, key, files, self._read)
 
     def _read(self, key: str, n_bytes: int) -> bytes:
@@ -79,23 +79,23 @@ class LocalFiles:
         return content
 
     def content(self, key: str) -> bytes | None:
-        """Return a file as it is, or None if it is not there."""
+        """Return a file's content, unchecked, or None if it does not exist."""
         path = self.location / key
         return path.read_bytes() if path.is_file() else None
 
     def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
-        """Return a shard, mapped into memory."""
+        """Open a shard, mapped into memory."""
         return MappedShard(self.location, array, record, n_chunks)
 
     def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
-        """Return what maps an array's shards."""
+        """Return the cache of an array's open shards."""
         return ShardCache(self.location, array, manifest.shards, manifest.header.context_size)
 
 
 def read_named(
     location: Path | StoreUrl, key: str, files: Mapping[str, FileRecord], read: Callable[[str, int], bytes]
 ) -> bytes:
-    """Return what `read(key, bytes)` does of a file that the manifest names; raise `StoreError` if it is another."""
+    """Return `read(key, bytes)` for a file that the manifest names; raise `StoreError` if its checksum differs."""
     record = files.get(key)
     if record is None:
         raise StoreError(f"the store '{location}' is damaged: its manifest does not name '{key}'")
@@ -108,7 +108,7 @@ def read_named(
 def load_statistics(
     files: StoreFiles, key: str, records: Mapping[str, FileRecord], header: Header, n_contexts: int
 ) -> Statistics:
-    """Return the statistics in a file that the manifest names, of `n_contexts` contexts."""
+    """Return the statistics of `n_contexts` contexts from a file that the manifest names."""
     content = files.read_checked(key, records)
     try:
         return decode_statistics(content, header, n_contexts)

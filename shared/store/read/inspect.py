@@ -93,7 +93,7 @@ def describe(store: ActivationStore) -> list[str]:
             f"  {name}: d_in {store.d_in(name)}, {stored / max(store.n_rows, 1):.1f} bytes a token, "
             f"{stored / max(raw, 1):.3f} of raw {header.dtype}",
             f"      mean norm {moments.mean_norm:.4g}, total variance {moments.total_variance:.4g}, "
-            f"norm of the mean {np.linalg.norm(moments.mean):.4g}" + (", with covariance" if header.covariance else ""),
+            f"norm of the mean {np.linalg.norm(moments.mean):.4g}",
         ]
     others = {name: n for name, n in files.items() if name not in store.hook_points and not name.startswith("scales/")}
     lines += [f"  {name}: {n / max(store.n_rows, 1):.2f} bytes a token" for name, n in others.items()]

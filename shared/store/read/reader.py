@@ -12,16 +12,16 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int8, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int8, Int32, Int64
 from torch import Tensor
 
 from ...core.errors import ConfigError, HookPointError, StoreError
 from ...core.location import StoreUrl, locate
 from ..format.bits import TORCH_DTYPES, piece_bytes
+from ..format.codecs import dequantise
 from ..format.layout import ROLES, STATISTICS, TOKENS, arrays_of, provenance_key, scales_name
 from ..format.manifest import Manifest
 from ..format.moments import Moments, merge
-from ..format.quantise import dequantise
 from ..format.roles import PLACED, ROLE_NAMES, role_codes
 from ..format.statistics import Statistics, merge_statistics
 from ..local.store_files import StoreFiles, load_statistics, shard_statistics
@@ -330,16 +330,6 @@ class ActivationStore:
             by_role = self._statistics.by_role[hook_point]
             return merge([by_role[code] for code in self._used_codes], d_in)
         return self._statistics.moments[hook_point]
-
-    def covariance(self, hook_point: str) -> Float64[np.ndarray, "d_in d_in"]:
-        """Return the population covariance of a hook point's training rows, where the store was written with it."""
-        self.d_in(hook_point)
-        if not self.manifest.header.covariance:
-            raise StoreError(f"the store '{self.path}' keeps no covariance; write it with covariance = true")
-        if self._used_codes:
-            raise StoreError(f"the store '{self.path}' keeps one covariance of all training rows, not one of each role")
-        count = self.moments(hook_point).count
-        return self._statistics.co_moments[hook_point] / max(count, 1)
 
     @cached_property
     def _statistics(self) -> Statistics:

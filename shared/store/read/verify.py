@@ -1,4 +1,4 @@
-"""Check every byte of a store, and name what is wrong."""
+"""Check every byte of a store, and list the faults."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from ..format.manifest import Manifest, ShardRecord
 from ..format.provenance import decode_segments
 from ..format.zarr_metadata import metadata_files
 from ..local.store_files import StoreFiles, load_statistics
-from ..local.verify_shard import shard_faults
 from .tokenizer_folder import read_tokenizer_files
 
 
 def find_faults(files: StoreFiles, manifest: Manifest, threads: int, progress: Callable[[int], object]) -> list[str]:
-    """Return one line per fault: the file, and for data the chunk and rows."""
+    """Return one line per fault: the file, and for activations, tokens and roles the chunk and its rows."""
     work = [(array, record) for record in manifest.shards for array in arrays_of(manifest.header)]
     with ThreadPoolExecutor(threads, "store-verify") as pool:
         parts = list(pool.map(lambda item: _shard_faults(files, manifest, item[0], item[1], progress), work))
@@ -48,7 +47,7 @@ def _shard_faults(
         shard = files.shard(array, record, n_chunks)
     except StoreError as error:
         return [_fault(error)]
-    return list(shard_faults(shard, array, record, n_chunks, manifest.header.context_size, progress))
+    return list(shard.faults(manifest.header.context_size, progress))
 
 
 def _side_file_faults(files: StoreFiles, manifest: Manifest, record: ShardRecord) -> list[str]:

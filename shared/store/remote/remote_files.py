@@ -1,7 +1,7 @@
-"""Read a store in an object store: small files straight from it, shards by copies in the cache or chunk by chunk.
+"""Read a store in an object store: small files directly, shards through copies in the cache or chunk by chunk.
 
-A shard is copied whole if all of the store fits into the cache, or if a quarter of its chunks is asked for at once.
-Of others only the chunks that are asked for are fetched: shuffling takes a few chunks from each of all shards.
+A shard is copied whole if the whole store fits into the cache, or if one call asks for a quarter of its chunks. Of
+other shards only the requested chunks are downloaded, because shuffling reads a few chunks of every shard.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..format.layout import MANIFEST, ArrayLayout, Header, arrays_of
 from ..format.manifest import FileRecord, Manifest, ShardRecord, manifest_of
 from ..local.shard_reader import MappedShard, Shard, ShardCache
 from ..local.store_files import read_named
-from ..local.verify_shard import shard_faults
 from .cache import CacheFolder
 from .lease import LEASE
 from .objects import RemoteStore
@@ -29,7 +28,7 @@ MAX_FOOTERS = 4096
 
 
 class RangedShard(Shard):
-    """A shard of which only the footer is here; its chunks are fetched when they are read."""
+    """A shard of which only the footer was downloaded; its chunks are downloaded when they are read."""
 
     def __init__(self, remote: RemoteStore, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> None:
         super().__init__(remote.url, array, record)
@@ -40,7 +39,7 @@ class RangedShard(Shard):
             raise StoreError(f"{self.where} cannot be read: {error}") from None
         if size != self.file.bytes or size < self.footer_size:
             raise StoreError(f"{self.where} has {size} bytes; expected {self.file.bytes}")
-        self._read_footer(array, n_chunks)
+        self._read_footer(n_chunks)
 
     def span(self, start: int, stop: int) -> np.ndarray:
         """Return bytes [start, stop) of the object."""
@@ -48,7 +47,7 @@ class RangedShard(Shard):
 
 
 class RemoteShardCache(ShardCache):
-    """The shards of one remote array: mapped copies, and the footers of those that are read chunk by chunk."""
+    """The open shards of one remote array: mapped copies, and footers of those that are read chunk by chunk."""
 
     def __init__(self, remote: RemoteStore, cache: CacheFolder, array: ArrayLayout, manifest: Manifest) -> None:
         super().__init__(remote.url, array, manifest.shards, manifest.header.context_size)
@@ -59,7 +58,7 @@ class RemoteShardCache(ShardCache):
         self._whole: set[int] = set()
 
     def prepare(self, chunks: np.ndarray) -> None:
-        """Choose which of the shards of these chunks to copy whole, when the first of them is read."""
+        """Choose which shards of these chunks will be copied whole when the first of their chunks is read."""
         numbers, counts = np.unique(chunks // self.array.chunks_per_shard, return_counts=True)
         whole = set()
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
@@ -75,14 +74,15 @@ class RemoteShardCache(ShardCache):
                     del self._mapped[number]
 
     def view(self, chunk: int, scratch: np.ndarray, verify: str) -> np.ndarray:
-        """Return a chunk's bytes in `scratch`: a copy of the shard may be replaced at any time."""
+        """Return a chunk's bytes in `scratch`, never as a view: a copy of the shard may be replaced at any time."""
         self.decode(chunk, scratch, verify)
         return scratch
 
     def decode(self, chunk: int, out: np.ndarray, verify: str) -> None:
-        """Decode a chunk; a copy that went bad in the cache is removed, and what is wanted of it read anew.
+        """Decode a chunk; if the copy in the cache is damaged, remove it and read the chunk again.
 
-        From the shard as it is opened then: threads that had found the same copy may yet keep it for others to use.
+        It is read from the shard opened here, not from `self.shard`: another thread that met the same damaged copy may
+        put it back there.
         """
         number, within = divmod(chunk, self.array.chunks_per_shard)
         shard = self.shard(number)
@@ -96,12 +96,13 @@ class RemoteShardCache(ShardCache):
                 self._mapped.pop(number, None)
             assert isinstance(shard, MappedShard)
             shard.path.unlink(missing_ok=True)
-            shard = self._keep(number, self._open(number))
+            shard = self.keep(number, self.open_shard(number))
             stored = shard.stored(within)
             shard.check(within, stored)
             self._decode(shard, within, stored, out)
 
-    def _open(self, number: int) -> Shard:
+    def open_shard(self, number: int) -> Shard:
+        """Open a shard: its copy, made if it is to be copied whole and there is room, or else by ranges."""
         record, n_chunks = self.records[number], self.n_chunks(number)
         if number in self._whole:
             path = self._copy(record, n_chunks)
@@ -110,8 +111,8 @@ class RemoteShardCache(ShardCache):
                     return MappedShard(self._remote.url, self.array, record, n_chunks, path)
         return RangedShard(self._remote, self.array, record, n_chunks)
 
-    def _keep(self, number: int, shard: Shard) -> Shard:
-        """Keep a shard, and let go of copies that were removed from the cache: mapped, they would still take room."""
+    def keep(self, number: int, shard: Shard) -> Shard:
+        """Keep an open shard, and unmap copies that were removed from the cache: they would still use disk space."""
         with self._lock:
             self._checked.setdefault(number, np.zeros(self.array.chunks_per_shard, dtype=bool))
             self._mapped[number] = shard
@@ -147,7 +148,7 @@ class RemoteShardCache(ShardCache):
             finally:
                 os.close(handle)
             shard = MappedShard(url, self.array, record, n_chunks, path)
-            for fault in shard_faults(shard, self.array, record, n_chunks, self._context_size):
+            for fault in shard.faults(self._context_size):
                 raise StoreError(fault)
 
         if n_bytes > self._cache.limit:
@@ -177,39 +178,39 @@ class RemoteFiles:
         return read_remote_manifest(self._remote)
 
     def read_checked(self, key: str, files: Mapping[str, FileRecord]) -> bytes:
-        """Return the content of a file that the manifest names; raise `StoreError` if it is not that file."""
+        """Return the content of a file that the manifest names; raise `StoreError` if it differs."""
         return read_object(self._remote, key, files)
 
     def content(self, key: str) -> bytes | None:
-        """Return a file as it is, or None if it is not there."""
+        """Return a file's content, unchecked, or None if it does not exist."""
         try:
             return self._remote.get(key)
         except MissingFileError:
             return None
 
     def shard(self, array: ArrayLayout, record: ShardRecord, n_chunks: int) -> Shard:
-        """Return a shard as it is in the object store."""
+        """Open a shard in the object store, past the cache."""
         return RangedShard(self._remote, array, record, n_chunks)
 
     def shard_cache(self, array: ArrayLayout, manifest: Manifest) -> ShardCache:
-        """Return what copies or ranges over an array's shards."""
+        """Return the cache of an array's open shards."""
         return RemoteShardCache(self._remote, self._cache, array, manifest)
 
 
 def read_remote_manifest(remote: RemoteStore) -> Manifest | None:
-    """Return a remote store's manifest, or None while it has no header; raise as `read_manifest` does."""
+    """Return a remote store's manifest, or None while it has no header; raises the errors of `read_manifest`."""
     url = remote.url
     try:
         content = remote.get(MANIFEST)
     except MissingFileError:
-        if remote.is_empty(but=LEASE):  # a writer that has just begun, or was killed then
+        if remote.is_empty(but=LEASE):  # a writer that has only begun
             raise MissingFileError(f"no activation store at '{url}'; harvest one, or give the URL of one") from None
         raise StoreError(f"'{url}' is not an activation store: it has no {MANIFEST}") from None
     return manifest_of(url, content)
 
 
 def read_object(remote: RemoteStore, key: str, files: Mapping[str, FileRecord]) -> bytes:
-    """Return the content of an object that the manifest names; raise `StoreError` if it is not that object."""
+    """Return the content of an object that the manifest names; raise `StoreError` if it differs."""
     try:
         return read_named(remote.url, key, files, remote.get)
     except MissingFileError as error:

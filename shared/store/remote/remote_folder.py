@@ -1,8 +1,8 @@
-"""Write a store to an object store: shards are made safe in a local staging folder, then uploaded in order.
+"""Write a store to an object store: commit shards to a local staging folder, and upload them in order.
 
-The staging folder is an ordinary store, less the shards that were uploaded. Of a shard the files go first, and then
-the manifest that names them, put on the condition that nobody changed it since. Ranks that write together share the
-folder: rank 0 adopts in it what they stage, as in any store, and uploads what it adopted.
+Of each shard the files are uploaded first, then the manifest that names them, on the condition that nobody changed it
+in between. Ranks that write together share the staging folder: rank 0 adopts their staged shards there, as in any
+store, and uploads what it adopted.
 """
 
 from __future__ import annotations
@@ -16,135 +16,162 @@ from typing import IO, Any
 from ...core.errors import MissingFileError, StoreBusyError, StoreError
 from ...core.location import StoreUrl, staging_folder
 from ..format.layout import MANIFEST, STATISTICS, Header, statistics_key
-from ..format.manifest import Manifest, ShardRecord, manifest_of, parse_manifest
+from ..format.manifest import ShardRecord, manifest_of, parse_manifest
 from ..format.zarr_metadata import metadata_files
 from ..local.durable import close, lock, make_folder, remove_tree
+from ..local.shard_writer import WrittenShard
+from ..local.staged_shards import StagedShard
 from ..local.store_folder import StoreFolder
 from .lease import LEASE, Lease
 from .objects import ChangedObjectError, RemoteStore
 from .remote_files import read_object
+from .staging import bring_in_line, drop_uploaded, lock_staging
 
 SHARDS_WAITING = 2
-"""Shards that may wait to be uploaded; then the writer waits."""
+"""Shards that may wait for their upload; the writer blocks if there are more."""
 
 
-class RemoteStoreFolder(StoreFolder):
-    """The staging folder of a remote store, and what is uploaded from it; open it with `open_remote`."""
+class RemoteStoreFolder:
+    """A store's staging folder, and the upload of what is committed to it; open it with `open_remote`.
 
-    _remote: RemoteStore | None = None
+    `uploaded` and `version` are the remote manifest's content (empty if there is none) and version, `held` the locked
+    file of the staging folder. What an earlier writer committed but did not upload is uploaded first.
+    """
 
-    def connect(self, remote: RemoteStore, lease: Lease, held: IO[bytes], uploaded: bytes, version: Any) -> None:
-        """Begin to upload: first what an earlier writer had left to upload, `uploaded` being the remote manifest."""
+    def __init__(
+        self, folder: StoreFolder, remote: RemoteStore, lease: Lease, held: IO[bytes], uploaded: bytes, version: Any
+    ) -> None:
+        self.partial = folder.partial
+        self.faults = folder.faults
+        self._folder = folder
+        self._remote = remote
         self._lease = lease
         self._held = held
         self._version = version
-        self._content = (self.path / MANIFEST).read_bytes()
         self._uploads = Uploads()
         there = parse_manifest(uploaded) if uploaded else None
         self._is_complete = there is not None and there.completion is not None
-        self._remote = remote
-        manifest = self._manifest
-        if manifest is None or self._is_complete:
-            return
+        folder.on_commit = self._upload_later
+        if not self._is_complete and self._manifest_bytes():
+            self._upload_rest(len(there.shards) if there else 0, len(uploaded))
+
+    def _upload_rest(self, first: int, n_bytes: int) -> None:
+        """Upload the shards from number `first` on; the remote manifest has `n_bytes`."""
+        manifest = self._folder.manifest
         if manifest.completion is None:
             self._put_metadata()
-        n_bytes = len(uploaded)
-        for record in manifest.shards[len(there.shards) if there else 0 :]:
-            n_bytes = self._content.index(b"\n", n_bytes) + 1
-            self._upload_later(record, self._content[:n_bytes])
+        content = self._manifest_bytes()
+        for record in manifest.shards[first:]:
+            n_bytes = content.index(b"\n", n_bytes) + 1
+            self._uploads.add(lambda record=record, part=content[:n_bytes]: self._upload(record, part))
+
+    @property
+    def header(self) -> Header | None:
+        """The store's header, or None until `start` begins the store or declares it anew."""
+        return self._folder.header
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts in the committed shards that are kept."""
+        return self._folder.n_contexts
+
+    @property
+    def may_append(self) -> bool:
+        """Whether more shards may follow."""
+        return self._folder.may_append
+
+    @property
+    def staged(self) -> dict[int, StagedShard]:
+        """The shards that ranks staged, by number."""
+        return self._folder.staged
 
     def start(self, header: Header) -> Header:
-        """Begin the store, or declare it anew: its header line, then the metadata of its arrays."""
+        """Begin the store, or declare it anew, and upload its manifest and the metadata of its arrays."""
         self._uploads.wait()
-        header = super().start(header)
-        self._put_manifest(self._content)
+        header = self._folder.start(header)
+        self._is_complete = False
+        self._put_manifest(self._manifest_bytes())
         self._put_metadata()
         return header
 
+    def commit(self, shard: WrittenShard) -> None:
+        """Add a written shard to the staged store; it is uploaded in the background."""
+        self._folder.commit(shard)
+
+    def adopt(self) -> None:
+        """Add staged shards to the staged store, in order, up to the first that is missing; upload them."""
+        self._folder.adopt()
+
     def admit_ranks(self) -> None:
-        """Share the locks with the processes of one group; the lease stays this process's."""
-        assert self._remote is not None
-        super().admit_ranks()
+        """Share the locks of the staging folder with the ranks of one group; this process keeps the lease."""
+        self._folder.admit_ranks()
         lock(self._held, self._remote.url, shared=True)
 
-    def _follow(self, content: bytes) -> None:
-        self._content = content
-        self._is_complete = False
+    def complete(self) -> None:
+        """Finish the uploads, complete the staged store, and upload the files that changed and the last manifest."""
+        self._uploads.wait()
+        if self._is_complete:
+            return
+        self._fetch_statistics()
+        self._folder.complete()
+        self._lease.check()
+        self._remote.put(STATISTICS, self._folder.path / STATISTICS)
+        self._put_metadata()
+        self._put_manifest(self._manifest_bytes())
+        self._is_complete = True
 
-    def _append(self, line: bytes) -> None:
-        super()._append(line)
-        if self._remote is not None:
-            self._content += line
+    def clear_partial(self) -> None:
+        """Remove temporary files."""
+        self._folder.clear_partial()
 
-    def _add(self, entry: ShardRecord) -> None:
-        super()._add(entry)
-        if self._remote is not None:
-            self._upload_later(entry, self._content)
+    def close(self) -> None:
+        """Upload what is committed, as far as possible, and release the store."""
+        self._uploads.close()
+        self._folder.close()
+        if self._is_complete:
+            remove_tree(self._folder.path)
+        self._lease.release()
+        close(self._held)
 
-    def _upload_later(self, record: ShardRecord, manifest: bytes) -> None:
-        self._uploads.add(lambda: self._upload(record, manifest))
+    def _manifest_bytes(self) -> bytes:
+        return (self._folder.path / MANIFEST).read_bytes()
+
+    def _upload_later(self, record: ShardRecord) -> None:
+        content = self._manifest_bytes()  # which ends with this record now
+        self._uploads.add(lambda: self._upload(record, content))
 
     def _upload(self, record: ShardRecord, manifest: bytes) -> None:
-        """Upload a shard's files, then the manifest that names it; then the staged copies can go."""
-        assert self._remote is not None
+        """Upload a shard's files, then the manifest that names it; then remove the staged files."""
         self._lease.check()
         for key in record.files:
-            self._remote.put(key, self.path / key)
+            self._remote.put(key, self._folder.path / key)
         self._put_manifest(manifest)
-        drop_uploaded(self.path, record)
+        drop_uploaded(self._folder.path, record)
 
     def _put_manifest(self, content: bytes) -> None:
-        assert self._remote is not None
         try:
             self._version = self._remote.replace(MANIFEST, content, self._version)
         except ChangedObjectError:
             raise StoreBusyError(
-                f"another process has written to the store '{self._remote.url}'; "
-                "let it finish, or stop it and start again"
+                f"another process has written to the store '{self._remote.url}'; let it finish, or stop it, and run "
+                "the same command again"
             ) from None
 
     def _put_metadata(self) -> None:
-        assert self._remote is not None
-        assert self._manifest is not None
-        for key in metadata_files(self._manifest.header, 0):
-            self._remote.put(key, self.path / key)
+        for key in metadata_files(self._folder.manifest.header, 0):
+            self._remote.put(key, self._folder.path / key)
 
-    def complete(self) -> None:
-        """Upload what waits, complete the staged store, and upload the files that this made and the last manifest."""
-        assert self._remote is not None
-        assert self._manifest is not None
-        self._uploads.wait()
-        if self._is_complete:
-            return
-        self._fetch_statistics(self._manifest)
-        super().complete()
-        self._lease.check()
-        self._remote.put(STATISTICS, self.path / STATISTICS)
-        self._put_metadata()
-        self._put_manifest(self._content)
-        self._is_complete = True
-
-    def _fetch_statistics(self, manifest: Manifest) -> None:
-        """Fetch the statistics of shards that were uploaded from elsewhere, or by a writer whose staging is gone."""
-        assert self._remote is not None
-        for record in manifest.shards:
-            path = self.path / statistics_key(record.shard)
+    def _fetch_statistics(self) -> None:
+        """Download the statistics of shards that another machine uploaded, or whose staged files are gone."""
+        for record in self._folder.manifest.shards:
+            path = self._folder.path / statistics_key(record.shard)
             if not path.exists():
                 make_folder(path.parent)
                 path.write_bytes(read_object(self._remote, statistics_key(record.shard), record.files))
 
-    def close(self) -> None:
-        """Upload what is committed, as far as it can be, and give the store free."""
-        self._uploads.close()
-        super().close()
-        if self._is_complete:
-            remove_tree(self.path)
-        self._lease.release()
-        close(self._held)
-
 
 class Uploads:
-    """Actions done in order by one thread; after one failed, the others are not done."""
+    """Run actions in order in one thread; after one fails, the others are skipped."""
 
     def __init__(self) -> None:
         self._queue: Queue[Callable[[], None] | None] = Queue(SHARDS_WAITING)
@@ -153,17 +180,17 @@ class Uploads:
         self._thread.start()
 
     def add(self, action: Callable[[], None]) -> None:
-        """Do an action later; wait while too many are. Raise what an earlier one did."""
+        """Add an action; block while `SHARDS_WAITING` others wait. Raises the error of an earlier action."""
         self._check()
         self._queue.put(action)
 
     def wait(self) -> None:
-        """Wait until all is done; raise what went wrong."""
+        """Wait until all actions are done; raise the error of the one that failed."""
         self._queue.join()
         self._check()
 
     def close(self) -> None:
-        """Do what is left, and end the thread."""
+        """Run the remaining actions and end the thread; errors are left to `wait`."""
         self._queue.put(None)
         self._thread.join()
 
@@ -181,7 +208,7 @@ class Uploads:
                     return
                 if self._error is None:
                     action()
-            except BaseException as error:  # handed to the writer by add() and wait()
+            except BaseException as error:  # add() and wait() raise it in the writer's thread
                 self._error = error
             finally:
                 self._queue.task_done()
@@ -196,92 +223,39 @@ def open_remote(
     keep_staged: bool = False,
     keep_contexts: int | None = None,
 ) -> RemoteStoreFolder:
-    """Open a remote store for writing: its staging folder locked, its lease taken, both brought in line.
+    """Open a remote store for writing: lock its staging folder, take its lease, and bring the two in line.
 
-    Finished shards of ranks that wait behind a gap are kept if asked for, as by `StoreFolder.open`.
+    The other parameters are those of `StoreFolder.open`.
     """
     remote = RemoteStore(url)
     staging = staging_folder(url, cache)
     held = lock_staging(url, staging)
     lease = None
     try:
-        remote_manifest(remote)  # before a lease is put where no store may be
+        remote_manifest(remote)  # so that no lease is written where no store may be
         lease = Lease(remote, staging)
         lease.acquire()
         uploaded, version = remote_manifest(remote)
         bring_in_line(staging, uploaded)
         try:
-            folder = RemoteStoreFolder.open(staging, proposed, resume, any_level, keep_staged, keep_contexts)
+            folder = StoreFolder.open(staging, proposed, resume, any_level, keep_staged, keep_contexts)
         except StoreError as error:
             raise type(error)(str(error).replace(str(staging), str(url))) from None
-        assert isinstance(folder, RemoteStoreFolder)
-        folder.connect(remote, lease, held, uploaded, version)
+        return RemoteStoreFolder(folder, remote, lease, held, uploaded, version)
     except BaseException:
         if lease is not None:
             lease.release()
         close(held)
         raise
-    return folder
-
-
-def lock_staging(url: StoreUrl, staging: Path, shared: bool = False) -> IO[bytes]:
-    """Lock a staging folder, by a file beside it, until that is closed; raise `StoreBusyError` if another has it."""
-    make_folder(staging.parent)
-    file = staging.with_suffix(".lock").open("ab")
-    try:
-        lock(file, url, shared)
-    except BaseException:
-        close(file)
-        raise
-    return file
 
 
 def remote_manifest(remote: RemoteStore) -> tuple[bytes, Any]:
-    """Return the manifest's content, which is checked, and version; nothing and None if no store is there yet."""
+    """Return the manifest's content, which is checked, and its version; (b"", None) if there is no store yet."""
     try:
         content, version = remote.get_version(MANIFEST)
     except MissingFileError:
         if not remote.is_empty(but=LEASE):
-            raise StoreError(f"'{remote.url}' holds other objects and no store; name another prefix") from None
+            raise StoreError(f"'{remote.url}' holds other objects and no store; choose another prefix") from None
         return b"", None
     manifest_of(remote.url, content)
     return content, version
-
-
-def bring_in_line(staging: Path, uploaded: bytes) -> None:
-    """Make the staging folder follow the remote manifest: keep what goes on from it, or else begin from it anew."""
-    if not _goes_on(staging, uploaded):
-        remove_tree(staging)
-        if uploaded:
-            make_folder(staging)
-            (staging / MANIFEST).write_bytes(uploaded)
-    manifest = parse_manifest(uploaded) if uploaded else None
-    for record in manifest.shards if manifest else []:
-        drop_uploaded(staging, record)
-
-
-def _goes_on(staging: Path, uploaded: bytes) -> bool:
-    """Tell whether a staging folder holds the remote manifest's lines and every file of the shards behind them."""
-    try:
-        content = (staging / MANIFEST).read_bytes()
-        manifest = parse_manifest(content)
-    except (OSError, StoreError):
-        return False
-    there = parse_manifest(uploaded) if uploaded else None
-    if there is None or manifest is None or not content.startswith(uploaded):
-        return False
-    try:
-        return all(
-            (staging / key).stat().st_size == file.bytes
-            for record in manifest.shards[len(there.shards) :]
-            for key, file in record.files.items()
-        )
-    except OSError:
-        return False
-
-
-def drop_uploaded(staging: Path, record: ShardRecord) -> None:
-    """Remove the staged files of a shard that was uploaded, but for its statistics, which the last step needs."""
-    for key in record.files:
-        if key != statistics_key(record.shard):
-            (staging / key).unlink(missing_ok=True)

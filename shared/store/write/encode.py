@@ -1,4 +1,4 @@
-"""Turn one chunk of rows into stored bytes and moments: the work of the writer's threads."""
+"""Encode one chunk of rows and compute its moments: the work of the writer's threads."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ from typing import NamedTuple
 import numpy as np
 
 from ..format.bits import float64_blocks, to_bits, to_float32
-from ..format.codecs import encode_chunk
+from ..format.codecs import dequantise, encode_chunk, quantise
 from ..format.layout import ArrayLayout, Header, scales_name
 from ..format.moments import Moments, merge
-from ..format.quantise import dequantise, quantise
 from ..format.roles import N_ROLES, PLACED
-from ..local.shard_file import Encoded
+from ..local.shard_writer import Encoded
 
 
 class EncodedChunk(NamedTuple):
-    """What is stored of one chunk of a hook point, and the moments of its training rows as they will be read.
+    """The stored bytes of one chunk of a hook point, and the moments of its training rows as readers will see them.
 
-    Where the store keeps roles, the moments of each role's training rows; where it keeps covariances, the bits of all
-    training rows.
+    `by_role` has the moments of each role's training rows; it is empty in a store without roles.
     """
 
     stored: Encoded
     moments: Moments
     by_role: tuple[Moments, ...]
-    as_read: np.ndarray | None
 
 
 def encode_hook_chunk(
     header: Header, arrays: dict[str, ArrayLayout], name: str, bits: np.ndarray, training_roles: np.ndarray
 ) -> EncodedChunk:
-    """Encode one chunk of a hook point. A row's training role is 0 if it is not trained on."""
+    """Encode one chunk of a hook point. `training_roles` has each row's role, or `PLACED` if it is not trained on."""
     training = training_roles != PLACED
     if header.codec != "int8":
         stored = [(name, encode_chunk(arrays[name], bits, header.codec_level))]
@@ -52,16 +49,16 @@ def encode_hook_chunk(
         moments = merge(by_role, d_in)
     else:
         moments = Moments.of(float64_blocks(as_read, header.dtype), d_in)
-    return EncodedChunk(stored, moments, by_role, as_read if header.covariance else None)
+    return EncodedChunk(stored, moments, by_role)
 
 
 def _rows_of(rows: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Return the training rows, which as a rule are all or most."""
+    """Return the training rows, without a copy if all rows are."""
     return rows if training.all() else rows.compress(training, axis=0)
 
 
 def encode_integers(array: ArrayLayout, values: np.ndarray) -> Encoded:
-    """Return what is stored of one chunk of tokens or roles, padded to its full size."""
+    """Encode one chunk of tokens or roles, padded with zeros to its full size."""
     padded = np.zeros(array.chunk_rows, dtype=np.dtype(array.dtype).newbyteorder("<"))
     padded[: len(values)] = values
     return [(array.name, encode_chunk(array, padded, 1))]

@@ -1,4 +1,4 @@
-"""The background half of the writer: threads compress chunks, one thread writes and commits shards in order."""
+"""The writer's background: a pool of threads encodes chunks, one thread writes them and commits shards, in order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from typing import Any
 
 from ...core.errors import ThresherError
 from ..local.durable import disk_errors
-from .buffers import ChunkBuffers
 
 
 class Pipeline:
-    """Run encoding in threads and their results, in order, in one writing thread.
+    """Encode in pool threads; write the results, in the order they were submitted, in one writing thread.
 
-    At most `pending_bytes` of rows (or one piece of work) wait at any time: `encode` blocks until there is room.
+    At most `pending_bytes` of rows (or one chunk, if that is larger) are pending: `encode` blocks until there is room.
     """
 
     def __init__(self, store: Path, threads: int, pending_bytes: int) -> None:
         self.bytes_written = 0
         self.error: BaseException | None = None
-        self.buffers = ChunkBuffers()
         self._store = store
         self._limit = pending_bytes
         self._pending = 0
@@ -34,7 +32,10 @@ class Pipeline:
         self._writer.start()
 
     def encode(self, work: Callable[[], Any], then: Callable[[Any], int], cost: int) -> None:
-        """Run `work()` in a pool thread, and `then(its result)`, which returns bytes written, in the writing thread."""
+        """Run `work()` in a pool thread, then `then(result)`, which returns bytes written, in the writing thread.
+
+        `cost` is the bytes of rows that stay in memory until then.
+        """
         with self._room:
             self._room.wait_for(lambda: not self._pending or self._pending + cost <= self._limit)
             self._pending += cost
@@ -42,19 +43,19 @@ class Pipeline:
         self._queue.put((self._pool.submit(work), then, cost))
 
     def then(self, action: Callable[[], None]) -> None:
-        """Run `action()` in the writing thread after all that came before."""
+        """Run `action()` in the writing thread after everything submitted before."""
         self.check()
         self._queue.put((None, action, 0))
 
     def check(self) -> None:
-        """Raise the error that stopped the background, if one did."""
+        """Raise the error that stopped the pipeline, if any."""
         if self.error is not None:
             if isinstance(self.error, ThresherError):
                 raise type(self.error)(*self.error.args) from self.error
             raise self.error
 
     def close(self) -> None:
-        """Wait for all work, then stop the threads; errors are left to `check`."""
+        """Wait for all work, then stop the threads; `check` raises the errors."""
         self._queue.put(None)
         self._writer.join()
         self._pool.shutdown()
@@ -65,7 +66,7 @@ class Pipeline:
             try:
                 with disk_errors(self._store):
                     self._run(future, then)
-            except BaseException as error:  # handed to the caller by check()
+            except BaseException as error:  # check() raises it in the caller's thread
                 self.error = self.error or error
             finally:
                 with self._room:

@@ -1,4 +1,4 @@
-"""What a writer of shards needs of the place they go to: a store's folder, or a rank's part of one."""
+"""`ShardSink`: where a writer commits its shards to, which is a store's folder or one rank's part of it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Protocol
 
 from ..format.layout import Header
-from ..local.store_folder import WrittenShard
+from ..local.shard_writer import WrittenShard
 
 
 class ShardSink(Protocol):
-    """Where finished shards are committed to; `partial` is the folder for files that are being written."""
+    """Where written shards are committed to; `partial` is the folder for temporary files."""
 
     partial: Path
 
     @property
     def header(self) -> Header | None:
-        """The store's header, or None before the first batch."""
+        """The store's header, or None until `start`."""
         ...
 
     @property
@@ -34,11 +34,11 @@ class ShardSink(Protocol):
         ...
 
     def commit(self, shard: WrittenShard) -> None:
-        """Keep a written shard for good."""
+        """Make a written shard durable."""
         ...
 
     def complete(self) -> None:
-        """Finish what all shards are in."""
+        """Complete the store."""
         ...
 
     def clear_partial(self) -> None:
@@ -46,5 +46,5 @@ class ShardSink(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the place."""
+        """Release the store."""
         ...

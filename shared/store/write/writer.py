@@ -14,9 +14,9 @@ from ...core.errors import ConfigError, StoreError
 from ...core.location import StoreUrl, locate
 from ..format.layout import CHUNK_BYTES, SHARD_BYTES, Header, make_header
 from ..local.durable import disk_errors, make_folder, move_into_place, stage
-from ..local.shard_file import ShardInProgress
+from ..local.shard_writer import ShardInProgress
 from ..local.store_folder import StoreFolder
-from .assembly import ShardAssembly
+from .assembly import ChunkBuffers, ShardAssembly
 from .assignment import ShardAssignment
 from .batch import Batch
 from .pipeline import Pipeline
@@ -26,21 +26,20 @@ PENDING_BYTES = 256 << 20
 
 
 class ActivationStoreWriter:
-    """Append contexts of activations to a store; compression and writing go on behind the caller.
+    """Append contexts of activations to a store; they are compressed and written in the background.
 
-    Memory stays within `pending_bytes` of rows and their compressed copies, one chunk per hook point, one shard's
-    tokens and provenance, and one batch converted to the stored dtype; with covariances, as many rows again and
-    a matrix of float64 per hook point and shard in progress.
+    Memory use is bounded by `pending_bytes` of rows and their compressed copies, one chunk per hook point, one shard's
+    tokens and provenance, and one batch converted to the stored dtype.
 
     A store that was declared with another number of contexts can be extended: with `keep_contexts`, the first append
-    declares it with `n_contexts` and `metadata`, and keeps the shards that lie wholly within so many contexts. Until
-    then it is what it was.
+    declares it anew with `n_contexts` and `metadata`, and keeps the shards that lie entirely within the first
+    `keep_contexts` contexts. Until then the store is unchanged.
 
-    A context manager: leaving it normally completes the store, leaving it by an exception keeps the committed shards,
-    so that the same program can go on with context number `n_committed_contexts`.
+    The writer is a context manager. Leaving it normally completes the store. Leaving it by an exception keeps the
+    committed shards, so that the same program can resume with context number `n_committed_contexts`.
 
     Raises:
-        ConfigError: the settings or a batch are not acceptable.
+        ConfigError: a setting or a batch is not acceptable.
         StoreBusyError: another process is writing to the store.
         StoreError: the path holds something else, or a store with other settings.
         NonFiniteError: a batch holds NaN or infinity.
@@ -64,7 +63,6 @@ class ActivationStoreWriter:
         resume: bool = True,
         threads: int | None = None,
         pending_bytes: int = PENDING_BYTES,
-        covariance: bool = False,
         roles: bool = False,
         cache: str | Path | None = None,
         keep_contexts: int | None = None,
@@ -81,29 +79,28 @@ class ActivationStoreWriter:
             has_tokens=False,
             chunk_bytes=chunk_bytes,
             shard_bytes=shard_bytes,
-            covariance=covariance,
             has_roles=roles,
         )
         self.path = locate(path)
         self.raw_bytes = 0
-        self._cache = cache
-        self._keep_contexts = keep_contexts
-        self._sink = self._open_sink(header, resume, codec_level is None)
+        self._sink, self.assignment = self._open(header, resume, codec_level is None, cache, keep_contexts)
+        """Which contexts this writer expects: `assignment.parts`."""
         self._header: Header | None = self._sink.header
-        self._beside: dict[str, bytes] = {}
+        self._files_beside: dict[str, bytes] = {}
         self._proposed = header
         self.n_committed_contexts = self._sink.n_contexts
-        self._n_contexts = self.n_committed_contexts
+        self._n_contexts = self.assignment.first_context(0)
         self._may_append = self._sink.may_append
         self._closed = False
         self._assembly: ShardAssembly | None = None
         self._open_shards: list[ShardInProgress] = []
         disk = self.path if isinstance(self.path, Path) else self._sink.partial.parent
         self._pipeline = Pipeline(disk, threads or min(os.cpu_count() or 1, 8), pending_bytes)
+        self._free_buffers = ChunkBuffers()
 
     @property
     def n_contexts(self) -> int:
-        """Contexts in the store and on their way into it."""
+        """The number of the next context to append."""
         return self._n_contexts
 
     @property
@@ -112,13 +109,8 @@ class ActivationStoreWriter:
         return (self._header or self._proposed).metadata
 
     @property
-    def assignment(self) -> ShardAssignment:
-        """Which contexts this writer is to be given: all that are not committed."""
-        return ShardAssignment(self._proposed.contexts_per_shard, self.n_committed_contexts)
-
-    @property
     def bytes_written(self) -> int:
-        """Compressed bytes that this writer has written so far; `raw_bytes` counts what they were made from."""
+        """Compressed bytes that this writer has written so far; `raw_bytes` counts the rows before compression."""
         return self._pipeline.bytes_written
 
     def append(
@@ -133,14 +125,15 @@ class ActivationStoreWriter:
         document_info: Mapping[int, tuple[int, str]] | None = None,
         copy: bool = True,
     ) -> None:
-        """Append whole contexts: `[n, context, d_in]` per hook point, with `[n, context]` tokens if any are stored.
+        """Append whole contexts: `[n, context, d_in]` per hook point, and `[n, context]` tokens if any are stored.
 
-        `held_out` ([n] bool) marks contexts that are never trained on; `documents` ([n, context] int64, -1 for none)
-        and `positions` ([n, context], the token's place in its document) are kept as provenance, with each document's
-        64-bit hash and name where `document_info` gives them. A writer made with `roles=True` needs `roles`
-        ([n, context], codes of `shared.store.roles.ROLE_NAMES`): rows of role 0 are masked, and readers can be limited
-        to some roles. Without `copy`, the activations must never change
-        afterwards: whole chunks of them are stored from where they are.
+        `held_out` (bool [n]) marks contexts that are never trained on. `documents` (int64 [n, context], -1 for none)
+        and `positions` ([n, context], a token's position in its document) are kept as provenance, with each document's
+        64-bit hash and name if `document_info` has them. A writer made with `roles=True` needs `roles` ([n, context],
+        indices into `ROLE_NAMES`): rows of role 0 are masked, and readers can be limited to some roles.
+
+        With `copy=False` the caller promises never to change the activations again: whole chunks are then stored
+        without being copied first.
         """
         if self._closed:
             raise StoreError(f"the writer of '{self.path}' is closed; open the store again to append")
@@ -152,10 +145,16 @@ class ActivationStoreWriter:
         start = 0
         while start < batch.n:
             if self._assembly is None:
-                self._assembly = ShardAssembly(header, self._n_contexts // header.contexts_per_shard, self._sink)
+                self._assembly = ShardAssembly(
+                    header,
+                    self._n_contexts // header.contexts_per_shard,
+                    self._sink,
+                    self._pipeline,
+                    self._free_buffers,
+                )
                 self._open_shards.append(self._assembly.shard)
             stop = min(batch.n, start + header.contexts_per_shard - self._assembly.n_contexts)
-            self._assembly.add(batch, start, stop, document_info or {}, self._pipeline)
+            self._assembly.add(batch, start, stop, document_info or {})
             self._n_contexts += stop - start
             start = stop
             if self._assembly.n_contexts == header.contexts_per_shard:
@@ -163,7 +162,7 @@ class ActivationStoreWriter:
         self.raw_bytes += sum(rows.nbytes for rows in batch.rows.values())
 
     def close(self) -> None:
-        """Write what is left and complete the store; raise what went wrong in the background."""
+        """Write the remaining contexts and complete the store; raises errors of the background threads."""
         if self._closed:
             return
         try:
@@ -181,7 +180,7 @@ class ActivationStoreWriter:
         self._sink.close()
 
     def abandon(self) -> None:
-        """Commit the whole shards that are on their way, drop the one in progress, and leave the store unfinished."""
+        """Commit the full shards that are still pending, drop the one in progress, and leave the store unfinished."""
         if self._closed:
             return
         self._closed = True
@@ -192,29 +191,36 @@ class ActivationStoreWriter:
         self._sink.close()
 
     def __enter__(self) -> Self:
-        """Return the writer."""
+        """Return this writer."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Complete the store, or after an exception abandon the shard in progress."""
+        """Call `close`, or `abandon` after an exception."""
         if kind is None:
             self.close()
         else:
             self.abandon()
 
-    def _open_sink(self, proposed: Header, resume: bool, any_level: bool) -> ShardSink:
+    def _open(
+        self, proposed: Header, resume: bool, any_level: bool, cache: str | Path | None, keep_contexts: int | None
+    ) -> tuple[ShardSink, ShardAssignment]:
+        """Open the store; return where shards are committed to, and which contexts this writer expects."""
+        sink: ShardSink
         if isinstance(self.path, Path):
-            return StoreFolder.open(self.path, proposed, resume, any_level, keep_contexts=self._keep_contexts)
-        from ..remote.remote_folder import open_remote
+            sink = StoreFolder.open(self.path, proposed, resume, any_level, keep_contexts=keep_contexts)
+        else:
+            from ..remote.remote_folder import open_remote
 
-        return open_remote(self.path, proposed, resume, any_level, self._cache, keep_contexts=self._keep_contexts)
+            sink = open_remote(self.path, proposed, resume, any_level, cache, keep_contexts=keep_contexts)
+        return sink, ShardAssignment(proposed.contexts_per_shard, sink.n_contexts)
 
     def write_beside(self, name: str, content: str | bytes) -> None:
         """Write a file that the manifest does not name into the store's folder or below its URL.
 
-        There it waits until the store is begun: a prefix with other objects and no store is refused to a writer.
+        Below a URL it is written only once the store is begun, because writers refuse a prefix that holds other
+        objects but no store.
         """
         content = content.encode() if isinstance(content, str) else content
         if isinstance(self.path, Path):
@@ -223,7 +229,7 @@ class ActivationStoreWriter:
                 make_folder(target.parent)
                 move_into_place([(stage(self._sink.partial, name, content), target)])
         elif self._header is None:
-            self._beside[name] = content
+            self._files_beside[name] = content
         else:
             from ..remote.objects import RemoteStore
 
@@ -238,7 +244,7 @@ class ActivationStoreWriter:
 
     def _begin_store(self, has_tokens: bool) -> Header:
         header = self._header = self._sink.start(replace(self._proposed, has_tokens=has_tokens))
-        for name, content in self._beside.items():
+        for name, content in self._files_beside.items():
             self.write_beside(name, content)
         return header
 
@@ -246,7 +252,8 @@ class ActivationStoreWriter:
         limit = self._proposed.n_contexts
         if not self._may_append:
             raise StoreError(
-                f"the store '{self.path}' is complete with {self._n_contexts} contexts; name another path to store more"
+                f"the store '{self.path}' is complete with {self._n_contexts} contexts; "
+                "choose another path to store more"
             )
         if limit is not None and self._n_contexts + n > limit:
             raise StoreError(f"the store '{self.path}' was declared with {limit} contexts; got {self._n_contexts + n}")
@@ -254,5 +261,6 @@ class ActivationStoreWriter:
     def _finish_shard(self) -> None:
         assert self._assembly is not None
         assembly, self._assembly = self._assembly, None
-        assembly.finish(self._pipeline)
+        assembly.finish()
         self._pipeline.then(lambda: self._open_shards.remove(assembly.shard))
+        self._n_contexts = self.assignment.first_context(self._n_contexts)

@@ -34,7 +34,7 @@ from thresher.shared.store.format.manifest import ShardRecord
 from thresher.shared.store.local import durable
 from thresher.shared.store.local.staged_shards import stage_shard
 from thresher.shared.store.remote.objects import RemoteStore
-from thresher.shared.store.write import rank_writer
+from thresher.shared.store.write import rank_store
 
 Before = Callable[[int], Mapping[str, object] | None]
 
@@ -185,7 +185,7 @@ def numbers_of_ranks(scene: Scene) -> None:
                     file.write(f"{rank} {record.shard}\n")
                 stage_shard(store, header, written, record, work)
 
-            rank_writer.stage_shard = stage
+            rank_store.stage_shard = stage
 
         scene.go_on(world, note_shards)
         scene.notes.append(made.read_text() if made.exists() else "")

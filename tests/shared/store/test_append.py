@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
-from thresher.shared.store.write.buffers import ChunkBuffers
+from thresher.shared.store.write.assembly import ChunkBuffers
 
 CONTEXT, N = 8, 61
 HOOK_POINTS = {"a": 6, "b": 3}

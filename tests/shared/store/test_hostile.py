@@ -17,12 +17,12 @@ from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.core.errors import StoreError
 from thresher.shared.store.format.checksum import crc32c
 from thresher.shared.store.format.codecs import decode_chunk, encode_chunk
+from thresher.shared.store.format.footer import encode_footer, footer_bytes, parse_footer
 from thresher.shared.store.format.layout import ArrayLayout, Header, make_header
 from thresher.shared.store.format.manifest import Completion, FileRecord, ShardRecord, encode_line, parse_manifest
 from thresher.shared.store.format.provenance import decode_segments
 from thresher.shared.store.format.statistics import decode_statistics
 from thresher.shared.store.local import durable
-from thresher.shared.store.local.shard_file import encode_footer, footer_bytes, parse_footer
 
 HEADER = make_header(
     {"a": 4},

@@ -126,7 +126,7 @@ def test_an_older_store_may_have_a_hook_point_named_roles():
 class Alone:
     """A group of one rank."""
 
-    rank, world = 0, 1
+    rank, n = 0, 1
 
     def lead(self, action):
         return action()

@@ -14,7 +14,7 @@ from thresher.shared.core.errors import RankError, StoreBusyError, StoreError
 from thresher.shared.core.location import locate, staging_folder
 from thresher.shared.store.local import durable
 from thresher.shared.store.local.store_folder import StoreFolder
-from thresher.shared.store.write import rank_writer
+from thresher.shared.store.write import rank_store
 from thresher.shared.store.write.rank_writer import RankWriter
 
 N, CONTEXT, HOOK_POINTS = 23, 4, {"a": 6, "b": 3}
@@ -288,7 +288,7 @@ def files(tree: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("world", "lost", "then"), [(2, (), 0), (3, (), 0), (3, (1,), 2), (2, (0,), 1), (2, (1,), 3)])
 def test_ranks_leave_the_objects_of_one_writer(s3, objects, tmp_path, expected, monkeypatch, world, lost, then):
-    monkeypatch.setattr(rank_writer, "SHARDS_AHEAD", N)  # each rank writes its assignment before the next one begins
+    monkeypatch.setattr(rank_store, "SHARDS_AHEAD", N)  # each rank writes its assignment before the next one begins
     url = s3()
     if lost:
         stage_all_but(url, lost, world)
@@ -333,8 +333,8 @@ def test_a_rank_far_ahead_of_what_is_uploaded_waits_unless_the_others_end(s3, tm
 
 
 def test_a_rank_that_waits_goes_on_when_the_first_has_adopted(s3, objects, expected, monkeypatch):
-    monkeypatch.setattr(rank_writer, "SHARDS_AHEAD", 1)
-    monkeypatch.setattr(rank_writer, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(rank_store, "SHARDS_AHEAD", 1)
+    monkeypatch.setattr(rank_store, "POLL_SECONDS", 0.001)
     url = s3()
     first, second = open_ranks(url, 2)
     parts = iter(first.assignment.parts(0, N))
