@@ -1,1 +1,1 @@
-"""From `[[sae]]` tables with grids or ranges to one configuration per SAE."""
+"""Expand `[[sae]]` tables with grids and random values into one configuration per SAE."""

@@ -1,4 +1,4 @@
-"""Expand a configuration's `[[sae]]` tables into the list of SAEs to train: lists, grids and random samples."""
+"""Expand `[[sae]]` tables into one configuration per SAE: lists are grids, distributions are drawn."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..config import HookPoints, SaeConfig
 from .random_search import draws_of, sample_tables
 
 _RESERVED = {"config.toml", "checkpoint.json", "checkpoint.previous.json"}
-"""Files of a run beside its SAEs' folders."""
+"""Files of a run that lie beside the SAEs' folders."""
 
 _MOST_BYTES = 200
-"""File systems allow 255; the files of an evaluation are named after the SAE, with endings."""
+"""File systems allow 255; the files of an evaluation append to the SAE's name."""
 
 _SEVERAL = ("reads", "hook_points")
 """Keys that name what is read, in place of `hook_point`; `hook_point` is then the first."""
@@ -30,15 +30,14 @@ _LABELS = {"l1_coefficient": "l1-", "architecture": "", "hook_point": "", "d_sae
 
 
 def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeConfig]:
-    """Return one configuration per SAE, each with a name of its own.
+    """Return one configuration per SAE, each with a unique name.
 
-    A list value stands for its members in turn, several lists for all their combinations, the last
-    varying fastest. With `samples = N`, a value such as `{ log_uniform = [1e-4, 1e-2] }` is drawn N times, and the
-    names end with the sample's number. A name may hold other keys in braces; keys that vary and are not in it are
-    added.
+    A list is a grid over its members; several lists give all combinations, the last list varying fastest. With
+    `samples = N`, a value such as `{ log_uniform = [1e-4, 1e-2] }` is drawn N times, and names end with the number of
+    the sample. A name may contain other keys in braces; keys that vary and are missing from it are appended.
 
     Raises:
-        ConfigError: a table is not valid, or two SAEs would have one name.
+        ConfigError: a table is invalid, or two SAEs would have the same name.
     """
     saes = []
     for index, table in enumerate(tables):
@@ -73,13 +72,13 @@ def expand_sweep(tables: Sequence[Mapping[str, Any] | SaeConfig]) -> list[SaeCon
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise `ConfigError` unless each name can be a folder of the output, on any file system, and of one SAE only."""
+    """Raise `ConfigError` unless each name can be a folder on any file system and no two names share a folder."""
     folders: dict[str, str] = {}
     for name in names:
         if not name or name.startswith(".") or name.casefold() in _RESERVED:
             raise ConfigError(
                 f"an SAE is named '{name}', which cannot be its folder in the output: expected a name that is not "
-                f"empty, does not begin with '.', and is none of {', '.join(sorted(_RESERVED))}"
+                f"empty, does not begin with '.', and is not one of {', '.join(sorted(_RESERVED))}"
             )
         n_bytes = len(name.encode())
         if n_bytes > _MOST_BYTES:
@@ -91,11 +90,11 @@ def check_names(names: Sequence[str]) -> None:
         if other != name:
             raise ConfigError(
                 f"the SAEs '{other}' and '{name}' would share a folder where file names ignore case; "
-                "give [[sae]] tables a 'name' that tells them apart"
+                "give the [[sae]] tables different names"
             )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ConfigError(f"two SAEs are named '{twice[0]}'; give [[sae]] tables a 'name' that tells them apart")
+        raise ConfigError(f"two SAEs are named '{twice[0]}'; give the [[sae]] tables different names")
 
 
 def _key_of_reads(table: Mapping[str, Any], where: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Random search in a `[[sae]]` table: values drawn from distributions, the same ones each time."""
+"""Random search in a `[[sae]]` table: values drawn from distributions, the same in every run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DIGITS = 4
 
 
 def draws_of(table: Mapping[str, Any], where: str) -> dict[str, tuple[str, list[Any]]]:
-    """Return a table's keys that are drawn, each with its distribution's name and bounds or choices.
+    """Return the keys of a table that are drawn, each with the name of its distribution and its bounds or choices.
 
     Raises:
-        ConfigError: a distribution is not one, or `samples` is given without any, or not given.
+        ConfigError: a distribution is invalid, or `samples` is missing or given without a distribution.
     """
     draws = {}
     for key, value in table.items():
@@ -48,7 +48,7 @@ def draws_of(table: Mapping[str, Any], where: str) -> dict[str, tuple[str, list[
 def sample_tables(table: Mapping[str, Any], draws: Mapping[str, tuple[str, list[Any]]]) -> list[dict[str, Any]]:
     """Return `samples` tables with values in place of distributions: a pure function of `sample_seed` and the table.
 
-    Each key has a generator of its own, so that adding one, or more samples, leaves the others' draws as they were.
+    Each key has its own generator, so that another key or more samples do not change the existing draws.
     """
     rest = {key: value for key, value in table.items() if key not in ("samples", "sample_seed")}
     generators = {key: random.Random(f"{table.get('sample_seed', 0)}:{key}") for key in draws}
@@ -77,5 +77,5 @@ def _draw(kind: str, parts: list[Any], whole: bool, generator: random.Random) ->
     low, high = parts
     share = generator.random()
     drawn = low + (high - low) * share if kind == "uniform" else math.exp(math.log(low) + math.log(high / low) * share)
-    # Few digits, so that names and configurations are readable and mean exactly what was trained.
+    # Few digits, so that a readable name or configuration gives exactly the value that was used.
     return round(drawn) if whole else float(f"{drawn:.{_DIGITS}g}")

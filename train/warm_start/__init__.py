@@ -1,1 +1,1 @@
-"""Start from an SAE that was trained before, here or by another library."""
+"""Start training from a trained SAE, of Thresher or of another library."""

@@ -1,4 +1,4 @@
-"""Find the trained SAE that a run starts from: in a folder, or in a run's output by its name."""
+"""Read the trained SAE that training starts from: a folder, or a run's output with a folder per SAE."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ...shared.sae.formats import is_sae
 
 
 def read_trained_sae(path: str | Path, name: str | None = None) -> Sae:
-    """Return the SAE in a folder, or in its sub-folder `name`, as one that takes raw activations.
+    """Return the SAE in a folder, or in its sub-folder `name`; it takes raw activations.
 
     Raises:
-        MissingFileError: there is none.
-        SaeError: it is damaged, or of a kind that is not supported.
+        MissingFileError: there is no SAE.
+        SaeError: the SAE is damaged or of an unsupported kind.
     """
     folder = user_path(path)
     if not is_sae(folder) and name is not None and is_sae(folder / name):

@@ -1,7 +1,4 @@
-"""Start training from a trained SAE: its tensors in raw units, back to parameters on normalised inputs.
-
-The exact inverse of what `Architecture.exported` folds, so that the first step reconstructs what the SAE did.
-"""
+"""Start training from trained SAEs, so that the first step reconstructs what they reconstruct."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -> list[tuple[str, str]]:
-    """Start each trainer from the SAE that its table, or else the run, names; those without one stay as they are.
+    """Start each trainer from the SAE that its table or the run names; trainers without one keep random weights.
 
-    Returns what a first step will not reproduce of the source: the SAE's name, and a line for the user.
+    Return what the first step does not reproduce: pairs of an SAE's name and a line for the user.
 
     Raises:
-        MissingFileError: there is no SAE.
-        SaeError: it does not fit.
+        MissingFileError: there is no SAE to start from.
+        SaeError: the SAE does not fit.
     """
     notes = []
     for trainer in trainers:
@@ -46,16 +43,16 @@ def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -
 
 
 def source_of(config: SaeConfig, init_from: str | None) -> str | None:
-    """Return the path that an SAE starts from, if any."""
+    """Return the path that an SAE starts from, or None."""
     return config.init_from or init_from
 
 
 def read_initial(config: SaeConfig, init_from: str | None, architecture: Architecture[Any]) -> Sae:
-    """Return the SAE to start from, whose architecture and shapes fit.
+    """Return the SAE to start from, which has the architecture's kind and sizes.
 
     Raises:
-        MissingFileError: there is none.
-        SaeError: it does not fit.
+        MissingFileError: there is no SAE.
+        SaeError: the SAE does not fit.
     """
     path = source_of(config, init_from)
     assert path is not None
