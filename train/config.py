@@ -10,17 +10,17 @@ from ..shared.core.config import MAX_SEED, Cache, CacheBytes, Config, Device, Ro
 from ..shared.model.wiring import Wiring
 
 HookPoints = str | tuple[str, ...]
-"""One hook point, or several whose rows lie side by side."""
+"""One hook point, or several whose rows are concatenated."""
 
 
 class SaeConfig(Config, frozen=True, kw_only=True):
-    """The keys that the `[[sae]]` tables of all architectures share, once grids are expanded.
+    """The keys that all `[[sae]]` tables share, after grids are expanded.
 
-    Each architecture adds its own keys in a subclass, which is in its file in `train/architectures`.
+    Each architecture adds its own keys in a subclass, in its file in `train/architectures`.
     """
 
     hook_point: Annotated[
-        str, Meta(description="Hook point to read and write; with other keys of these, the first that is read.")
+        str, Meta(description="Hook point to read and write. Leave it out if `reads` or `hook_points` is given.")
     ]
     d_sae: Annotated[int, Meta(ge=1, description="Number of latents; of a cross-layer transcoder, per layer.")]
     architecture: Annotated[str, Meta(description="Name of the architecture.")] = "topk"
@@ -79,11 +79,11 @@ class SaeConfig(Config, frozen=True, kw_only=True):
         ),
     ] = None
     hook_points: Annotated[
-        tuple[str, ...] | None, Meta(description="Several hook points to read and write, of equal width: a crosscoder.")
+        tuple[str, ...] | None, Meta(description="Several hook points of equal width to read and write: a crosscoder.")
     ] = None
     reads: Annotated[
         HookPoints | None,
-        Meta(description="Hook point to read, or several of equal width, where others are written; beside `writes`."),
+        Meta(description="Hook point to read, or several of equal width, if `writes` names others."),
     ] = None
     writes: Annotated[
         HookPoints | None, Meta(description="Hook point to reconstruct from `reads`, or several of equal width.")
@@ -94,12 +94,12 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     cross_layer: Annotated[
         bool | None,
         Meta(
-            description="Train one transcoder per pair of `reads` and `writes`, which are in the order of the layers; "
-            "its d_sae latents also write to all later ones of `writes`."
+            description="Train a transcoder per pair of `reads` and `writes`, both in the order of the layers; its d_sae "
+            "latents also write to all later `writes`."
         ),
     ] = None
     hook_point_out: Annotated[
-        str | None, Meta(description="Older name of `writes`, of a transcoder or skip_transcoder.")
+        str | None, Meta(description="Older spelling of `writes`, for a transcoder or skip_transcoder.")
     ] = None
     ema_decay: Annotated[
         Annotated[float, Meta(gt=0, lt=1)] | None,
@@ -107,18 +107,18 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     ] = None
 
     name_ending: ClassVar[str] = ""
-    """What follows `{architecture}-{hook_point}-{d_sae}` in a name that is not given."""
+    """The end of the default name, after `{architecture}-{hook_point}-{d_sae}`."""
     unused: ClassVar[tuple[str, ...]] = ("hook_point_out",)
-    """Keys of these that the architecture does not use."""
+    """Keys of this class that the architecture does not use."""
 
     @property
     def n_latents(self) -> int:
-        """Return the number of latents: of a cross-layer transcoder, those of all layers."""
+        """Return the number of latents; a cross-layer transcoder's are counted over all layers."""
         return self.d_sae * (len(self.reads) if self.cross_layer and isinstance(self.reads, tuple) else 1)
 
     @property
     def wiring(self) -> Wiring:
-        """Return what is read and what is written, however the table says it."""
+        """Return what is read and what is written, in whichever way the table spells it."""
         reads = self.hook_points if self.reads is None else self.reads
         writes = self.hook_point_out if self.writes is None else self.writes
         skip = self.skip is True or self.architecture == "skip_transcoder"
