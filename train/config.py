@@ -20,7 +20,7 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     """
 
     hook_point: Annotated[
-        str, Meta(description="Hook point to read and write. Leave it out if `reads` or `hook_points` is given.")
+        str, Meta(description="Hook point to read and write, unless `reads` or `hook_points` is given.")
     ]
     d_sae: Annotated[int, Meta(ge=1, description="Number of latents; of a cross-layer transcoder, per layer.")]
     architecture: Annotated[str, Meta(description="Name of the architecture.")] = "topk"
@@ -94,8 +94,8 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     cross_layer: Annotated[
         bool | None,
         Meta(
-            description="Train a transcoder per pair of `reads` and `writes`, both in the order of the layers; its d_sae "
-            "latents also write to all later `writes`."
+            description="Train a transcoder per pair of `reads` and `writes`, both in the order of the layers; its "
+            "d_sae latents also write to all later `writes`."
         ),
     ] = None
     hook_point_out: Annotated[
