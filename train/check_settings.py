@@ -1,4 +1,4 @@
-"""Refuse, before any work, a run that would not give what its configuration says; note what it will do otherwise."""
+"""Refuse, before any work, a run that cannot do what its configuration says, and note what a user may not expect."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_activations(store: ActivationStore, saes: Sequence[SaeConfig]) -> None
 
 
 def check_schedules(architecture: Architecture[Any], schedule: Schedule) -> None:
-    """Refuse schedules of an SAE that the run ends before, so that the saved SAE is what was asked for.
+    """Refuse schedules that are longer than the run: the saved SAE would not be what the configuration says.
 
     Raises:
         ConfigError: a schedule is longer than the run.
@@ -60,7 +60,7 @@ def check_schedules(architecture: Architecture[Any], schedule: Schedule) -> None
 
 
 def notes_of(architectures: Sequence[Architecture[Any]], schedule: Schedule, rows_per_epoch: int) -> tuple[str, ...]:
-    """Return sentences about what a run does otherwise than its configuration suggests."""
+    """Return sentences about what a run does that its configuration does not suggest."""
     saes = [architecture.config for architecture in architectures]
     n_tokens = schedule.n_steps * schedule.batch_size
     notes = list(_warmup_notes(saes, schedule))

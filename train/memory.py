@@ -1,4 +1,4 @@
-"""What an SAE in training holds in memory, worked out from shapes alone; what memory is free; and keeping it."""
+"""The memory that an SAE needs in training, computed from shapes; free memory; and keeping memory that is freed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "rdiv"}
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Shapes alone of what PyTorch, for tensors without memory, would import its compiler for, which takes a second."""
+    """Compute shapes of operations on meta tensors without PyTorch's compiler, whose import takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -42,10 +42,10 @@ def parameter_shapes(architecture: Architecture) -> Parameters:
 
 
 def held_bytes(architecture: Architecture, compute_dtype: str) -> int:
-    """Return the bytes that an SAE holds from step to step.
+    """Return the bytes that an SAE holds between steps.
 
-    They are its parameters, Adam's two moments, the parameters' running means if it keeps them, copies of both matrices
-    in the type that products read (a CPU makes none of a float32 decoder), buffers, and the latents' counters.
+    These are its parameters, Adam's two moments, the running means of the parameters if it keeps them, copies of both
+    matrices in the compute dtype (a CPU does not copy a float32 decoder), buffers, and the latents' counters.
     """
     parameters = parameter_shapes(architecture)
     with torch.device("meta"):
@@ -75,10 +75,10 @@ def available_memory(device: str = "cpu") -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep memory that a step has freed for the next one, where its C library is glibc.
+    """Let this process keep memory that a step frees for the next step, if its C library is glibc.
 
-    It would otherwise go back to the system now and then, which clears every page that it hands out again: 4% of a
-    step of large SAEs. Where the environment has a say in this, that holds.
+    glibc would otherwise return it to the system from time to time, which clears every page before it is used again: 4%
+    of a step of large SAEs. Environment variables that configure this take precedence.
     """
     if _OF_MALLOC & set(os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return

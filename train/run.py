@@ -1,4 +1,4 @@
-"""The training stage: a store's shuffled activations, to every SAE of a sweep."""
+"""The training stage: feed a store's shuffled activations to every SAE of a sweep."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .warm_start.initialise import initialise_trainers
 
 
 class TrainedSaes(list[Path]):
-    """Folders of trained SAEs; `diverged` says of those that have none, by name, why."""
+    """Folders of trained SAEs; `diverged` maps the names of the other SAEs to the reason."""
 
     def __init__(self, folders: Iterable[Path] = (), diverged: Mapping[str, str] | None = None):
         super().__init__(folders)
@@ -37,10 +37,10 @@ class TrainedSaes(list[Path]):
 def train(config: TrainConfig) -> TrainedSaes:
     """Train every SAE of a configuration from one stream and return the folders of those that finished.
 
-    An unfinished run of the same configuration is resumed from its last checkpoint. A finished one is trained on where
-    more tokens are asked for; where SAEs that diverged are asked for with other values, they are trained alone. SAEs
-    that diverged are in the result's `diverged`. Under `torchrun` every process calls this, and they train together as
-    `config.parallel` says.
+    An unfinished run of the same configuration resumes from its last checkpoint. A finished run continues if the
+    configuration has more tokens; SAEs that diverged are trained again, alone, if their tables changed. SAEs that
+    diverged are in the result's `diverged`. Under `torchrun` every process calls this function, and `config.parallel`
+    says how they train together.
 
     Raises:
         ThresherError: the store, the configuration or an earlier run in `output` does not allow it.

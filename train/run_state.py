@@ -1,4 +1,4 @@
-"""Where a run is on disk: its configuration, its checkpoints, and the SAEs it has finished."""
+"""The state of a run on disk: its configuration, its checkpoints and its finished SAEs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ DIVERGED_NAME = "diverged.json"
 
 
 class RunState:
-    """An output folder's run. `step` counts the steps that are done; `plan` is of the SAEs that are to be trained now.
+    """The run in an output folder. `step` counts finished steps; `plan` covers the SAEs that are still to be trained.
 
-    All ranks call the same methods at the same steps. Each SAE's files are written by one rank, and all that is shared
-    by the first, from tensors in full: another number of ranks can resume from them.
+    All ranks call the same methods at the same steps. One rank writes each SAE's files, and the first rank everything
+    that is shared. Files hold whole tensors, so that another number of ranks can resume from them.
 
     Raises:
         ConfigError: the folder holds a run of another configuration or of another store.
@@ -119,7 +119,7 @@ class RunState:
         return record, read_toml(self.output / CONFIG_NAME), notes
 
     def _scales(self, record: RunRecord | None, plan: Plan, store: ActivationStore) -> dict[str, float]:
-        """Return the run's scale at each hook point: that it began with, in whatever way it was computed then."""
+        """Return the scale of each hook point with which the run began, computed as its release did."""
         scales = dict((record.scales or {}) if record else {})
         old = record is not None and record.scales is None
         for place in sorted({place for sae in plan.saes for place in sae.wiring.hook_points} - scales.keys()):
@@ -154,13 +154,13 @@ class RunState:
         return self._ranks.from_first(there and bool(gone))
 
     def _continue(self, n_steps: int) -> None:
-        """Begin to train a finished run on, from its final state."""
+        """Continue a finished run from its final state."""
         record, before = self._record, self._record.n_steps
         names = [str(sae.name) for sae in self._healthy()]
         newest = record.checkpoints[:1]
         if not newest or newest[0].step != before or not set(names) <= newest[0].files.keys():
             raise ConfigError(
-                f"the run in '{self.output}' did not keep its final state, so it cannot be trained on; "
+                f"the run in '{self.output}' did not keep its final state, so it cannot be continued; "
                 "train in another output, with init_from to start from these SAEs"
             )
         schedule = self._config
@@ -169,13 +169,13 @@ class RunState:
         falls = n_steps - round(n_steps * schedule.decay_fraction)
         batch = schedule.batch_size
         self._tell(
-            f"training on from step {before:,} ({before * batch:,} tokens) to step {n_steps:,} ({n_steps * batch:,} "
+            f"continuing from step {before:,} ({before * batch:,} tokens) to step {n_steps:,} ({n_steps * batch:,} "
             "tokens): the learning rate is that of a run of the new length, without another warm-up, and falls from "
             f"step {falls:,}"
         )
 
     def _retry(self, names: tuple[str, ...]) -> None:
-        """Begin to train again, alone, what diverged in a finished run."""
+        """Begin to train the SAEs that diverged in a finished run again, without the others."""
         record = self._record
         final = record.checkpoints[0].files if record.checkpoints else {}
         now = {str(sae.name) for sae in self._saes}
@@ -186,7 +186,7 @@ class RunState:
         self._tell(f"training again what diverged: {', '.join(names)}; the other SAEs stay as they are")
 
     def _remove_leftovers(self, retried: tuple[str, ...]) -> None:
-        """Remove what an earlier try left of SAEs that are trained again, and the notes on SAEs no longer asked for."""
+        """Remove the files of an earlier try of SAEs that are trained again, and the notes on SAEs that are gone."""
         for name in retried:
             remove_states(self.output, name, keep=())
             (self.output / name / DIVERGED_NAME).unlink(missing_ok=True)
@@ -196,7 +196,7 @@ class RunState:
                 path.unlink()
 
     def resume(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
-        """Bring trainers and stream to the newest checkpoint that is whole, or leave them at the start."""
+        """Restore trainers and stream from the newest undamaged checkpoint, or leave them at the start."""
         while self._record.checkpoints:
             checkpoint = self._record.checkpoints[0]
             faults = [fault for some in self._ranks.gather(self._faults(checkpoint, trainers)) for fault in some]
@@ -212,7 +212,7 @@ class RunState:
         self._remove_notes(trainers)
 
     def _remove_notes(self, trainers: list[SaeTrainer]) -> None:
-        """Remove what says that an SAE diverged which, from where the run resumes, has not."""
+        """Remove the notes on SAEs that had not yet diverged at the step where the run resumes."""
         for trainer in trainers:
             if trainer.diverged is None and self.layout.saves(trainer.name):
                 (self.output / trainer.name / DIVERGED_NAME).unlink(missing_ok=True)
@@ -266,7 +266,7 @@ class RunState:
         self._save(trainers)
 
     def record_divergence(self, trainers: list[SaeTrainer]) -> None:
-        """Say of each SAE that diverged why it has no weights: on the terminal, and beside where they would be."""
+        """Report why each diverged SAE has no weights, on the terminal and in a file in its folder."""
         for trainer in trainers:
             if trainer.diverged is not None and self.layout.saves(trainer.name):
                 path = self.output / trainer.name / DIVERGED_NAME
@@ -276,7 +276,7 @@ class RunState:
                     print(f"warning: SAE '{trainer.name}' diverged: {trainer.diverged}", file=sys.stderr)
 
     def has_healthy(self, trainers: list[SaeTrainer]) -> bool:
-        """Return whether an SAE of the sweep has not diverged; if none, mark the run as finished without any.
+        """Return whether any SAE of the sweep has not diverged; if all have, mark the run as finished.
 
         All ranks call this after the same step.
         """
@@ -329,7 +329,7 @@ class RunState:
         self._save(trainers)
 
     def _gather_diverged(self, trainers: list[SaeTrainer]) -> dict[str, str]:
-        """Return which of the SAEs in training diverged, on any rank; all have come here when it returns."""
+        """Return which SAEs in training diverged on any rank; waits for all ranks."""
         own = {trainer.name: trainer.diverged for trainer in trainers if trainer.diverged is not None}
         return _joined(self._ranks.gather(own))
 

@@ -1,4 +1,4 @@
-"""Compare a run on disk with what is asked for: is it the same run, a longer one, or a new try of what diverged?"""
+"""Compare a run on disk with a request: is it the same run, a longer one, or another try of SAEs that diverged?"""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _MAY_CHANGE = {
     "cache_bytes",
     "output",
 }
-"""Keys that may differ on resuming: they do not change the result, or what they decide is compared instead."""
+"""Keys that may differ when a run resumes: they do not change the result, or their effect is compared instead."""
 
 _OLD_AUX_COEFFICIENT = 1 / 32
-"""What releases that recorded no configuration wrote in `config.toml` where it was not given.
+"""The default that releases without a recorded configuration wrote to `config.toml`.
 
-They also took options that an architecture does not use, without effect.
+They also accepted options that an architecture does not use, without effect.
 """
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: the configuration as a table, and all else that the result follows from."""
+    """A request: the configuration as a table, and everything else that determines the result."""
 
     config: dict[str, Any]
     n_steps: int
@@ -55,7 +55,7 @@ class Request:
 
     @classmethod
     def of(cls, table: dict[str, Any], plan: Plan, store: ActivationStore) -> Request:
-        """Return what a configuration's table and its plan ask for of a store."""
+        """Return the request that a configuration's table, its plan and a store make."""
         return cls(
             table,
             plan.schedule.n_steps,
@@ -72,10 +72,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a request differs from the run on disk: nothing, if neither is set.
+    """How a request differs from the run on disk; with the defaults it does not.
 
-    `retried` names diverged SAEs that are asked for otherwise, and SAEs in place of diverged ones; `continued` says
-    that the finished run is to go on to more steps.
+    `retried` names diverged SAEs whose tables changed, and SAEs that replace diverged ones; `continued` says that a
+    finished run continues to more steps.
     """
 
     retried: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ def compare(output: Path, record: RunRecord, saved: Mapping[str, Any], request: 
     """Return how a request differs from the run in a folder.
 
     Raises:
-        ConfigError: it is another run.
+        ConfigError: the request is for another run.
     """
     _check_store(output, record, request, store)
     _check_release(output, record, request)
@@ -151,7 +151,7 @@ def _check_store(output: Path, record: RunRecord, request: Request, store: Any) 
 
 
 def _check_release(output: Path, record: RunRecord, request: Request) -> None:
-    """Refuse a run that this release would continue otherwise than the one that began it."""
+    """Refuse a run that this release would continue differently from the release that began it."""
     changed = []
     for name, recipe in record.recipes.items():
         if name in record.diverged or name not in request.recipes:
@@ -163,6 +163,6 @@ def _check_release(output: Path, record: RunRecord, request: Request) -> None:
             changed += [f"sae '{name}'.{key}" for key in keys if saved == request.saes[name]]
     if changed:
         raise ConfigError(
-            f"the run in '{output}' was begun by a release that trains otherwise; differing: {', '.join(changed)}; "
+            f"the run in '{output}' was begun by a release that trains differently; differing: {', '.join(changed)}; "
             "resume it with that release, or choose another output"
         )

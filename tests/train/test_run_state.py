@@ -155,7 +155,7 @@ def test_a_run_of_an_older_release_is_resumed_with_its_own_scale(config, tmp_pat
 def test_other_defaults_of_another_release_are_refused(config, monkeypatch, train_killed):
     train_killed(change(config, sae=[TOPK | {"lr": None}, TANH]), 20)
     monkeypatch.setattr("thresher.train.architectures.topk.TopK.default_lr", 1e-4)
-    with pytest.raises(ConfigError, match=r"begun by a release that trains otherwise; differing: sae 'a'\.lr"):
+    with pytest.raises(ConfigError, match=r"begun by a release that trains differently; differing: sae 'a'\.lr"):
         train(change(config, sae=[TOPK | {"lr": None}, TANH]))
 
 
@@ -315,7 +315,7 @@ def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_pat
     table = TOPK | {"dead_after_tokens": BATCH * 6}
     train(change(config, sae=[table]))
     (folder,) = train(change(config, sae=[table], tokens=LONGER))
-    assert "training on from step 30 (1,920 tokens) to step 70 (4,480 tokens)" in capsys.readouterr().err
+    assert "continuing from step 30 (1,920 tokens) to step 70 (4,480 tokens)" in capsys.readouterr().err
     factors = [lr_factor(step, 30 if step < 30 else 70, 5, 0.2) for step in range(70)]
     assert [line["lr"] for line in lines(folder)] == [3e-3 * factor for factor in factors]
     assert factors[29] < 0.2

@@ -1,1 +1,1 @@
-"""A run on disk: checkpoints, the record of what was asked, and the lock of its folder."""
+"""A run on disk: its checkpoints, its record, and the lock of its folder."""

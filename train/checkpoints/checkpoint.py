@@ -1,4 +1,4 @@
-"""The state of each SAE at a step, in a file with a checksum, written so that a kill at any moment is harmless."""
+"""The state of each SAE at a step, in a file with a checksum; a kill at any moment leaves a usable checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def state_path(output: Path, name: str, step: int) -> Path:
 
 
 def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) -> int:
-    """Write one SAE's state at a step, read it back, and return its checksum, which is of what is in memory.
+    """Write one SAE's state at a step, read it back, and return the checksum of what is in memory.
 
     Raises:
         OutputError: the file cannot be written, or what is read back is not what was written.
@@ -41,7 +41,7 @@ def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) 
 
 
 def fault_of(path: Path, checksum: int | None) -> str | None:
-    """Return what is wrong with a file of state, None if nothing is; without a checksum, whether it is readable."""
+    """Return what is wrong with a state file, or None; without a checksum, only whether it is readable is checked."""
     try:
         with safe_open(path, "pt") as file:
             found = _checksum((key, file.get_tensor(key)) for key in sorted(file.keys()))
@@ -69,7 +69,7 @@ def load_state(
     rows: slice | None = None,
     has_rows: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
-    """Read one SAE's state at a step; of the tensors that a part of the latents have rows in, only theirs."""
+    """Read one SAE's state at a step; with `rows`, only those rows of the tensors that have one row per latent."""
     state = {}
     with safe_open(state_path(output, name, step), "pt") as file:
         for key in file.keys():  # noqa: SIM118
@@ -79,7 +79,7 @@ def load_state(
 
 
 def remove_states(output: Path, name: str, keep: Iterable[int]) -> None:
-    """Remove an SAE's files of state but those of some steps, and what a killed process left half-written."""
+    """Remove an SAE's state files, except those of some steps, and partly written files of a killed process."""
     kept = {state_path(output, name, step) for step in keep}
     for path in (output / name / "checkpoints").glob("*"):
         if path not in kept and (path.suffix == ".safetensors" or path.name.endswith(".partial")):

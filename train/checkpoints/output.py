@@ -1,4 +1,4 @@
-"""The output folder of a run: one process at a time, and files that are whole after a crash."""
+"""The output folder of a run: one process at a time, and files that are complete after a crash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(output: Path, ranks: Ranks) -> Iterator[None]:
-    """Make the output folder, and hold its lock for this process or its group; a killed process loses it.
+    """Create the output folder and hold its lock for this process or its group; it is released when they end.
 
     Raises:
         OutputBusyError: another process trains into it.
@@ -55,7 +55,7 @@ def locked(output: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _lock(output: Path) -> IO[str] | None:
-    """Return the locked file; None on a file system that has no locks."""
+    """Return the locked file, or None on a file system without locks."""
     file = (output / LOCK_NAME).open("a+", encoding="utf-8")
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""What a run's `checkpoint.json` says: what the run is, how far it is, and the checkpoints to resume from.
+"""A run's `checkpoint.json`: what the run is, its progress, and the checkpoints to resume from.
 
-The file is replaced only after every SAE's state of a step is safe; the content before it is kept in
-`checkpoint.previous.json`, whose checkpoints are still there, in case the file is damaged.
+The file is replaced only after every SAE's state of a step is on disk. The previous content, whose checkpoints still
+exist, is kept in `checkpoint.previous.json` in case the file is damaged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREVIOUS_NAME = "checkpoint.previous.json"
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """All SAEs' state at a step: the place in the stream, and the checksum of each SAE's file.
+    """All SAEs' state at a step: the position in the stream, and the checksum of each SAE's file.
 
     `files` is empty in records of releases that kept no checksums.
     """
@@ -34,11 +34,11 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunRecord(msgspec.Struct, kw_only=True):
-    """A run on disk. What is None was not recorded by the release that began the run.
+    """A run on disk. A field is None if the release that began the run did not record it.
 
-    `pending` names the SAEs in training, `trained` the checksums of the final states of those that trained before
-    them. `lengths` are the numbers of steps of the run: at first, and after each time that it was continued. `scales`
-    are the factors of the normalisation by hook point.
+    `pending` names the SAEs in training; `trained` holds the checksums of the final states of the SAEs that were
+    trained before them. `lengths` are the numbers of steps of the run: the first one, and one per continuation.
+    `scales` are the normalisation factors by hook point.
     """
 
     step: int
@@ -57,7 +57,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
 
 class _OldRecord(msgspec.Struct):
-    """What releases wrote that kept neither checksums nor the store's identity."""
+    """The record of releases that kept neither checksums nor the identity of the store."""
 
     step: int
     finished: bool
@@ -68,7 +68,7 @@ class _OldRecord(msgspec.Struct):
 
 
 def save_record(output: Path, record: RunRecord, before: RunRecord | None) -> None:
-    """Write a record in place of the one before it, which is kept."""
+    """Replace the record; the one before it is kept."""
     if before is not None:
         write_atomically(output / PREVIOUS_NAME, _encode(before))
     write_atomically(output / RECORD_NAME, _encode(record))

@@ -1,4 +1,4 @@
-"""Where metrics go besides `metrics.jsonl`: TensorBoard and Weights & Biases, where installed and asked for."""
+"""Loggers besides `metrics.jsonl`: TensorBoard and Weights & Biases, if they are installed and enabled."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _WANDB_ID_NAME = "wandb-id.txt"
 
 
 class Logger(Protocol):
-    """One SAE's numbers, step by step."""
+    """A log of one SAE's metrics."""
 
     def write(self, step: int, tokens: int, numbers: Mapping[str, float]) -> None:
-        """Take a step's numbers."""
+        """Log a step's numbers."""
         ...
 
     def close(self) -> None:
-        """Finish."""
+        """Finish the log."""
         ...
 
 
@@ -32,7 +32,7 @@ def loggers_of(config: TrainConfig, folder: Path, resume_step: int) -> list[Logg
     """Return the loggers that a configuration asks for, for the SAE in a folder.
 
     Raises:
-        ConfigError: one is not installed, or cannot start, as W&B cannot without a key.
+        ConfigError: a logger is not installed or cannot start, such as W&B without a key.
     """
     loggers: list[Logger] = []
     if config.tensorboard:
@@ -43,7 +43,7 @@ def loggers_of(config: TrainConfig, folder: Path, resume_step: int) -> list[Logg
 
 
 class TensorBoard:
-    """Event files in the SAE's folder `tensorboard`; what came after the step to resume from is hidden."""
+    """Event files in the SAE's folder `tensorboard`; events after the step that a run resumes from are hidden."""
 
     def __init__(self, folder: Path, resume_step: int):
         try:
@@ -58,14 +58,14 @@ class TensorBoard:
             self._writer.add_scalar(name, number, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending events."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of its own for each SAE, grouped by the output folder; offline, it lies in the SAE's folder `wandb`.
+    """One run per SAE, grouped by the output folder; an offline run is in the SAE's folder `wandb`.
 
-    A resumed run keeps its id. Lines that it repeats are the same again, and W&B leaves them out.
+    A resumed run keeps its id. Steps that it repeats are identical, and W&B ignores them.
     """
 
     def __init__(self, config: TrainConfig, folder: Path):
@@ -105,7 +105,7 @@ class WeightsAndBiases:
 
 
 def _sae_table(folder: Path) -> dict[str, Any]:
-    """Return the hyperparameters that the run's resolved configuration gives the SAE of a folder."""
+    """Return the table of a folder's SAE in the run's recorded configuration."""
     try:
         tables = read_toml(folder.parent / "config.toml").get("sae", [])
     except MissingFileError:

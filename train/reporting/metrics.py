@@ -1,4 +1,4 @@
-"""Write each SAE's training metrics: `metrics.jsonl`, and to what other loggers there are."""
+"""Write each SAE's training metrics to `metrics.jsonl` and to other loggers."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Line(NamedTuple):
 
 
 class PendingLines:
-    """Lines whose numbers may still be on a GPU, where they stay until 64 steps' are to be had in one transfer."""
+    """Lines whose numbers may be on a GPU; those of 64 steps are read in one transfer."""
 
     def __init__(self, step: int):
         self._lines: list[Line] = []
         self._read_step = step
 
     def add(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Add a step's line and return whether it is time to read: at once where nothing is on a GPU."""
+        """Add a step's line and return whether to read now; lines without GPU numbers are read at once."""
         self._lines.append(Line(step, metrics))
         there = any(isinstance(value, Tensor) for by_name in metrics.values() for value in by_name.values())
         return not there or step - self._read_step >= _STEPS_UNREAD
 
     def read(self) -> list[Line]:
-        """Return the lines, their numbers read; none is left pending."""
+        """Read the numbers of all pending lines and return the lines."""
         numbers = [
             value
             for line in self._lines
@@ -66,7 +66,7 @@ class PendingLines:
 class MetricsLog:
     """One SAE's metrics, a JSON object per line; values that are not finite become null.
 
-    Opened at a step to resume from, it drops the lines that came after that step.
+    When a run resumes from a step, the lines after that step are dropped.
     """
 
     def __init__(self, folder: Path, resume_step: int = 0, loggers: Sequence[Logger] = ()):
@@ -90,12 +90,12 @@ class MetricsLog:
             logger.write(step, tokens, numbers)
 
     def flush(self) -> None:
-        """Hand everything written to the operating system."""
+        """Flush the file to the operating system."""
         with writing(self._path):
             self._file.flush()
 
     def close(self) -> None:
-        """Finish the file and the loggers."""
+        """Close the file and the loggers."""
         with writing(self._path):
             self._file.close()
         for logger in self._loggers:
@@ -107,7 +107,7 @@ def _number(value: Any, read: Iterator[float]) -> Any:
 
 
 def _lines_up_to(path: Path, step: int) -> bytes:
-    """Return the lines of steps up to one; those that are damaged are left out."""
+    """Return the lines up to a step, without damaged ones."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:

@@ -1,4 +1,4 @@
-"""What a training run shows: a bar, or lines without a terminal, each SAE's lines of metrics, and how fast it is."""
+"""A training run's progress: a bar (lines without a terminal), the metrics of each SAE, and the speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_SHOWN = 12
 
 
 class Progress:
-    """The bar, where `shown`, and the logs of the SAEs in `folders`, by name; to be entered while training."""
+    """The bar, if `shown`, and the logs of the SAEs in `folders`; a context manager around training."""
 
     def __init__(self, config: TrainConfig, schedule: Schedule, step: int, folders: Sequence[Path], shown: bool = True):
         self._schedule = schedule
@@ -48,14 +48,14 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as time spent waiting for data."""
+        """Count the time inside the block as waiting for data."""
         asked = time.perf_counter()
         yield
         self._waited += time.perf_counter() - asked
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Leave the time inside out of the run's speed; every line so far is written first."""
+        """Exclude the time inside the block from the run's speed; flushes the logs first."""
         for log in self._logs.values():
             log.flush()
         paused = time.perf_counter()
@@ -67,7 +67,7 @@ class Progress:
         self._bar.update(self._schedule.batch_size)
 
     def log(self, lines: Sequence[Line]) -> None:
-        """Write lines of metrics for each SAE and measure the speed anew; lines read at once have one speed."""
+        """Write metrics of each SAE; all lines of one call have the speed since the last call."""
         if not lines:
             return
         step, metrics = lines[-1]
