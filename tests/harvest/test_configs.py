@@ -29,6 +29,7 @@ GROUPED = SMALL | dict(num_key_value_heads=1, head_dim=16, pad_token_id=0)
 
 # Tiny random models of each configuration's class, with as many layers as the real one.
 MODELS = {
+    "cross_layer": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=4, n_head=2, n_positions=256)),
     "demo": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=4, n_head=2, n_positions=256)),
     "gpt2-small": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=12, n_head=2)),
     "pythia-70m": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, num_hidden_layers=6)),

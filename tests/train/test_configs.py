@@ -57,13 +57,13 @@ def test_the_mixed_sweep_has_twelve_saes_of_every_architecture():
 
 def test_every_architecture_has_a_page_whose_examples_are_valid():
     docs = CONFIGS.parent / "docs/architectures"
-    assert {page.stem for page in docs.glob("*.md")} == {"README", *ARCHITECTURES}
+    assert {page.stem for page in docs.glob("*.md")} == {"README", "cross_layer_transcoder", *ARCHITECTURES}
     for page in docs.glob("*.md"):
         examples = re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)
         assert examples, page.name
         for example in examples:
             for sae in expand_sweep(tomllib.loads(example)["sae"]):
-                assert page.stem in ("README", sae.architecture)
+                assert page.stem in ("README", "cross_layer_transcoder" if sae.cross_layer else sae.architecture)
                 make_architecture(sae, 256)
 
 
