@@ -47,8 +47,7 @@ class Plan:
         own = dict.fromkeys(key for sae in self.saes for key in find_architecture(sae.architecture).required)
         columns = ("name", "architecture", "hook_point", "d_sae", *own, "lr", "parameters")
         rows = [
-            [_shown(getattr(sae, key, None)) for key in columns[:-1]] + [f"{self.n_parameters[str(sae.name)]:,}"]
-            for sae in self.saes
+            [_shown(sae, key) for key in columns[:-1]] + [f"{self.n_parameters[str(sae.name)]:,}"] for sae in self.saes
         ]
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         lines = [
@@ -151,5 +150,10 @@ def _width(store: ActivationStore, sae: SaeConfig, names: tuple[str, ...]) -> in
     return sum(widths.values())
 
 
-def _shown(value: object) -> str:
+def _shown(sae: SaeConfig, key: str) -> str:
+    value, n_more = getattr(sae, key, None), len(sae.wiring.reads) - 1
+    if key == "hook_point" and n_more:
+        return f"{value} and {n_more} more"
+    if key == "d_sae" and sae.cross_layer:
+        return f"{n_more + 1} x {value}"
     return "-" if value is None else str(value)

@@ -131,7 +131,7 @@ ACROSS = (
         "decoder_norm_share", "Decoder norm share", "percent", "", "Mean share of the live latents' decoder norms here."
     ),
 )
-"""The columns of the table of crosscoders at each of their hook points."""
+"""The columns of the table of what writes several hook points, at each of them."""
 PROVENANCE_LABELS = {"n_rows": "Tokens", "n_contexts": "Contexts", "n_documents": "Documents"}
 MISSING = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}

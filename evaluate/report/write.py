@@ -63,6 +63,7 @@ def write_report(
             provenance={key: value for key, value in (provenance or {}).items() if value is not None},
             across=[(str(row["name"]), part) for row in rows for part in row.get("per_hook") or ()],
             across_columns=ACROSS,
+            partly_measured=any(row.get("per_hook") and row.get("ce_loss_score", 0) is None for row in rows),
             provenance_labels=PROVENANCE_LABELS,
             not_evaluated=dict(not_evaluated or {}),
             notes=_notes(rows),

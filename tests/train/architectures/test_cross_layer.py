@@ -297,7 +297,20 @@ def test_training_starts_from_what_was_saved(rule):
     if not architecture.folds:
         for name, tensor in parameters.items():
             torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
-    assert architecture.differences(sae, normalization) == []
+    told = architecture.differences(sae, normalization)
+    assert [line.split(" =")[0] for line in told] == ["initial_threshold"] * ("initial_threshold" in RULES[rule])
+
+
+def test_thresholds_that_become_one_are_told():
+    architecture, parameters, buffers, normalization, _ = raw("jumprelu")
+    sae = architecture.to_sae(parameters, buffers, normalization, {})
+    for rule, kept in (("batch_topk", "become one, their mean"), ("batch_topk by layer", "become one a layer")):
+        other, *_ = problem(**RULES[rule])
+        _, started = other.imported(sae, normalization)
+        thresholds = torch.stack([sae.get_parameter(f"threshold_{i}") for i in range(N)])
+        expected = thresholds.mean(1) if rule.endswith("layer") else thresholds.mean()[None]
+        torch.testing.assert_close(started["threshold"], expected)
+        assert kept in " ".join(other.differences(sae, normalization))
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +403,8 @@ def test_the_plan_counts_the_decoders_that_there_are(store, tmp_path, capsys):
     said = capsys.readouterr().out
     n_parameters = N * 96 * (32 + 1) + 6 * 96 * 20 + N * 20
     assert f"{n_parameters:,} parameters" in said
+    assert "blocks.0.mlp_in and 2 more" in said
+    assert "3 x 96" in said
     assert "topk-cross_layer-3x96-k24" in said
     assert "cannot be evaluated in the model" in said
     architecture = make_architecture(expand_sweep(config.sae)[0], N * 32, N * 20)

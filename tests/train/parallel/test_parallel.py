@@ -28,6 +28,7 @@ DRIVER = Path(__file__).with_name("parallel_driver.py")
 IN, OUT = "blocks.0.mlp_in", "blocks.0.mlp_out"
 TOPK = {"architecture": "topk", "hook_point": IN, "d_sae": 97, "k": 4, "lr": 3e-3, "dead_after_tokens": 240}
 L1 = {"hook_point": IN, "d_sae": 64, "l1_coefficient": 0.3, "lr": 3e-3}
+CROSS_LAYER = {"cross_layer": True, "reads": [IN, OUT], "writes": [OUT, IN], "lr": 3e-3}
 SWEEP = [
     TOPK,
     TOPK | {"name": "topk-clipped", "clip_grad_norm": 0.01, "ema_decay": 0.9},
@@ -42,6 +43,7 @@ SWEEP = [
     L1 | {"name": "standard-p", "architecture": "standard", "p_final": 0.5, "p_anneal_steps": 12},
     L1 | {"architecture": "transcoder", "hook_point_out": OUT},
     L1 | {"architecture": "crosscoder", "hook_point": None, "hook_points": [IN, OUT]},
+    CROSS_LAYER | {"architecture": "batch_topk", "d_sae": 49, "k": 6, "dead_after_tokens": 240},
 ]
 """One of each architecture, and of what a step does beside: a width that no number of ranks divides, dead latents."""
 SHARDED = SWEEP[:3]

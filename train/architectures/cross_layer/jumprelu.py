@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...stream.normalization import Normalization
+from ..base import unused_start
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..jumprelu import EDGE, LEAST_IMPORTED_THRESHOLD, SMALLEST_THRESHOLD, JumpReLU, JumpReLUConfig, TanhJumpReLU
 from ..parts.first_batch import exceeded_by
@@ -65,6 +68,12 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
         """Add the thresholds' logarithms; thresholds that have none start just above zero."""
         assert threshold is not None
         return parameters | {"log_threshold": threshold.clamp_min(LEAST_IMPORTED_THRESHOLD).log()}, {}
+
+    def differences(self, sae: Any, normalization: Normalization) -> list[str]:
+        """Add keys that are not used."""
+        config = self.config
+        unused = unused_start(initial_l0=config.initial_l0, initial_threshold=config.initial_threshold)
+        return super().differences(sae, normalization) + unused
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients; entries just below their threshold count for its gradient."""

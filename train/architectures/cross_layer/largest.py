@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...stream.normalization import Normalization
 from ..batch_topk import MOMENTUM, BatchTopK, BatchTopKConfig, batch_threshold
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from ..parts.decoder_norms import NORM_TOLERANCE
 from ..parts.latents import SparseLatents, count, csr_of, sparse_at
 from ..registry import register
 from ..topk import CompetingConfig, TopK, TopKConfig
@@ -155,6 +157,20 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
         """Return the running thresholds, by latent."""
         by_layer = buffers["threshold"].clamp_min(0).expand(self.layers.n)
         return by_layer.repeat_interleave(self.layers.d_sae)
+
+    def differences(self, sae: Any, normalization: Normalization) -> list[str]:
+        """Add thresholds that are averaged."""
+        found = super().differences(sae, normalization)
+        thresholds = torch.cat([sae.get_parameter(f"threshold_{i}") for i in range(self.layers.n)])
+        by_layer = thresholds.view(1 if self.over_all else self.layers.n, -1)
+        if ((by_layer.amax(1) - by_layer.amin(1)) > NORM_TOLERANCE * by_layer.mean(1).abs()).any():
+            least, most, kept = (
+                float(thresholds.min()),
+                float(thresholds.max()),
+                "one" if self.over_all else "one a layer",
+            )
+            found.append(f"its thresholds, {least:.3g} to {most:.3g}, become {kept}, their mean")
+        return found
 
     def with_thresholds(
         self, parameters: Parameters, threshold: Float[Tensor, " all_latents"] | None
