@@ -1,8 +1,8 @@
-"""What a trained architecture is: initial weights, a loss with its gradients, and an `Sae` to save.
+"""The base of architectures: initial weights, a loss with its gradients, and export to and import from an `Sae`.
 
-Inputs are centred on the store's mean and scaled, so `b_dec` starts at zero, which is the mean of the
-activations, and bfloat16 has its precision where the activations vary. While training, `W_enc` is
-`[d_sae, d_in]`, a row per latent like `W_dec`: the layout of the sparse operations.
+Inputs are centred on the store's mean and scaled. `b_dec` therefore starts at zero, which is the mean of the
+activations, and bfloat16 spends its precision on what varies. While training, `W_enc` is `[d_sae, d_in]`, one row per
+latent as in `W_dec`, which is the layout of the sparse operations.
 """
 
 from __future__ import annotations
@@ -56,26 +56,26 @@ class Architecture(Generic[C]):
 
     @property
     def revives_dead(self) -> bool:
-        """Whether the loss depends on which latents are dead; a step is told of them only then."""
+        """Whether the loss depends on which latents are dead; if not, `dead` of a step is None."""
         return False
 
     @property
     def schedules(self) -> dict[str, tuple[int | None, str]]:
-        """Keys that count steps which the run must have: their values, and what would not happen in a shorter run."""
+        """Keys with a number of steps that the run must have: their values, and what fails in a shorter run."""
         return {}
 
     @property
     def note(self) -> str | None:
-        """A sentence for the plan about what the metrics mean, with `{}` for the names of the SAEs that have it."""
+        """A sentence for the plan about the meaning of the metrics, with `{}` in place of the SAEs' names."""
         return None
 
     def sparsity_warmup_steps(self, n_steps: int) -> int:
-        """Return the steps of a run of `n_steps` over which `sparsity_scale` of a step grows from 0 to 1."""
+        """Return the number of steps over which a step's `sparsity_scale` grows from 0 to 1 in a run of `n_steps`."""
         return 0
 
     @property
     def lr(self) -> float:
-        """Return the peak learning rate; where none is published, 2e-4 / sqrt(d_sae / 2^14) (arXiv 2406.04093, A.3)."""
+        """Return the peak learning rate; 2e-4 / sqrt(d_sae / 2^14) if none is published (arXiv 2406.04093, A.3)."""
         return self.config.lr or self.default_lr or 2e-4 / (self.d_sae / 2**14) ** 0.5
 
     @property
@@ -87,15 +87,15 @@ class Architecture(Generic[C]):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Return the values in effect of what the configuration may leave open, named in `resolved`.
+        """Return the effective values of the properties in `resolved`, which have defaults.
 
-        A resumed run compares them: another release may have other defaults.
+        A run that resumes compares them, because another release may have other defaults.
         """
         return {name: getattr(self, name) for name in self.resolved}
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """Return factors of the learning rate by parameter, where they are not one."""
+        """Return the factors of the learning rate that are not 1, by parameter."""
         return {}
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
@@ -110,18 +110,18 @@ class Architecture(Generic[C]):
         }
 
     def initial_buffers(self) -> Buffers:
-        """Return what training keeps besides the parameters, such as running means."""
+        """Return the state of training besides parameters, such as running means."""
         return {}
 
     def decided_at(self, steps_done: int) -> Hashable | None:
-        """Return what the host decides of a step, so that a captured one is replayed only where it is the same.
+        """Return what the host decides about a step; a captured step is replayed only if this is the same.
 
-        None says that what it decides changes too often for a capture to be worth its time.
+        Return None while it changes too often for captures to pay off.
         """
         return ()
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
-        """Change random initial parameters in place by what the first batch shows, where an architecture does."""
+        """Adapt random initial parameters to the first batch, in place; by default, do nothing."""
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients at these parameters."""
@@ -186,11 +186,11 @@ class Architecture(Generic[C]):
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return what the saved SAE says about its training."""
+        """Return the hyperparameters that are saved with the SAE."""
         return self._describe()
 
     def _describe(self, *keys: str, **resolved: Any) -> dict[str, Any]:
-        """Return shared hyperparameters, with those of other keys that are given, and values that were resolved."""
+        """Return the shared hyperparameters, those of `keys` that are given, and `resolved` values."""
         values = {key: getattr(self.config, key) for key in ("architecture", "d_sae", *keys, "seed")}
         return {key: value for key, value in values.items() if value is not None} | resolved | {"lr": self.lr}
 
@@ -241,7 +241,7 @@ class PenaltyArchitecture(Architecture[P]):
     resolved = (*Architecture.resolved, "sparsity_warmup_fraction")
 
     def sparsity_warmup_steps(self, n_steps: int) -> int:
-        """Return the steps over which the penalty grows to its full weight."""
+        """Return the number of steps over which the penalty grows to its full weight."""
         given = self.config.sparsity_warmup_steps
         return int(n_steps * self.sparsity_warmup_fraction) if given is None else given
 

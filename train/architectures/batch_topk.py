@@ -76,7 +76,7 @@ class BatchTopK(TopK[L]):
         return parameters, {"threshold": (self._held(sae)["threshold"] * normalization.scale).mean()}
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Add thresholds that are averaged."""
+        """Also report thresholds that are averaged."""
         found, thresholds = super().differences(sae, normalization), self._held(sae)["threshold"]
         least, mean, most = (float(value) for value in (thresholds.min(), thresholds.mean(), thresholds.max()))
         if most - least > NORM_TOLERANCE * abs(mean):

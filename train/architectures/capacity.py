@@ -1,4 +1,4 @@
-"""How many entries a step's sparse latents may have where the host does not wait for their number."""
+"""Capacity for the entries of sparse latents, where the host does not wait for their number."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _MOST_MARGIN = 16
 
 
 def power_of_two(n: int) -> int:
-    """Return the least power of two that is not below n; shapes of few sizes are captured seldom."""
+    """Return the smallest power of two that is at least n; few distinct shapes need few captures."""
     return 1 << max(0, n - 1).bit_length()
 
 
 class EntryCapacity:
-    """How many entries a step's sparse latents may have where nothing waits to count them.
+    """How many entries a step's sparse latents have memory for, so that the host need not wait to count them.
 
-    Selections above a threshold take exact, waiting steps until the host has seen how many entries there are, then
-    twice as many, to the next power of two. A step whose entries do not fit, or whose certificate fails, is left out:
-    `failed`, on the device, holds its update back, and `skipped` counts it. The look that finds one makes more room.
+    Selections above a threshold wait for the exact number until the host has read it once; the capacity is then twice
+    that, rounded up to a power of two. A step whose entries do not fit, or whose certificate fails, is skipped: `failed`,
+    on the device, suppresses its update, and `skipped` counts it. The next poll increases the capacity.
     """
 
     def __init__(self, device: torch.device):
@@ -36,12 +36,12 @@ class EntryCapacity:
         self._skipped_before = 0
 
     def before(self, step: int, sparse_entries: float) -> None:
-        """Look, where it is time, before a step; `sparse_entries` is from how many on dense products are cheaper."""
+        """Poll the device if it is time to, before a step; from `sparse_entries` on, dense products are cheaper."""
         self.waited = False
         if step >= self.look_at:
             self._look(step, sparse_entries)
         if self.exact or self.capacity is None:
-            # Nothing else will say so of a step that waits.
+            # A step that waits certifies nothing, so it would leave an earlier failure.
             self.failed.zero_()
 
     def _look(self, step: int, sparse_entries: float) -> None:
@@ -62,29 +62,29 @@ class EntryCapacity:
         self._skipped_before = skipped
 
     def counted(self, n_entries: int) -> None:
-        """Note the entries of a step that waited for their number."""
+        """Record the number of entries of a step that waited for it."""
         self.asked = self.waited = True
         self._most.clamp_(min=n_entries)
 
     def found(self, n_entries: Tensor) -> None:
-        """Note, on the device, the entries that a step found, of which the capacity may have held too few."""
+        """Record, on the device, how many entries a step found; some may not have fitted."""
         assert self.capacity is not None
         torch.maximum(self._most, n_entries, out=self._most)
         self.certify(n_entries <= self.capacity)
 
     def certify(self, certified: Tensor) -> None:
-        """Hold the step's update back, on the device, where it is not certified."""
+        """Suppress the step's update, on the device, if it is not certified."""
         self.asked = True
         self.failed.copy_(~certified)
         self.skipped.add_(~certified)
 
     def state(self) -> Tensor:
-        """Return what a later step depends on."""
+        """Return the state that later steps depend on."""
         numbers = [self.asked, self.capacity or 0, self.margin, self.exact, self.look_at, self._skipped_before]
         return torch.tensor([*numbers, *torch.stack([self._most, self.skipped]).tolist()])
 
     def load(self, state: Tensor | None) -> None:
-        """Go back to a saved state; where another path saved none, begin anew."""
+        """Restore a saved state, or the initial one if another code path saved none."""
         saved = state.tolist() if state is not None else [0, 0, 1, 0, 0, 0, -1, 0]
         self.asked, self.capacity, self.margin, self.exact = bool(saved[0]), saved[1] or None, saved[2], bool(saved[3])
         self.look_at, self._skipped_before = saved[4:6]

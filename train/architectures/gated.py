@@ -17,7 +17,7 @@ from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
 
-# At full size half of all random latents would fire at first, an error that a short run is busy with unlearning.
+# At full size half of all random latents would fire at first, and a short run would spend its time undoing that.
 _ENCODER_SCALE = 0.1
 
 
@@ -70,12 +70,12 @@ class Gated(PenaltyArchitecture[GatedConfig]):
 
     @property
     def unit_norm_decoder(self) -> bool:
-        """Whether training holds decoder rows at unit norm: unless the configuration says that it does not."""
+        """Whether training holds decoder rows at unit norm; it does by default."""
         return self.config.unit_norm_decoder is not False
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """Return factors of the learning rate, where they are not one."""
+        """Return the factors of the learning rate that are not 1."""
         by_latent = self.config.threshold_lr_scale or 1.0
         scales = {"b_gate": by_latent, "b_mag": by_latent, "r_mag": by_latent}
         scales["W_dec"] = self.config.decoder_lr_scale or 1.0
@@ -148,9 +148,9 @@ class Gated(PenaltyArchitecture[GatedConfig]):
         }, {}
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Add an initial L0 that is not used."""
+        """Also report an initial L0 that is not used."""
         return super().differences(sae, normalization) + unused_start(initial_l0=self.config.initial_l0)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return what the saved SAE says about its training."""
+        """Return the hyperparameters that are saved with the SAE."""
         return self._describe("l1_coefficient")

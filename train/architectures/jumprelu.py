@@ -21,11 +21,11 @@ from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
 
 _BANDWIDTH = 0.001
-# From a start at a given L0: this is about a third of a threshold that few latents of unit norm pass.
+# After a start at a given L0: about a third of a threshold that few latents of unit norm exceed.
 _WIDE_BANDWIDTH = 0.5
 _FAST_LR_SCALE = 4.0
 SMALLEST_THRESHOLD = 1e-3
-# Of an SAE that training starts from: thresholds are trained by their logarithm, so none of them is zero.
+# Imported thresholds are at least this, because training uses their logarithms.
 LEAST_IMPORTED_THRESHOLD = 1e-8
 
 _FIRST_THRESHOLD = 0.1
@@ -33,7 +33,7 @@ _TANH_BANDWIDTH = 2.0
 _TANH_SCALE = 4.0
 _PRE_ACT_COEFFICIENT = 3e-6
 _FIRST_ACTIVE_LATENTS = 10_000
-# The rectangle's edge is looked for a little outside, where rounding to the compute dtype may have put it.
+# A little more than half: rounding to the compute dtype may move an entry across the edge of the rectangle.
 EDGE = 0.51
 
 
@@ -117,11 +117,11 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     The thresholds learn by straight-through estimates with a rectangle of width epsilon about each:
     `df/dtheta = -(theta / epsilon) [|z - theta| < epsilon / 2]` and `dL0/dtheta = -(1 / epsilon) [same]`. The
-    published epsilon and first theta, 0.001 on inputs of unit mean square norm, are scaled to ours.
+    published epsilon and initial theta, 0.001 on inputs of unit mean square norm, are scaled to our inputs.
 
-    With `initial_l0`, or else a target, the first batch sets the thresholds, so that each latent fires on L0 / d_sae of
-    it, epsilon is wide and thresholds learn faster: by Adam a logarithm moves at most by the learning rate a step, and
-    a run of a thousand steps would end before small thresholds were large.
+    With `initial_l0` or `target_l0`, the first batch sets the thresholds so that each latent fires on L0 / d_sae of it;
+    epsilon is then wider and thresholds learn faster. Adam changes a logarithm by at most the learning rate per step,
+    so that small thresholds could not become large within a thousand steps.
     """
 
     saved_as = "jumprelu"
@@ -133,7 +133,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     @property
     def unit_norm_decoder(self) -> bool:
-        """Whether training holds decoder rows at unit norm: unless the configuration says that it does not."""
+        """Whether training holds decoder rows at unit norm; it does by default."""
         return self.config.unit_norm_decoder is not False
 
     @property
@@ -214,13 +214,13 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return super().exported(parameters, buffers, normalization) | {"threshold": threshold}
 
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
-        """Add the thresholds' logarithms; thresholds that have none start just above zero."""
+        """Also return the logarithms of the thresholds; thresholds of zero or less start just above zero."""
         parameters, buffers = super().imported(sae, normalization)
         threshold = (self._held(sae)["threshold"] * normalization.scale).clamp_min(LEAST_IMPORTED_THRESHOLD)
         return parameters | {"log_threshold": threshold.log()}, buffers
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Add keys that are not used, and thresholds that are raised."""
+        """Also report keys that are not used, and thresholds that are raised."""
         resamples = self.config.resample_every_tokens is not None
         threshold = None if resamples else self.config.initial_threshold
         found = super().differences(sae, normalization)
@@ -235,7 +235,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return what the saved SAE says about its training."""
+        """Return the hyperparameters that are saved with the SAE."""
         return self._describe("l0_coefficient", "target_l0")
 
 
@@ -310,7 +310,7 @@ class TanhJumpReLU(JumpReLU):
 
         pull = self.pre_act_coefficient / rows
         gradients = gradients_of(parameters, latents, x, g, values, (by_values + weights * pull) * active)
-        # Each latent's terms below its threshold are those of all rows less those of the rows where it is active.
+        # The terms below a threshold are those of all rows minus those of the rows where the latent is active.
         sum_x = x.sum(0)
         below = rows * (theta - bias) - parameters["W_enc"] @ sum_x + latents.sum(distance * active)
         by_bias = norms * (-pull * rows)

@@ -89,15 +89,15 @@ class Standard(PenaltyArchitecture[StandardConfig]):
         return fold_decoder_norms(super().exported(parameters, buffers, normalization))
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return what the saved SAE says about its training."""
+        """Return the hyperparameters that are saved with the SAE."""
         return self._describe("l1_coefficient")
 
 
 class PAnnealed(Standard):
     """Standard with the penalty `lambda s sum_i (f_i ||W_dec_i||)^p`, p falling linearly from 1 to `p_final`.
 
-    Whenever p changes, s is multiplied by the old penalty over the new, so that only its shape changes. Powers are
-    `(a + 0.001)^p - 0.001^p`, whose slope at zero is finite.
+    Whenever p changes, s is multiplied by the ratio of the old penalty to the new one, so that only its shape changes.
+    Powers are `(a + 0.001)^p - 0.001^p`, whose slope at zero is finite.
     """
 
     capturable = True
@@ -134,7 +134,7 @@ class PAnnealed(Standard):
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, count(active) / len(x), terms)
 
     def _anneal(self, weighted: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
-        """Bring p to the step's and return it with the penalty's scale, both on the device."""
+        """Set p to its value at this step and return it with the penalty's scale, both on the device."""
         p, scale = step.buffers["p"], step.buffers["penalty_scale"]
         done = p.new_full((), step.steps_done) if step.step_number is None else step.step_number
         share = (done.double() / (self.config.p_anneal_steps or 1)).clamp(max=1)
@@ -146,7 +146,7 @@ class PAnnealed(Standard):
 
 
 def _power_sum(weighted: Tensor, p: Tensor) -> Tensor:
-    """Return the sum of the powers; what is zero, as room that no entry takes is, adds nothing even by rounding."""
+    """Return the sum of the powers. Zeros, such as padding, add exactly nothing."""
     powers = (weighted + _EPSILON).pow_(p).sub_(_EPSILON**p)
     return powers.mul_(weighted > 0).sum(dtype=torch.float64)
 

@@ -22,7 +22,7 @@ from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows
 from .registry import register
 
 _WIDER = 4
-# A step is captured where as many have the same k: a capture costs as much as dozens of them.
+# A step is captured only if at least this many steps have the same k: a capture costs as much as dozens of steps.
 _LEAST_STEPS_ALIKE = 256
 
 
@@ -101,7 +101,7 @@ class TopK(Architecture[L]):
 
     @property
     def unit_norm_decoder(self) -> bool:
-        """Whether training holds decoder rows at unit norm: unless the configuration says that it does not."""
+        """Whether training holds decoder rows at unit norm; it does by default."""
         return self.config.unit_norm_decoder is not False
 
     @property
@@ -176,14 +176,14 @@ class TopK(Architecture[L]):
         return super()._held(sae)
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Add another k."""
+        """Also report another k."""
         found, theirs, k = super().differences(sae, normalization), sae.config.get("k"), self.config.k
         if isinstance(theirs, int) and theirs != k:
             found.append(f"it keeps k = {theirs} latents, this one {k}")
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return what the saved SAE says about its training."""
+        """Return the hyperparameters that are saved with the SAE."""
         return self._describe("k", aux_coefficient=self.aux_coefficient)
 
 
@@ -194,17 +194,17 @@ class AnnealedTopK(TopK[TopKConfig]):
 
     @property
     def schedules(self) -> dict[str, tuple[int | None, str]]:
-        """The fall of k."""
+        """The steps over which k falls."""
         return {"k_anneal_steps": (self.config.k_anneal_steps, f"k would not reach {self.config.k}")}
 
     @property
     def note(self) -> str | None:
-        """Metrics are those of the step's k."""
+        """Metrics are computed with the annealed k."""
         annealed = self.config.k_anneal_steps is not None
         return "the metrics of {} are of the annealed k, which each line of metrics.jsonl gives" if annealed else None
 
     def k_at(self, steps_done: int) -> int:
-        """Return the number of active latents at a step, counted from 0."""
+        """Return the number of active latents at a step; steps count from 0."""
         k, steps = int(self.config.k or 0), self.config.k_anneal_steps or 0
         start = min(self.d_in, self.d_sae)
         if steps_done >= steps or start <= k:
@@ -212,13 +212,13 @@ class AnnealedTopK(TopK[TopKConfig]):
         return round(start + (k - start) * steps_done / steps)
 
     def decided_at(self, steps_done: int) -> Hashable | None:
-        """Return the step's k, which its shapes follow from; None while k falls faster than captures are worth."""
+        """Return the step's k, which determines its shapes, or None while k changes too often to capture steps."""
         k, steps = self.k_at(steps_done), self.config.k_anneal_steps or 0
         n_values = min(self.d_in, self.d_sae) - int(self.config.k or 0)
         return k if steps_done >= steps or steps >= _LEAST_STEPS_ALIKE * n_values else None
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Add the k of the first step."""
+        """Also report the k of the first step."""
         found, first, k = super().differences(sae, normalization), self.k_at(0), self.config.k
         return found + ([f"k_anneal_steps keeps {first} latents at first, and {k} at the end"] if first != k else [])
 
@@ -241,7 +241,7 @@ class AnnealedTopK(TopK[TopKConfig]):
     def _reconstruct(
         self, parameters: Parameters, batch: Batch, step: StepInput, k: int
     ) -> tuple[SparseLatents, Parameters, Tensor]:
-        """Return the k largest entries of each row, the gradients of their error's mean square, and that error."""
+        """Return the k largest entries of each row, the gradients of their mean squared error, and the error."""
         x, latents = batch.x, largest_of_rows(step, parameters, batch, k)
         values = latents.pre_acts.relu()
         error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)

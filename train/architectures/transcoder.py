@@ -157,14 +157,14 @@ class Transcoder(PenaltyArchitecture[D]):
         _ = sae.target_hook_point
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Add another target."""
+        """Also report another target."""
         found, out = super().differences(sae, normalization), self.config.wiring.writes[0]
         if sae.target_hook_point != out:
             found.append(f"it reconstructs '{sae.target_hook_point}', this one '{out}'")
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return what the saved SAE says about its training."""
+        """Return the hyperparameters that are saved with the SAE."""
         return self._describe("l1_coefficient")
 
     def to_sae(
