@@ -19,8 +19,8 @@ class EntryCapacity:
     """How many entries a step's sparse latents have memory for, so that the host need not wait to count them.
 
     Selections above a threshold wait for the exact number until the host has read it once; the capacity is then twice
-    that, rounded up to a power of two. A step whose entries do not fit, or whose certificate fails, is skipped: `failed`,
-    on the device, suppresses its update, and `skipped` counts it. The next poll increases the capacity.
+    that, rounded up to a power of two. A step whose entries do not fit, or whose certificate fails, is skipped:
+    `failed`, on the device, suppresses its update, and `skipped` counts it. The next poll increases the capacity.
     """
 
     def __init__(self, device: torch.device):
