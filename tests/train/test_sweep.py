@@ -54,6 +54,16 @@ def test_random_search_draws_the_same_values_each_time():
     assert grid[0].lr == grid[1].lr != grid[2].lr
 
 
+def test_keys_that_take_integers_draw_whole_numbers():
+    """Also those that only one architecture has; keys that take numbers draw fractions."""
+    drawn = {"uniform": [1, 100]}
+    table = BASE | {"k": 4, "samples": 20, "k_anneal_steps": drawn, "dead_after_tokens": drawn, "clip_grad_norm": drawn}
+    saes = expand_sweep([table])
+    assert len({sae.k_anneal_steps for sae in saes}) > 10
+    assert all(type(sae.k_anneal_steps) is type(sae.dead_after_tokens) is int for sae in saes)
+    assert any(sae.clip_grad_norm % 1 for sae in saes)
+
+
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
