@@ -14,13 +14,12 @@ import msgspec
 import torch
 
 from ..shared.core.config import read_toml, to_toml
-from ..shared.core.disk import writing
+from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import ConfigError
 from ..shared.model.content import stored_model_content
 from ..shared.sae.formats.files import CONFIG_NAME as SAE_CONFIG_NAME
 from ..shared.sae.formats.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
 from .checkpoints.checkpoint import fault_of, load_state, remove_states, save_state, state_path
-from .checkpoints.output import write_atomically
 from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
 from .config import SaeConfig, TrainConfig
 from .parallel.latents import is_sharded
@@ -110,7 +109,7 @@ class RunState:
             self._write()
         if ranks.first and not self.finished:
             self._remove_leftovers(difference.retried)
-            write_atomically(self.output / CONFIG_NAME, to_toml(self._config))
+            write_file(self.output / CONFIG_NAME, to_toml(self._config).encode())
 
     def _load(self) -> tuple[RunRecord | None, dict[str, Any], list[str]]:
         record, notes = load_record(self.output)
@@ -272,7 +271,7 @@ class RunState:
                 path = self.output / trainer.name / DIVERGED_NAME
                 if not path.exists():
                     content = {"reason": trainer.diverged, "lr": trainer.architecture.lr}
-                    write_atomically(path, json.dumps(content) + "\n")
+                    write_file(path, (json.dumps(content) + "\n").encode())
                     print(f"warning: SAE '{trainer.name}' diverged: {trainer.diverged}", file=sys.stderr)
 
     def has_healthy(self, trainers: list[SaeTrainer]) -> bool:
@@ -316,7 +315,7 @@ class RunState:
                 with writing(folder):
                     trainer.to_sae(self._metadata, parameters).save(folder)
                 own = msgspec.structs.replace(self._config, sae=[trainer.config])
-                write_atomically(folder / CONFIG_NAME, to_toml(own))
+                write_file(folder / CONFIG_NAME, to_toml(own).encode())
         final = Checkpoint(
             step=n_steps,
             stream=batches.state_dict() | {"rows_taken": n_steps * batch_size},

@@ -1,4 +1,9 @@
-"""Write files whole or not at all, and say in one line why the disk refuses."""
+"""Write files atomically, report in one line why a disk refuses, and check output folders before long work.
+
+All files outside an activation store are written by `replacing` or `write_file`: readers and a crash see the old
+content or the new, never a part of it. A store commits several files at once, in an order of its own
+(`shared/store/local/durable.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,11 +59,16 @@ def _code(error: OSError | SafetensorError) -> int | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the path of a temporary file beside `path`, which takes its place, flushed to disk, when the block ends.
+    """Yield the path of a temporary file beside `path`, which replaces `path` when the block ends.
 
-    An error within the block leaves `path` as it was and no temporary file. Raises what `writing` does.
+    Durable: the file is flushed to disk before it is renamed, and its folder afterwards, so the new content survives a
+    power failure once the block has ended. An error within the block leaves `path` unchanged and no temporary file.
+
+    Raises:
+        DiskSpaceError: the disk is full.
+        OutputError: the path cannot be written for another reason.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -70,21 +80,24 @@ def replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+        flush_folder(path.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raise what `writing` does."""
+    """Write a file atomically and durably; raises the errors of `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give the path of a temporary folder, yet to be made, which takes the place of `path` when the block ends.
+    """Yield the path of a temporary folder that the block may create; it replaces `path` when the block ends.
 
-    Where the block makes none, what was at `path` is removed. Raises what `writing` does.
+    If the block creates none, `path` is removed. Not durable and not fully atomic: nothing is flushed, and a crash
+    between the two steps leaves no folder at `path`. Use it for files that can be made again. Raises the errors of
+    `replacing`.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with writing(path):
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -95,6 +108,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         if partial.is_dir():
             os.replace(partial, path)
+
+
+def flush_folder(path: Path, flush: Callable[[int], object] | None = None) -> None:
+    """Flush a folder's entries to disk, by `flush` in place of `os.fsync` if given."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (flush or os.fsync)(handle)
+    finally:
+        os.close(handle)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def check_output(output: Path, store: object) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...shared.core.disk import replacing
 from ...shared.core.errors import OutputError
 from ...shared.store.format.checksum import crc32c
-from ...shared.store.local.durable import sync_folder
 
 
 def state_path(output: Path, name: str, step: int) -> Path:
@@ -36,7 +35,6 @@ def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) 
         fault = fault_of(partial, checksum)
         if fault:
             raise OutputError(f"the checkpoint '{path}' {fault} right after it was written; check the disk")
-    sync_folder(path.parent)
     return checksum
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a run: one process at a time, and files that are complete after a crash."""
+"""The output folder of a run, locked for one process at a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from ...shared.core.disk import write_file, writing
+from ...shared.core.disk import writing
 from ...shared.core.errors import OutputBusyError, ThresherError
-from ...shared.store.local.durable import sync_folder
 
 if TYPE_CHECKING:
     from ...shared.core.processes import Ranks
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that readers and crashes see the old or the new, never a part."""
-    write_file(path, text.encode())
-    sync_folder(path.parent)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
+from ...shared.core.disk import write_file
 from ...shared.core.errors import ConfigError
 from ...shared.store.format.checksum import crc32c
 from ...shared.store.format.identity import StoreIdentity
-from .output import write_atomically
 
 RECORD_NAME = "checkpoint.json"
 PREVIOUS_NAME = "checkpoint.previous.json"
@@ -70,13 +70,13 @@ class _OldRecord(msgspec.Struct):
 def save_record(output: Path, record: RunRecord, before: RunRecord | None) -> None:
     """Replace the record; the one before it is kept."""
     if before is not None:
-        write_atomically(output / PREVIOUS_NAME, _encode(before))
-    write_atomically(output / RECORD_NAME, _encode(record))
+        write_file(output / PREVIOUS_NAME, _encode(before))
+    write_file(output / RECORD_NAME, _encode(record))
 
 
-def _encode(record: RunRecord) -> str:
+def _encode(record: RunRecord) -> bytes:
     plain = msgspec.to_builtins(record)
-    return json.dumps({**plain, "crc32c": _checksum(plain)}, indent=2) + "\n"
+    return (json.dumps({**plain, "crc32c": _checksum(plain)}, indent=2) + "\n").encode()
 
 
 def _checksum(plain: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ...core.disk import FULL
+from ...core.disk import FULL, flush_folder
 from ...core.errors import DiskSpaceError, StoreBusyError, StoreError
 from ...core.location import StoreUrl
 
@@ -38,11 +38,7 @@ def sync(file: IO[bytes]) -> None:
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to the disk."""
     announce(f"sync folder {path.name}")
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        flush(handle)
-    finally:
-        os.close(handle)
+    flush_folder(path, flush)
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -66,7 +66,7 @@ PEAK = """
 import resource, sys
 import torch
 from thresher.shared import ActivationStoreWriter
-from thresher.shared.store import durable
+from thresher.shared.store.local import durable
 durable.flush = lambda handle: None
 folder, pending, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rows = torch.randn(64, 128, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
