@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...shared.core.errors import SaeError
 from ...shared.sae import Sae
 from ..architectures import Architecture
+from ..parallel.latents import is_sharded
 from .foreign_saes import read_trained_sae
 
 if TYPE_CHECKING:
@@ -34,10 +35,7 @@ def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -
             source = source_of(trainer.config, init_from)
             notes += [(trainer.name, f"SAE '{trainer.name}' starts from '{source}', but {text}") for text in found]
             rows = getattr(trainer.architecture, "latents_here", slice(None))
-            parameters = {
-                name: tensor[rows] if len(tensor) == sae.d_sae and name not in ("b_dec", "W_skip") else tensor
-                for name, tensor in parameters.items()
-            }
+            parameters = {name: t[rows] if is_sharded(name) else t for name, t in parameters.items()}
             trainer.initialise(parameters, buffers)
     return notes
 

@@ -1,6 +1,7 @@
 """Training starts from trained SAEs: the first step reconstructs what they did, on whatever scale they were trained."""
 
 import json
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from thresher.train import TrainConfig, train
 from thresher.train.architectures import ARCHITECTURES, make_architecture, make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.kernels import kernels_for
+from thresher.train.parallel.latents import ShardedBatchTopK, ShardedTopK
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization, normalization_across
 from thresher.train.warm_start.foreign_saes import read_trained_sae
@@ -100,6 +102,30 @@ def test_the_first_step_reconstructs_what_the_sae_did(name, ema_decay, tmp_path)
     expected = 1 - float(error.square().sum(1).mean()) / kind.total_variance
     assert torch.equal(trainer.to_sae({}).W_dec, trainer.architecture.to_sae(trainer.parameters, {}, kind, {}).W_dec)
     assert trainer.step(Batch(x, x, y))["explained_variance"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("topk", ShardedTopK), ("batch_topk", ShardedBatchTopK)])
+def test_ranks_that_shard_an_sae_each_take_their_latents(name, sharded, tmp_path):
+    """They take rows of the encoder, its bias and the decoder, and all of `b_dec`, which is as long here."""
+    config = msgspec.structs.replace(sae_config(name), d_sae=D_IN, init_from=str(tmp_path))
+    kind = normalization(config, 1, 0.2)
+    sae = trained(config, kind)
+    sae.save(tmp_path)
+    taken = []
+    for rows in (slice(0, 4), slice(4, D_IN)):
+        architecture = sharded(config, D_IN)
+        architecture.latents_here = rows
+        keep = SimpleNamespace(config=config, name="x", normalization=kind, architecture=architecture)
+        keep.initialise = lambda parameters, buffers: taken.append(parameters)
+        initialise_trainers([keep], None)
+    whole, _ = make_architecture(config, D_IN).imported(sae, kind)
+    for key, tensor in whole.items():
+        parts = [parameters[key] for parameters in taken]
+        if key == "b_dec":
+            assert all(torch.equal(part, tensor) for part in parts)
+        else:
+            assert torch.equal(torch.cat(parts), tensor)
+            assert len(parts[0]) == 4
 
 
 def test_a_topk_sae_of_free_norms_starts_only_where_norms_are_free():
