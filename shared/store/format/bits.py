@@ -18,7 +18,6 @@ _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 _MAGNITUDE = {"bfloat16": 0x7FFF, "float16": 0x7FFF, "float32": 0x7FFFFFFF}
 _SCAN_BYTES = 256 << 10
 _BLOCK_VALUES = 64 << 10
-_MAX_PIECE_BYTES, _MIN_PIECE_BYTES = 512, 128
 _local = threading.local()
 
 
@@ -37,14 +36,14 @@ def to_bits(rows: Any, dtype: str, hook_point: str) -> np.ndarray:
 
 
 def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the numbers that bits stand for as float32, which holds them all; a view where it can be."""
+    """Return the numbers that bits stand for as float32, which represents them exactly; a view if possible."""
     if dtype == "bfloat16":
         return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
     return bits.view(np.float32) if dtype == "float32" else bits.view(np.float16).astype(np.float32)
 
 
 def float64_blocks(bits: np.ndarray, dtype: str) -> Iterator[np.ndarray]:
-    """Yield the numbers that bits stand for, some rows at a time, each block in the place of the last."""
+    """Yield the numbers that bits stand for, a block of rows at a time; each block overwrites the one before."""
     d_in = bits.shape[1]
     step = max(1, _BLOCK_VALUES // d_in)
     wide, block = (buffer[: step * d_in].reshape(step, d_in) for buffer in _buffers(step * d_in))
@@ -61,20 +60,8 @@ def float64_blocks(bits: np.ndarray, dtype: str) -> Iterator[np.ndarray]:
         yield block[:n]
 
 
-def piece_bytes(row_bytes: int) -> int:
-    """Return the size of the equal pieces in which NumPy puts rows in their places fastest.
-
-    glibc copies up to 512 bytes without a loop, the fastest way; and NumPy lets other threads go on only while it
-    places more than 500 elements: a chunk of 256 KiB has fewer rows where they are wide, but as many pieces.
-    """
-    for n_pieces in range(-(-row_bytes // _MAX_PIECE_BYTES), row_bytes // _MIN_PIECE_BYTES + 1):
-        if row_bytes % n_pieces == 0:
-            return row_bytes // n_pieces
-    return row_bytes
-
-
 def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return this thread's uint32 and float64 buffer: fresh memory would cost more than what is done in it."""
+    """Return this thread's uint32 and float64 buffers: allocating them anew would cost more than the conversion."""
     found: tuple[np.ndarray, np.ndarray] | None = getattr(_local, "buffers", None)
     if found is None or len(found[0]) < size:
         found = _local.buffers = np.empty(size, np.uint32), np.empty(size)

@@ -127,7 +127,7 @@ def test_a_path_that_is_no_store_is_one_clear_line(tmp_path: Path) -> None:
             writer(tmp_path / impossible)
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "manifest.jsonl").write_text("")
-    with pytest.raises(StoreError, match="is empty: its writing was cut off at the start"):
+    with pytest.raises(StoreError, match="is empty: its writer was interrupted at the start"):
         ActivationStore.open(tmp_path / "s")
 
 

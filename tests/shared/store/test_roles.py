@@ -106,7 +106,7 @@ def test_refusals(written, tmp_path):
         with pytest.raises(ConfigError, match="with no roles; got a batch with roles"):
             writer.append(rows, roles=np.ones((1, CONTEXT), int))
         writer.append(rows)
-    with pytest.raises(StoreError, match="keeps no roles"):
+    with pytest.raises(StoreError, match="has no roles"):
         ActivationStore.open(tmp_path / "without", roles=["user"])
     assert ActivationStore.open(tmp_path / "without").roles(0, 2) is None
 

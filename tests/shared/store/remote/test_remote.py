@@ -146,7 +146,7 @@ def test_copies_stay_within_the_bound_and_the_latest_used_stay(s3, tmp_path):
         store.read("a", shard * rows, (shard + 1) * rows)
         assert sum(copies(tmp_path).values()) <= limit
     assert sorted(copies(tmp_path)) == ["a~c.0.0", "a~c.2.0", "a~c.3.0"], "shard 1 was used longest ago"
-    cache = store._caches["a"]
+    cache = store._chunks.caches["a"]
     assert isinstance(cache, RemoteShardCache)
     assert sorted(cache._mapped) == [0, 2, 3], "what was evicted is no longer mapped, so that its room is free"
     ActivationStore.open(url, cache_bytes=limit // 3)
@@ -190,7 +190,7 @@ def test_a_copy_that_went_bad_is_not_taken_from_another_thread(s3, tmp_path, mon
     content[3] ^= 1
     copy.write_bytes(content)
     store = ActivationStore.open(url, threads=1)
-    cache = store._caches["a"]
+    cache = store._chunks.caches["a"]
     assert isinstance(cache, RemoteShardCache)
     cache.prepare(np.array([0]))
     bad = cache.shard(0)
