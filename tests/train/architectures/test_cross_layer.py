@@ -14,6 +14,7 @@ from thresher.shared.sae import CrossLayerTranscoder
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
+from thresher.train.architectures.cross_layer.selection import largest_of_batch
 from thresher.train.kernels import kernels_for
 from thresher.train.memory import held_bytes, parameter_shapes
 from thresher.train.stream.normalization import Normalization, normalization_across
@@ -205,6 +206,30 @@ def test_auxk_reconstructs_what_is_left_of_every_target(rule, k_aux):
     assert float(output.loss) == pytest.approx(expected.item(), rel=1e-10)
     for name, gradient in zip(leaves, torch.autograd.grad(expected, list(leaves.values())), strict=True):
         torch.testing.assert_close(output.gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("sampled_rows_are_large", [False, True])
+def test_the_largest_of_a_batch_are_found_whatever_a_sample_of_its_rows_shows(sampled_rows_are_large):
+    """Rows that are sampled may be so much larger than the others that too few entries exceed what they suggest."""
+    generator = torch.Generator().manual_seed(0)
+    architecture, parameters, *_ = problem(d_sae=64, **RULES["batch_topk"])
+    parameters = {name: tensor.float() for name, tensor in parameters.items()}
+    x = torch.randn(256, N * D_IN, generator=generator)
+    if sampled_rows_are_large:
+        x[::4] *= 20
+    step = StepInput(kernels_for("cpu"), parameters["W_enc"].bfloat16(), TOTAL_VARIANCE)
+    inputs = architecture.layers.inputs(parameters, Batch(x, x.bfloat16()), step)
+    z = pre_activations({name: tensor.double() for name, tensor in parameters.items()}, x.double()).flatten()
+    chosen = largest_of_batch(inputs, step, 5)
+    values = torch.cat([some.pre_acts for some in chosen])
+    torch.testing.assert_close(
+        values.double().sort().values, z.topk(256 * 5).values.sort().values, rtol=1e-4, atol=1e-4
+    )
+    for layer, some in enumerate(chosen):
+        rows = torch.repeat_interleave(torch.arange(256), some.offsets.diff())
+        torch.testing.assert_close(
+            some.pre_acts.double(), z.view(256, N, 64)[rows, layer, some.indices], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_running_thresholds_are_of_all_latents_or_of_each_layer():

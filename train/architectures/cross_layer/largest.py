@@ -10,15 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...stream.normalization import Normalization
-from ..batch_topk import MOMENTUM, BatchTopK, BatchTopKConfig, batch_threshold
+from ..batch_topk import MOMENTUM, BatchTopK, BatchTopKConfig
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..parts.decoder_norms import NORM_TOLERANCE
-from ..parts.latents import SparseLatents, count, csr_of, sparse_at
+from ..parts.latents import SparseLatents, count, csr_of
 from ..registry import register
 from ..topk import CompetingConfig, TopK, TopKConfig
 from .auxk import add_auxk_across
 from .base import CrossLayer
 from .layers import LayerInput, squared_errors
+from .selection import entries_at, largest_of_batch
 
 L = TypeVar("L", bound=CompetingConfig)
 
@@ -101,7 +102,7 @@ class CrossLayerTopK(CrossLayerLargest[TopKConfig]):
         latents = []
         for one, (_, top), (places, offsets) in zip(inputs, found, chosen, strict=True):
             rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())
-            latents.append(_entries(one, step, top[rows, places].long(), offsets))
+            latents.append(entries_at(one, step, top[rows, places].long(), offsets))
         return latents
 
 
@@ -120,8 +121,8 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
 
     def choose(self, inputs: Sequence[LayerInput], step: StepInput) -> list[SparseLatents]:
         """Return each layer's chosen entries, and update the running thresholds."""
-        chosen = self._largest(inputs, step)
-        latents = [_entries(one, step, *entries) for one, entries in zip(inputs, chosen, strict=True)]
+        groups = [inputs] if self.over_all else [[one] for one in inputs]
+        latents = [some for group in groups for some in largest_of_batch(group, step, self.config.k)]
         smallest = torch.stack([_smallest_positive(some.pre_acts) for some in latents])
         if self.over_all:
             smallest = smallest.amin(0, keepdim=True)
@@ -129,29 +130,6 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
         moved = torch.where(threshold < 0, smallest, torch.lerp(smallest, threshold, MOMENTUM))
         threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
         return latents
-
-    def _largest(self, inputs: Sequence[LayerInput], step: StepInput) -> list[tuple[Tensor, Tensor]]:
-        """Return each layer's chosen entries as CSR indices and offsets.
-
-        One layer's pre-activations are in memory at a time: of each, only those are kept that would be among the
-        largest if there were no other layer.
-        """
-        rows = len(inputs[0].x)
-        n_kept = self.config.k * step.across.rows(rows)
-        candidates: list[tuple[Tensor, Tensor, Tensor]] = []
-        for one in inputs:
-            pre_acts = step.kernels.pre_activations(one.x_compute, one.W_enc_compute, one.b_enc)
-            lowest = batch_threshold(pre_acts, min(n_kept, pre_acts.numel()), step.across)
-            above = pre_acts >= lowest
-            candidates.append((*csr_of(above), pre_acts[above]))
-        if not self.over_all:
-            return [(indices, offsets) for indices, offsets, _ in candidates]
-        lowest = batch_threshold(torch.cat([values for *_, values in candidates])[None], n_kept, step.across)
-        chosen = []
-        for indices, offsets, values in candidates:
-            kept = values >= lowest
-            chosen.append((indices[kept], torch.nn.functional.pad(kept.cumsum(0), (1, 0))[offsets]))
-        return chosen
 
     def thresholds(self, parameters: Parameters, buffers: Buffers) -> Float[Tensor, " all_latents"]:
         """Return the running thresholds, by latent."""
@@ -179,10 +157,6 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
         assert threshold is not None
         by_layer = threshold.view(1 if self.over_all else self.layers.n, -1)
         return parameters, {"threshold": by_layer.mean(1)}
-
-
-def _entries(one: LayerInput, step: StepInput, indices: Tensor, offsets: Tensor) -> SparseLatents:
-    return sparse_at(step, {"W_enc": one.W_enc}, one.x, one.b_enc, indices, offsets)
 
 
 def _smallest_positive(pre_acts: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
