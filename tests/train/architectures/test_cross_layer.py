@@ -181,6 +181,23 @@ def test_gradients(rule, bias, kernels):
         torch.testing.assert_close(output.gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize(("rule", "bias"), [("standard", -2.5), ("batch_topk", 0.0)])
+def test_the_triton_kernels_give_the_same_step_in_their_interpreter(rule, bias):
+    triton = pytest.importorskip("thresher.train.kernels.triton")
+    architecture, parameters, *rows = problem(bias=bias, **RULES[rule])
+    parameters, (x, y) = {name: tensor.float() for name, tensor in parameters.items()}, (part.float() for part in rows)
+    dead = torch.arange(N * D_SAE) % 6 == 1
+    outputs = []
+    for kernels in (triton, kernels_for("cpu")):
+        buffers = architecture.initial_buffers()
+        step = StepInput(kernels, parameters["W_enc"], TOTAL_VARIANCE, dead=dead, buffers=buffers)
+        outputs.append(architecture.step(parameters, Batch(x, x, y), step))
+    assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), rel=1e-5)
+    assert torch.equal(outputs[0].fired, outputs[1].fired)
+    for name, gradient in outputs[1].gradients.items():
+        torch.testing.assert_close(outputs[0].gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("k_aux", [2, 50])
 @pytest.mark.parametrize("rule", ["topk", "batch_topk by layer"])
 def test_auxk_reconstructs_what_is_left_of_every_target(rule, k_aux):
