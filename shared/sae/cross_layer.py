@@ -74,6 +74,10 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
 
     @classmethod
     def _of(cls, parts: SaeParts) -> CrossLayerTranscoder:
+        if parts.architecture != ARCHITECTURE:
+            raise SaeError(
+                f"expected a cross-layer transcoder, got a '{parts.architecture}' SAE; load it with Sae.load"
+            )
         return cls(parts.tensors, config=parts.config, metadata=parts.metadata)
 
     @property

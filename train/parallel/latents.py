@@ -81,7 +81,8 @@ def check_can_be_sharded(sae: SaeConfig, architecture: Architecture) -> None:
     """Raise `ConfigError` for an SAE that can only be trained with all its latents in one place."""
     if type(architecture) not in (TopK, BatchTopK):
         what = "its k or loss" if isinstance(architecture, TopK) else f"architecture '{sae.architecture}'"
-        what = "cross-layer transcoders" if sae.cross_layer else what
+        if sae.cross_layer:
+            what = "cross-layer transcoders"
         raise ConfigError(
             f"SAE '{sae.name}': parallel = 'latents' trains plain topk and batch_topk, but not {what}; "
             "use 'spread' or 'data'"

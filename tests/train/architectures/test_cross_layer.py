@@ -414,7 +414,7 @@ def test_every_rule_learns_and_its_logged_variance_is_that_of_normalised_targets
 
 def test_every_rule_resumes_to_the_same_end(store, tmp_path, train_killed):
     keys = {"tokens": 128 * 10, "checkpoint_every_tokens": 128 * 4}
-    tables = [table | {"d_sae": 16} for table in SWEEP]
+    tables = [table | {"d_sae": 16, "ema_decay": 0.9, "clip_grad_norm": 1.0} for table in SWEEP]
     whole = train(run_config(store, tmp_path / "whole", *tables, **keys))
     cut = run_config(store, tmp_path / "cut", *tables, **keys)
     train_killed(cut, 6)
