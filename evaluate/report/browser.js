@@ -42,7 +42,16 @@ function selectLatents(summary, texts, query, sort, alive, reading) {
 
 function setUpBrowser(saes, catalogue) {
   const find = (id) => document.getElementById(`browser-${id}`);
-  const [page, list, status, article, search, sort, alive, picker] = ["page", "list", "status", "latent", "search", "sort", "alive", "sae"].map(find);
+  const [page, list, status, article, search, sort, alive, picker] = [
+    "page",
+    "list",
+    "status",
+    "latent",
+    "search",
+    "sort",
+    "alive",
+    "sae",
+  ].map(find);
   let current = null;
   let shown = [];
   let active = null;
@@ -50,19 +59,30 @@ function setUpBrowser(saes, catalogue) {
   let searches = 0;
 
   picker.append(...Object.keys(catalogue.saes).map((name) => html("option", { value: name }, name)));
-  picker.addEventListener("change", () => { location.hash = routeTo(picker.value); });
+  picker.addEventListener("change", () => {
+    location.hash = routeTo(picker.value);
+  });
 
   function row(number) {
     const { summary, names, sae } = current;
-    const link = html("a", { href: routeTo(sae, number), "data-latent": number }, html("span", { class: "number" }, String(number)), html("span", { class: "peaks" }, ...summary.peaks[number].slice(0, 3).map((id) => tokenChip(names, id))));
-    const value = { density: `${formatNumber(100 * summary.density[number])}%`, max: formatNumber(summary.max[number]) }[sort.value] ?? summary.score[number].toFixed(2);
+    const link = html(
+      "a",
+      { href: routeTo(sae, number), "data-latent": number },
+      html("span", { class: "number" }, String(number)),
+      html("span", { class: "peaks" }, ...summary.peaks[number].slice(0, 3).map((id) => tokenChip(names, id))),
+    );
+    const value =
+      { density: `${formatNumber(100 * summary.density[number])}%`, max: formatNumber(summary.max[number]) }[sort.value] ??
+      summary.score[number].toFixed(2);
     link.append(html("span", { class: "value" }, value));
     if (number === active) link.setAttribute("aria-current", "true");
     return html("li", {}, link);
   }
 
   const more = () => list.append(...shown.slice(list.children.length, list.children.length + LIST_STEP).map(row));
-  list.addEventListener("scroll", () => { if (list.scrollTop + list.clientHeight > list.scrollHeight - 400) more(); });
+  list.addEventListener("scroll", () => {
+    if (list.scrollTop + list.clientHeight > list.scrollHeight - 400) more();
+  });
   list.addEventListener("keydown", (event) => {
     const line = document.activeElement.closest("li");
     const next = { ArrowDown: line?.nextElementSibling, ArrowUp: line?.previousElementSibling }[event.key];
@@ -71,7 +91,9 @@ function setUpBrowser(saes, catalogue) {
     next.firstElementChild.focus();
   });
 
-  const tell = (progress = "") => { status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents${progress}`; };
+  const tell = (progress = "") => {
+    status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents${progress}`;
+  };
 
   function fill() {
     if (!current) return;
@@ -95,7 +117,9 @@ function setUpBrowser(saes, catalogue) {
     for (let number = 0; number < n; number++) {
       const block = await loadBlock(`${entry.prefix}-${number}`, catalogue.folder);
       if (mine !== searches || current.sae !== sae) return;
-      block.forEach((latent, i) => searchedContexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i));
+      block.forEach(
+        (latent, i) => searchedContexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i),
+      );
       if (number % 8 === 7) {
         tell(`, reading contexts: ${Math.round((100 * number) / n)}%`);
         await new Promise((done) => setTimeout(done));
@@ -104,17 +128,29 @@ function setUpBrowser(saes, catalogue) {
     reading = found;
     if (list.scrollTop === 0) return fill();
     const before = new Set(shown);
-    shown = shown.concat(selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading).filter((i) => !before.has(i)));
+    shown = shown.concat(
+      selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading).filter((i) => !before.has(i)),
+    );
     tell();
   }
-  search.addEventListener("input", () => current && readContexts().catch((error) => { status.textContent = error.message; }));
+  search.addEventListener(
+    "input",
+    () =>
+      current &&
+      readContexts().catch((error) => {
+        status.textContent = error.message;
+      }),
+  );
   sort.addEventListener("change", fill);
   alive.addEventListener("change", fill);
   search.addEventListener("keydown", (event) => event.key === "Enter" && shown.length && (location.hash = routeTo(current.sae, shown[0])));
 
   async function openSae(name) {
     const entry = catalogue.saes[name];
-    const [names, summary] = await Promise.all([loadBlock(catalogue.names, catalogue.folder), loadBlock(`${entry.prefix}-summary`, catalogue.folder)]);
+    const [names, summary] = await Promise.all([
+      loadBlock(catalogue.names, catalogue.folder),
+      loadBlock(`${entry.prefix}-summary`, catalogue.folder),
+    ]);
     current = { sae: name, entry, names, summary, texts: searchTexts(summary, names) };
     picker.value = name;
     find("heading").textContent = name;
@@ -129,14 +165,28 @@ function setUpBrowser(saes, catalogue) {
     const sae = saes.find((other) => other.name === name);
     article.replaceChildren(html("p", { class: "empty" }, "Choose a latent to see what it responds to."));
     if (!sae) return;
-    const facts = [["Explained variance", sae.explained_variance], ["L0", sae.l0], ["CE loss score", sae.ce_loss_score], ["Dead", isNumber(sae.dead_fraction) ? `${(100 * sae.dead_fraction).toFixed(1)}%` : null]];
-    article.append(html("dl", { class: "figures" }, ...facts.map(([key, value]) => fact(key, typeof value === "string" ? value : formatNumber(value)))));
+    const facts = [
+      ["Explained variance", sae.explained_variance],
+      ["L0", sae.l0],
+      ["CE loss score", sae.ce_loss_score],
+      ["Dead", isNumber(sae.dead_fraction) ? `${(100 * sae.dead_fraction).toFixed(1)}%` : null],
+    ];
+    article.append(
+      html("dl", { class: "figures" }, ...facts.map(([key, value]) => fact(key, typeof value === "string" ? value : formatNumber(value)))),
+    );
     if (!sae.density?.counts?.some((count) => count > 0)) return;
     const chart = html("div", { class: "chart" });
     const used = sae.density.counts.map((count, i) => (count > 0 ? i : -1)).filter((i) => i >= 0);
     const part = { counts: sae.density.counts.slice(used[0], used.at(-1) + 1), edges: sae.density.edges.slice(used[0], used.at(-1) + 2) };
     article.append(html("div", { class: "panels wide" }, html("div", {}, html("h4", {}, "Latent densities"), chart)));
-    drawResponsive(chart, (width, height) => drawHistogram(width, height, part, { label: `Histogram of the latent densities of ${name}`, xTitle: "Density", colour: "var(--a0)", tick: powerOfTen }))();
+    drawResponsive(chart, (width, height) =>
+      drawHistogram(width, height, part, {
+        label: `Histogram of the latent densities of ${name}`,
+        xTitle: "Density",
+        colour: "var(--a0)",
+        tick: powerOfTen,
+      }),
+    )();
   }
 
   async function openLatent(number) {
@@ -183,6 +233,12 @@ function setUpBrowser(saes, catalogue) {
     const name = cell.parentElement.dataset.sae;
     if (Object.hasOwn(catalogue.saes, name)) cell.replaceChildren(html("a", { href: routeTo(name) }, cell.textContent));
   }
-  document.getElementById("features-list").append(...Object.entries(catalogue.saes).map(([name, entry]) => html("li", {}, html("a", { href: routeTo(name) }, name), ` ${entry.n.toLocaleString("en")} latents`)));
+  document
+    .getElementById("features-list")
+    .append(
+      ...Object.entries(catalogue.saes).map(([name, entry]) =>
+        html("li", {}, html("a", { href: routeTo(name) }, name), ` ${entry.n.toLocaleString("en")} latents`),
+      ),
+    );
   follow();
 }

@@ -1,6 +1,7 @@
 // One latent: its figures, histogram, tokens it promotes, neighbours, and the contexts in which it fires.
 // Characters that show nothing, change the direction of text, or look like a space are named by their code points.
-const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}\u00a0\u034f\u115f\u1160\u2000-\u200a\u202f\u205f\u3000\u3164\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/gu;
+const UNSEEN =
+  /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}\u00a0\u034f\u115f\u1160\u2000-\u200a\u202f\u205f\u3000\u3164\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/gu;
 const codePoint = (character) => `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
 
 function visible(text) {
@@ -37,7 +38,11 @@ function drawContext(entry, names, maximum) {
     const strongest = Math.max(...values);
     const word = visible(characters);
     const span = strongest
-      ? html(tokens.includes(peak) ? "mark" : "span", { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, strongest / maximum))}%` }, word)
+      ? html(
+          tokens.includes(peak) ? "mark" : "span",
+          { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, strongest / maximum))}%` },
+          word,
+        )
       : html("span", {}, word);
     const spread = tokens.length > 1 ? `${word} (${tokens.length} tokens)` : word;
     span.dataset.tip = strongest ? `${spread}\nactivation ${values.map(formatNumber).join(", ")}` : `${spread}\nnot active`;
@@ -49,7 +54,13 @@ function drawContext(entry, names, maximum) {
 
 function tokenTable(title, rows, names) {
   const largest = Math.max(...rows.map(([, effect]) => Math.abs(effect)), 1e-9);
-  const list = html("ol", { class: "effects" }, ...rows.map(([id, effect]) => html("li", { style: `--share: ${(100 * Math.abs(effect)) / largest}%` }, tokenChip(names, id), html("span", {}, effect.toFixed(2)))));
+  const list = html(
+    "ol",
+    { class: "effects" },
+    ...rows.map(([id, effect]) =>
+      html("li", { style: `--share: ${(100 * Math.abs(effect)) / largest}%` }, tokenChip(names, id), html("span", {}, effect.toFixed(2))),
+    ),
+  );
   return html("div", {}, html("h4", {}, title), list);
 }
 
@@ -63,11 +74,25 @@ const fact = (name, value) => html("div", {}, html("dt", {}, name), html("dd", {
 function drawLatent(article, number, summary, latent, names, linkTo, total) {
   const maximum = summary.max[number];
   const heading = html("h3", { id: "latent-heading", tabindex: -1 }, `Latent ${number.toLocaleString("en")}`);
-  const step = (to, text, label) => (to < 0 || to >= total ? html("span", { class: "step", "aria-hidden": "true" }, text) : html("a", { class: "step", href: linkTo(to), "aria-label": label }, text));
-  const head = html("div", { class: "latent-head" }, heading, html("div", { class: "steps" }, step(number - 1, "‹", "Previous latent"), step(number + 1, "›", "Next latent")));
-  const facts = html("dl", { class: "figures" },
-    fact("Density", `${formatNumber(100 * summary.density[number])}%`), fact("Fires on", `${latent.firings.toLocaleString("en")} tokens`),
-    fact("Max", formatNumber(maximum)), fact("Mean when active", formatNumber(latent.mean)), fact("Interestingness", summary.score[number].toFixed(2)));
+  const step = (to, text, label) =>
+    to < 0 || to >= total
+      ? html("span", { class: "step", "aria-hidden": "true" }, text)
+      : html("a", { class: "step", href: linkTo(to), "aria-label": label }, text);
+  const head = html(
+    "div",
+    { class: "latent-head" },
+    heading,
+    html("div", { class: "steps" }, step(number - 1, "‹", "Previous latent"), step(number + 1, "›", "Next latent")),
+  );
+  const facts = html(
+    "dl",
+    { class: "figures" },
+    fact("Density", `${formatNumber(100 * summary.density[number])}%`),
+    fact("Fires on", `${latent.firings.toLocaleString("en")} tokens`),
+    fact("Max", formatNumber(maximum)),
+    fact("Mean when active", formatNumber(latent.mean)),
+    fact("Interestingness", summary.score[number].toFixed(2)),
+  );
   article.replaceChildren(head, facts);
   if (!latent.firings) {
     article.append(html("p", { class: "empty" }, "This latent fired on none of the tokens that were indexed."));
@@ -75,13 +100,60 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
   }
   const panels = html("div", { class: "panels" });
   const chart = html("div", { class: "chart" });
-  const neighbours = html("ol", { class: "neighbours" }, ...latent.neighbours.map(([other, score]) => html("li", {}, html("a", { href: linkTo(other) }, `${other}`), ...summary.peaks[other].slice(0, 2).map((id) => tokenChip(names, id)), html("span", {}, score.toFixed(2)))));
-  const together = html("div", {}, html("h4", {}, "Fires together with"), latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, in the tokens sampled."));
+  const neighbours = html(
+    "ol",
+    { class: "neighbours" },
+    ...latent.neighbours.map(([other, score]) =>
+      html(
+        "li",
+        {},
+        html("a", { href: linkTo(other) }, `${other}`),
+        ...summary.peaks[other].slice(0, 2).map((id) => tokenChip(names, id)),
+        html("span", {}, score.toFixed(2)),
+      ),
+    ),
+  );
+  const together = html(
+    "div",
+    {},
+    html("h4", {}, "Fires together with"),
+    latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, in the tokens sampled."),
+  );
   panels.append(html("div", { class: "stack" }, html("div", {}, html("h4", {}, "Activations when active"), chart), together));
-  if (latent.promoted.length) panels.append(html("div", { class: "effect-pair" }, tokenTable("Promotes", latent.promoted, names), tokenTable("Suppresses", latent.suppressed, names)));
+  if (latent.promoted.length)
+    panels.append(
+      html(
+        "div",
+        { class: "effect-pair" },
+        tokenTable("Promotes", latent.promoted, names),
+        tokenTable("Suppresses", latent.suppressed, names),
+      ),
+    );
   article.append(panels, contextList("Strongest contexts", "The contexts of highest activation.", latent.top, names, maximum));
-  if (latent.sampled.length) article.append(contextList("Across the range", "Drawn evenly from all other contexts in which it fires, from strong to weak.", latent.sampled, names, maximum));
+  if (latent.sampled.length)
+    article.append(
+      contextList(
+        "Across the range",
+        "Drawn evenly from all other contexts in which it fires, from strong to weak.",
+        latent.sampled,
+        names,
+        maximum,
+      ),
+    );
   const edges = latent.histogram.map((_, i) => (latent.end * i) / latent.histogram.length).concat(latent.end);
-  drawResponsive(chart, (width, height) => drawHistogram(width, height, { edges, counts: latent.histogram }, { label: `Histogram of activations, up to ${formatNumber(maximum)}`, xTitle: "Activation", yTitle: "Tokens", unit: "tokens", colour: "var(--a0)" }))();
+  drawResponsive(chart, (width, height) =>
+    drawHistogram(
+      width,
+      height,
+      { edges, counts: latent.histogram },
+      {
+        label: `Histogram of activations, up to ${formatNumber(maximum)}`,
+        xTitle: "Activation",
+        yTitle: "Tokens",
+        unit: "tokens",
+        colour: "var(--a0)",
+      },
+    ),
+  )();
   return heading;
 }
