@@ -1,14 +1,16 @@
-"""What `thresher store info|verify|sample` print."""
+"""The output of `thresher store info|verify|sample`."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from tqdm import tqdm
 
+from ...core.config import Config, parse_arguments, to_config
 from ...core.errors import ConfigError, ModelError, StoreError
 from ..format.layout import ITEM_BYTES, arrays_of
 from .reader import ActivationStore
@@ -16,49 +18,38 @@ from .reader import ActivationStore
 FAULTS_FOUND = 1
 
 
+class StoreConfig(Config, frozen=True):
+    """Options of `info` and `verify`."""
+
+    path: Annotated[str, Meta(description="The store's folder or URL.")]
+
+
+class SampleConfig(StoreConfig, frozen=True):
+    """Options of `sample`."""
+
+    contexts: Annotated[int, Meta(ge=0, description="How many contexts to print.")] = 3
+    seed: Annotated[int, Meta(ge=0, description="Seed of the choice of contexts.")] = 0
+    tokenizer: Annotated[str | None, Meta(description="Tokenizer to decode with (default: the store's own).")] = None
+
+
 def run_command(arguments: list[str]) -> int:
     """Run `info PATH`, `verify PATH` or `sample PATH [--contexts N] [--seed N] [--tokenizer PATH]`."""
     action, rest = arguments[0], arguments[1:]
-    known: dict[str, tuple[str, ...]] = {"info": (), "verify": (), "sample": ("contexts", "seed", "tokenizer")}
+    known: dict[str, type[StoreConfig]] = {"info": StoreConfig, "verify": StoreConfig, "sample": SampleConfig}
     if action not in known:
         raise ConfigError(f"no action '{action}'; expected one of: {', '.join(known)}")
     if not rest or rest[0].startswith("-"):
         raise ConfigError(f"`thresher store {action}` needs the path of a store")
-    options = _options(rest[1:], known[action])
-    store = ActivationStore.open(rest[0], verify="always")
+    other, options = parse_arguments(known[action], rest[1:])
+    if other is not None:
+        raise ConfigError(f"unexpected '{other}'; expected one store and options, --key value")
+    config = to_config(known[action], {"path": rest[0]} | options, "command line")
+    store = ActivationStore.open(config.path, verify="always")
     if action == "verify":
         return verify(store)
-    if action == "info":
-        print("\n".join(describe(store)))
-    else:
-        print("\n".join(sample(store, options)))
+    lines = sample(store, config) if isinstance(config, SampleConfig) else describe(store)
+    print("\n".join(lines))
     return 0
-
-
-def _options(arguments: list[str], known: tuple[str, ...]) -> dict[str, str]:
-    options = {}
-    rest = iter(arguments)
-    for argument in rest:
-        key, given, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or key not in known:
-            raise ConfigError(
-                f"unexpected '{argument}'; known options: {', '.join('--' + name for name in known) or 'none'}"
-            )
-        text = value if given else next(rest, None)
-        if text is None:
-            raise ConfigError(f"--{key} needs a value")
-        options[key] = text
-    return options
-
-
-def _integer(options: dict[str, str], key: str, default: int) -> int:
-    try:
-        number = int(options.get(key, default))
-    except ValueError:
-        raise ConfigError(f"expected a whole number for --{key}, got '{options[key]}'") from None
-    if number < 0:
-        raise ConfigError(f"expected --{key} of at least 0, got {number}")
-    return number
 
 
 def describe(store: ActivationStore) -> list[str]:
@@ -69,7 +60,7 @@ def describe(store: ActivationStore) -> list[str]:
         for key, file in record.files.items():
             name = key.rsplit("/", 1)[0]
             files[name] = files.get(name, 0) + file.bytes
-    state = "complete" if store.complete else "unfinished: start its harvest again to resume it"
+    state = "complete" if store.complete else "unfinished: run its harvest again to resume it"
     held_out = int(store.held_out_contexts().sum())
     n_shards = len(store.manifest.shards)
     n_bytes = sum(files.values())
@@ -117,12 +108,12 @@ def verify(store: ActivationStore) -> int:
     return FAULTS_FOUND if faults else 0
 
 
-def sample(store: ActivationStore, options: dict[str, str]) -> list[str]:
+def sample(store: ActivationStore, config: SampleConfig) -> list[str]:
     """Return some contexts as text, with the norms of their rows at each hook point."""
-    n = min(_integer(options, "contexts", 3), store.n_contexts)
-    rng = np.random.default_rng(_integer(options, "seed", 0))
+    n = min(config.contexts, store.n_contexts)
+    rng = np.random.default_rng(config.seed)
     held_out = store.held_out_contexts()
-    tokenizer = _tokenizer(store, options.get("tokenizer"))
+    tokenizer = _tokenizer(store, config.tokenizer)
     lines = []
     for context in np.sort(rng.choice(store.n_contexts, n, replace=False)).tolist():
         start, stop = context * store.context_size, (context + 1) * store.context_size

@@ -75,8 +75,12 @@ def test_sample_shows_no_text_of_a_tokenizer_that_is_made_up(
         (["look", "x"], "error: no action 'look'; expected one of: info, verify, sample"),
         (["info"], "error: `thresher store info` needs the path of a store"),
         (["info", "nowhere"], "error: no activation store at 'nowhere'"),
-        (["sample", "{}", "--rows", "3"], "error: unexpected '--rows'; known options: --contexts, --seed, --tokenizer"),
-        (["sample", "{}", "--contexts", "many"], "error: expected a whole number for --contexts, got 'many'"),
+        (["sample", "{}", "--rows", "3"], "error: command line: unknown key 'rows'; known keys: contexts"),
+        (
+            ["sample", "{}", "--contexts", "many"],
+            "error: command line: contexts: expected an integer of at least 0, got",
+        ),
+        (["info", "{}", "other"], "error: unexpected 'other'; expected one store and options"),
     ],
 )
 def test_mistakes_are_one_line(
