@@ -1,4 +1,4 @@
-"""The `thresher store` subcommand: look into a store, check it, show some of it."""
+"""The `thresher store` subcommand: describe, verify or sample a store."""
 
 from __future__ import annotations
 

@@ -8,5 +8,5 @@ import google_crc32c
 
 
 def crc32c(data: Any, initial: int = 0) -> int:
-    """Return the CRC-32C of bytes or of a contiguous NumPy array, going on from `initial`."""
+    """Return the CRC-32C of bytes or of a contiguous NumPy array, continued from `initial`."""
     return google_crc32c.extend(initial, data)

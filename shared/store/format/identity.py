@@ -1,4 +1,4 @@
-"""What identifies a store's content, wherever it lies: its layout and the checksums of its shards."""
+"""The identity of a store's content, independent of its path: a digest of its layout and its shards' checksums."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class StoreIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, manifest: Manifest, n_shards: int | None = None) -> StoreIdentity:
-        """Return the identity of a store, or of its first shards, as far as it is committed.
+        """Return the identity of a store's committed shards, or of the first `n_shards` of them.
 
-        Paths and descriptions have no part in it: a store that was moved is the same store.
+        Paths and metadata do not count: a store that was moved has the same identity.
         """
         header: dict[str, Any] = msgspec.to_builtins(manifest.header)
         layout = {key: value for key, value in sorted(header.items()) if key not in _NOT_CONTENT}

@@ -1,7 +1,4 @@
-"""The store's layout: which arrays and files it holds, and how rows fall into chunks and shards.
-
-`docs/FORMAT.md` is normative; this module is its arithmetic.
-"""
+"""The layout of a store: its arrays and files, and how rows are divided into chunks and shards (docs/FORMAT.md)."""
 
 from __future__ import annotations
 
@@ -124,7 +121,7 @@ class ArrayLayout:
 
 
 def arrays_of(header: Header) -> tuple[ArrayLayout, ...]:
-    """Return every Zarr array of a store, hook points first, in the order they are written."""
+    """Return all Zarr arrays of a store, in the order in which they are written: hook points first."""
     rows = (header.chunk_rows, header.shard_rows)
     arrays = []
     for name, d_in in header.hook_points.items():
@@ -159,13 +156,13 @@ def provenance_key(shard: int) -> str:
 
 
 def shard_keys(header: Header, shard: int) -> list[str]:
-    """Return the files that a shard consists of, by path in the store."""
+    """Return the paths of a shard's files within the store."""
     keys = [array.shard_key(shard) for array in arrays_of(header)]
     return [*keys, statistics_key(shard), provenance_key(shard)]
 
 
 def choose_chunk_rows(widest_row_bytes: int, context_size: int, chunk_bytes: int) -> int:
-    """Choose a chunk's rows: near `chunk_bytes`, and commensurate with contexts where possible."""
+    """Return the rows per chunk: close to `chunk_bytes`, and a multiple or divisor of a context if possible."""
     target = max(1, chunk_bytes // widest_row_bytes)
     if context_size <= target:
         return target // context_size * context_size
@@ -174,7 +171,7 @@ def choose_chunk_rows(widest_row_bytes: int, context_size: int, chunk_bytes: int
 
 
 def choose_shard_rows(chunk_rows: int, context_size: int, widest_row_bytes: int, shard_bytes: int) -> int:
-    """Choose a shard's rows: the multiple of chunk and context nearest below `shard_bytes`, at least one."""
+    """Return the rows per shard: the largest multiple of chunk and context within `shard_bytes`, at least one."""
     unit = math.lcm(chunk_rows, context_size)
     return unit * max(1, shard_bytes // (unit * widest_row_bytes))
 
@@ -199,7 +196,7 @@ def make_header(
     shard_bytes: int,
     has_roles: bool = False,
 ) -> Header:
-    """Return the header of a new store, its values checked."""
+    """Return the header of a new store; raise `ConfigError` for a value that is not acceptable."""
     if not hook_points:
         raise ConfigError("expected at least one hook point to store, got none; name the hook points and their widths")
     for name, d_in in hook_points.items():

@@ -1,7 +1,7 @@
-"""The manifest: JSON lines, appended one per committed shard, each checksummed with all before it.
+"""The manifest: lines of JSON, each with a checksum that covers all lines up to it.
 
-Lines are `{"entry": ..., "crc32c": "8 hex digits"}`: a header, the shards in order, and, when the store is
-complete, a last line. A line without its newline was cut off by a kill and does not count.
+Lines are `{"entry": ..., "crc32c": "8 hex digits"}`: the header, one per committed shard in order, and a last one when
+the store is complete. A last line without newline was cut off by a kill and does not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Checksum = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
 class FileRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A file's size and checksum: of a shard's footer, of any other file's whole content."""
+    """A file's size, and the checksum of its content or, for a shard file, of its footer."""
 
     bytes: Count
     crc32c: Checksum
@@ -33,7 +33,7 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shard", tag_field="type"):
-    """A committed shard of every array, and the files that go with it, by path in the store."""
+    """A committed shard: its files by path in the store."""
 
     shard: Count
     contexts: Size
@@ -43,7 +43,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Completion(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="complete", tag_field="type"
 ):
-    """The store is whole: its totals, and the files that were written last."""
+    """The last line of a complete store: its totals, and the files that were written last."""
 
     shards: Count
     contexts: Count
@@ -56,7 +56,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct):
-    """What a manifest says. `n_bytes` counts its whole lines; `checksum` is the last line's."""
+    """A parsed manifest. `n_bytes` is the size of its complete lines, `checksum` that of the last one."""
 
     header: Header
     shards: list[ShardRecord] = []
@@ -72,7 +72,7 @@ class Manifest(msgspec.Struct):
 
 
 def encode_line(entry: Header | ShardRecord | Completion, previous: int) -> tuple[bytes, int]:
-    """Return an entry's line and its checksum, which goes on from the previous line's."""
+    """Return an entry's line and its checksum, continued from the previous line's."""
     packed = msgspec.json.encode(entry)
     checksum = crc32c(packed, previous)
     return b'{"entry":%b,"crc32c":"%08x"}\n' % (packed, checksum), checksum
@@ -82,8 +82,8 @@ def read_manifest(store: Path) -> Manifest | None:
     """Return a store's manifest, or None while it has no header yet.
 
     Raises:
-        MissingFileError: nothing is there.
-        StoreError: what is there is no store, or its manifest is damaged.
+        MissingFileError: the path does not exist.
+        StoreError: it is not a store, or its manifest is damaged.
     """
     path = store / MANIFEST
     try:
@@ -98,7 +98,7 @@ def read_manifest(store: Path) -> Manifest | None:
 
 
 def manifest_of(location: Path | StoreUrl, content: bytes) -> Manifest | None:
-    """Return what the bytes of a store's manifest say, as `parse_manifest` does; its errors name the store."""
+    """Parse a store's manifest by `parse_manifest`; errors name the store."""
     try:
         return parse_manifest(content)
     except StoreError as error:
@@ -106,7 +106,7 @@ def manifest_of(location: Path | StoreUrl, content: bytes) -> Manifest | None:
 
 
 def parse_manifest(content: bytes) -> Manifest | None:
-    """Return what the manifest's bytes say, or None if no whole line is there."""
+    """Parse a manifest; return None if it has no complete line."""
     *lines, torn = content.split(b"\n")
     if not lines:
         return None
@@ -131,7 +131,7 @@ def parse_manifest(content: bytes) -> Manifest | None:
 
 
 def parse_line(line: bytes, previous: int, number: int) -> tuple[Header | ShardRecord | Completion, int]:
-    """Return a line's entry and its checksum, which goes on from the previous line's; raise `StoreError` if it errs."""
+    """Return a line's entry and checksum, which continues `previous`; raise `StoreError` if the line is damaged."""
     try:
         raw = bytes(msgspec.json.decode(line, type=_Line).entry)
         checksum = crc32c(raw, previous)
@@ -157,7 +157,7 @@ def _check_header(header: Header) -> None:
 
 
 def _add(manifest: Manifest, entry: Header | ShardRecord | Completion, number: int) -> None:
-    """Add an entry, which must be the next one."""
+    """Add an entry; raise `StoreError` if it cannot follow the entries before it."""
     per_shard = manifest.header.contexts_per_shard
     if manifest.completion is not None or isinstance(entry, Header):
         raise StoreError(f"line {number}: nothing may follow the last line, and no second header")

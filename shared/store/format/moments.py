@@ -14,7 +14,7 @@ SINGLE_THREADED_DOT = 8192
 
 @dataclass(frozen=True)
 class Moments:
-    """Exact moments of rows: `M2` sums squared deviations from the mean, `sum_norm` Euclidean norms."""
+    """Exact moments of rows: `M2` is the sum of squared deviations from the mean, `sum_norm` of Euclidean norms."""
 
     count: int
     mean: Float64[np.ndarray, " d_in"]

@@ -1,4 +1,4 @@
-"""Where each row came from: one Parquet file a shard, one line per run of a document in a context."""
+"""Provenance: the document and position of each row, as one Parquet file per shard with one line per run of rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of rows with one document and consecutive positions; -1 stands for what is not known."""
+    """Runs of rows of one document with consecutive positions; -1 means unknown."""
 
     context: np.ndarray
     held_out: np.ndarray
@@ -46,7 +46,7 @@ def find_segments(
     held_out: np.ndarray,
     first_context: int,
 ) -> Segments:
-    """Return the runs of contexts `first_context` and on; -1 marks an unknown document or position."""
+    """Return the runs of some contexts, the first of which has number `first_context`; -1 means unknown."""
     n, size = documents.shape
     starts = np.ones((n, size), dtype=bool)
     step = np.where(positions[:, :-1] < 0, 0, 1)
@@ -69,7 +69,7 @@ def join_segments(parts: list[Segments]) -> Segments:
 
 
 def encode_segments(segments: Segments, info: Mapping[int, tuple[int, str]]) -> bytes:
-    """Return a shard's Parquet file. `info` gives a document's hash and name where they are known."""
+    """Return a shard's Parquet file. `info` maps documents to (hash, name), where known."""
     described = [info.get(int(document), (None, None)) for document in segments.document]
     hashes = [part[0] for part in described]
     columns = [
@@ -91,7 +91,7 @@ def encode_segments(segments: Segments, info: Mapping[int, tuple[int, str]]) -> 
 
 
 def _numbers(values: Any, dtype: Any = np.int64, known: np.ndarray | None = None) -> pa.Array:
-    """Return integers as an Arrow array, null where they are not known."""
+    """Return integers as an Arrow array, with null where `known` is false."""
     values = np.ascontiguousarray(values, dtype=dtype)
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [_bits(known), pa.py_buffer(values)])
 
@@ -115,7 +115,7 @@ def _is_known(values: list[Any]) -> np.ndarray:
 
 
 def _bits(values: np.ndarray | None) -> pa.Buffer | None:
-    """Return booleans as Arrow packs them."""
+    """Return booleans as an Arrow bitmap."""
     return None if values is None else pa.py_buffer(np.packbits(values, bitorder="little"))
 
 
@@ -124,7 +124,7 @@ def decode_segments(content: bytes) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"no provenance table: {error}") from None
+        raise StoreError(f"not a provenance table: {error}") from None
     if table.schema.names != SCHEMA.names:
         raise StoreError(f"expected provenance columns {', '.join(SCHEMA.names)}; got {', '.join(table.schema.names)}")
     return table

@@ -1,4 +1,4 @@
-"""What each row of a store is: the codes of its `roles` array (docs/FORMAT.md)."""
+"""The roles of rows: the codes of a store's `roles` array (docs/FORMAT.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ N_ROLES = len(ROLE_NAMES)
 
 
 def role_codes(names: Sequence[str]) -> tuple[int, ...]:
-    """Return the codes of roles that rows can be limited to, in increasing order.
+    """Return the codes of roles to which a reader can be limited, in increasing order.
 
     Raises:
         ConfigError: a name is not one of `ROLE_NAMES`, or it is `placed`, whose rows are always masked.

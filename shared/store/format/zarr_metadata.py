@@ -51,7 +51,7 @@ def array_metadata(array: ArrayLayout, header: Header, n_rows: int) -> dict[str,
 
 
 def shuffle_of(array: ArrayLayout) -> str:
-    """Return blosc's filter: what compressed an array of its kind best (docs/FORMAT.md)."""
+    """Return blosc's filter: the one that compressed this kind of array best (docs/FORMAT.md)."""
     if array.dtype == "int8":
         return "noshuffle"
     return "shuffle" if array.codec == "zstd" and array.width is not None else "bitshuffle"
@@ -67,7 +67,7 @@ def block_bytes_of(array: ArrayLayout) -> int:
 def metadata_files(header: Header, n_rows: int) -> dict[str, bytes]:
     """Return the content of every `zarr.json`, by its path in the store.
 
-    `n_rows` is 0 until the store is complete, so no Zarr reader takes half a store for a whole one.
+    `n_rows` is 0 until the store is complete, so that no Zarr reader mistakes an unfinished store for a complete one.
     """
     arrays = {array.name: array_metadata(array, header, n_rows) for array in arrays_of(header)}
     nodes: dict[str, Any] = dict(arrays)
@@ -77,7 +77,7 @@ def metadata_files(header: Header, n_rows: int) -> dict[str, bytes]:
         "zarr_format": 3,
         "node_type": "group",
         "attributes": {"thresher": msgspec.to_builtins(header)},
-        # Consolidated, so that Zarr readers find the arrays without listing the store's other files.
+        # Consolidated, so that Zarr readers find the arrays without listing the store's files.
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes},
     }
     documents = {f"{name}/zarr.json": node for name, node in nodes.items()} | {"zarr.json": group}

@@ -1,7 +1,7 @@
-"""Effects on the disk in an order that survives a kill or a power cut at any moment.
+"""Writing to disk in an order that survives a kill or a power failure at any moment.
 
-Files are written under temporary names, flushed, renamed, and only then named in the manifest.
-Tests set `observer` to see, or die at, each step, and replace `flush`, which is slow.
+Files are written under temporary names, flushed, renamed, and only then named in the manifest. Tests set `observer` to
+record each step or to die before it, and replace `flush`, which is slow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ flush = os.fsync
 
 
 def announce(step: str) -> None:
-    """Tell the tests' observer that `step` is about to happen."""
+    """Call the tests' observer before a step."""
     if observer is not None:
         observer(step)
 
@@ -42,7 +42,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and flush its content; its name is not yet safe."""
+    """Write a file and flush its content, but not its folder: the name may be lost in a power failure."""
     announce(f"write {path.name}")
     with path.open("wb") as file:
         file.write(content)
@@ -50,7 +50,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def stage(folder: Path, key: str, content: bytes) -> Path:
-    """Write what will be `key` in the store, flushed, into a folder of temporary files; return where it lies."""
+    """Write the content of `key` to a folder of temporary files, flushed; return the file's path."""
     make_folder(folder)
     path = folder / temporary_name(key)
     write_synced(path, content)
@@ -58,13 +58,13 @@ def stage(folder: Path, key: str, content: bytes) -> Path:
 
 
 def close(file: IO[bytes]) -> None:
-    """Close a file that is given up, even where a full disk refuses what is still in its buffer."""
+    """Close a file whose content no longer matters, even if a full disk refuses to take its buffer."""
     with suppress(OSError):
         file.close()
 
 
 def move_into_place(moves: Iterable[tuple[Path, Path]]) -> None:
-    """Rename flushed files to their final names, then flush the folders that changed."""
+    """Rename flushed files, given as (source, target), then flush the folders of the targets."""
     folders = {}
     for source, target in moves:
         announce(f"rename {target.name}")
@@ -75,7 +75,7 @@ def move_into_place(moves: Iterable[tuple[Path, Path]]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each safe on disk."""
+    """Create a folder and its parents, and flush each to disk."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -85,32 +85,32 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all in it, if it is there."""
+    """Remove a folder and everything in it, if it exists."""
     announce(f"remove {path.name}")
     shutil.rmtree(path, ignore_errors=True)
 
 
 def temporary_name(key: str) -> str:
-    """Return the name, in a folder of temporary files, of what will be `key` in the store."""
+    """Return the name that `key` has in a folder of temporary files."""
     return key.replace("/", "~")
 
 
 def lock(file: IO[bytes], store: Path | StoreUrl, shared: bool = False) -> None:
-    """Lock the manifest for this process, or share it with its group, until the file is closed.
+    """Lock the manifest for this process, or share the lock with its group, until the file is closed.
 
-    Raises `StoreBusyError` if another process has it.
+    Raises `StoreBusyError` if another process holds the lock.
     """
     try:
         fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise StoreBusyError(
-            f"another process is writing to the store '{store}'; wait until it ends, or name another path"
+            f"another process is writing to the store '{store}'; wait until it ends, or choose another path"
         ) from None
 
 
 @contextmanager
 def disk_errors(store: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do."""
+    """Turn errors of the operating system into errors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -118,9 +118,9 @@ def disk_errors(store: Path) -> Iterator[None]:
             raise
         if error.errno in FULL:
             raise DiskSpaceError(
-                f"the disk of the store '{store}' is full; what is committed stays readable: "
-                "make room and start the same command again"
+                f"the disk of the store '{store}' is full; the committed shards stay readable: "
+                "free some space and run the same command again"
             ) from error
         raise StoreError(
-            f"cannot write the store '{store}': {error.strerror or error}; mend that and start again"
+            f"cannot write the store '{store}': {error.strerror or error}; fix this and run the command again"
         ) from error

@@ -1,4 +1,4 @@
-"""Whether the processes of a group live: each holds a lock on a file of its own until it ends, however it ends."""
+"""Detect which processes of a group are alive: each holds a lock on its own file, which the kernel releases on exit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import IO
 from ...core.errors import RankError
 from .durable import close, make_folder
 
-SHARED_FOLDER = "put it on a file system that all machines share: so name the store, or the cache of one that has a URL"
+SHARED_FOLDER = "choose a store path (or, for a URL, a `cache` folder) on a file system that all machines share"
 
 
 class LivenessLock:
-    """This process's own lock, and the files of those it watches."""
+    """This process's lock, and the lock files of the ranks that it watches."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         make_folder(folder)
@@ -24,7 +24,7 @@ class LivenessLock:
         self._others: dict[int, IO[bytes]] = {}
 
     def watch(self, ranks: Iterable[int]) -> None:
-        """Begin to watch ranks, which have their locks by now."""
+        """Start to watch ranks, which must hold their locks already."""
         for rank in ranks:
             try:
                 self._others[rank] = (self._folder / _name(rank)).open("rb")
@@ -35,7 +35,7 @@ class LivenessLock:
                 ) from None
 
     def gone(self) -> list[int]:
-        """Return the watched ranks that have ended: their locks are free."""
+        """Return the watched ranks that have exited."""
         gone = []
         for rank, file in self._others.items():
             try:
@@ -46,7 +46,7 @@ class LivenessLock:
         return gone
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         for file in (self._own, *self._others.values()):
             close(file)
 

@@ -1,4 +1,4 @@
-"""Which files a store is read from: a folder's, or an object store's with their copies."""
+"""Open the files of a store for reading: in a folder, or in an object store through a cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..local.store_files import LocalFiles, StoreFiles
 
 
 def open_files(location: Path | StoreUrl, cache: str | Path | None, cache_bytes: int | None) -> StoreFiles:
-    """Return the files of a store in a folder or an object store, whose shards are copied to `cache`."""
+    """Return the files of a store in a folder or an object store; shards of the latter are copied to `cache`."""
     if isinstance(location, Path):
         return LocalFiles(location)
     from ..remote.cache import CacheFolder

@@ -1,4 +1,4 @@
-"""Keep a tokenizer with a store, so that its tokens can be read where the model is not."""
+"""Save a tokenizer with a store and load it again, so that its tokens can be decoded without the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 CONFIG = "tokenizer_config.json"
 OF_LOADING = ("name_or_path", "is_local", "local_files_only")
-"""What transformers writes into the configuration that depends on where the tokenizer was loaded from."""
+"""Keys that transformers writes and that depend on where the tokenizer was loaded from."""
 
 
 def serialise_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Return the files that `save_pretrained` writes, by name; they do not depend on where it was loaded from."""
+    """Return the files of `save_pretrained` by name, without the keys that depend on where it was loaded from."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
@@ -33,7 +33,7 @@ def serialise_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
 
 
 def load_stored_tokenizer(store: ActivationStore, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer that a store keeps, or return None if it keeps none.
+    """Load a store's tokenizer, or return None if the store has none.
 
     Its `name_or_path` is the digest of its files. Raises `StoreError` if they are damaged, `ModelError` if they cannot
     be loaded.

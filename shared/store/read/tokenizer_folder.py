@@ -1,4 +1,4 @@
-"""The tokenizer's files that a store keeps beside its arrays, named and checksummed by its metadata."""
+"""The tokenizer's files in a store's folder, which its metadata lists with a digest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..local.store_files import StoreFiles
 
 
 def describe_tokenizer(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the metadata of a store that keeps these files in its tokenizer folder."""
+    """Return the metadata keys that describe these tokenizer files."""
     return {"tokenizer_files": sorted(files), "tokenizer_digest": _digest(files)}
 
 
@@ -22,9 +22,9 @@ def tokenizer_key(name: str) -> str:
 
 
 def read_tokenizer_files(files: StoreFiles, metadata: Mapping[str, Any]) -> dict[str, bytes] | None:
-    """Return the content of the tokenizer's files by name, or None if the store keeps none.
+    """Return the content of the tokenizer's files by name, or None if the store has none.
 
-    Raises `StoreError` if they are not those that the metadata names.
+    Raises `StoreError` if they are not those that the metadata describes.
     """
     names, digest = metadata.get("tokenizer_files"), metadata.get("tokenizer_digest")
     if not names or not digest:

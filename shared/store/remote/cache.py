@@ -1,8 +1,9 @@
-"""Copies of remote shards in a local folder of bounded size, which several processes share.
+"""A cache of remote shards: copies in a local folder of bounded size, shared by several processes.
 
-A copy is written under a temporary name, checked, and renamed, so a file under its own name is whole. Each copy has
-a lock file (`flock`), so that it is fetched once, and the folder has one, under which room is made: the copies used
-longest ago go first, by their modification time, which every use sets anew.
+A copy is written under a temporary name, checked and renamed, so a file under its final name is complete; copies are
+not flushed, because each is checked again before use. Each copy has a lock file (`flock`), so that it is downloaded
+once. The folder has another one, which is held while the least recently used copies are removed; every use of a copy
+sets its modification time.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ COPIES, PARTS, LOCKS = "shards", "partial", "locks"
 
 
 class CacheFolder:
-    """At most `limit` bytes of copies in `folder`, temporary files included."""
+    """At most `limit` bytes of copies in `folder`, including temporary files."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder
         self.limit = limit
 
     def path(self, owner: str, key: str) -> Path:
-        """Return where the copy of a file of one store is, if it is there."""
+        """Return the path that the copy of a store's file has, whether it exists or not."""
         return self.folder / COPIES / _flat(owner, key)
 
     def touch(self, path: Path) -> None:
@@ -38,9 +39,9 @@ class CacheFolder:
     def fetch(
         self, owner: str, key: str, n_bytes: int, is_good: Callable[[Path], bool], write: Callable[[Path], None]
     ) -> Path | None:
-        """Return a copy that `is_good`, made by `write` if need be; None if there is no room even without the others.
+        """Return a copy that `is_good`, downloaded by `write` if needed; None if `limit` leaves no room for it.
 
-        `write` fills a file of `n_bytes` and raises what is wrong with it.
+        `write` fills a file of `n_bytes`, and raises an error if its content is wrong.
         """
         target = self.path(owner, key)
         with self._disk_errors(), self._locked(target.name):
@@ -62,13 +63,13 @@ class CacheFolder:
         return target
 
     def trim(self) -> None:
-        """Remove what is beyond the bound, which may be lower than it was."""
+        """Remove copies until the cache is within `limit`, which may be lower than in an earlier run."""
         if self.folder.is_dir():
             with self._disk_errors(), self._locked("folder"):
                 self._make_room(0)
 
     def _reserve(self, part: Path, n_bytes: int) -> bool:
-        """Make room for a file and take it by a file of that length with nothing in it; say whether there is any."""
+        """Make room for a file and reserve it by an empty file of that length; return whether that was possible."""
         with self._locked("folder"):
             part.unlink(missing_ok=True)
             if not self._make_room(n_bytes):
@@ -79,7 +80,7 @@ class CacheFolder:
         return True
 
     def _make_room(self, n_bytes: int) -> bool:
-        """Remove what was used longest ago until so many bytes more are within the bound; say whether they can be."""
+        """Remove the least recently used copies until `n_bytes` more fit; return whether they do."""
         entries = sorted(self._entries(), key=lambda entry: entry[0])
         excess = sum(size for _, size, _ in entries) + n_bytes - self.limit
         evictable = [entry for entry in entries if entry[2].parent.name == COPIES or not self._in_use(entry[2])]
@@ -103,7 +104,7 @@ class CacheFolder:
                     yield status.st_mtime, status.st_size, path
 
     def _in_use(self, part: Path) -> bool:
-        """Tell whether a temporary file is being written: its writer holds its lock."""
+        """Return whether a temporary file is being written: its writer then holds its lock."""
         try:
             with self._locked(part.name, wait=False):
                 return False
@@ -119,8 +120,8 @@ class CacheFolder:
                 raise
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskSpaceError(
-                    f"the disk of the cache '{self.folder}' is full; make room, or allow the cache less "
-                    f"than its {self.limit} bytes (cache_bytes, THRESHER_CACHE_BYTES)"
+                    f"the disk of the cache '{self.folder}' is full; free some space, or set the cache's limit "
+                    f"below {self.limit} bytes (cache_bytes, THRESHER_CACHE_BYTES)"
                 ) from error
             raise StoreError(f"cannot write the cache '{self.folder}': {error.strerror or error}") from error
 

@@ -1,8 +1,8 @@
-"""One writer at a time for a store in an object store: a lease, renewed while its owner lives.
+"""The lease of a store in an object store: one writer at a time, as long as it renews the lease.
 
-The lease is an object that is made, renewed and taken over by conditional puts, so that of several writers one gets
-it. It keeps others from starting in vain; what keeps the store whole is that each manifest is put on the condition
-that the one before it is still there.
+The lease is an object that is created, renewed and taken over by conditional puts, so only one of several writers gets
+it. It stops a second writer early. What keeps the store consistent is that each manifest is put on the condition that
+the previous one is still there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RENEW_SECONDS = 30.0
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
-    """Who writes: the object's content. Times are seconds since 1970, by the owner's clock."""
+    """The lease's holder: the content of the object. Times are seconds since 1970, by the holder's clock."""
 
     token: str
     host: str
@@ -39,8 +39,8 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 class Lease:
     """The right to write a store, held from `acquire` to `release`.
 
-    A killed writer's lease is taken over at once by one on the same machine with the same staging folder, which is
-    locked and so proves that the other is gone, and by any other once it has expired.
+    After a writer was killed, another one takes over its lease: at once on the same machine with the same staging
+    folder, whose lock proves that the first one has exited; elsewhere when the lease has expired.
     """
 
     def __init__(self, remote: RemoteStore, staging: Path) -> None:
@@ -59,7 +59,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="store-lease", daemon=True)
 
     def acquire(self) -> None:
-        """Take the lease; raise `StoreBusyError` if another has it."""
+        """Take the lease; raise `StoreBusyError` if another writer holds it."""
         try:
             self._renew()
         except ChangedObjectError:
@@ -74,15 +74,15 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `StoreBusyError` if another writer took the lease over."""
+        """Raise `StoreBusyError` if another writer took over the lease."""
         if self._lost is not None:
             raise StoreBusyError(
-                f"another process took over the store '{self._remote.url}' while this one did not answer; "
-                "let it finish, or stop it and start again"
+                f"another process took over the store '{self._remote.url}' while this one could not renew its lease; "
+                "let it finish, or stop it, and run the same command again"
             )
 
     def release(self) -> None:
-        """Give the lease back."""
+        """Give up the lease."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -108,7 +108,7 @@ class Lease:
                 continue
 
     def _check_gone(self, content: bytes) -> None:
-        """Raise `StoreBusyError` unless the owner of a lease is known to be gone."""
+        """Raise `StoreBusyError` unless the holder of the lease is known to have exited."""
         try:
             other = msgspec.json.decode(content, type=Owner)
         except msgspec.DecodeError:
@@ -118,5 +118,5 @@ class Lease:
         if left > 0 and not same_staging:
             raise StoreBusyError(
                 f"another process is writing to the store '{self._remote.url}': {other.process} on {other.host}; wait "
-                f"until it ends; if it was killed, start again in {left:.0f} seconds or remove the object '{LEASE}'"
+                f"until it ends; if it was killed, run again in {left:.0f} seconds or remove the object '{LEASE}'"
             )

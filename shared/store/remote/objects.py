@@ -1,7 +1,7 @@
-"""The objects of one store in an object store: got by range, put whole, tried again when a connection drops.
+"""The objects of one store in an object store: read by range, written whole, retried when a connection drops.
 
-obstore talks to S3, Google Cloud Storage and Azure alike, and takes endpoint, region and credentials from each
-one's standard environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and so on).
+obstore supports S3, Google Cloud Storage and Azure, and reads endpoint, region and credentials from the standard
+environment variables of each (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and so on).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ...core.errors import ConfigError, MissingFileError, StoreError, Unreachabl
 from ...core.location import StoreUrl
 
 ATTEMPTS = 5
-"""Tries of a request before it is given up; obstore's own, which do not see a body cut short, come before."""
+"""Attempts per request; within each, obstore retries by itself, but does not notice a truncated body."""
 FIRST_PAUSE = 0.2
-"""Seconds before the second try; they double with each one, up to 10."""
+"""Seconds before the second attempt; the pause doubles with each one, up to 10."""
 CLIENT_RETRIES = 3
 PIECE_BYTES = 8 << 20
-"""Bytes of one request of a large object: what a dropped connection can cost."""
+"""Bytes per request of a large object: the most that a dropped connection makes us read again."""
 PIECES_AT_ONCE = 4
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ _REFUSED = re.compile(r"status code: 4(?!08|29)\d\d")
 
 
 class ChangedObjectError(StoreError):
-    """An object is not the version it was expected to be: someone else wrote it."""
+    """An object does not have the expected version: another process wrote it."""
 
 
 class RemoteStore:
@@ -46,7 +46,7 @@ class RemoteStore:
 
     Raises:
         ConfigError: obstore is not installed, or the URL or the environment is not acceptable.
-        UnreachableError: a request failed for good; the message names the object and the reason.
+        UnreachableError: a request failed after all attempts, or was refused; the message says which and why.
     """
 
     def __init__(self, url: StoreUrl) -> None:
@@ -87,11 +87,11 @@ class RemoteStore:
             ) from None
 
     def get(self, key: str, n_bytes: int | None = None) -> bytes:
-        """Return a small object, which is not read if it does not have `n_bytes`.
+        """Return a small object.
 
         Raises:
-            MissingFileError: it is not there.
-            StoreError: it has another size.
+            MissingFileError: the object does not exist.
+            StoreError: its size is not `n_bytes`; it is then not downloaded.
         """
 
         def attempt() -> bytes:
@@ -106,7 +106,7 @@ class RemoteStore:
         return self._again(f"read '{key}'", attempt)
 
     def get_version(self, key: str) -> tuple[bytes, Any]:
-        """Return a small object and the version that `replace` takes."""
+        """Return a small object and its version, for `replace`."""
 
         def attempt() -> tuple[bytes, Any]:
             result = self._obstore.get(self._store, key)
@@ -116,11 +116,11 @@ class RemoteStore:
         return self._again(f"read '{key}'", attempt)
 
     def size(self, key: str) -> int:
-        """Return an object's bytes; raise `MissingFileError` if it is not there."""
+        """Return an object's size in bytes; raise `MissingFileError` if it does not exist."""
         return self._again(f"read '{key}'", lambda: self._obstore.head(self._store, key)["size"])
 
     def get_range(self, key: str, start: int, length: int) -> Any:
-        """Return some of an object's bytes as a buffer."""
+        """Return `length` bytes of an object, from `start` on, as a buffer."""
 
         def attempt() -> Any:
             found = self._obstore.get_range(self._store, key, start=start, length=length)
@@ -131,7 +131,7 @@ class RemoteStore:
         return self._again(f"read '{key}'", attempt)
 
     def download(self, key: str, n_bytes: int, file: int, progress: Callable[[int], object] | None = None) -> None:
-        """Write an object of known size to an open file; what has come is not asked for again after a drop."""
+        """Download an object of known size into an open file; after a dropped connection only the missing pieces."""
 
         def piece(start: int) -> None:
             length = min(PIECE_BYTES, n_bytes - start)
@@ -152,15 +152,15 @@ class RemoteStore:
                 raise
 
     def put(self, key: str, content: bytes | Path) -> None:
-        """Write a whole object, which replaces any other at once or not at all."""
+        """Write an object; it replaces an existing one atomically."""
         options: Any = {"chunk_size": PIECE_BYTES, "max_concurrency": PIECES_AT_ONCE}
         self._again(f"write '{key}'", lambda: self._obstore.put(self._store, key, content, **options))
 
     def replace(self, key: str, content: bytes, version: Any) -> Any:
-        """Write a small object if it still is `version`, or is not there if that is None; return its new version.
+        """Write a small object if its version is still `version` (None: it does not exist); return the new version.
 
         Raises:
-            ChangedObjectError: it is another one.
+            ChangedObjectError: it has another version.
         """
         errors = self._obstore.exceptions
         mode: Any = "create" if version is None else {name: part for name, part in version.items() if part is not None}
@@ -171,21 +171,21 @@ class RemoteStore:
         except UnreachableError as error:
             if not isinstance(error.__cause__, (errors.AlreadyExistsError, errors.PreconditionError)):
                 raise
-            # The answer to a try that succeeded may have been lost.
+            # An earlier attempt may have succeeded although its answer was lost.
             found, now = self.get_version(key)
             if found == content:
                 return now
             raise ChangedObjectError(f"'{self.url}': '{key}' was changed by someone else") from error.__cause__
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, if it exists."""
         try:
             self._again(f"remove '{key}'", lambda: self._obstore.delete(self._store, key))
         except MissingFileError:
             pass
 
     def is_empty(self, but: str = "") -> bool:
-        """Tell whether there is no object below the URL `but` one."""
+        """Return whether there is no object below the URL, except possibly `but`."""
 
         def attempt() -> bool:
             return all(meta["path"] == but for page in self._obstore.list(self._store, chunk_size=8) for meta in page)
@@ -207,7 +207,7 @@ class RemoteStore:
         raise AssertionError
 
     def _is_final(self, error: Exception) -> bool:
-        """Tell whether another try would end alike: the server refuses, other than for being busy."""
+        """Return whether another attempt is pointless: the server refused the request, and not because it is busy."""
         return isinstance(error, (FileNotFoundError, *self._final)) or bool(_REFUSED.search(str(error)))
 
     def _error(self, what: str, error: Exception, tries: int) -> UnreachableError | MissingFileError:
@@ -221,13 +221,13 @@ class RemoteStore:
                 f"cannot {what} in '{self.url}': {why}; check the credentials in the environment "
                 f"({_CREDENTIALS[self.url.scheme]})"
             )
-        attempts = f"after {tries} tries" if tries > 1 else "for good"
+        attempts = f" {tries} times" if tries > 1 else ""
         return UnreachableError(
-            f"cannot {what} in '{self.url}': given up {attempts} ({_reason(error)}); start again to resume"
+            f"cannot {what} in '{self.url}': failed{attempts} ({_reason(error)}); run the same command again to resume"
         )
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error says in one line, shortened, without obstore's view of its own insides."""
+    """Return an error's message in one line of at most 300 characters, without obstore's debug output."""
     text = " ".join(str(error).split()).partition(" Debug source:")[0] or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

@@ -1,4 +1,4 @@
-"""Which shards of a store a process makes: all that are left, or, of several ranks, every so many of them."""
+"""Which shards of a store a process makes: all that are missing, or with several ranks every n-th of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ShardAssignment:
-    """One rank's part of what is not yet in the store: a pure function of what was there when the ranks began.
+    """One rank's part of the missing shards: a pure function of the store's state when the ranks started.
 
-    `n_committed` counts contexts, `staged` gives the contexts of each shard that waits to be committed.
+    `n_committed` is the number of committed contexts, `staged` the number of contexts of each staged shard.
     """
 
     contexts_per_shard: int
@@ -21,11 +21,11 @@ class ShardAssignment:
 
     @property
     def n_done(self) -> int:
-        """Contexts that nobody needs to make again."""
+        """The number of contexts that are committed or staged."""
         return self.n_committed + sum(self.staged.values())
 
     def owns(self, shard: int) -> bool:
-        """Tell whether the shard is this rank's to make: of those left, in order, every `world`-th."""
+        """Return whether this rank makes the shard: every `world`-th of the missing ones, in order."""
         first = self.n_committed // self.contexts_per_shard
         if shard < first or shard in self.staged:
             return False
@@ -33,7 +33,7 @@ class ShardAssignment:
         return left_before % self.world == self.rank
 
     def first_context(self, context: int) -> int:
-        """Return the first context, from `context` on, that is this rank's to make."""
+        """Return the first context, from `context` on, that this rank makes."""
         context = max(context, self.n_committed)
         shard = context // self.contexts_per_shard
         while not self.owns(shard):
@@ -41,7 +41,7 @@ class ShardAssignment:
         return max(context, shard * self.contexts_per_shard)
 
     def parts(self, start: int, stop: int) -> list[range]:
-        """Return the longest runs of contexts in [start, stop) that are this rank's to make."""
+        """Return the contexts in [start, stop) that this rank makes, as maximal runs."""
         runs = []
         while (first := self.first_context(start)) < stop:
             start = min(stop, (first // self.contexts_per_shard + 1) * self.contexts_per_shard)

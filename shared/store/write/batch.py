@@ -1,4 +1,4 @@
-"""A batch that a caller appends: checked as a whole, as the bits that will be stored."""
+"""A batch that a caller appends: converted to the stored bits, and checked before any of it is stored."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..format.roles import N_ROLES, PLACED
 
 
 class Batch:
-    """A batch that was checked as a whole before any of it is stored."""
+    """Some contexts of activations, tokens, roles and provenance, after all checks."""
 
     def __init__(self, n: int, rows: dict[str, np.ndarray]) -> None:
         self.n = n
         self.rows = rows
         self.lasting = False
-        """Whether nobody will change the rows, so that they need not be copied."""
+        """Whether the caller will never change the rows, so that they need not be copied."""
         self.tokens: np.ndarray | None = None
         self.roles: np.ndarray | None = None
         self.held_out = np.zeros(n, dtype=bool)

@@ -83,7 +83,7 @@ def test_a_full_disk_keeps_what_is_committed(tmp_path: Path) -> None:
 
     durable.observer = fill_up
     try:
-        with pytest.raises(DiskSpaceError, match="is full; what is committed stays readable"):
+        with pytest.raises(DiskSpaceError, match="is full; the committed shards stay readable"):
             write(tmp_path / "s", rows)
     finally:
         durable.observer = None

@@ -43,7 +43,7 @@ def write(path: Path) -> None:
 @pytest.mark.long
 def test_a_disk_that_is_really_full_keeps_what_is_committed(small_disk: Path, tmp_path: Path) -> None:
     (small_disk / "other").write_bytes(bytes(200_000))
-    with pytest.raises(DiskSpaceError, match="is full; what is committed stays readable"):
+    with pytest.raises(DiskSpaceError, match="is full; the committed shards stay readable"):
         write(small_disk / "s")
     store = ActivationStore.open(small_disk / "s")
     assert not store.complete

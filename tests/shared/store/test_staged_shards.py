@@ -307,7 +307,7 @@ def test_while_one_rank_lives_every_other_writer_of_its_objects_is_refused(s3, o
     writers = open_ranks(url, 2)
     with pytest.raises(StoreBusyError, match=f"another process is writing to the store '{url}'; wait"):
         write_plain(url)
-    with pytest.raises(StoreBusyError, match=r"another process is writing .* start again in 1[12]\d seconds"):
+    with pytest.raises(StoreBusyError, match=r"another process is writing .* run again in 1[12]\d seconds"):
         write_plain(url, cache=tmp_path / "elsewhere")
     release(writers[:1])
     write_plain(url, cache=tmp_path / "elsewhere")

@@ -269,7 +269,7 @@ def test_only_one_writer_and_only_of_the_same_store(s3, tmp_path):
         busy = str(writer.path)
         with pytest.raises(StoreBusyError, match="another process is writing"):
             ActivationStoreWriter(busy, WIDTHS, CONTEXT)
-        with pytest.raises(StoreBusyError, match=r"another process is writing .*start again in 1[12]\d seconds"):
+        with pytest.raises(StoreBusyError, match=r"another process is writing .*run again in 1[12]\d seconds"):
             ActivationStoreWriter(busy, WIDTHS, CONTEXT, cache=tmp_path / "elsewhere")
     with pytest.raises(StoreError, match=f"'{url}' was begun with codec = 'lz4', now asked for 'none'"):
         write(url, "none")
