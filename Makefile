@@ -25,7 +25,7 @@ harvest: $(READY)  ## run a model once, write its activations: make harvest CONF
 train: $(READY)  ## train a sweep from a store: make train CONFIG=configs/train/demo.toml
 	$(BIN)/thresher train $(or $(CONFIG),configs/train/demo.toml) $(ARGS)
 
-evaluate: $(READY)  ## judge the SAEs: make evaluate CONFIG=configs/evaluate/demo.toml
+evaluate: $(READY)  ## evaluate the SAEs: make evaluate CONFIG=configs/evaluate/demo.toml
 	$(BIN)/thresher evaluate $(or $(CONFIG),configs/evaluate/demo.toml) $(ARGS)
 
 demo: $(READY)  ## the whole pipeline on the bundled model and real text
@@ -64,7 +64,7 @@ bench: $(READY)  ## the benchmarks on this machine, on the demo's store; results
 	for script in harvest_overhead store_read store_codecs store_chunks train_shuffle train_stream train_step marginal_cost evaluate_offline feature_index; do \
 	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-bench-peers: $(READY) $(PEERS)/.ready  ## steps, a sweep of eight and the quality of SAEs beside the peer libraries'
+bench-peers: $(READY) $(PEERS)/.ready  ## steps, a sweep of eight and the quality of SAEs beside those of other libraries
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 384 --d-sae 3072
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288 --architecture batch_topk
@@ -76,10 +76,10 @@ bench-peers: $(READY) $(PEERS)/.ready  ## steps, a sweep of eight and the qualit
 bench-gpu: $(READY)  ## time the GPU kernels and steps against their floors
 	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
 
-bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, beside the peer libraries
+bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, beside other libraries
 	$(BIN)/python benchmarks/gpu_step.py --peers $(PEERS)/bin/python $(ARGS)
 
-test-peers: $(READY) $(PEERS)/.ready  ## the tests that ask the peer libraries, in an environment of their own
+test-peers: $(READY) $(PEERS)/.ready  ## the tests that need other libraries, in an environment of their own
 	$(BIN)/python -m pytest -m peers $(ARGS)
 
 check: $(READY)  ## lint, format and type checks; changes nothing
@@ -87,7 +87,7 @@ check: $(READY)  ## lint, format and type checks; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-format: $(READY)  ## format and mend what ruff can
+format: $(READY)  ## format, and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
