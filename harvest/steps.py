@@ -97,7 +97,7 @@ def run_model(
     ):
         for number, (batch, activations, seconds) in enumerate(passes):
             if number == 0 and assignment.rank == 0:
-                rows_per_second = assignment.world * workers * batch.tokens.size / seconds
+                rows_per_second = assignment.n_ranks * workers * batch.tokens.size / seconds
                 report_estimate(config, plan.widths, config.n_contexts - assignment.n_done, rows_per_second)
             for part in assignment.parts(batch.first, batch.stop):
                 append(writer, batch, activations, slice(part.start - batch.first, part.stop - batch.first))

@@ -17,7 +17,7 @@ class ShardAssignment:
     n_committed: int
     staged: Mapping[int, int] = field(default_factory=dict)
     rank: int = 0
-    world: int = 1
+    n_ranks: int = 1
 
     @property
     def n_done(self) -> int:
@@ -25,12 +25,12 @@ class ShardAssignment:
         return self.n_committed + sum(self.staged.values())
 
     def owns(self, shard: int) -> bool:
-        """Return whether this rank makes the shard: every `world`-th of the missing ones, in order."""
+        """Return whether this rank makes the shard: every `n_ranks`-th of the missing ones, in order."""
         first = self.n_committed // self.contexts_per_shard
         if shard < first or shard in self.staged:
             return False
         left_before = shard - first - sum(staged < shard for staged in self.staged)
-        return left_before % self.world == self.rank
+        return left_before % self.n_ranks == self.rank
 
     def first_context(self, context: int) -> int:
         """Return the first context, from `context` on, that this rank makes."""

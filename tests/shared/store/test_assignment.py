@@ -61,7 +61,7 @@ def test_one_process_makes_all_that_is_not_committed():
     assignment = ShardAssignment(contexts_per_shard=4, n_committed=8)
     assert assignment.parts(0, 8) == []
     assert assignment.parts(5, 21) == [range(8, 21)]
-    assert ShardAssignment(4, 8, {3: 4}, rank=0, world=2).parts(0, 40) == [
+    assert ShardAssignment(4, 8, {3: 4}, rank=0, n_ranks=2).parts(0, 40) == [
         range(8, 12),
         range(20, 24),
         range(28, 32),
