@@ -291,7 +291,9 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
         capture = capture_on_cuda if device.type == "cuda" else None
         schedule = Schedule(1000, size.batch, 1, 0.0)
         try:
-            trainer = SaeTrainer(config, size.d_in, normalization, schedule, fused, device=device, capture=capture)
+            trainer = SaeTrainer(
+                config, size.d_in, normalization, schedule, fused.Triton(), device=device, capture=capture
+            )
             if options.rehearse and name not in REHEARSED:
                 continue
             numbers: dict[str, Any] = {}

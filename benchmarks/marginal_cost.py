@@ -16,7 +16,6 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from thresher.shared.core.cores import on_cores
 from thresher.train.architectures import make_config
 from thresher.train.architectures.parts.latents import encoded_bias
 from thresher.train.kernels import kernels_for
-from thresher.train.kernels.cpu import row_blocks
+from thresher.train.kernels.cpu.encode import row_blocks
 from thresher.train.kernels.cpu.topk import topk_of_rows
 from thresher.train.lockstep import prepare, step_all
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
@@ -48,9 +47,7 @@ class Grouped:
             own = self.W_enc[self.parts[index]]
             own.copy_(trainer.W_enc_compute)
             trainer.W_enc_compute = trainer.optimizer.copies["W_enc"] = own
-            names = {name: getattr(trainer.kernels, name) for name in dir(trainer.kernels) if not name.startswith("_")}
-            select = partial(self.select_topk, index)
-            trainer.kernels = SimpleNamespace(**names | {"select_topk": select})
+            trainer.kernels.select_topk = partial(self.select_topk, index)  # type: ignore[method-assign]
 
     def encode(self, x: torch.Tensor, k: int) -> None:
         """Choose the k largest latents of each SAE in each row."""

@@ -140,7 +140,7 @@ def check_choice(rows: torch.Tensor, options: argparse.Namespace) -> dict[str, f
     exact = torch.topk(rows.double() @ W.double().T + b_enc, options.k, dim=1).indices.sort(1).values
     kernels = kernels_for("cpu")
     chosen = {"bfloat16": kernels.select_topk(rows.bfloat16(), W.bfloat16(), b_enc, options.k)}
-    screened = kernels.screened_topk(rows, W, b_enc, b_dec, options.k)
+    screened = cpu_screen.screened_topk(rows, W, b_enc, b_dec, options.k)
     if screened is not None:
         chosen["screened"] = screened
     differs = {name: (latents.sort(1).values != exact).any(1) for name, (_, latents) in chosen.items()}

@@ -20,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from thresher.train.kernels.csc import MAX_SEGMENT
 from thresher.train.kernels.triton import adam as optimizer
 from thresher.train.kernels.triton import feature_major, select, threshold, token_major
-from thresher.train.kernels.triton.csc import MAX_SEGMENT
 from thresher.train.kernels.triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)

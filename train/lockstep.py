@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..shared.core.cores import by_blocks, on_cores
+from ..shared.core.cores import on_cores
 from ..shared.store import ActivationStore
 from .architectures.contract import SINGLE_PROCESS, Batch, Number
 from .config import TrainConfig
@@ -17,7 +17,7 @@ from .parallel.layout import Layout
 from .plan import Plan
 from .step.sae_trainer import SaeTrainer
 from .step.step_graphs import capture_on_cuda
-from .stream.normalization import Normalization, normalization_across, normalization_at, scale_of
+from .stream.normalization import normalization_across, normalization_at, scale_of
 
 
 def make_trainers(
@@ -92,28 +92,8 @@ def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
         if key not in prepared:
             rows = _side_by_side(batch, reads)
             dtype, normalization = trainer.W_enc_compute.dtype, trainer.normalization
-            if rows.is_cuda and hasattr(trainer.kernels, "normalise") and isinstance(normalization.scale, float):
-                x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
-            elif rows.is_cpu:
-                x, x_compute = _normalise(rows, normalization, dtype)
-            else:
-                x = normalization.apply(rows)
-                x_compute = x.to(dtype)
+            x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
             target = trainer.normalization.target
             y = None if target is None else target.apply(_side_by_side(batch, writes))
             prepared[key] = Batch(x, x_compute, y)
     return prepared
-
-
-def _normalise(rows: Tensor, normalization: Normalization, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return rows normalised in float32 and a copy in the compute dtype, made block by block."""
-    x = torch.empty(rows.shape, dtype=torch.float32)
-    x_compute = x if dtype is torch.float32 else torch.empty(rows.shape, dtype=dtype)
-
-    def normalise(block: slice) -> None:
-        x[block] = normalization.apply(rows[block])
-        if x_compute is not x:
-            x_compute[block] = x[block]
-
-    by_blocks(normalise, len(rows))
-    return x, x_compute

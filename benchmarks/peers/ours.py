@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from thresher.train.architectures import make_config
 from thresher.train.kernels import kernels_for
+from thresher.train.kernels.backend import Backend
 from thresher.train.lockstep import prepare, step_all
 from thresher.train.memory import keep_freed_memory
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
 
 OPERATIONS = (
-    "select_topk",
-    "screened_topk",
-    "select_threshold",
+    "largest_of_rows",
+    "entries_above",
+    "largest_of_batch",
     "pre_activations",
-    "to_csc",
+    "values_at",
     "grad_values",
     "decode",
     "sum_by_latent",
@@ -29,7 +29,8 @@ OPERATIONS = (
 
 
 class Thresher:
-    """`SaeTrainer.step` on inputs that are normalised already; `seconds` adds up what each operation took."""
+    """`SaeTrainer.step` on inputs that are normalised already; `seconds` adds up what each operation took, those
+    that it called included."""
 
     def __init__(self, architecture: str, d_in: int, options: Any, dtype: torch.dtype = torch.bfloat16):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -46,9 +47,10 @@ class Thresher:
         step = self.trainer.optimizer.step
         self.trainer.optimizer.step = self._timing("optimizer", step)  # type: ignore[method-assign]
 
-    def _timed(self, kernels: Any) -> Any:
-        there = {name: getattr(kernels, name) for name in OPERATIONS if hasattr(kernels, name)}
-        return SimpleNamespace(**vars(kernels) | {name: self._timing(name, there[name]) for name in there})
+    def _timed(self, kernels: Backend) -> Backend:
+        for name in OPERATIONS:
+            setattr(kernels, name, self._timing(name, getattr(kernels, name)))
+        return kernels
 
     def _timing(self, name: str, operation: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:

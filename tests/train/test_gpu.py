@@ -132,7 +132,7 @@ def test_a_step_waits_for_the_device_only_to_look(table, capture):
     config = make_config(**table, dead_after_tokens=128)
     normalization = Normalization(torch.zeros(32), 1.0, 32.0)
     schedule = Schedule(1000, 128, 1, 0.5)
-    trainer = SaeTrainer(config, 32, normalization, schedule, fused, device="cuda", capture=capture)
+    trainer = SaeTrainer(config, 32, normalization, schedule, fused.Triton(), device="cuda", capture=capture)
     x = torch.randn(128, 32, device="cuda")
     batch = Batch(x, x.to(torch.bfloat16))
     steps = 0

@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...shared.sae import Sae
+from ..kernels.entries import Entries, batch_threshold, entries_of
 from ..stream.normalization import Normalization
-from .contract import SINGLE_PROCESS, Batch, Buffers, Collectives, Parameters, StepInput
+from .contract import SINGLE_PROCESS, Batch, Buffers, Parameters, StepInput
 from .parts.decoder_norms import NORM_TOLERANCE
-from .parts.latents import SparseLatents, csr_of, encoded_bias, sparse_at, sparse_within
+from .parts.latents import SparseLatents, encoded_bias, sparse_at, sparse_within
 from .registry import register
 from .topk import CompetingConfig, LargestConfig, TopK
 
 MOMENTUM = 0.95
-_SAMPLE = 1 << 16
 _LEAST_CAPACITY = 1024
 
 
@@ -52,12 +52,7 @@ class BatchTopK(TopK[L]):
         latents = within_room(step, parameters, batch, bias, k)
         if latents is None:
             pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
-            by_groups = step.across is SINGLE_PROCESS and hasattr(step.kernels, "largest_of_batch")
-            entries = step.kernels.largest_of_batch(pre_acts, k * len(pre_acts)) if by_groups else None
-            if entries is None:
-                lowest = batch_threshold(pre_acts, k * step.across.rows(len(pre_acts)), step.across)
-                entries = csr_of(pre_acts >= lowest)
-            latents = sparse_at(step, parameters, batch.x, bias, *entries)
+            latents = sparse_at(step, parameters, batch.x, bias, largest_of_all_ranks(step, pre_acts, k))
         positive = latents.pre_acts.where(latents.pre_acts > 0, torch.inf)
         smallest = positive.amin().float() if len(positive) else positive.new_full((), torch.inf, dtype=torch.float32)
         smallest, threshold = step.across.least(smallest), step.buffers["threshold"]
@@ -84,6 +79,15 @@ class BatchTopK(TopK[L]):
         return found
 
 
+def largest_of_all_ranks(step: StepInput, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Entries:
+    """Return which pre-activations here are among the `batch * k` largest positive ones of all ranks."""
+    n, across = len(pre_acts), step.across
+    if across is SINGLE_PROCESS:
+        return step.kernels.largest_of_batch(pre_acts, k * n)
+    n_kept, n_slices = k * across.rows(n), across.rows(n) // n
+    return entries_of(pre_acts >= batch_threshold(pre_acts, n_kept, n_slices, across.least, across.all_values))
+
+
 def within_room(
     step: StepInput, parameters: Parameters, batch: Batch, bias: Float[Tensor, " d_sae"], k: int
 ) -> SparseLatents | None:
@@ -92,35 +96,14 @@ def within_room(
     Candidates are those above a value that a sample of rows gives. Where they do not suffice, or do not fit, the step
     is not certified, and its room keeps it from changing anything.
     """
-    room, rows = step.room, len(batch.x)
-    if room is None or room.exact:
+    room, fixed_shapes, rows = step.room, step.kernels.fixed_shapes, len(batch.x)
+    if room is None or room.exact or fixed_shapes is None:
         if room is not None:
             room.waited = True
         return None
     x, W_enc = batch.x_compute, step.W_enc_compute
-    floor = step.kernels.batch_floor(x, W_enc, bias, k, 1 + room.margin / 4)
+    floor = fixed_shapes.batch_floor(x, W_enc, bias, k, 1 + room.margin / 4)
     capacity = min((1 + room.margin) * k * rows + _LEAST_CAPACITY, rows * len(bias))
-    chosen, _, certified = step.kernels.select_batch_topk(x, W_enc, bias, k, floor, capacity)
+    chosen, _, certified = fixed_shapes.select_batch_topk(x, W_enc, bias, k, floor, capacity)
     room.certify(certified)
     return sparse_within(step, parameters, batch.x, bias, chosen)
-
-
-def batch_threshold(
-    pre_acts: Float[Tensor, "batch d_sae"], n_kept: int, across: Collectives = SINGLE_PROCESS
-) -> Tensor:
-    """Return the `n_kept`-th largest pre-activation of all ranks, or the smallest positive one if fewer are positive.
-
-    A sample gives a bound that rarely fails to lie below it, so that only entries above that are ranked.
-    """
-    flat = pre_acts.reshape(-1)
-    stride = max(1, len(flat) // _SAMPLE)
-    sample = flat[::stride]
-    rank = 2 * n_kept * len(pre_acts) // across.rows(len(pre_acts)) // stride + 64
-    bound = sample.kthvalue(len(sample) - rank + 1).values if rank < len(sample) else flat.new_zeros(())
-    candidates = across.all_values(flat[flat >= across.least(bound).clamp_min(0)])
-    if len(candidates) < n_kept:
-        candidates = across.all_values(flat[flat > 0])
-    candidates = candidates[candidates > 0]
-    if len(candidates) <= n_kept:
-        return candidates.min() if len(candidates) else flat.new_full((), torch.inf)
-    return candidates.kthvalue(len(candidates) - n_kept + 1).values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from ..kernels.backend import Backend
+from ..kernels.gradient import Gradient
 from .capacity import EntryCapacity
 
 Parameters = dict[str, Tensor]
@@ -92,7 +95,7 @@ class StepInput:
     a step may be captured: the host's is then that of the capture.
     """
 
-    kernels: Any
+    kernels: Backend
     W_enc_compute: Float[Tensor, "d_sae d_in"]
     total_variance: float
     dead: Bool[Tensor, " d_sae"] | None = None
@@ -110,11 +113,12 @@ class StepInput:
 class StepOutput:
     """A step's gradients, the latents that fired, and its loss terms.
 
+    On a CPU, the gradients of `W_enc` and `W_dec` may be deferred (see `kernels/gradient.py`).
     `mse` is the mean over rows of the squared error; `loss` is what the gradients are of. Numbers may be
     float64 tensors of no dimensions, which the host then reads only when it needs to.
     """
 
-    gradients: Parameters
+    gradients: Mapping[str, Gradient]
     fired: Bool[Tensor, " d_sae"]
     loss: Number
     mse: Number

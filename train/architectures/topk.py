@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 from ...shared.core.errors import ConfigError, SaeError
 from ...shared.sae import Sae
 from ..config import SaeConfig
+from ..kernels.gradient import Gradient
 from ..stream.normalization import Normalization
 from .base import Architecture, check_number_of_latents
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.auxk import add_auxk
 from .parts.decoder_norms import has_unit_norms
 from .parts.dense import error_of, squared
-from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows
+from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows, scaled_gradients_of
 from .registry import register
 
 _WIDER = 4
@@ -133,8 +134,7 @@ class TopK(Architecture[L]):
         mse = squared(error) / len(x)
         scale = 2 / (len(x) * step.total_variance)
         by_pre_acts = torch.where(values > 0, latents.grad_values(error, parameters["W_dec"]).mul_(scale), 0)
-        x_compute = None if step.W_dec_compute is None else batch.x_compute
-        gradients = gradients_of(parameters, latents, x, error, values, by_pre_acts, step.across, x_compute, scale)
+        gradients = scaled_gradients_of(step, parameters, latents, batch, error, values, by_pre_acts, scale)
         terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
 
@@ -144,7 +144,7 @@ class TopK(Architecture[L]):
         batch: Batch,
         step: StepInput,
         latents: SparseLatents,
-        gradients: Parameters,
+        gradients: Mapping[str, Gradient],
         error: Tensor,
         terms: dict[str, Number],
         mse: Number,
@@ -160,6 +160,7 @@ class TopK(Architecture[L]):
                 step.dead,
                 self.k_aux,
                 self.aux_coefficient,
+                step.kernels.topk_of_rows,
                 step.across,
                 step.n_dead,
             )

@@ -1,36 +1,49 @@
-"""The sparse ops that every architecture trains with, and which device runs which of them.
+"""The operations that every architecture trains with, and which device runs which of them.
+
+`backend.py` is their contract.
 
 | backend | module | device |
 |---|---|---|
-| reference | `reference.py` | any: plain PyTorch, the oracle of the tests |
+| reference | `reference.py` | any: plain PyTorch, which the tests hold the others to |
 | cpu | `cpu/` | CPU: bf16 or int8 GEMM in row blocks, selection by groups, `embedding_bag` |
 | triton | `triton/` | CUDA: hand-written kernels, see docs/kernels.md |
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 
 from ...shared.core.errors import ConfigError
+from .backend import Backend
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
-def kernels_for(device: torch.device | str, backend: str = "auto") -> ModuleType:
-    """Return a device's module of `select_topk`, `decode`, `grad_values`, `grad_weights` and `sum_by_latent`.
+def kernels_for(device: torch.device | str, backend: str = "auto") -> Backend:
+    """Return the backend of a device: the one named, or for "auto" the device's own.
 
-    Raises `ConfigError` for a backend that does not exist or does not run there.
+    Raises:
+        ConfigError: there is no such backend, or it does not run on the device.
     """
-    return import_module(f".{backend_for(device, backend)}", __name__)
+    name = backend_for(device, backend)
+    if name == "cpu":
+        from .cpu import Cpu
+
+        return Cpu()
+    if name == "triton":
+        from .triton import Triton  # here, so that other backends work where Triton is not installed
+
+        return Triton()
+    from .reference import Reference
+
+    return Reference()
 
 
 def backend_for(device: torch.device | str, backend: str = "auto") -> str:
-    """Return which backend a device runs: the one asked for, or for "auto" its own.
+    """Return the name of the backend that `kernels_for` returns.
 
-    Raises `ConfigError` as `kernels_for` does.
+    Raises:
+        ConfigError: as `kernels_for` does.
     """
     kind = torch.device(device).type
     if backend not in BACKENDS:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from .cpu.topk import topk_of_rows
 
 
 def auxk_of_rows(
@@ -20,23 +17,23 @@ def auxk_of_rows(
     bias: Float[Tensor, " latents"],
     k_aux: int,
     weight: Float[Tensor, ""],
+    topk_of_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     squared: Callable[[Tensor], Tensor],
     only_largest: Callable[[Tensor, int], Tensor] = lambda values, k: values,
     over_latents: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what rows add to the squared error of `e_hat` and to the gradients of `W_dec`, `W_enc` and `b_enc`.
 
-    `error` is `-e` in the precise type; `x` and the matrices are in the type of the products. `weight` is the
-    derivative of the loss by half a squared error. A latent whose bias is minus infinity is left out. The encoder's
-    gradient is over `x` itself: what `b_dec` has to do with it is left to the caller. `squared` sums squares;
-    `only_largest` and `over_latents` bring in the latents of other ranks.
+    `error` is `-e` in the parameters' precision; `x` and the matrices are in the compute dtype. `weight` is the
+    derivative of the loss with respect to half a squared error. A latent whose bias is minus infinity is left out. The
+    gradient of the encoder is that over `x` itself: the caller adds the part that `b_dec` has in it. `topk_of_rows` is
+    the backend's and `squared` sums squares; `only_largest` and `over_latents` include the latents of other ranks.
     """
     pre_acts = torch.addmm(bias.to(x.dtype), x, W_enc.T)
     if len(bias) <= k_aux:
         acts = only_largest(pre_acts, k_aux).relu()
     else:
-        topk = topk_of_rows if pre_acts.is_cpu else partial(torch.topk, dim=1, sorted=False)
-        values, indices = topk(pre_acts, k_aux)
+        values, indices = topk_of_rows(pre_acts, k_aux)
         acts = torch.zeros_like(pre_acts).scatter_(1, indices, only_largest(values, k_aux).relu())
     difference = over_latents((acts @ W_dec).to(error.dtype)).add_(error)
     loss = squared(difference)

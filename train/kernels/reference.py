@@ -7,15 +7,17 @@ accumulate in float32 at least; they are written to be read, not to be fast.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .triton.adam import AdamState, DenseGradients, Hyperparameters
-    from .triton.csc import Csc
+from .backend import Backend
+from .cpu import topk
+from .csc import Csc
+from .entries import entries_of, torch_topk
+from .fused_state import AdamState, DenseGradients, Hyperparameters
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -53,9 +55,8 @@ def select_threshold(
     """Return, as CSR, the latents whose pre-activation is above `threshold`: ReLU at 0, JumpReLU at theta."""
     pre_acts = pre_activations(x, W_enc, b_enc)
     chosen = pre_acts > threshold
-    offsets = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
-    offsets[1:] = chosen.sum(1).cumsum(0)
-    return pre_acts[chosen], chosen.nonzero()[:, 1], offsets
+    indices, offsets = entries_of(chosen)
+    return pre_acts[chosen], indices, offsets
 
 
 def select_batch_topk(
@@ -93,6 +94,7 @@ def grad_values(
     W_dec: Float[Tensor, "d_sae d_in"],
     indices: Int[Tensor, " nnz"],
     offsets: Int[Tensor, " batch+1"],
+    csc: Any = None,
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry."""
     rows = rows_of(offsets, len(indices))
@@ -105,6 +107,7 @@ def grad_weights(
     offsets: Int[Tensor, " batch+1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
+    csc: Any = None,
 ) -> Float[Tensor, "d_sae d_in"]:
     """Return for each latent the sum of `values_j g[row_j]` over its entries; zero for an unused latent."""
     rows = rows_of(offsets, len(values))
@@ -113,7 +116,11 @@ def grad_weights(
 
 
 def sum_by_latent(
-    values: Float[Tensor, " nnz"], indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int
+    values: Float[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch+1"],
+    d_sae: int,
+    csc: Any = None,
 ) -> Float[Tensor, " d_sae"]:
     """Return the sum of each latent's values, as the gradients of biases and thresholds need it."""
     return wide(values).new_zeros(d_sae).index_add(0, indices.long(), wide(values))
@@ -125,6 +132,7 @@ def grad_weights_and_bias(
     offsets: Int[Tensor, " batch+1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
+    csc: Any = None,
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Return `grad_weights` and `sum_by_latent` of the same values."""
     return grad_weights(values, indices, offsets, g, d_sae), sum_by_latent(values, indices, offsets, d_sae)
@@ -197,6 +205,15 @@ def update(
     return norm
 
 
+def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int) -> None:
+    """Return None: the references do not sort entries."""
+
+
+def topk_of_rows(pre_acts: Float[Tensor, "batch n"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """Return each row's `k` largest entries and their columns, in any order; on a CPU as the cpu backend does."""
+    return topk.topk_of_rows(pre_acts, k) if pre_acts.is_cpu else torch_topk(pre_acts, k)
+
+
 def dequantise(
     values: Int8[Tensor, "rows d_in"],
     scales: Float[Tensor, " rows"],
@@ -208,8 +225,28 @@ def dequantise(
 
 
 def normalise(
-    rows: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"], factor: float, dtype: torch.dtype = torch.bfloat16
+    rows: Float[Tensor, "batch d_in"],
+    mean: Float[Tensor, " d_in"],
+    factor: float | Float[Tensor, " d_in"],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
     """Return `(rows - mean) * factor` in float32, and in the `dtype` that products read."""
     x = (rows.float() - mean) * factor
     return x, x.to(dtype)
+
+
+class Reference(Backend):
+    """Plain PyTorch on any device."""
+
+    name = "reference"
+    pre_activations = staticmethod(pre_activations)
+    select_topk = staticmethod(select_topk)
+    decode = staticmethod(decode)
+    grad_values = staticmethod(grad_values)
+    grad_weights = staticmethod(grad_weights)
+    grad_weights_and_bias = staticmethod(grad_weights_and_bias)
+    sum_by_latent = staticmethod(sum_by_latent)
+    to_csc = staticmethod(to_csc)
+    topk_of_rows = staticmethod(topk_of_rows)
+    normalise = staticmethod(normalise)
+    dequantise = staticmethod(dequantise)

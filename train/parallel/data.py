@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.contract import StepOutput
+from ..kernels.gradient import whole
 from .collectives import RankCollectives
 
 
@@ -30,7 +31,7 @@ class DataParallel(RankCollectives):
         device = output.fired.device
         packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers.values()])
         fired = output.fired.to(torch.uint8)
-        gradients = {name: gradient.contiguous() for name, gradient in output.gradients.items()}
+        gradients = {name: whole(gradient).contiguous() for name, gradient in output.gradients.items()}
         self.ranks.add(packed, *gradients.values())
         self.ranks.greatest(fired)
         packed /= self.ranks.n

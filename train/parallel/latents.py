@@ -17,9 +17,10 @@ from ...shared.core.errors import ConfigError
 from ..architectures.base import Architecture
 from ..architectures.batch_topk import BatchTopK
 from ..architectures.contract import Batch, Parameters, StepInput
-from ..architectures.parts.latents import SparseLatents, csr_of, encoded_bias, sparse_at
+from ..architectures.parts.latents import SparseLatents, encoded_bias, sparse_at
 from ..architectures.topk import TopK
 from ..config import SaeConfig
+from ..kernels.entries import Entries, entries_of
 from .collectives import RankCollectives
 
 _SHARDED = {"W_enc", "b_enc", "W_dec", "tokens_since_fired"}
@@ -107,9 +108,9 @@ class ShardedTopK(TopK):
         """Return the chosen entries that are here: the positive ones of the k largest of all ranks."""
         bias, k = encoded_bias(parameters), int(self.config.k or 0)
         acts, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, min(k, len(bias)))
-        places, offsets = csr_of(step.across.only_largest(acts, k) > 0)
+        columns, offsets = entries_of(step.across.only_largest(acts, k) > 0)
         rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())
-        return sparse_at(step, parameters, batch.x, bias, top[rows, places], offsets)
+        return sparse_at(step, parameters, batch.x, bias, Entries(top[rows, columns], offsets))
 
 
 class ShardedBatchTopK(BatchTopK):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from ..architectures.base import Architecture
 from ..architectures.contract import Number, Parameters
 from ..architectures.topk import TopK
+from ..kernels.backend import Backend
+from ..kernels.fused_state import TopKOptions
 
 if TYPE_CHECKING:
     from ..kernels.triton.topk_step import TopKStep
@@ -26,7 +28,7 @@ class FusedStep:
     @classmethod
     def of(
         cls,
-        kernels: Any,
+        kernels: Backend,
         architecture: Architecture,
         parameters: Parameters,
         total_variance: float,
@@ -34,11 +36,11 @@ class FusedStep:
         compute_dtype: torch.dtype,
     ) -> FusedStep | None:
         """Return the fused step, where kernels and architecture have one."""
-        if not hasattr(kernels, "TopKStep") or type(architecture) is not TopK or not architecture.unit_norm_decoder:
+        if kernels.fixed_shapes is None or type(architecture) is not TopK or not architecture.unit_norm_decoder:
             return None
         config, (beta1, beta2) = architecture.config, architecture.adam_betas
-        options = kernels.TopKOptions(
-            k=config.k,
+        options = TopKOptions(
+            k=int(config.k or 0),
             total_variance=total_variance,
             beta1=beta1,
             beta2=beta2,
@@ -48,7 +50,7 @@ class FusedStep:
             k_aux=architecture.k_aux,
             dead_after_tokens=dead_after_tokens,
         )
-        return cls(kernels.TopKStep(parameters, options, compute_dtype))
+        return cls(kernels.fixed_shapes.topk_step(parameters, options, compute_dtype))
 
     def __call__(self, x_compute: Tensor, n_dead: int) -> dict[str, Number]:
         """Take a step, with AuxK for at most `n_dead` dead latents; return its numbers, on the device."""

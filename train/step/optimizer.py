@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ...shared.core.cores import on_cores
 from ..architectures.base import Architecture
 from ..architectures.contract import SINGLE_PROCESS, Collectives, Parameters
+from ..kernels.gradient import Gradient, whole
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -45,7 +45,7 @@ class Optimizer:
         self.exp_avg_sq = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
-    def step(self, gradients: dict[str, Any], lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
+    def step(self, gradients: Mapping[str, Gradient], lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
         """Change the parameters in place; return the gradient's norm where it is clipped.
 
         Where `skip`, on the device, is 1, nothing is changed.
@@ -55,10 +55,11 @@ class Optimizer:
         """
         norm = None
         if self.clip_grad_norm:
-            gradients = {name: g if isinstance(g, Tensor) else g.dense() for name, g in gradients.items()}
+            tensors = {name: whole(gradient) for name, gradient in gradients.items()}
             for rows in self._row_blocks("W_dec"):
-                self._project(gradients["W_dec"][rows], rows)
-            norm = self._clip(gradients)
+                self._project(tensors["W_dec"][rows], rows)
+            norm = self._clip(tensors)
+            gradients = tensors
         for steps in self.steps.values():
             steps += 1 if skip is None else 1 - skip
 
@@ -71,7 +72,7 @@ class Optimizer:
         return norm
 
     def _step_block(
-        self, name: str, rows: slice, gradients: dict[str, Any], lr: float | Tensor, skip: Tensor | None
+        self, name: str, rows: slice, gradients: Mapping[str, Gradient], lr: float | Tensor, skip: Tensor | None
     ) -> None:
         unit_norm = name == "W_dec" and self.unit_norm_decoder
         gradient = gradients[name][rows]

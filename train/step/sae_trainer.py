@@ -16,6 +16,7 @@ from ..architectures.capacity import EntryCapacity
 from ..architectures.contract import SINGLE_PROCESS, Batch, Collectives, Number, Parameters, StepInput
 from ..architectures.parts.latents import SPARSE_BELOW
 from ..config import SaeConfig
+from ..kernels.backend import Backend
 from ..stream.normalization import Normalization
 from .fused_step import FusedStep
 from .host_polls import DeadLatentPoll
@@ -79,7 +80,7 @@ class SaeTrainer:
         d_in: int,
         normalization: Normalization,
         schedule: Schedule,
-        kernels: Any,
+        kernels: Backend,
         compute_dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         fuse: bool = True,
@@ -123,7 +124,7 @@ class SaeTrainer:
         self.fused_step: FusedStep | None = None
         if fuse and across is SINGLE_PROCESS:
             self._fuse(kernels, compute_dtype)
-        fixed = hasattr(kernels, "TopKStep") and across is SINGLE_PROCESS
+        fixed = kernels.fixed_shapes is not None and across is SINGLE_PROCESS
         self.dead_poll = DeadLatentPoll(self.dead_after_tokens) if fixed and self._revives_dead() else None
         self.room = EntryCapacity(self.device) if fixed and not self.fused_step else None
         # A subclass may do on the host what the class that says it is capturable does not.
@@ -136,7 +137,7 @@ class SaeTrainer:
             return self.fused_step.has_auxk
         return self.architecture.revives_dead
 
-    def _fuse(self, kernels: Any, compute_dtype: torch.dtype) -> None:
+    def _fuse(self, kernels: Backend, compute_dtype: torch.dtype) -> None:
         """Let parameters, moments and counters be those of the fused step, where there is one."""
         if not self.optimizer.unit_norm_decoder or self.optimizer.weight_decay:
             return

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Float32, Int8, Int64
 from torch import Tensor
 
+from ..kernels import kernels_for
+
 if TYPE_CHECKING:
     from ...shared.store import ActivationStore
 
@@ -37,11 +39,9 @@ def take_rows(rows: Rows, places: Int64[Tensor, " batch"]) -> Float[Tensor, "bat
     """Return some of a window's rows, in the store's dtype."""
     if isinstance(rows, Tensor):
         return rows.index_select(0, places)
-    from ..kernels.triton.dequantise import dequantise
-
     # Triton launches on the current device, which need not be the batches'.
     with torch.cuda.device_of(rows.values):
-        return dequantise(rows.values, rows.scales, places, rows.dtype)
+        return kernels_for(rows.values.device).dequantise(rows.values, rows.scales, places, rows.dtype)
 
 
 def used_here(rows: Rows | Tensor) -> None:

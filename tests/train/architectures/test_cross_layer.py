@@ -183,7 +183,7 @@ def test_gradients(rule, bias, kernels):
 
 @pytest.mark.parametrize(("rule", "bias"), [("standard", -2.5), ("batch_topk", 0.0)])
 def test_the_triton_kernels_give_the_same_step_in_their_interpreter(rule, bias):
-    triton = pytest.importorskip("thresher.train.kernels.triton")
+    triton = pytest.importorskip("thresher.train.kernels.triton").Triton()
     architecture, parameters, *rows = problem(bias=bias, **RULES[rule])
     parameters, (x, y) = {name: tensor.float() for name, tensor in parameters.items()}, (part.float() for part in rows)
     dead = torch.arange(N * D_SAE) % 6 == 1

@@ -9,7 +9,6 @@ per batch, or on scaled activations) in `tests/evaluate/metrics/test_reconstruct
 `..._is_noticed` make the mistake and expect the check to fail.
 """
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,15 +16,15 @@ import pytest
 import torch
 
 import thresher.train.architectures.jumprelu as jumprelu_module
-import thresher.train.architectures.parts.latents as latents_module
 import thresher.train.architectures.topk as topk_module
 import thresher.train.step.resampling as resampling_module
 from thresher.train.architectures import ARCHITECTURES, architectures_using, make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
 from thresher.train.architectures.matryoshka import MatryoshkaBatchTopK
 from thresher.train.architectures.parts.auxk import add_auxk
-from thresher.train.architectures.parts.latents import DenseLatents, sparse_at
+from thresher.train.architectures.parts.latents import DenseLatents
 from thresher.train.kernels import kernels_for
+from thresher.train.kernels.cpu import Cpu, topk_of_rows
 from thresher.train.step.optimizer import Optimizer
 from thresher.train.step.resampling import resample_dead_latents
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
@@ -114,7 +113,7 @@ def check_auxk_reconstructs_the_bare_residual(auxk):
     pre_acts = (x - parameters["b_dec"]) @ parameters["W_enc"][:4].T + parameters["b_enc"][:4]
     residual = pre_acts.relu() @ parameters["W_dec"][:4]
     gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    loss = auxk(gradients, parameters, Batch(x, x), parameters["W_enc"], -residual, dead, 4, 1.0)
+    loss = auxk(gradients, parameters, Batch(x, x), parameters["W_enc"], -residual, dead, 4, 1.0, topk_of_rows)
     assert loss < 1e-20
     assert all(gradient.abs().max() < 1e-9 for gradient in gradients.values())
 
@@ -399,9 +398,10 @@ def test_14_values_and_reconstructions_are_float32_where_the_encoder_is_bfloat16
 
 def test_14_values_in_bfloat16_are_noticed(monkeypatch):
     def rounded(*arguments):
-        latents = sparse_at(*arguments)
-        return replace(latents, pre_acts=latents.pre_acts.bfloat16().float())
+        entries = values_at(*arguments)
+        return entries._replace(pre_acts=entries.pre_acts.bfloat16().float())
 
-    monkeypatch.setattr(latents_module, "sparse_at", rounded)
+    values_at = Cpu.values_at
+    monkeypatch.setattr(Cpu, "values_at", rounded)
     with pytest.raises(AssertionError):
         check_values_are_float32_where_the_encoder_is_bfloat16()

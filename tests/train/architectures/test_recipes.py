@@ -7,7 +7,7 @@ from thresher.shared.core.errors import ConfigError
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
 from thresher.train.kernels import kernels_for
-from thresher.train.kernels import triton as fused
+from thresher.train.kernels.triton import Triton
 from thresher.train.step.optimizer import Optimizer
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
@@ -129,7 +129,7 @@ def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
     kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
     for decay, fuses in ((0.0, True), (0.1, False)):
         config = make_config(hook_point="h", d_sae=D_SAE, k=2, weight_decay=decay)
-        trainer = SaeTrainer(config, D_IN, kind, Schedule(9, 32, 2, 0.2), fused, torch.float32)
+        trainer = SaeTrainer(config, D_IN, kind, Schedule(9, 32, 2, 0.2), Triton(), torch.float32)
         assert (trainer.fused_step is not None) == fuses
 
 

@@ -8,7 +8,7 @@ import torch
 from thresher.shared.store.format.codecs import dequantise as store_dequantise
 from thresher.train.kernels import cpu, reference
 from thresher.train.kernels import triton as fused
-from thresher.train.kernels.triton.csc import to_csc
+from thresher.train.kernels.csc import to_csc
 from thresher.train.stream.normalization import Normalization
 
 

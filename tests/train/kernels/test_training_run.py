@@ -12,12 +12,13 @@ from thresher.train.architectures import make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.architectures.topk import TopK
 from thresher.train.checkpoints.checkpoint import load_state, save_state
-from thresher.train.kernels import reference
-from thresher.train.kernels import triton as fused
+from thresher.train.kernels.reference import Reference
+from thresher.train.kernels.triton import Triton
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
 from thresher.train.stream.normalization import Normalization
 
 D_IN, BATCH, N_STEPS = 24, 4, 4
+REFERENCE, FUSED = Reference(), Triton()
 NORMALIZATION = Normalization(torch.linspace(-1, 1, D_IN), 1.5, float(D_IN))
 
 
@@ -51,13 +52,13 @@ def states(trainer):
 
 
 def test_every_path_trains_the_same_and_the_fused_step_resumes_in_every_bit(device, tmp_path):
-    expected = make_trainer(reference, device)
+    expected = make_trainer(REFERENCE, device)
     assert expected.fused_step is None
     expected_metrics = train(expected)
     assert expected_metrics["auxk_loss"] > 0
-    ops = make_trainer(fused, device, fuse=False)
+    ops = make_trainer(FUSED, device, fuse=False)
     assert ops.fused_step is None
-    whole = make_trainer(fused, device)
+    whole = make_trainer(FUSED, device)
     assert whole.fused_step is not None
     train(whole, 2)
     save_state(tmp_path, "sae", 2, whole.state_dict())
@@ -70,7 +71,7 @@ def test_every_path_trains_the_same_and_the_fused_step_resumes_in_every_bit(devi
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         torch.testing.assert_close(getattr(sae, name), getattr(expected_sae, name), rtol=1e-3, atol=1e-5, msg=name)
 
-    resumed = make_trainer(fused, device)
+    resumed = make_trainer(FUSED, device)
     resumed.load_state_dict(load_state(tmp_path, "sae", 2))
     train(resumed)
     ended = states(whole)
@@ -79,9 +80,9 @@ def test_every_path_trains_the_same_and_the_fused_step_resumes_in_every_bit(devi
 
 
 def test_a_run_goes_on_by_another_path(device):
-    begun = make_trainer(reference, device)
+    begun = make_trainer(REFERENCE, device)
     train(begun, 1)
-    trainers = [make_trainer(reference, device), make_trainer(fused, device)]
+    trainers = [make_trainer(REFERENCE, device), make_trainer(FUSED, device)]
     for trainer in trainers:
         trainer.load_state_dict(begun.state_dict())
         train(trainer, 2)
@@ -91,18 +92,18 @@ def test_a_run_goes_on_by_another_path(device):
 
 @pytest.mark.gpu
 def test_in_bfloat16_two_runs_are_equal_and_near_the_references():
-    runs = [make_trainer(fused, "cuda", dtype=torch.bfloat16) for _ in range(2)]
+    runs = [make_trainer(FUSED, "cuda", dtype=torch.bfloat16) for _ in range(2)]
     metrics = [train(run) for run in runs]
     assert metrics[0] == metrics[1]
     first, second = (states(run) for run in runs)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    expected = make_trainer(reference, "cuda", dtype=torch.bfloat16)
+    expected = make_trainer(REFERENCE, "cuda", dtype=torch.bfloat16)
     assert metrics[0]["loss"] == pytest.approx(train(expected)["loss"], rel=0.05)
 
 
 @pytest.mark.gpu
 def test_divergence_is_noticed_when_the_host_asks():
-    trainer = make_trainer(fused, "cuda")
+    trainer = make_trainer(FUSED, "cuda")
     x = torch.full((BATCH, D_IN), float("nan"), device="cuda")
     trainer.step(Batch(x, x))
     trainer.step(Batch(x, x))
@@ -114,7 +115,7 @@ def test_divergence_is_noticed_when_the_host_asks():
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_trainers_memory_is_freed_with_it(device, fuse):
     """Without a cycle that only the garbage collector would find: a GPU's memory is full long before it runs."""
-    trainer = make_trainer(fused, device, fuse)
+    trainer = make_trainer(FUSED, device, fuse)
     train(trainer, 2)
     freed = [weakref.ref(thing) for thing in (trainer, trainer.parameters["W_dec"], trainer.W_enc_compute)]
     gc.collect()
@@ -127,7 +128,7 @@ def test_a_trainers_memory_is_freed_with_it(device, fuse):
 
 
 def test_the_fused_step_holds_each_matrix_in_bfloat16_once(device):
-    trainer = make_trainer(fused, device, dtype=torch.bfloat16)
+    trainer = make_trainer(FUSED, device, dtype=torch.bfloat16)
     gc.collect()
     shape = trainer.parameters["W_enc"].shape
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]

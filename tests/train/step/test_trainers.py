@@ -6,7 +6,7 @@ import torch
 
 from thresher.shared.core.cores import single_threaded_operators
 from thresher.train.architectures import make_config
-from thresher.train.kernels import cpu
+from thresher.train.kernels import kernels_for
 from thresher.train.lockstep import prepare, step_all
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
@@ -22,7 +22,7 @@ def test_steps_that_took_longest_come_first_and_are_told_in_the_order_of_the_swe
             6,
             Normalization(torch.zeros(6), 1.0, 6.0),
             Schedule(10, 8, 0, 0.0),
-            cpu,
+            kernels_for("cpu"),
         )
         for name in ("a", "b", "c")
     ]

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...kernels.entries import entries_of
 from ...stream.normalization import Normalization
 from ..batch_topk import MOMENTUM, BatchTopK, BatchTopKConfig
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..parts.decoder_norms import NORM_TOLERANCE
-from ..parts.latents import SparseLatents, count, csr_of
+from ..parts.latents import SparseLatents, count
 from ..registry import register
 from ..topk import CompetingConfig, TopK, TopKConfig
 from .auxk import add_auxk_across
@@ -96,9 +97,9 @@ class CrossLayerTopK(CrossLayerLargest[TopKConfig]):
             acts = torch.cat([acts for acts, _ in found], dim=1)
             largest = acts.topk(self.config.k, dim=1, sorted=False)
             kept = torch.zeros_like(acts, dtype=torch.bool).scatter_(1, largest.indices, largest.values > 0)
-            chosen = [csr_of(part) for part in kept.chunk(len(inputs), dim=1)]
+            chosen = [entries_of(part) for part in kept.chunk(len(inputs), dim=1)]
         else:
-            chosen = [csr_of(acts > 0) for acts, _ in found]
+            chosen = [entries_of(acts > 0) for acts, _ in found]
         latents = []
         for one, (_, top), (places, offsets) in zip(inputs, found, chosen, strict=True):
             rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())

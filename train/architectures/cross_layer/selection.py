@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ...kernels.entries import Entries, entries_of
 from ..contract import StepInput
-from ..parts.latents import DenseLatents, SparseLatents, csr_of, sparse_at
+from ..parts.latents import DenseLatents, SparseLatents, sparse_at
 from .layers import LayerInput, entries_above
 
 _SAMPLE_ENTRIES = 1 << 20
@@ -38,7 +39,7 @@ def entries_at(
     one: LayerInput, step: StepInput, indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " batch_plus_1"]
 ) -> SparseLatents:
     """Return chosen entries of a layer with their pre-activations in the parameters' precision."""
-    return sparse_at(step, {"W_enc": one.W_enc}, one.x, one.b_enc, indices, offsets)
+    return sparse_at(step, {"W_enc": one.W_enc}, one.x, one.b_enc, Entries(indices, offsets))
 
 
 def _bound(inputs: Sequence[LayerInput], step: StepInput, k: int) -> Float[Tensor, ""]:
@@ -61,7 +62,7 @@ def _above(one: LayerInput, step: StepInput, floor: Float[Tensor, ""]) -> Sparse
     threshold = floor.to(one.b_enc.dtype).expand(len(one.b_enc))
     some = entries_above(one, step, threshold)
     if isinstance(some, DenseLatents):
-        return entries_at(one, step, *csr_of(some.pre_acts > floor.to(some.pre_acts.dtype)))
+        return entries_at(one, step, *entries_of(some.pre_acts > floor.to(some.pre_acts.dtype)))
     return some
 
 

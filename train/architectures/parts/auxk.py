@@ -6,6 +6,8 @@ dead latents of each row decode, without `b_dec`, to `e_hat`, and `||e - e_hat||
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,15 +15,15 @@ from torch import Tensor
 from ....shared.core.cores import even_blocks, on_cores
 from ...architectures.contract import SINGLE_PROCESS, Collectives
 from ...kernels.auxk import auxk_of_rows
+from ...kernels.gradient import Gradient, add_rows, whole
 from ..contract import Batch, Number, Parameters
 from .dense import squared
-from .latents import add_to_rows
 
 _ROW_BLOCK = 1024
 
 
 def add_auxk(
-    gradients: Parameters,
+    gradients: Mapping[str, Gradient],
     parameters: Parameters,
     batch: Batch,
     W_enc_compute: Float[Tensor, "d_sae d_in"],
@@ -29,14 +31,15 @@ def add_auxk(
     dead: Bool[Tensor, " d_sae"],
     k_aux: int,
     coefficient: float,
+    topk_of_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     across: Collectives = SINGLE_PROCESS,
     n_dead: int | None = None,
 ) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
-    `error` is `x_hat - x`, the residual's opposite.
+    `error` is `x_hat - x`, the negative of the residual; `topk_of_rows` is the backend's.
     The products are dense over the dead latents, in the compute dtype, a block of rows at a time. With `n_dead`, which
-    must not be fewer than there are, shapes follow from that and nothing waits for the device.
+    must be at least the number of dead latents, shapes follow from it and nothing waits for the device.
     """
     latents = dead.nonzero().squeeze(1) if n_dead is None else torch.argsort((~dead).byte(), stable=True)[:n_dead]
     if not len(latents):
@@ -52,7 +55,7 @@ def add_auxk(
     def part_of(rows: slice) -> tuple[Tensor, ...]:
         x = batch.x_compute[rows]
         combine = across.only_largest, across.over_latents
-        return auxk_of_rows(x, error[rows], W_enc, W_dec, bias, k_aux, weight, squared, *combine)
+        return auxk_of_rows(x, error[rows], W_enc, W_dec, bias, k_aux, weight, topk_of_rows, squared, *combine)
 
     blocks = even_blocks(len(error), _ROW_BLOCK)
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)
@@ -60,9 +63,9 @@ def add_auxk(
     for part in on_cores(part_of, blocks) if error.is_cpu and across is SINGLE_PROCESS else map(part_of, blocks):
         for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), part, strict=True):
             total += addend
-    add_to_rows(gradients["W_dec"], latents, by_W_dec)
-    add_to_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
-    gradients["b_enc"][latents] += by_b_enc
-    gradients["b_dec"] -= across.over_latents(parameters["W_enc"][latents].T @ by_b_enc)
+    add_rows(gradients["W_dec"], latents, by_W_dec)
+    add_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
+    add_rows(gradients["b_enc"], latents, by_b_enc)
+    whole(gradients["b_dec"]).sub_(across.over_latents(parameters["W_enc"][latents].T @ by_b_enc))
     some = scale > 0 if n_dead is None else (scale > 0) & (across.over_latents(torch.count_nonzero(dead)) > 0)
     return torch.where(some, coefficient * loss / scale, 0)

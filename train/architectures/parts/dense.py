@@ -20,17 +20,6 @@ def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m d"]) -> Float[Tensor, "
     return out
 
 
-def subtract_encoded(
-    bias: Float[Tensor, " d_sae"], W_enc: Float[Tensor, "d_sae d_in"], x: Float[Tensor, " d_in"]
-) -> Float[Tensor, " d_sae"]:
-    """Return `bias - W_enc x`."""
-    if not W_enc.is_cpu:
-        return bias - W_enc @ x
-    out = bias.clone()
-    by_blocks(lambda part: out[part].addmv_(W_enc[part], x, alpha=-1), len(W_enc), _LATENTS_AT_ONCE)
-    return out
-
-
 def encoder_transpose_times(
     W_enc: Float[Tensor, "d_sae d_in"], by_latent: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, " d_in"]:

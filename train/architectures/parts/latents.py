@@ -12,12 +12,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from ...architectures.contract import SINGLE_PROCESS, Collectives
+from ...kernels.backend import Backend
+from ...kernels.encoder import Encoder, subtract_encoded
+from ...kernels.entries import DenseEntries, Entries, EntryValues, Selection
+from ...kernels.gradient import Gradient
 from ..contract import Batch, Parameters, StepInput
-from .dense import cast, encoder_transpose_times, product, subtract_encoded, sum_of_rows
+from .dense import cast, encoder_transpose_times, product, sum_of_rows
 
 SPARSE_BELOW = 1 / 16
 # Where there is room for more entries than there are, this is below every threshold and yet a number.
@@ -31,22 +34,23 @@ class SparseLatents:
     From `offsets[-1]` on there may be room that no entry takes: `fixed` then says that shapes are to stay as they are.
     """
 
-    kernels: Any
+    kernels: Backend
     pre_acts: Float[Tensor, " nnz"]
-    indices: Int64[Tensor, " nnz"]
-    offsets: Int64[Tensor, " batch_plus_1"]
+    indices: Int[Tensor, " nnz"]
+    offsets: Int64[Tensor, " batch+1"]
     d_sae: int
     fixed: bool = False
     csc: Any = None
 
+    @classmethod
+    def of(cls, kernels: Backend, entries: EntryValues, d_sae: int) -> SparseLatents:
+        """Return the entries that a backend chose."""
+        return cls(kernels, entries.pre_acts, entries.indices, entries.offsets, d_sae, csc=entries.csc)
+
     @cached_property
-    def _csc(self) -> tuple[Any, ...]:
-        """Return the entries' order by latent, where the backend can share it between calls."""
-        if self.csc is not None:
-            return (self.csc,)
-        if not hasattr(self.kernels, "to_csc"):
-            return ()
-        return (self.kernels.to_csc(self.indices, self.offsets, self.d_sae),)
+    def by_latent(self) -> Any:
+        """The entries' order by latent, as `Backend.to_csc` returns it, found once for all sums."""
+        return self.kernels.to_csc(self.indices, self.offsets, self.d_sae) if self.csc is None else self.csc
 
     def spread(self, by_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
         """Return each entry's latent's value."""
@@ -54,7 +58,7 @@ class SparseLatents:
 
     def sum(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
         """Sum values by latent."""
-        return self.kernels.sum_by_latent(values, self.indices, self.offsets, self.d_sae, *self._csc)
+        return self.kernels.sum_by_latent(values, self.indices, self.offsets, self.d_sae, self.by_latent)
 
     def decode(self, values: Float[Tensor, " nnz"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
         """Return the reconstruction, without bias."""
@@ -62,18 +66,17 @@ class SparseLatents:
 
     def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
         """Return the gradient by each entry's value."""
-        by_latent = () if self.csc is None else (self.csc,)
-        return self.kernels.grad_values(g, W_dec, self.indices, self.offsets, *by_latent)
+        return self.kernels.grad_values(g, W_dec, self.indices, self.offsets, self.csc)
 
     def grad_weights(self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
         """Return `values^T g`."""
-        return self.kernels.grad_weights(values, self.indices, self.offsets, g, self.d_sae, *self._csc)
+        return self.kernels.grad_weights(values, self.indices, self.offsets, g, self.d_sae, self.by_latent)
 
     def grad_weights_and_bias(
         self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]
     ) -> tuple[Tensor, Tensor]:
         """Return `values^T g` and the values' sum by latent."""
-        return self.kernels.grad_weights_and_bias(values, self.indices, self.offsets, g, self.d_sae, *self._csc)
+        return self.kernels.grad_weights_and_bias(values, self.indices, self.offsets, g, self.d_sae, self.by_latent)
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
         """Return which latents have a positive entry, without asking the device how many."""
@@ -141,46 +144,43 @@ class DenseLatents:
 Latents = SparseLatents | DenseLatents
 
 
+def encoder_of(step: StepInput, parameters: Parameters) -> Encoder:
+    """Return the encoder of an SAE whose pre-activations are `W_enc (x - b_dec) + b_enc`."""
+    return Encoder(parameters["W_enc"], parameters["b_enc"], parameters["b_dec"], step.W_enc_compute)
+
+
 def encoded_bias(parameters: Parameters, bias: str = "b_enc") -> Float[Tensor, " d_sae"]:
     """Return the bias that turns `W_enc (x - b_dec) + b_enc` into `W_enc x + bias`."""
     return subtract_encoded(parameters[bias], parameters["W_enc"], parameters["b_dec"])
 
 
 def sparse_at(
-    step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, indices: Tensor, offsets: Tensor
+    step: StepInput,
+    parameters: Parameters,
+    x: Float[Tensor, "batch d_in"],
+    bias: Float[Tensor, " d_sae"],
+    entries: Entries,
 ) -> SparseLatents:
     """Return chosen entries with their pre-activations computed in the parameters' precision."""
-    kernels = step.kernels
-    csc = kernels.to_csc(indices, offsets, len(bias)) if hasattr(kernels, "WeightGradient") else None
-    by_latent = () if csc is None else (csc,)
-    pre_acts = kernels.grad_values(x, parameters["W_enc"], indices, offsets, *by_latent).add_(
-        bias.index_select(0, indices)
-    )
-    return SparseLatents(kernels, pre_acts, indices, offsets, len(bias), csc=csc)
+    return SparseLatents.of(step.kernels, step.kernels.values_at(x, parameters["W_enc"], bias, entries), len(bias))
 
 
 def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: int) -> SparseLatents:
-    """Return each row's k largest pre-activations, positive or not.
-
-    They are chosen from a product in the compute dtype; or, where the backend has a faster way and it applies, they
-    are the largest in the parameters' precision, and in place of some that are not positive stand zeros of any latents.
-    """
-    kernels, W_enc = step.kernels, parameters["W_enc"]
-    offsets = torch.arange(0, len(batch.x) * k + 1, k, device=batch.x.device)
-    if hasattr(kernels, "screened_topk") and batch.x_compute.dtype is not batch.x.dtype:
-        found = kernels.screened_topk(batch.x, W_enc, parameters["b_enc"], parameters["b_dec"], k)
-        if found is not None:
-            pre_acts, indices = (entries.view(-1) for entries in found)
-            csc = kernels.to_csc(indices, offsets, len(W_enc))
-            return SparseLatents(kernels, pre_acts, indices, offsets, len(W_enc), csc=csc)
-    bias = encoded_bias(parameters)
-    _, top = kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, k)
-    return sparse_at(step, parameters, batch.x, bias, top.reshape(-1), offsets)
+    """Return each row's k largest pre-activations, positive or not, as `Backend.largest_of_rows` chooses them."""
+    encoder = encoder_of(step, parameters)
+    found = step.kernels.largest_of_rows(encoder, batch.x, batch.x_compute, k)
+    return SparseLatents.of(step.kernels, found, len(encoder.b_enc))
 
 
-def sparse_within(step: StepInput, parameters: Parameters, x: Tensor, bias: Tensor, chosen: Any) -> SparseLatents:
-    """Return entries that have room of a fixed size, with their pre-activations in the parameters' precision."""
-    indices, offsets = chosen.indices, chosen.offsets
+def sparse_within(
+    step: StepInput,
+    parameters: Parameters,
+    x: Float[Tensor, "batch d_in"],
+    bias: Float[Tensor, " d_sae"],
+    chosen: Selection,
+) -> SparseLatents:
+    """Return entries in a buffer of a fixed size, with their pre-activations in the parameters' precision."""
+    _, indices, offsets = chosen
     pre_acts = step.kernels.grad_values(x, parameters["W_enc"], indices, offsets).add_(bias.index_select(0, indices))
     there = torch.arange(len(indices), device=indices.device) < offsets[-1]
     return SparseLatents(step.kernels, pre_acts.where(there, _NO_ENTRY), indices, offsets, len(bias), fixed=True)
@@ -195,36 +195,22 @@ def above_threshold(
 ) -> Latents:
     """Return the pre-activations above a threshold, sparse if few are, or else all of them, dense.
 
-    How many there are is asked of the device, unless the step has room for them.
+    Counting them waits for the device, unless the step has a capacity for them.
     """
-    room = step.room
+    room, fixed_shapes = step.room, step.kernels.fixed_shapes
     x, W_enc = batch.x_compute, step.W_enc_compute
-    if room is not None and room.capacity is not None:
-        found = step.kernels.select_threshold(x, W_enc, bias, threshold, room.capacity)
+    if room is not None and room.capacity is not None and fixed_shapes is not None:
+        found = fixed_shapes.select_threshold(x, W_enc, bias, threshold, room.capacity)
         room.found(found.offsets[-1])
         return sparse_within(step, parameters, batch.x, bias, found)
-    if hasattr(step.kernels, "entries_above"):
-        entries = step.kernels.entries_above(x, W_enc, bias, threshold, SPARSE_BELOW)
-        if entries is not None:
-            return sparse_at(step, parameters, batch.x, bias, *entries)
-    pre_acts = step.kernels.pre_activations(x, W_enc, bias)
-    if isinstance(threshold, Tensor):
-        threshold = threshold.to(pre_acts.dtype)
-    chosen = pre_acts > threshold
-    n_chosen = int(torch.count_nonzero(chosen))
+    entries = step.kernels.entries_above(x, W_enc, bias, threshold, SPARSE_BELOW)
+    if isinstance(entries, DenseEntries):
+        if room is not None:
+            room.counted(entries.n_chosen)
+        return DenseLatents(entries.pre_acts, batch.x.dtype)
     if room is not None:
-        room.counted(n_chosen)
-    if n_chosen >= SPARSE_BELOW * chosen.numel():
-        return DenseLatents(pre_acts, batch.x.dtype)
-    return sparse_at(step, parameters, batch.x, bias, *csr_of(chosen))
-
-
-def csr_of(chosen: Tensor) -> tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch_plus_1"]]:
-    """Return the indices and offsets of a boolean matrix's true entries."""
-    rows, indices = chosen.nonzero(as_tuple=True)
-    offsets = torch.zeros(len(chosen) + 1, dtype=torch.int64, device=chosen.device)
-    torch.cumsum(torch.bincount(rows, minlength=len(chosen)), 0, out=offsets[1:])
-    return indices, offsets
+        room.counted(len(entries.indices))
+    return sparse_at(step, parameters, batch.x, bias, entries)
 
 
 def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
@@ -247,35 +233,45 @@ def gradients_of(
     g: Float[Tensor, "batch d_in"],
     values: Tensor,
     by_pre_acts: Tensor,
-    across: Collectives = SINGLE_PROCESS,
-    x_compute: Float[Tensor, "batch d_in"] | None = None,
-    scale: float = 1.0,
-) -> dict[str, Any]:
-    """Return the gradients of all parameters, that through the centring `x - b_dec` included.
+) -> Parameters:
+    """Return the gradients of all parameters, including that through the centring `x - b_dec`.
 
-    `scale g` is the loss's gradient by the reconstruction, `by_pre_acts` that by the pre-activations. With
-    `x_compute`, sparse latents on a CPU leave the weights' gradients to be computed in that precision, block by
-    block, by the optimizer: they are then `WeightGradient`s.
+    `g` is the loss's gradient with respect to the reconstruction, `by_pre_acts` that with respect to the
+    pre-activations.
     """
-    values = values if scale == 1.0 else values * scale
-    by_b_dec = sum_of_rows(g) * scale
-    if x_compute is not None and isinstance(latents, SparseLatents) and latents.csc is not None:
-        by_blocks = latents.kernels.WeightGradient
+    W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
+    W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
+    by_b_dec = sum_of_rows(g).sub_(encoder_transpose_times(parameters["W_enc"], b_enc))
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": latents.grad_weights(values, g), "b_dec": by_b_dec}
+
+
+def scaled_gradients_of(
+    step: StepInput,
+    parameters: Parameters,
+    latents: SparseLatents,
+    batch: Batch,
+    error: Float[Tensor, "batch d_in"],
+    values: Float[Tensor, " nnz"],
+    by_pre_acts: Float[Tensor, " nnz"],
+    scale: float,
+) -> dict[str, Gradient]:
+    """Return `gradients_of` where `g` is `scale * error`, without forming that product.
+
+    With `step.W_dec_compute`, a backend that can leaves the gradients of `W_enc` and `W_dec` to be computed when the
+    optimizer reads them, from terms in the compute dtype. Latents may be on several ranks.
+    """
+    values, b_dec = values * scale, parameters["b_dec"]
+    by_b_dec = sum_of_rows(error) * scale
+    deferred = step.kernels.deferred_gradient if step.W_dec_compute is not None else None
+    W_enc: Gradient
+    if deferred is not None:
         b_enc = latents.sum(by_pre_acts)
-        W_enc = by_blocks(latents.csc, by_pre_acts, x_compute)
-        W_enc.add_outer(b_enc, parameters["b_dec"], alpha=-1)
-        W_dec = by_blocks(latents.csc, values, cast(g, x_compute.dtype))
+        W_enc = deferred(latents.by_latent, by_pre_acts, batch.x_compute)
+        W_enc.add_outer(b_enc, b_dec, alpha=-1)
+        W_dec = deferred(latents.by_latent, values, cast(error, batch.x_compute.dtype))
     else:
-        W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
-        W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
-        W_dec = latents.grad_weights(values, g)
-    by_b_dec -= across.over_latents(encoder_transpose_times(parameters["W_enc"], b_enc))
+        W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, batch.x)
+        W_enc.addr_(b_enc, b_dec, alpha=-1)
+        W_dec = latents.grad_weights(values, error)
+    by_b_dec -= step.across.over_latents(encoder_transpose_times(parameters["W_enc"], b_enc))
     return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": by_b_dec}
-
-
-def add_to_rows(gradient: Any, latents: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
-    """Add rows to a weight's gradient, whether it is there or computed by blocks; `latents` ascend."""
-    if isinstance(gradient, Tensor):
-        gradient[latents] += rows
-    else:
-        gradient.add_rows(latents, rows)

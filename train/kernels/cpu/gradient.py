@@ -50,10 +50,6 @@ class WeightGradient:
             block.index_add_(0, which[lo:hi] - start, rows[lo:hi].to(self.dtype))
         return block
 
-    def dense(self) -> Float[Tensor, "d_sae d"]:
-        """Return all rows."""
-        return self[:]
-
 
 def weighted_sums(
     source: Float[Tensor, "m d"],

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from ....shared.core.cores import even_blocks, joined, on_cores
+from ..entries import Entries
 from .topk import BITS
 
 _GROUP = 8
 _SAMPLE = 1 << 16
 _MOST_HITS = 1 / 2
-
-Entries = tuple[Int64[Tensor, " nnz"], Int64[Tensor, " batch_plus_1"]]
 
 
 def entries_at_least(
@@ -82,4 +81,4 @@ def _search(pre_acts: Tensor, floor: float, most_hits: float) -> tuple[Tensor, T
 def _csr(rows: Tensor, columns: Tensor, n_rows: int) -> Entries:
     offsets = torch.zeros(n_rows + 1, dtype=torch.int64)
     torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=offsets[1:])
-    return columns, offsets
+    return Entries(columns, offsets)

@@ -11,59 +11,16 @@ Clipping by the exact global norm takes the kernel twice: once for each latent's
 # pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
-from .csc import Csc
+from ..csc import Csc
+from ..fused_state import AdamState, DenseGradients, Hyperparameters
 from .feature_major import sum_latent, sum_segments
 from .token_major import row_tiling
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """A parameter of the encoder or decoder, its moments, and the copy that products read, bfloat16 by default."""
-
-    weight: Float[Tensor, " d_sae *d_in"]
-    mean: Float[Tensor, " d_sae *d_in"]
-    square: Float[Tensor, " d_sae *d_in"]
-    shadow: Float[Tensor, " d_sae *d_in"]
-
-    @classmethod
-    def of(cls, weight: Float[Tensor, " d_sae *d_in"], compute_dtype: torch.dtype = torch.bfloat16) -> AdamState:
-        """Return the state before the first step; it owns its contiguous float32 weight."""
-        weight = weight.detach().float().contiguous().clone()
-        return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight), weight.to(compute_dtype, copy=True))
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """Adam's constants, and on the device what changes from step to step, so that a captured graph sees it.
-
-    `schedule` is [lr, 1 - beta1^t, 1 - beta2^t, clip coefficient].
-    """
-
-    schedule: Float[Tensor, " 4"]
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 6.25e-10
-
-
-class DenseGradients(NamedTuple):
-    """Gradients of a few latents' parameters that are added to those of the sparse entries, as AuxK's are.
-
-    `slots` says which row a latent's are, and -1 for a latent without any; the encoder's are over x, not x - centre.
-    """
-
-    slots: Int32[Tensor, " d_sae"]
-    W_enc: Float[Tensor, "latents d_in"]
-    W_dec: Float[Tensor, "latents d_in"]
-    b_enc: Float[Tensor, " latents"]
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .csc import Csc, to_csc
+from ..csc import Csc, to_csc
 from .token_major import row_tiling
 
 

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..entries import Selection
 from .tile import grouped_tile, pre_activation_tile
 
 SAMPLE_ROWS = 128
@@ -36,14 +37,6 @@ class ThresholdTiling(NamedTuple):
     rows: int = 128
     latents: int = 128
     d: int = 64
-
-
-class Selection(NamedTuple):
-    """Chosen latents as CSR; `values` are pre-activations. Entries from `offsets[-1]` on are undefined."""
-
-    values: Float[Tensor, " nnz"]
-    indices: Int32[Tensor, " nnz"]
-    offsets: Int64[Tensor, " batch+1"]
 
 
 @triton.jit

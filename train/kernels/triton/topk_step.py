@@ -9,15 +9,16 @@ the update adds to those of the sparse entries.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..auxk import auxk_of_rows
-from .adam import AdamState, DenseGradients, Hyperparameters, update
-from .csc import to_csc
+from ..csc import to_csc
+from ..entries import torch_topk
+from ..fused_state import AdamState, DenseGradients, Hyperparameters, TopKOptions
+from .adam import update
 from .feature_major import sum_by_latent
 from .select import select_topk
 from .token_major import reconstruct
@@ -25,21 +26,6 @@ from .token_major import reconstruct
 _AUXK_ENTRIES = 1 << 26
 """AuxK's pre-activations that are held at a time."""
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-
-
-@dataclass(frozen=True)
-class TopKOptions:
-    """What a step does. Latents' values are those of the product, in the compute dtype, that chose them."""
-
-    k: int
-    total_variance: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 6.25e-10
-    max_norm: float | None = None
-    aux_coefficient: float = 0.0
-    k_aux: int = 0
-    dead_after_tokens: int = 10_000_000
 
 
 class TopKStep:
@@ -176,7 +162,9 @@ class TopKStep:
         by_b_enc, loss = torch.zeros_like(bias), torch.zeros_like(squared_error)
         n_rows = max(1, _AUXK_ENTRIES // n_dead)
         for x_part, error_part in zip(x.split(n_rows), error.split(n_rows), strict=True):
-            sums = auxk_of_rows(x_part, error_part, W_enc, W_dec, bias, self.options.k_aux, weight, _squared)
+            sums = auxk_of_rows(
+                x_part, error_part, W_enc, W_dec, bias, self.options.k_aux, weight, torch_topk, _squared
+            )
             for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), sums, strict=True):
                 total += addend
         slots = torch.full((self.d_sae,), -1, dtype=torch.int32, device=x.device)

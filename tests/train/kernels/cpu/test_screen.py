@@ -181,7 +181,7 @@ def test_the_architecture_chooses_by_it_and_only_below_full_precision(monkeypatc
     exact = torch.topk((x.double() - b_dec) @ W.double().T + b_enc, 12, dim=1).indices.sort(1).values
 
     def chosen(dtype):
-        latents = largest_of_rows(StepInput(cpu, W.to(dtype), 1.0), parameters, Batch(x, x.to(dtype)), 12)
+        latents = largest_of_rows(StepInput(cpu.Cpu(), W.to(dtype), 1.0), parameters, Batch(x, x.to(dtype)), 12)
         assert torch.equal(latents.csc.order.sort().values, torch.arange(128 * 12))
         return latents.indices.view(128, 12).sort(1).values
 
@@ -201,7 +201,7 @@ def test_hierarchical_topk_counts_no_latent_twice_where_few_are_positive():
     architecture = make_architecture(config, 80, 80)
     exact = (x.double() @ W.double().T + b_enc).relu()
     assert 0 < int((exact > 0).sum(1).amin()) < 32
-    output = architecture.step(parameters, Batch(x, x.bfloat16()), StepInput(cpu, W.bfloat16(), 1.0))
+    output = architecture.step(parameters, Batch(x, x.bfloat16()), StepInput(cpu.Cpu(), W.bfloat16(), 1.0))
     kept = exact.sort(1, descending=True)
     assert output.l0 == int((kept.values[:, :32] > 0).sum()) / 64
     largest = torch.zeros_like(exact).scatter_(1, kept.indices[:, :32], kept.values[:, :32])

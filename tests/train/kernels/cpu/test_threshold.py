@@ -7,10 +7,9 @@ import itertools
 import pytest
 import torch
 
-from thresher.train.architectures.batch_topk import batch_threshold
-from thresher.train.architectures.parts.latents import csr_of
 from thresher.train.kernels import cpu
 from thresher.train.kernels.cpu.threshold import entries_at_least, largest_of_batch
+from thresher.train.kernels.entries import DenseEntries, batch_threshold, entries_of
 
 
 def sorted_within_rows(indices, offsets):
@@ -31,7 +30,7 @@ def test_entries_are_those_of_a_search_of_all(dtype, floor):
     pre_acts = rows(dtype, 0.04)
     floor = torch.finfo(dtype).smallest_normal if floor is None else floor
     found = entries_at_least(pre_acts, floor)
-    assert sorted_within_rows(*found) == sorted_within_rows(*csr_of(pre_acts >= floor))
+    assert sorted_within_rows(*found) == sorted_within_rows(*entries_of(pre_acts >= floor))
 
 
 def test_where_most_groups_have_one_or_latents_do_not_group_another_way_is_asked_for():
@@ -48,7 +47,7 @@ def test_the_batchs_largest_are_those_above_its_threshold(dtype, k, shape):
     pre_acts = rows(dtype, 0.03, *shape)
     found = largest_of_batch(pre_acts, k * len(pre_acts))
     lowest = batch_threshold(pre_acts, k * len(pre_acts))
-    assert sorted_within_rows(*found) == sorted_within_rows(*csr_of(pre_acts >= lowest))
+    assert sorted_within_rows(*found) == sorted_within_rows(*entries_of(pre_acts >= lowest))
 
 
 def test_a_sample_that_misses_the_largest_is_made_up_for():
@@ -57,7 +56,7 @@ def test_a_sample_that_misses_the_largest_is_made_up_for():
     pre_acts[:, 1::4] = 1.0
     pre_acts[:, ::1024] = 5.0
     found = largest_of_batch(pre_acts, 64 * 8)
-    expected = csr_of(pre_acts >= batch_threshold(pre_acts, 64 * 8))
+    expected = entries_of(pre_acts >= batch_threshold(pre_acts, 64 * 8))
     assert found is None or sorted_within_rows(*found) == sorted_within_rows(*expected)
 
 
@@ -70,17 +69,17 @@ def test_entries_of_a_product_are_those_of_all_pre_activations_block_by_block(dt
     x[500:530] = 0
     bias -= 12
     threshold = torch.rand(160, generator=generator) - 1.5 if by_latent else -0.5
-    found = cpu.entries_above(x.to(dtype), W.to(dtype), bias, threshold, 1 / 16)
+    found = cpu.Cpu().entries_above(x.to(dtype), W.to(dtype), bias, threshold, 1 / 16)
     exact = x.to(dtype).double() @ W.to(dtype).double().T + (bias - threshold).to(dtype).double()
-    expected = csr_of(exact > 0)
+    expected = entries_of(exact > 0)
     assert 0 < len(expected[0]) < x.shape[0] * 160 / 16
     assert sorted_within_rows(*found) == sorted_within_rows(*expected)
 
 
 def test_a_product_with_many_entries_in_one_block_of_rows_is_refused():
     x, W = torch.zeros(1300, 8), torch.eye(8).repeat(20, 1)
-    assert len(cpu.entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16)[0]) == 0
+    assert len(cpu.Cpu().entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16).indices) == 0
     x[1100] = 2.0
-    assert len(cpu.entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16)[0]) == 160
+    assert len(cpu.Cpu().entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16).indices) == 160
     x[1100:] = 2.0
-    assert cpu.entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16) is None
+    assert isinstance(cpu.Cpu().entries_above(x, W, torch.full((160,), -1.0), 0.0, 1 / 16), DenseEntries)

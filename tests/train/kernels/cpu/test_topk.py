@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from thresher.train.kernels import cpu, reference
+from thresher.train.kernels.cpu import encode
 from thresher.train.kernels.cpu import topk as cpu_topk
 from thresher.train.kernels.cpu.topk import n_parts, topk_of_parts, topk_of_rows
 
@@ -57,9 +58,9 @@ def test_weights_laid_out_for_the_product_choose_the_same(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, W, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((1100, 40), (1600, 40), (1600,)))
     plain = cpu.select_topk(x, W, bias, 12)
-    monkeypatch.setattr(cpu, "_WORTH_PACKING", 0)
-    packed = cpu._packed(W.chunk(8), 512)
-    assert all(part.is_mkldnn for part in packed) or not cpu._multiplies_bfloat16()
+    monkeypatch.setattr(encode, "_WORTH_PACKING", 0)
+    packed = encode._packed(W.chunk(8), 512)
+    assert all(part.is_mkldnn for part in packed) or not encode._multiplies_bfloat16()
     for found, expected in zip(cpu.select_topk(x, W, bias, 12), plain, strict=True):
         assert torch.equal(found, expected)
 

@@ -7,7 +7,7 @@ import torch
 
 from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
-from thresher.train.kernels.triton.csc import to_csc
+from thresher.train.kernels.csc import to_csc
 from thresher.train.kernels.triton.select import SelectTiling, select_topk_certified
 from thresher.train.kernels.triton.threshold import ThresholdTiling
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import thresher.train.architectures.capacity as capacity_module
-import thresher.train.kernels.auxk as auxk_module
 import thresher.train.kernels.triton.select as select_module
 import thresher.train.step.host_polls as polls_module
 import thresher.train.step.sae_trainer as trainer_module
@@ -15,8 +14,8 @@ from thresher.train.architectures import Architecture, make_architecture, make_c
 from thresher.train.architectures.capacity import EntryCapacity
 from thresher.train.architectures.contract import Batch
 from thresher.train.architectures.parts.latents import SparseLatents
-from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
+from thresher.train.kernels.reference import Reference
 from thresher.train.step.host_polls import DeadLatentPoll
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
 from thresher.train.stream.normalization import Normalization
@@ -51,8 +50,6 @@ def _seldom_used_sizes(monkeypatch):
     monkeypatch.setattr(trainer_module, "SPARSE_BELOW", 1.1)
     monkeypatch.setattr(graphs_module, "_EAGER_STEPS", 1)
     monkeypatch.setattr(select_module, "MAX_K", 4)
-    # On a CPU this leaves PyTorch, and so the tape.
-    monkeypatch.setattr(auxk_module, "topk_of_rows", lambda pre_acts, k: pre_acts.topk(k, dim=1, sorted=False))
 
 
 def make_trainer(name, kernels, capture=None, **changes):
@@ -96,9 +93,9 @@ def _large_eps(monkeypatch):
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in RECIPES]
 )
 def test_replayed_steps_ask_for_nothing_and_train_what_the_references_do(taped, name):
-    expected = make_trainer(name, reference)
+    expected = make_trainer(name, Reference())
     train(expected, name)
-    trainer = make_trainer(name, fused, taped.capture)
+    trainer = make_trainer(name, fused.Triton(), taped.capture)
     trainer.waits = False
     metrics = train(trainer, name)
     trainer.check()
@@ -121,13 +118,13 @@ def test_a_step_is_captured_for_each_k_that_lasts(steps, decided):
 
 
 def test_a_resumed_run_looks_where_the_whole_one_did_and_ends_in_the_same_bits():
-    whole = make_trainer("jumprelu", fused)
+    whole = make_trainer("jumprelu", fused.Triton())
     # The first look falls on the first step after the cut.
     train(whole, "jumprelu", 2)
     saved = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     train(whole, "jumprelu", 4)
     assert whole.room.capacity
-    resumed = make_trainer("jumprelu", fused)
+    resumed = make_trainer("jumprelu", fused.Triton())
     resumed.load_state_dict(saved)
     train(resumed, "jumprelu", 4)
     for name, tensor in whole.state_dict().items():
@@ -136,8 +133,8 @@ def test_a_resumed_run_looks_where_the_whole_one_did_and_ends_in_the_same_bits()
 
 def test_a_step_that_is_not_certified_changes_no_weight_and_the_next_look_is_exact(monkeypatch):
     """A floor above everything leaves fewer candidates than the batch wants."""
-    trainer = make_trainer("batch_topk", fused)
-    monkeypatch.setattr(fused, "batch_floor", lambda *arguments: torch.tensor(1e9))
+    trainer = make_trainer("batch_topk", fused.Triton())
+    monkeypatch.setattr(fused.TritonFixedShapes, "batch_floor", lambda *arguments: torch.tensor(1e9))
     before = {name: tensor.clone() for name, tensor in trainer.parameters.items()}
     assert [metrics["skipped_steps"] for metrics in train(trainer, "batch_topk", 2)] == [1, 2]
     for name, tensor in before.items():
@@ -196,8 +193,8 @@ def test_room_grows_with_what_is_found_and_is_given_up_where_dense_is_cheaper():
 def test_a_part_of_the_latents_is_the_same_in_room_of_a_fixed_size():
     generator = torch.Generator().manual_seed(0)
     pre_acts, indices = torch.randn(9, generator=generator), torch.tensor([0, 4, 5, 2, 3, 7, 1, 0, 0])
-    exact = SparseLatents(reference, pre_acts[:7], indices[:7], torch.tensor([0, 3, 3, 7]), 8)
-    roomy = SparseLatents(reference, pre_acts, indices, torch.tensor([0, 3, 3, 7]), 8, fixed=True)
+    exact = SparseLatents(Reference(), pre_acts[:7], indices[:7], torch.tensor([0, 3, 3, 7]), 8)
+    roomy = SparseLatents(Reference(), pre_acts, indices, torch.tensor([0, 3, 3, 7]), 8, fixed=True)
     for bounds in ((0, 2), (2, 6), (6, 8), (0, 8)):
         (part, chosen), (wide, chosen_wide) = exact.columns(*bounds), roomy.columns(*bounds)
         n = len(part.indices)

@@ -1,0 +1,38 @@
+"""Rows of activations as training reads them, made block by block on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int8, Int64
+from torch import Tensor
+
+from ....shared.core.cores import by_blocks
+
+
+def normalise(
+    rows: Float[Tensor, "batch d_in"],
+    mean: Float[Tensor, " d_in"],
+    factor: float | Float[Tensor, " d_in"],
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
+    """Return `(rows - mean) * factor` in float32 and in `dtype`; one tensor twice if that is float32."""
+    x = torch.empty(rows.shape, dtype=torch.float32)
+    x_compute = x if dtype is torch.float32 else torch.empty(rows.shape, dtype=dtype)
+
+    def of_block(block: slice) -> None:
+        x[block] = rows[block].to(torch.float32).sub(mean).mul_(factor)
+        if x_compute is not x:
+            x_compute[block] = x[block]
+
+    by_blocks(of_block, len(rows))
+    return x, x_compute
+
+
+def dequantise(
+    values: Int8[Tensor, "rows d_in"],
+    scales: Float[Tensor, " rows"],
+    places: Int64[Tensor, " batch"],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "batch d_in"]:
+    """Return rows `places` of `scales * values`, as the store itself would read them."""
+    return (values[places].float() * scales[places, None]).to(dtype)
