@@ -32,9 +32,7 @@ RECIPES = {
 
 def sae_table(name: str, keys: dict, hook: str) -> dict:
     table = {"architecture": name, "hook_point": hook, "d_sae": 64, "lr": 3e-3, "name": f"{name}-{hook}"} | keys
-    if name == "transcoder":
-        table["hook_point_out"] = hook
-    if name == "skip_transcoder":
+    if name.endswith("transcoder"):
         table["hook_point_out"] = f"{hook}-again"
     if name == "crosscoder":
         table["hook_points"] = [hook, f"{hook}-again"]
@@ -79,7 +77,7 @@ def judged(output, store_path, name: str, hook: str) -> tuple[float, float]:
     x = held_out(store, hook)
     if name == "crosscoder":
         x = torch.cat([x, held_out(store, f"{hook}-again")], dim=1)
-    target = held_out(store, f"{hook}-again") if name == "skip_transcoder" else x
+    target = held_out(store, f"{hook}-again") if name.endswith("transcoder") else x
     error = (sae(x) - target).square().sum(1).mean()
     variance = (target - target.mean(0)).square().sum(1).mean()
     return float(1 - error / variance), float((sae.encode(x) > 0).double().sum(1).mean())
