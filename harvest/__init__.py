@@ -1,4 +1,4 @@
-"""Stage one: text to tokens to activations to a store."""
+"""Stage one: tokenize text, run a language model on it, and write its activations to a store."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Run the model over batches: on a CPU several at once, each on one core.
 
-Threads inside an operator wait for the slowest of them at every operator, and while the writer's
-threads take a core for a moment, all do; batches side by side wait for nothing. And as every
-operator runs on one thread, its rounding depends neither on the cores of the machine nor on how
-many batches run at once.
+The threads of a parallel operator wait for the slowest one at every operator, so all of them wait whenever one of the
+writer's threads takes a core. Batches in parallel do not wait for each other. With single-threaded operators, rounding
+depends neither on the machine's cores nor on how many batches run at once.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAX_WORKERS = 16
 
 
 class Harvested(NamedTuple):
-    """A batch, the activations at each hook point, and the seconds its forward pass took."""
+    """A batch, its activations at each hook point, and the seconds that its forward pass took."""
 
     batch: ContextBatch
     activations: dict[str, Tensor]
@@ -35,16 +34,16 @@ class Harvested(NamedTuple):
 
 
 def choose_workers(wanted: int | None, device: torch.device) -> int:
-    """Return how many batches run at once: as asked or one per core, but one where a GPU computes."""
+    """Return how many batches to run at once: on a CPU `wanted` or one per core; on a GPU one."""
     if device.type != "cpu":
         return 1
     return wanted or min(torch.get_num_threads(), MAX_WORKERS)
 
 
 def forward_passes(plan: Plan, batches: Iterable[ContextBatch], workers: int) -> Generator[Harvested]:
-    """Yield the activations of every batch, in the order of the batches.
+    """Yield the activations of every batch, in order.
 
-    At most `workers + 1` batches have begun and were not yet yielded.
+    At most `workers + 1` batches are started before they are yielded.
     """
     device = plan.model.device
     with capturing(plan.model, plan.hook_points) as read:
@@ -71,7 +70,7 @@ def forward_passes(plan: Plan, batches: Iterable[ContextBatch], workers: int) ->
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads that, left early, only end the batches they have begun."""
+    """Yield a thread pool that on an early exit finishes only the batches already started."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="forward", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool

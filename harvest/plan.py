@@ -1,4 +1,4 @@
-"""Load what a harvest needs and check that its parts fit each other."""
+"""Load the model and tokenizer of a harvest, and check that they fit each other and the settings."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 MAX_VOCABULARY = 1.1
-"""Largest vocabulary of a tokenizer, without its added tokens, over the number of embeddings."""
+"""Largest ratio of a tokenizer's vocabulary, without added tokens, to the number of embeddings."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The model, its tokenizer and that one's files, where to read the model, and how contexts are grouped."""
+    """The model, its tokenizer and the tokenizer's files, the hook points, and the contexts per group."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -42,17 +42,17 @@ class Plan:
 
     @property
     def n_embeddings(self) -> int:
-        """Number of tokens that the model has an embedding for."""
+        """The number of tokens that have an embedding."""
         return embedding_count(self.model)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Width of each hook point."""
+        """The width of each hook point."""
         return {name: hook_point.d_in for name, hook_point in self.hook_points.items()}
 
 
 def make_plan(config: HarvestConfig) -> Plan:
-    """Load model and tokenizer and find the hook points; raise `ModelError` or `HookPointError` if they do not fit."""
+    """Load the model and tokenizer, find the hook points, and check that all of them fit the settings."""
     device = choose_device(config.device)
     make_current(device)
     if config.revision is not None and Path(model_parts(config.model, config.adapter).base).is_dir():
@@ -83,10 +83,10 @@ def make_plan(config: HarvestConfig) -> Plan:
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HarvestConfig) -> None:
-    """Raise `ModelError` for contexts beyond the model's positions, or the tokenizer of another model.
+    """Raise `ModelError` if contexts are too long for the model, or the tokenizer is another model's.
 
-    A tokenizer may have a few added tokens more than the model has embeddings (Gemma 3, Llama 2 with a padding token);
-    only text that has one of them is refused, where it is read.
+    A tokenizer may have a few more added tokens than the model has embeddings (Gemma 3, Llama 2 with a padding token).
+    Text with one of those is refused when it is read.
     """
     limit = context_limit(model)
     if limit is not None and config.context_size > limit:
@@ -97,7 +97,7 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
     bos = bos_token_id(tokenizer, config.bos_token)
     if bos >= n_embeddings:
         raise ModelError(
-            f"the token '{tokenizer.convert_ids_to_tokens(bos)}' that begins a document has id {bos}, but "
+            f"the token '{tokenizer.convert_ids_to_tokens(bos)}' that starts a document has id {bos}, but "
             f"'{config.model}' has {n_embeddings} embeddings; set bos_token to a token below that"
         )
     if tokenizer.vocab_size > MAX_VOCABULARY * n_embeddings:
@@ -108,7 +108,7 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, confi
 
 
 def embedding_count(model: PreTrainedModel) -> int:
-    """Return how many tokens the model has an embedding for, or raise `ModelError`."""
+    """Return the number of tokens that have an embedding; raise `ModelError` if the model has no such table."""
     try:
         embeddings: Any = model.get_input_embeddings()
         return embeddings.weight.shape[0]
@@ -117,19 +117,19 @@ def embedding_count(model: PreTrainedModel) -> int:
 
 
 def metadata_of(config: HarvestConfig, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return what the store says about its origin; readers rely on these keys (docs/FORMAT.md)."""
+    """Return the store's metadata on its origin; readers rely on these keys (docs/FORMAT.md)."""
     rules = plan.rules
     adapter = model_parts(config.model, config.adapter).adapter
-    told: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
+    optional: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
     if rules.keeps_roles:
-        told["roles"] = list(ROLE_NAMES)
+        optional["roles"] = list(ROLE_NAMES)
     if rules.keeps_special_tokens:
-        told["special_tokens"] = "tokens"
+        optional["special_tokens"] = "tokens"
     if rules.chat is not None:
-        told["chat_template"] = rules.chat.source
+        optional["chat_template"] = rules.chat.source
     if config.holdout != "documents":
-        told["holdout"] = config.holdout
-    return told | {
+        optional["holdout"] = config.holdout
+    return optional | {
         "model": config.model,
         "model_class": type(plan.model).__name__,
         "model_dtype": str(plan.model.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""Run an iterator in a thread, a few items ahead of its reader."""
+"""Run an iterator in a thread, a few items ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _END = object()
 
 
 class Prefetch(Generic[T]):
-    """Iterate over `items` through a queue of at most `depth`, filled by a thread.
+    """Iterate over `items` through a queue of at most `depth` items that a thread fills.
 
-    An exception of the iterator is raised where its item would have come. Leaving the context
-    stops the thread after the item it is making.
+    An exception in the iterator is raised in place of its item. Leaving the context stops the thread after the current
+    item.
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:

@@ -1,4 +1,4 @@
-"""The harvest's progress bar: tokens/s, GB written and compression ratio; lines where there is no terminal."""
+"""The harvest's progress bar, with tokens/s, GB written and compression ratio; lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A bar over the tokens of `n_contexts` contexts, of which `n_done` are stored already."""
+    """A bar over the tokens of `n_contexts` contexts, of which `n_done` are already stored."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Progress:
         )
 
     def update(self, n_contexts: int) -> None:
-        """Count contexts that were handed to the writer."""
+        """Count contexts that were passed to the writer."""
         self._show(n_contexts, self._writer.bytes_written, self._writer.raw_bytes)
 
     def _show(self, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
@@ -50,5 +50,5 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         self._bar.close()

@@ -1,7 +1,7 @@
-"""What a store that was begun already holds of a harvest: its contexts are compared with those packed now.
+"""Compare the contexts that an existing store holds with those packed now.
 
-A harvest that resumes packs all contexts again. Each that is stored must be the same, or the store would mix two texts;
-when a store is extended, the last few may differ, since packing ends with what is then left of either split.
+A resumed harvest packs all contexts again. Those already stored must be the same, or the store would mix two texts. If
+a store is extended, the last few may differ, because packing ends with the contexts that remain of each split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECONDS_BEFORE_BAR = 2.0
 
 
 class Resumed(NamedTuple):
-    """The contexts of a harvest, and how many of them the store keeps; those before the first batch are left empty."""
+    """The contexts of a harvest (None for those before the first batch), and how many of them the store keeps."""
 
     contexts: Iterator[Any]
     n_kept: int
@@ -38,7 +38,7 @@ class Resumed(NamedTuple):
 def resume_contexts(store: Path | StoreUrl, config: HarvestConfig, contexts: Iterator[Context], group: int) -> Resumed:
     """Compare the contexts that a store holds with those packed now.
 
-    Raises `StoreError` for a context that differs, but for one of the last that may when the store is extended.
+    Raises `StoreError` for a context that differs, except for the last few if the store is extended.
     """
     manifest = find_manifest(store)
     if manifest is None or not manifest.shards:
@@ -61,22 +61,22 @@ def resume_contexts(store: Path | StoreUrl, config: HarvestConfig, contexts: Ite
             beginning = whole(n_same, header.contexts_per_shard) // config.batch_size * config.batch_size
             recent, first = recent[beginning - first :], beginning
     if n_same < stored.n_contexts - n_free:
-        told = _describe(stored, n_same, recent[n_same - first :])
+        difference = _describe(stored, n_same, recent[n_same - first :])
         raise StoreError(
-            f"the store '{store}' cannot be resumed: its context {n_same} is not the one packed now ({told}); use the "
-            "same text, tokenizer and versions, or name another store"
+            f"the store '{store}' cannot be resumed: its context {n_same} is not the one packed now ({difference}); "
+            "use the same text, tokenizer and versions, or name another store"
         )
     n_kept = whole(n_same, header.contexts_per_shard) if n_free else stored.n_contexts
     return Resumed(chain(repeat(None, first), recent, contexts), n_kept)
 
 
 def whole(n_contexts: int, per_shard: int) -> int:
-    """Return how many of the contexts lie in whole shards."""
+    """Return how many of the contexts are in full shards."""
     return n_contexts // per_shard * per_shard
 
 
 def count_same(stored: ActivationStore, header: Header, start: int, packed: list[Context]) -> int:
-    """Return how many of the contexts from number `start` on are stored as they are packed."""
+    """Return how many of the packed contexts, from number `start` on, equal the stored ones."""
     if not packed:
         return 0
     rows = slice(start * header.context_size, (start + len(packed)) * header.context_size)
@@ -95,4 +95,4 @@ def _describe(stored: ActivationStore, context: int, packed: list[Context]) -> s
     document = int(stored.documents(context * stored.context_size, context * stored.context_size + 1)[0][0])
     there = stored.document_info(document)[1] if document >= 0 else "no document"
     here = packed[0].info.get(int(packed[0].documents[0]), (0, "no document"))[1] if packed else "no text is left"
-    return f"there of '{there}', now of '{here}'"
+    return f"it was from '{there}', now it is from '{here}'"

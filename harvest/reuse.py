@@ -1,6 +1,6 @@
-"""What makes two harvests the same, and whether a store already is the one asked for.
+"""Decide whether an existing store can be reused or resumed by a harvest.
 
-Settings are compared by value, text, tokenizer and weights by their content: paths may be spelled as one likes.
+Settings are compared by value; text, tokenizer and weights by content, so that paths may be spelled differently.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ from .config import HarvestConfig
 from .documents.documents import PYTHON_STDLIB, hub_fingerprint, source_files
 from .tokens.chat import template_source
 
-INCIDENTAL = ("store", "cache", "device", "streaming", "threads", "workers", "on_bad_document")
-"""Settings that are no part of a harvest's record."""
+NOT_RECORDED = ("store", "cache", "device", "streaming", "threads", "workers", "on_bad_document")
+"""Settings that are not recorded."""
 LATER = ("special_tokens", "holdout", "trust_remote_code")
-"""Settings that are recorded only where they are not the default."""
+"""Settings that are recorded only if they differ from the default."""
 NEUTRAL = ("batch_size", "tokens")
-"""Settings that are recorded, but change the rows by rounding at most, or only how many there are."""
+"""Settings that are recorded but not compared: they affect only rounding, or the number of rows."""
 CONTENT = {
     "text": ("dataset", "dataset_revision"),
     "weights": ("model", "revision"),
     "tokenizer": (),
     "adapter": ("adapter",),
 }
-"""Each content, and the settings that name it, which count only where the content itself is not known."""
+"""Each kind of content and the settings that name it, which are compared only if the content is unknown."""
 SPELLING = {"model", "adapter", "dataset", "tokenizer", "tokenizer_files", "tokenizer_digest", "harvest"}
-"""Metadata that `compare` has compared by content, or key by key; a tokenizer is saved by each version its own way."""
+"""Metadata keys that `compare` already checks, or that differ between versions, as saved tokenizers do."""
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
 def identity(config: HarvestConfig) -> dict[str, Any]:
-    """Return what determines a store's rows: the settings, and the content of text, weights and tokenizer."""
+    """Return what determines a store's rows: the settings, and digests of text, weights and tokenizer."""
     keys: dict[str, Any] = {
-        key: value for key, value in msgspec.to_builtins(config).items() if key not in INCIDENTAL and value is not None
+        key: value
+        for key, value in msgspec.to_builtins(config).items()
+        if key not in NOT_RECORDED and value is not None
     }
     defaults = _defaults()
     for key in LATER:
         if keys.get(key) == defaults[key]:
-            del keys[key]  # as in stores that were begun before there was any
+            del keys[key]  # as in stores older than the setting
     if config.chat_template is not None:
         keys["chat_template"] = template_source(config.chat_template)
     keys["hook_points"] = unique_canonical(config.hook_points)
@@ -59,7 +61,7 @@ def identity(config: HarvestConfig) -> dict[str, Any]:
 
 
 def weights_content(config: HarvestConfig) -> dict[str, str | None]:
-    """Return what identifies weights and tokenizer and, where there is one, the adapter."""
+    """Return what identifies the weights, the tokenizer and, if there is one, the adapter."""
     parts = model_parts(config.model, config.adapter)
     if parts.adapter is None:
         return model_content(config.model, config.revision, config.cache)
@@ -76,7 +78,7 @@ def weights_content(config: HarvestConfig) -> dict[str, str | None]:
 
 
 def text_content(config: HarvestConfig) -> str | None:
-    """Return what identifies the text: a digest of the local files, or the data set's revision; None if not at hand."""
+    """Return what identifies the text: a digest of local files, or the dataset's revision; None if unavailable."""
     try:
         paths = source_files(config)
         if paths is None:
@@ -87,35 +89,35 @@ def text_content(config: HarvestConfig) -> str | None:
         root = root if root.is_dir() else root.parent
         return describe_files({path.relative_to(root).as_posix(): path for path in paths}, config.cache)
     except (DataError, MissingFileError):
-        return None  # a complete store can be used without its text; a harvest will say what is missing
+        return None  # a complete store needs no text; a harvest reports what is missing
 
 
 def check_unchanged(config: HarvestConfig, wanted: dict[str, Any]) -> None:
-    """Raise `DataError` if local text is no longer what it was when its identity was taken."""
+    """Raise `DataError` if local text has changed since its identity was computed."""
     was = wanted["content"]["text"]
     if was is not None and not was.startswith("revision ") and (now := text_content(config)) != was:
         raise DataError(
             f"the text of '{config.dataset}' changed while it was harvested ({was}, now {now}): the store "
-            f"'{config.store}' may hold some of both and is left unfinished; harvest into another store"
+            f"'{config.store}' may mix both and is left unfinished; harvest into another store"
         )
 
 
 class StoreStatus(NamedTuple):
-    """Whether a store already holds what a harvest asks for, and what the user should know about it."""
+    """Whether a store already holds all rows of a harvest, and notes for the user."""
 
     complete: bool
     notes: tuple[str, ...] = ()
 
 
 def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
-    """Tell whether the store is there, whole, and of this very harvest; raise as `compare` does."""
+    """Return whether the store exists, is complete, and has this identity; raise as `compare` does."""
     return compare(store, wanted).complete
 
 
 def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> StoreStatus:
-    """Compare a store, if one is there, with the identity of a harvest.
+    """Compare an existing store with the identity of a harvest.
 
-    Raises `StoreError` for a store of another harvest, naming what differs.
+    Raises `StoreError` if the store is from a different harvest, with the differences.
     """
     manifest = find_manifest(store)
     if manifest is None:
@@ -123,24 +125,24 @@ def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> StoreStatus:
     found = manifest.header.metadata.get("harvest")
     if not isinstance(found, dict):
         raise StoreError(f"the store '{store}' was not written by a harvest; name another store")
-    differing = _differing_settings(found, wanted, manifest.header.metadata) | _differing_content(found, wanted)
-    if differing:
-        told = ", ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in sorted(differing.items()))
-        raise StoreError(f"the store '{store}' is of another harvest: it differs in {told}; {_advice(differing)}")
-    complete, told = _compare_size(store, manifest, wanted)
-    notes = _notes(found, wanted) + _unmeasured(manifest.header) + told
+    differences = _differing_settings(found, wanted, manifest.header.metadata) | _differing_content(found, wanted)
+    if differences:
+        listed = ", ".join(f"{key} ({was!r}, now {now!r})" for key, (was, now) in sorted(differences.items()))
+        raise StoreError(f"the store '{store}' is of another harvest: it differs in {listed}; {_advice(differences)}")
+    complete, size_notes = _compare_size(store, manifest, wanted)
+    notes = _notes(found, wanted) + _unmeasured(manifest.header) + size_notes
     if not complete and found.get("batch_size") != wanted["batch_size"]:
         notes.append(
-            f"resumes with batch_size {wanted['batch_size']} a store that was begun with {found.get('batch_size')}: "
-            "its rows agree with those of one batch size up to rounding, but not to the bit"
+            f"resumes a store of batch_size {found.get('batch_size')} with batch_size {wanted['batch_size']}: "
+            "its rows equal those of a single batch size up to rounding, not bit for bit"
         )
     return StoreStatus(complete, tuple(notes))
 
 
 def _compare_size(store: Path | StoreUrl, manifest: Manifest, wanted: dict[str, Any]) -> tuple[bool, list[str]]:
-    """Tell whether a store of the same harvest holds as many rows as are asked for, or all there are, and what to say.
+    """Return whether a store of the same harvest has all rows, and notes.
 
-    Raises `StoreError` for an unfinished store that is asked for fewer rows than it holds.
+    Raises `StoreError` if the store is unfinished and holds more rows than `tokens`.
     """
     size, header = wanted["context_size"], manifest.header
     n_wanted, n_stored = -(-wanted["tokens"] // size), manifest.n_contexts
@@ -149,29 +151,29 @@ def _compare_size(store: Path | StoreUrl, manifest: Manifest, wanted: dict[str, 
     if manifest.completion is None:
         if n_wanted < n_stored:
             raise StoreError(
-                f"the store '{store}' is not finished and {holds} already, more than the {wanted['tokens']:,} asked "
-                f"for; ask for at least as many (tokens = {n_declared * size} finishes it), or name another store"
+                f"the store '{store}' is not finished and already {holds}, more than the {wanted['tokens']:,} "
+                f"requested; request at least as many (tokens = {n_declared * size} finishes it), or name another store"
             )
-        begun = f"the store {holds} and was begun for {n_declared * size:,}; it is now to hold {n_wanted * size:,}"
-        return False, [begun] if n_wanted != n_declared else []
+        resumed = f"the store {holds} and was started for {n_declared * size:,}; it will now hold {n_wanted * size:,}"
+        return False, [resumed] if n_wanted != n_declared else []
     if n_wanted < n_stored:
-        return True, [f"the store {holds}, more than the {wanted['tokens']:,} asked for"]
+        return True, [f"the store {holds}, more than the {wanted['tokens']:,} requested"]
     if n_wanted in (n_stored, n_declared):
         return True, []
     if n_stored < n_declared:
-        return True, [f"the store {holds}, all that the text has; {wanted['tokens']:,} were asked for"]
+        return True, [f"the store {holds}, all that the text yields; {wanted['tokens']:,} were requested"]
     return False, [f"the store {holds} and is extended to {n_wanted * size:,}"]
 
 
 def _differing_settings(
     found: dict[str, Any], wanted: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ; one that the store does not record had its default."""
+    """Return the settings that differ, with both values; a setting that is not recorded had its default."""
     named = {name for names in CONTENT.values() for name in names}
-    passed_over = {*INCIDENTAL, *NEUTRAL, *named, "content", "weights"}
+    ignored = {*NOT_RECORDED, *NEUTRAL, *named, "content", "weights"}
     defaults = _defaults()
     differing = {}
-    for key in (found.keys() | wanted.keys()) - passed_over:
+    for key in (found.keys() | wanted.keys()) - ignored:
         was, now = (record.get(key, defaults.get(key)) for record in (found, wanted))
         if key == "hook_points":
             was, now = sorted(was or []), sorted(now or [])
@@ -188,7 +190,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _differing_content(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs in text, weights and tokenizer; where their content is not known, in their names."""
+    """Return the differences in text, weights and tokenizer: in content or, if that is unknown, in names."""
     differing = {}
     for what, names in CONTENT.items():
         was, now = _content(found, what), _content(wanted, what)
@@ -222,20 +224,20 @@ def _is_same_name(first: Any, second: Any) -> bool:
 def _advice(differing: dict[str, tuple[Any, Any]]) -> str:
     commits = [was for what, (was, _) in differing.items() if what != "text" and str(was).startswith("commit ")]
     if commits and set(differing) <= {"weights", "tokenizer"}:
-        return f"name another store, or stay with the model's earlier commit: revision = {commits[0].split()[1]!r}"
+        return f"name another store, or use the model's earlier commit: revision = {commits[0].split()[1]!r}"
     return "name another store"
 
 
 def resumed_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata with which a store that was begun is resumed: its own, where the rest agrees.
+    """Return the metadata of a store to resume: its existing metadata, with the new number of tokens.
 
-    Raises `StoreError` for what differs beyond the spelling of names and the number of rows.
+    Raises `StoreError` for a difference other than the spelling of names or the number of rows.
     """
     found = header.metadata
     for key in sorted(found.keys() & metadata.keys() - SPELLING):
         if found[key] != metadata[key]:
             raise StoreError(
-                f"the store '{store}' was begun with {key} = {found[key]!r}, now {metadata[key]!r}; "
+                f"the store '{store}' was started with {key} = {found[key]!r}, now {metadata[key]!r}; "
                 "use the same settings and versions, or name another store"
             )
     if "certificate" not in found:
@@ -243,8 +245,8 @@ def resumed_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str,
             if point["derived"] or point["cloned"]:
                 now = f"taken as {point['derived']}" if point["derived"] else "copied before the model writes into it"
                 raise StoreError(
-                    f"the store '{store}' was begun by a version of Thresher that took '{name}' from "
-                    f"{point['module']} as it is; it is now {now}, and the store would mix both: name another store"
+                    f"the store '{store}' was written by a version of Thresher that took '{name}' from "
+                    f"{point['module']} unchanged; it is now {now}, and the store would mix both: name another store"
                 )
     wanted = metadata["harvest"]
     if header.n_contexts == -(-wanted["tokens"] // wanted["context_size"]):
@@ -253,32 +255,32 @@ def resumed_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str,
 
 
 def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return what could not be compared."""
+    """Return notes on what could not be compared."""
     if "content" not in found:
         return [
-            "the store was begun by a version of Thresher that did not record the content of text, tokenizer and "
+            "the store was written by a version of Thresher that did not record the content of text, tokenizer and "
             "weights: only names and settings were compared"
         ]
     recorded = found["content"].keys() | wanted["content"].keys()
     unknown = [what for what in CONTENT if what in recorded and None in (_content(found, what), _content(wanted, what))]
     if not unknown:
         return []
-    return [f"the content of {' and '.join(unknown)} is not known here: names and settings were compared instead"]
+    return [f"the content of {' and '.join(unknown)} is unknown here: names and settings were compared instead"]
 
 
 def _unmeasured(header: Header) -> list[str]:
-    """Return what to know of a store that was written before hook points were measured."""
+    """Return a note on a store that was written before hook points were measured."""
     kinds = {found[1] for found in map(block_and_kind, header.hook_points) if found is not None}
     if "certificate" in header.metadata or kinds <= {"resid_pre", "resid_post"}:
         return []
     return [
-        "the store was begun by a version of Thresher that did not measure hook points: in models such as BLOOM, MPT, "
-        "Granite and Falcon, its attn_out and mlp_out are not what these names stand for; harvest such a model again"
+        "the store was written by a version of Thresher that did not measure hook points: in models such as BLOOM, "
+        "MPT and Falcon, its attn_out and mlp_out are not what these names now mean; harvest such a model again"
     ]
 
 
 def sampled_fingerprint(model: Path) -> str | None:
-    """Return the hash of a model folder's weight files by name, size and samples that older stores hold."""
+    """Return the hash over a model folder's weight files (name, size, samples) that older stores record."""
     if not model.is_dir():
         return None
     digest = hashlib.blake2b(digest_size=16)
@@ -295,7 +297,7 @@ def sampled_fingerprint(model: Path) -> str | None:
 
 
 def find_manifest(store: Path | StoreUrl) -> Manifest | None:
-    """Return a store's manifest, or None where none is."""
+    """Return a store's manifest; None if it has none."""
     if isinstance(store, Path):
         return read_manifest(store) if (store / MANIFEST).is_file() else None
     from ..shared.store.remote.objects import RemoteStore

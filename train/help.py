@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..shared.core.config import describe
+from ..shared.core.config import help_text
 from .architectures.registry import ARCHITECTURES, find_architecture
 from .config import SaeConfig
 
@@ -10,7 +10,7 @@ from .config import SaeConfig
 def help_on_saes() -> str:
     """Return the keys that all `[[sae]]` tables have, and a line for each architecture."""
     shared = [key for key in SaeConfig.__struct_fields__ if key not in SaeConfig.unused]
-    lines = ["keys of every [[sae]] table, in the config file:", "", describe(SaeConfig, shared, dashes=""), ""]
+    lines = ["keys of every [[sae]] table, in the config file:", "", help_text(SaeConfig, shared, dashes=""), ""]
     lines += ["architectures, with the keys that they need; `thresher train --help NAME` lists all keys of one:", ""]
     for name, registered in ARCHITECTURES.items():
         needed = ", ".join(registered.required)
@@ -29,7 +29,7 @@ def help_on_architecture(name: str) -> str:
     return (
         f'architecture = "{name}"\n\n{_summary(registered.config)}\n\n'
         f"keys of its [[sae]] tables, besides those of every table that `thresher train --help` lists:\n\n"
-        f"{describe(registered.config, own, dashes='')}"
+        f"{help_text(registered.config, own, dashes='')}"
     )
 
 

@@ -1,1 +1,1 @@
-"""From files and datasets to documents."""
+"""Read documents from files and datasets."""

@@ -1,20 +1,20 @@
-"""Take documents out of rows: which column holds the content, which the name, and what a row must hold."""
+"""Extract documents from table rows: find the columns of content and name, and check the values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .tally import Place, Tally
+from .tally import RowLocation, Tally
 
 NAME_COLUMNS = ("path", "name", "title", "url", "id")
 LIST_COLUMNS = ("messages", "conversation", "conversations", "input_ids", "token_ids")
-"""Columns that are not text, so that a list in brackets there is a table's way to write lists."""
+"""Columns that are not text: a string in brackets there is how a table writes a list."""
 MAX_NAME = 200
 MAX_COLUMNS = 20
-SKIP = 'or set on_bad_document = "skip" to pass it over'
+SKIP = 'or set on_bad_document = "skip" to skip it'
 ROLES = {"human": "user", "gpt": "assistant"}
-"""What ShareGPT's conversations call the roles."""
+"""ShareGPT's names for the roles."""
 _MISSING = object()
 
 
@@ -32,14 +32,14 @@ class Document(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What the document holds: "text", "messages" or "token ids"."""
+        """The kind of content: "text", "messages" or "token ids"."""
         if self.messages is not None:
             return "messages"
         return "text" if self.input_ids is None else "token ids"
 
 
 class Columns:
-    """The column of the content, by its name or a dotted path into nested columns, and that of the name."""
+    """The columns of the content (a name, or a dotted path into nested columns) and of the document's name."""
 
     def __init__(self, column: str, tally: Tally) -> None:
         self.column = column
@@ -52,20 +52,22 @@ class Columns:
         self._n_rows = 0
 
     def needed(self, names: Iterable[str]) -> list[str]:
-        """Return those of a table's columns that content and name may be in; none if the content is in none."""
+        """Return the columns to read for content and name; none if the content is missing."""
         names = list(names)
         if not self._roots & set(names):
             return []
         return [name for name in names if name in self._roots or name in NAME_COLUMNS]
 
     def missing(self, row: Iterable[str] | Mapping[str, Any]) -> str:
-        """Return the message for a table or row without the column, which lists those it has."""
+        """Return the error message for a table or row without the column; it lists the existing columns."""
         names = [name[:40] for name in _paths(row)]
-        told = ", ".join(names[:MAX_COLUMNS]) + (", ..." if len(names) > MAX_COLUMNS else "")
-        return f"has no column '{self.column}'; set text_column to one of {told or 'its columns, of which it has none'}"
+        names = ", ".join(names[:MAX_COLUMNS]) + (", ..." if len(names) > MAX_COLUMNS else "")
+        return (
+            f"has no column '{self.column}'; set text_column to one of {names or 'its columns, of which it has none'}"
+        )
 
-    def document(self, row: Mapping[str, Any], at: Place) -> Document | None:
-        """Return the document of a row; None for one that is damaged, if such are skipped.
+    def document(self, row: Mapping[str, Any], at: RowLocation) -> Document | None:
+        """Return the document of a row; None if it is damaged and damaged documents are skipped.
 
         A row is named by its path, name, title, URL or id, whichever the first row has, or by its number.
         """
@@ -114,7 +116,7 @@ def encodable(text: str) -> str:
 
 
 def _find(row: Mapping[str, Any], column: str) -> Any:
-    """Return what is at a dotted path into nested columns, whose own names may hold dots as well."""
+    """Return the value at a dotted path into nested columns, whose names may also contain dots."""
     if column in row:
         return row[column]
     parts = column.split(".")
@@ -146,7 +148,7 @@ def _document(name: str, value: Any) -> Document | None:
 
 
 def _message(item: Any) -> dict[str, Any] | None:
-    """Return a message with role and content, also one that ShareGPT calls from and value; None for anything else.
+    """Return a message with role and content, converting ShareGPT's from and value; None for anything else.
 
     Keys that hold null are left out, because a table has every key in every message.
     """

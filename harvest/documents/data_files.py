@@ -1,6 +1,6 @@
 """Read the rows of JSON Lines, JSON, CSV, TSV, Parquet and Arrow files one by one, in bounded memory.
 
-What is damaged is named by file and line or row, and raises `DataError` or is counted (`Tally.bad`).
+Damage is reported with its file and line or row, and raises `DataError` or is counted (`Tally.bad`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from ...shared.core.errors import DataError
 from .columns import SKIP, Columns
 from .find_files import COMPRESSIONS, format_of, suffix_of
-from .tally import Place, Tally
+from .tally import RowLocation, Tally
 
 Row = dict[str, Any]
 HEAD_BYTES = 1 << 16
@@ -50,7 +50,7 @@ csv.field_size_limit(MAX_VALUE_CHARACTERS)
 
 
 def read_error(path: Path, error: BaseException) -> str:
-    """Return why a file cannot be read on; raise `DataError` where it cannot be read at all."""
+    """Return why the rest of a file cannot be read; raise `DataError` if none of it can."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
         raise DataError(f"cannot read '{path}': {error.strerror}") from None
     return "cannot be read: " + (" ".join(str(error).split()) or type(error).__name__)
@@ -73,23 +73,23 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def signature(head: bytes) -> str | None:
-    """Return what is wrong with a file that should hold text and begins with these bytes, if that is known."""
-    return next((told for magic, told in _SIGNATURES.items() if head.startswith(magic)), None)
+    """Return what is wrong with a text file that starts with these bytes, if it is recognised; else None."""
+    return next((names for magic, names in _SIGNATURES.items() if head.startswith(magic)), None)
 
 
 def damage() -> tuple[type[BaseException], ...]:
-    """Return what reading a damaged file raises."""
+    """Return the exceptions that reading a damaged file raises."""
     import pyarrow as pa
 
     return (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class DataFile:
-    """One data file, whose rows are iterated over once; `at` is the place of the row that was read last."""
+    """One data file, whose rows can be iterated over once; `at` is the location of the last row read."""
 
     def __init__(self, path: Path, columns: Columns, tally: Tally) -> None:
         self.path = path
-        self.at = Place(str(path), "line")
+        self.at = RowLocation(str(path), "line")
         self._columns = columns
         self._tally = tally
         self._csv_line = 0
@@ -109,7 +109,7 @@ class DataFile:
             self._tally.bad(where, read_error(self.path, error))
 
     def _head(self) -> bytes | None:
-        """Return a text file's first bytes, or None where they show that it can be read no further."""
+        """Return a text file's first bytes; None if they show that it cannot be read."""
         with open_bytes(self.path) as file:
             head = file.read(HEAD_BYTES)
         fault = signature(head) or (None if head.strip() else "is empty")
@@ -152,7 +152,7 @@ class DataFile:
                 self._tally.bad(self.at, f"is not a JSON object, but {_json_kind(row)}")
 
     def _json_values(self, text: TextIO, is_array: bool) -> Iterator[Row]:
-        """Yield the objects of an array, or of objects that are laid out over several lines."""
+        """Yield the objects of an array, or objects that span several lines."""
         decode = json.JSONDecoder().raw_decode
         buffer, position, size = text.read(CHUNK_CHARACTERS), 0, CHUNK_CHARACTERS
         if is_array:
@@ -240,7 +240,7 @@ class DataFile:
                 fault = "holds NUL bytes"
             except UnicodeDecodeError:
                 fault = "is not UTF-8"
-            self._tally.bad(Place(self.at.source, "line", number), fault)
+            self._tally.bad(RowLocation(self.at.source, "line", number), fault)
 
     def _parquet(self) -> Iterator[Row]:
         import pyarrow.parquet as pq
@@ -285,7 +285,7 @@ class DataFile:
             yield row
 
     def _needed(self, names: list[str]) -> list[str]:
-        """Return the columns to read; none where the content is missing, which is noted as damage."""
+        """Return the columns to read; none if the content is missing, which is reported as damage."""
         needed = self._columns.needed(names)
         if not needed:
             self._tally.bad(self.at.source, self._columns.missing(names), SKIP)
@@ -293,7 +293,7 @@ class DataFile:
 
 
 def _decode(line: bytes) -> tuple[Any, str | None]:
-    """Return a line's JSON value, also one with NaN, and what is wrong with it."""
+    """Return a line's JSON value (NaN is allowed) and what is wrong with it, if anything."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -306,7 +306,7 @@ def _decode(line: bytes) -> tuple[Any, str | None]:
 
 
 def _beyond(error: RecursionError | ValueError) -> str:
-    """Return what is wrong with JSON that is valid, but more than Python reads."""
+    """Return what is wrong with JSON that is valid but that Python cannot read."""
     return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of thousands of digits"
 
 

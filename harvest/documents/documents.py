@@ -1,4 +1,4 @@
-"""Text sources: an iterator of named documents, always in the same order for one configuration."""
+"""Read the documents of a text source, in an order that depends only on the configuration."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .columns import Columns, encodable
 from .columns import Document as Document
 from .data_files import LFS, DataFile, damage, open_bytes, read_error, signature
 from .find_files import PYTHON_STDLIB, SAVED, SNIFFED_BYTES, TEXT, FoundFiles, find_files, is_binary
-from .tally import Place, Tally
+from .tally import RowLocation, Tally
 
 
-def read_documents(config: HarvestConfig, *, tell: bool = False) -> Iterator[Document]:
-    """Yield the documents of `config.dataset`; `tell` prints what is read and what is left out.
+def read_documents(config: HarvestConfig, *, report: bool = False) -> Iterator[Document]:
+    """Yield the documents of `config.dataset`; `report` prints what is read and what is left out.
 
     Raises:
-        MissingFileError: nothing is at the path.
-        ConfigError: a setting does not apply to what is there.
+        MissingFileError: the path does not exist.
+        ConfigError: a setting does not apply to the source.
         DataError: the source has no usable text, is ambiguous, or is damaged.
     """
     found = find_files(config)
     tally = Tally(config.dataset, config.on_bad_document == "skip", n_found=None if found is None else len(found.files))
     for reason, what in found.left_out if found else ():
         tally.leave_out(reason, what)
-    if tell:
-        tally.tell_left_out()
+    if report:
+        tally.print_left_out()
     if found is None:
         documents = _rows(_hub_dataset(config), config, tally)
     elif found.format == TEXT:
@@ -38,7 +38,7 @@ def read_documents(config: HarvestConfig, *, tell: bool = False) -> Iterator[Doc
         documents = _rows(_saved_dataset(found, config), config, tally)
     else:
         documents = _data(found, config, tally)
-    return _counted(documents, tally, tell)
+    return _counted(documents, tally, report)
 
 
 def source_files(config: HarvestConfig) -> list[Path] | None:
@@ -48,7 +48,7 @@ def source_files(config: HarvestConfig) -> list[Path] | None:
 
 
 def hub_fingerprint(config: HarvestConfig) -> str:
-    """Return what identifies the content of a Hugging Face dataset id: the revision's hash, from the cache if offline.
+    """Return the hash of a Hugging Face dataset's revision, from the cache if offline.
 
     Raises `DataError` for a dataset that cannot be reached.
     """
@@ -59,8 +59,8 @@ def hub_fingerprint(config: HarvestConfig) -> str:
     return str(builder.hash)
 
 
-def _counted(documents: Iterator[Document], tally: Tally, tell: bool) -> Iterator[Document]:
-    """Yield documents, and print what was read when their reader has enough or they end."""
+def _counted(documents: Iterator[Document], tally: Tally, report: bool) -> Iterator[Document]:
+    """Yield documents; at their end, or when the consumer stops, print what was read."""
     try:
         for document in documents:
             tally.n_documents += 1
@@ -69,13 +69,13 @@ def _counted(documents: Iterator[Document], tally: Tally, tell: bool) -> Iterato
             tally.n_token_ids += len(document.input_ids or ())
             yield document
     except GeneratorExit:
-        if tell:
-            tally.tell()
+        if report:
+            tally.print_summary()
         raise
     if not tally.n_documents:
         raise tally.nothing()
-    if tell:
-        tally.tell()
+    if report:
+        tally.print_summary()
 
 
 def _texts(found: FoundFiles, tally: Tally) -> Iterator[Document]:
@@ -119,7 +119,7 @@ def _data(found: FoundFiles, config: HarvestConfig, tally: Tally) -> Iterator[Do
 def _rows(rows: Any, config: HarvestConfig, tally: Tally) -> Iterator[Document]:
     """Yield the rows of a `datasets` dataset as documents."""
     columns = Columns(config.text_column, tally)
-    at = Place(config.dataset)
+    at = RowLocation(config.dataset)
     if rows.column_names:  # None for a stream whose columns are not known in advance
         needed = columns.needed(rows.column_names)
         if not needed:
@@ -134,7 +134,7 @@ def _rows(rows: Any, config: HarvestConfig, tally: Tally) -> Iterator[Document]:
 
 
 def _datasets() -> Any:
-    """Import `datasets`, which takes a second that plain text does not need."""
+    """Import `datasets` lazily: it takes about a second and plain text does not need it."""
     import datasets
 
     return datasets
@@ -170,8 +170,8 @@ def _reaching(config: HarvestConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(at: Place) -> Iterator[None]:
-    """Turn what a stream of rows raises into `DataError`."""
+def _reading(at: RowLocation) -> Iterator[None]:
+    """Turn the exceptions of a stream of rows into `DataError`."""
     try:
         yield
     except DataError:

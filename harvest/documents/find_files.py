@@ -1,4 +1,4 @@
-"""Find the local files that a configuration reads, and say which are left out."""
+"""Find the local files that a configuration reads, and those that it leaves out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = {
 }
 TEXT, SAVED = "text", "saved"
 AMBIGUOUS = {".json", ".csv", ".tsv"}
-"""Suffixes of data files that also lie about in folders of text, such as a project's package.json."""
+"""Suffixes of data files that also occur in folders of text, such as a project's package.json."""
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 METADATA = {
     "config.json",
@@ -50,19 +50,19 @@ _DOCUMENTATION = re.compile(
     re.IGNORECASE,
 )
 _SPLIT_TEXT = {".txt", ".text", ".raw", ".tokens"}
-"""Suffixes of text whose names may tell splits; a file test.py is no test split."""
+"""Suffixes of text files whose names may name splits; a file test.py is not a test split."""
 CACHE = "__pycache__"
 _NOT_STDLIB = {"site-packages", "dist-packages", CACHE}
 SNIFFED_BYTES = 8192
 FEW_BYTES = 1_000_000
 _HEADER = b'{"entry":{"type":"header","format_version":'
-"""What a store's manifest begins with."""
+"""The first bytes of a store's manifest."""
 _BEGUN = (MANIFEST, "harvest.toml")
 
 
 @dataclass
 class FoundFiles:
-    """Files in the order in which they are read, what they hold, and what was left out and why."""
+    """Files in reading order, what they hold, and which were left out and why."""
 
     root: Path
     format: str
@@ -110,13 +110,13 @@ def format_of(name: str) -> str | None:
 
 
 def suffix_of(name: str) -> str:
-    """Return the lower-case suffix that tells a file's format, below that of a compression."""
+    """Return the lower-case suffix of a file's format, without that of a compression."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def is_binary(head: bytes) -> bool:
-    """Tell whether a file that begins with these bytes holds no UTF-8 text."""
+    """Return whether a file that starts with these bytes is not UTF-8 text."""
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -146,7 +146,7 @@ def _stdlib_files(root: Path) -> list[Path]:
 
 
 def _text_files(root: Path, paths: Iterable[Path], config: HarvestConfig) -> FoundFiles:
-    """Return text files shuffled by the seed; those of one split if the names of .txt files tell splits."""
+    """Return text files shuffled by the seed; only those of the split if the names of .txt files name splits."""
     _refuse(config, dataset_config="text files have no configurations")
     if config.text_column != TEXT:
         raise ConfigError(
@@ -165,7 +165,7 @@ def _text_files(root: Path, paths: Iterable[Path], config: HarvestConfig) -> Fou
 
 
 def _text_names(config: HarvestConfig, names: list[str]) -> set[str]:
-    """Return the text files of the split; all of them if their names tell no splits."""
+    """Return the text files of the split; all of them if their names do not name splits."""
     splits = named_splits([name for name in names if suffix_of(name) in _SPLIT_TEXT])
     if config.split == ALL or len(names) == 1 or not (len(splits) > 1 or config.split in splits):
         if config.split not in (DEFAULT, ALL, *splits):
@@ -216,7 +216,7 @@ def _in_folder(folder: Path, config: HarvestConfig) -> FoundFiles:
 
 
 def _reads_text(folder: Path, data: list[Path], others: list[Path], config: HarvestConfig) -> bool:
-    """Decide whether a folder is read as text files or as data files; raise `DataError` where that is ambiguous.
+    """Return whether to read a folder as text files rather than data files; raise `DataError` if it is ambiguous.
 
     The other kind may be left out only where it is clearly beside the point: .json, .csv or .tsv files that are fewer
     than the text files, and smaller or less than a megabyte; or text files of a tenth the number and size of the data.
@@ -278,7 +278,7 @@ def _saved(folder: Path, config: HarvestConfig) -> FoundFiles | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is none."""
+    """Return the object in a JSON file; an empty one if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -287,7 +287,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:
-    """Return the files below a folder, sorted, and what is left out and why.
+    """Return the files below a folder, sorted, and which are left out and why.
 
     Links to folders are followed, but no folder is read twice.
     """
@@ -332,7 +332,7 @@ def walk(folder: Path) -> tuple[list[Path], list[tuple[str, list[Path]]]]:
 
 
 def is_store(folder: Path) -> bool:
-    """Tell whether a folder is an activation store, whose files tell of text and are none; also one that is begun."""
+    """Return whether a folder is an activation store, even an unfinished one; its text files are not documents."""
     try:
         with (folder / MANIFEST).open("rb") as file:
             head = file.read(len(_HEADER))
@@ -356,7 +356,7 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _is_incidental(path: Path) -> bool:
-    """Tell whether a file documents a dataset, or is no more than a cache."""
+    """Return whether a file only documents a dataset, or is a cache."""
     return bool(_DOCUMENTATION.match(path.name)) or path.name.lower() in METADATA or CACHE in path.parts
 
 

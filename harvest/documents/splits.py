@@ -1,8 +1,8 @@
 """Which files of a local dataset belong to which split, by the rules of Hugging Face datasets.
 
-A dataset card (README.md) may name configurations and their files. Otherwise names tell: a folder or a file called
-train, test or validation (or a synonym), alone or beside other words, as in data/train-00000-of-00001.parquet. Files
-whose names tell nothing are the split "train".
+A dataset card (README.md) may name configurations and their files. Otherwise the split is in the name of a folder or
+file: train, test, validation or a synonym, alone or beside other words, as in data/train-00000-of-00001.parquet. Files
+without such a name are in the split "train".
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def split_files(folder: Path, names: Sequence[str], config_name: str | None) -> 
 
 
 def by_name(names: Sequence[str]) -> Splits:
-    """Return relative paths by the splits that they name; a path that names two is in both."""
+    """Return relative paths by the split in their name; a path that names two splits is in both."""
     splits = named_splits(names)
     named = {name for found in splits.values() for name in found}
     if set(names) - named:
@@ -62,7 +62,7 @@ def by_name(names: Sequence[str]) -> Splits:
 
 
 def named_splits(names: Sequence[str]) -> Splits:
-    """Return by split those relative paths whose names tell one."""
+    """Return, by split, the relative paths whose names contain one."""
     splits: Splits = {}
     shards = _shard_folders(names)
     for name in names:
@@ -72,7 +72,7 @@ def named_splits(names: Sequence[str]) -> Splits:
 
 
 def split_order(split: str) -> tuple[int, str]:
-    """Return the key by which splits are listed: train, validation, test, then others by name."""
+    """Return the sort key of a split: train, validation, test, then others by name."""
     known = list(SYNONYMS)
     return (known.index(split) if split in known else len(known), split)
 
@@ -90,7 +90,7 @@ def _named(name: str, shard_folders: set[PurePosixPath]) -> list[str]:
 
 
 def _shard_folders(names: Sequence[str]) -> set[PurePosixPath]:
-    """Return the folders whose files are called SPLIT-00000-of-00001: there any other word is a split, too."""
+    """Return the folders with files called SPLIT-00000-of-00001, where any word is a split."""
     folders = set()
     for path in map(PurePosixPath, names):
         shard = _SHARD.match(path.name)
@@ -100,7 +100,7 @@ def _shard_folders(names: Sequence[str]) -> set[PurePosixPath]:
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Return the relative paths that match one of the glob patterns, or lie in a folder that does.
+    """Return the relative paths that match a glob pattern, or are in a folder that does.
 
     Raises `ConfigError` for a malformed pattern.
     """

@@ -1,4 +1,4 @@
-"""Count what is read and what is left out, decide what happens to damaged documents, and say it all in one line."""
+"""Count what is read and what is left out, handle damaged documents, and print a one-line summary."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 
 from ...shared.core.errors import DataError
 
-ADVICE = 'repair it, or set on_bad_document = "skip" to pass over what cannot be read'
+ADVICE = 'repair it, or set on_bad_document = "skip" to skip what cannot be read'
 
 
 @dataclass
-class Place:
-    """A row of a source, for messages: a file or dataset, what its rows are called, and the row's number."""
+class RowLocation:
+    """The location of a row, for messages: a file or dataset, the unit (row or line), and the number."""
 
     source: str
     unit: str = "row"
     number: int = 0
 
     def __str__(self) -> str:
-        """Return the place as a message names it."""
+        """Return the location as text."""
         return f"'{self.source}', {self.unit} {self.number}"
 
 
 @dataclass
 class Tally:
-    """What was read of a source, and what was left out and why."""
+    """Counts of what was read from a source, and of what was left out and why."""
 
     source: str
     skips_bad: bool = False
@@ -39,35 +39,35 @@ class Tally:
     first_bad: str = ""
 
     def leave_out(self, reason: str, what: str) -> None:
-        """Note something that is not read."""
+        """Count something that is not read."""
         self.left_out.setdefault(reason, []).append(what)
 
-    def bad(self, where: Place | str, what: str, advice: str = ADVICE) -> None:
-        """Note a document, or the rest of a file, that cannot be read; raise `DataError` unless such are skipped."""
-        fault = f"{where} {what}" if isinstance(where, Place) else f"'{where}' {what}"
+    def bad(self, where: RowLocation | str, what: str, advice: str = ADVICE) -> None:
+        """Count a document, or the rest of a file, that cannot be read; raise `DataError` unless they are skipped."""
+        fault = f"{where} {what}" if isinstance(where, RowLocation) else f"'{where}' {what}"
         if not self.skips_bad:
             raise DataError(f"{fault}; {advice}")
         self.n_bad += 1
         self.first_bad = self.first_bad or fault
 
     def nothing(self) -> DataError:
-        """Return the error of a source without any document."""
+        """Return the error for a source without documents."""
         return DataError(f"no text in '{self.source}'; {self._passed_over() or 'it holds no documents'}")
 
-    def tell(self) -> None:
+    def print_summary(self) -> None:
         """Print what was read and what was left out."""
-        told = f"{self.n_documents:,} document{'s' * (self.n_documents != 1)}"
+        summary = f"{self.n_documents:,} document{'s' * (self.n_documents != 1)}"
         if self.n_found is not None:
             of = f"{self.n_files:,} of " if self.n_files != self.n_found else ""
-            told = f"{of}{self.n_found:,} file{'s' * (self.n_found != 1)}, {told}"
+            summary = f"{of}{self.n_found:,} file{'s' * (self.n_found != 1)}, {summary}"
         amounts = [f"{self.n_characters:,} characters"] if self.n_characters or not self.n_token_ids else []
         amounts += [f"{self.n_token_ids:,} token ids"] if self.n_token_ids else []
         passed_over = self._passed_over()
         end = f"; {passed_over}" if passed_over else ""
-        print(f"text: read {told}, {' and '.join(amounts)} from '{self.source}'{end}", file=sys.stderr)
+        print(f"text: read {summary}, {' and '.join(amounts)} from '{self.source}'{end}", file=sys.stderr)
 
-    def tell_left_out(self) -> None:
-        """Print what is left out as far as it is known before anything is read."""
+    def print_left_out(self) -> None:
+        """Print what is left out, as far as it is known before reading."""
         if self.left_out:
             print(f"text: from '{self.source}', {self._passed_over()}", file=sys.stderr)
 

@@ -1,1 +1,1 @@
-"""From documents to rows of tokens."""
+"""Turn documents into contexts of tokens."""

@@ -1,10 +1,10 @@
-"""Render conversations by a chat template, and find which characters of the rendering are whose.
+"""Render conversations with a chat template, and find the role of each rendered character.
 
 A template is a program: it may strip contents, merge the system message into the user's, drop earlier reasoning or
-begin with a BOS. So the characters of a message are not searched for. The conversation is rendered a second time with
-every character of the contents replaced by a private-use character of its own, except white space and what looks like
-a tag, which templates test for: where the replacements come out is where the characters come from, and everything else
-must be equal in both renderings.
+start with a BOS. Searching for a message's characters would therefore be unreliable. Instead, the conversation is
+rendered a second time with every character of the contents replaced by a unique private-use character, except white
+space and text that looks like a tag, which templates test for. The replacements show where each character ends up, and
+everything else must be equal in both renderings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROLE_OF = {
 }
 CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking")
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
-"""The date for templates that print today's, which must not change while a harvest is resumed: Llama 3's default."""
+"""A fixed date for templates that print today's, so that a resumed harvest renders the same: Llama 3's default."""
 
 _KEPT = re.compile(r"</?[\w|./-]{1,40}>|<\|[^<>|]{1,40}\|>|\[/?[A-Z_]{2,30}\]|[\"\\]|\s+")
 _TAGS = np.concatenate([np.arange(0xF0000, 0xFFFFE), np.arange(0x100000, 0x10FFFE)]).astype(np.uint32)
@@ -44,7 +44,7 @@ _TAGS = np.concatenate([np.arange(0xF0000, 0xFFFFE), np.arange(0x100000, 0x10FFF
 
 
 class Leaf(NamedTuple):
-    """A text of a message: where it is (`part` is None for a message's one text), and the role of its characters."""
+    """One text of a message, its location (`part` is None unless contents are a list), and its role."""
 
     message: int
     key: str
@@ -54,7 +54,7 @@ class Leaf(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer's own chat template, or another one given as its text, a file or the name of one of its several.
+    """A tokenizer's chat template, or another one, given as text, as a file or by its name in the tokenizer.
 
     Raises:
         ModelError: the tokenizer has no template.
@@ -85,7 +85,7 @@ class ChatTemplate:
         self._dated = _date_macro() + self.source if "strftime_now" in self.source else self.source
 
     def render(self, messages: list[dict[str, Any]], document: str) -> str:
-        """Return a conversation as text; raise `DataError`, naming the document, if the template refuses it."""
+        """Return a conversation as text; raise `DataError` if the template rejects it."""
         try:
             rendered = self._tokenizer.apply_chat_template(messages, chat_template=self._dated, tokenize=False)
         except Exception as error:  # a template is a program: whatever it does wrong
@@ -111,39 +111,39 @@ class ChatTemplate:
         if len(real) != len(other):
             raise _unclear(document)
         source = tags.follow(other)
-        places = np.flatnonzero(source >= 0)
-        source_of_place = source[places]
+        positions = np.flatnonzero(source >= 0)
+        source_of_position = source[positions]
         unchanged = np.array_equal(real[source < 0], other[source < 0])
-        if not unchanged or not np.array_equal(real[places], tags.character[source_of_place]):
+        if not unchanged or not np.array_equal(real[positions], tags.character[source_of_position]):
             raise _unclear(document)
         roles = np.full(len(real), MARKER, dtype=np.int8)
         for number, leaf in enumerate(leaves):
-            mine = tags.leaf[source_of_place] == number
+            mine = tags.leaf[source_of_position] == number
             if mine.any():
-                within = tags.place[source_of_place[mine]]
-                for start, stop in self._gaps(messages, leaf, places[mine], within, rendered, document):
+                within = tags.offset[source_of_position[mine]]
+                for start, stop in self._gaps(messages, leaf, positions[mine], within, rendered, document):
                     roles[start:stop] = leaf.role
-                roles[places[mine]] = leaf.role
+                roles[positions[mine]] = leaf.role
         return roles
 
     def _gaps(
         self,
         messages: list[dict[str, Any]],
         leaf: Leaf,
-        places: Int[np.ndarray, " n"],
+        positions: Int[np.ndarray, " n"],
         within: Int[np.ndarray, " n"],
         rendered: str,
         document: str,
     ) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of the rendering that a text fills beside its tagged characters, which are at `places`."""
-        text, step = leaf.text, np.diff(places)
+        """Yield the ranges of the rendering that belong to a text besides its tagged characters (at `positions`)."""
+        text, step = leaf.text, np.diff(positions)
         for gap in np.flatnonzero((step > 1) & (step <= np.diff(within))).tolist():
-            start, stop = int(places[gap]) + 1, int(places[gap + 1])
+            start, stop = int(positions[gap]) + 1, int(positions[gap + 1])
             if _is_within(rendered[start:stop], text[within[gap] + 1 : within[gap + 1]]):
                 yield start, stop
         # What lies before the first and behind the last tagged character: tags, and beyond them white space.
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        start, stop = int(places[0]), int(places[-1]) + 1
+        start, stop = int(positions[0]), int(positions[-1]) + 1
         before, after = text[first : within[0]], text[within[-1] + 1 : last]
         same = _common_prefix(before[::-1], rendered[max(0, start - len(before)) : start][::-1])[::-1]
         if same == before and first:
@@ -155,7 +155,7 @@ class ChatTemplate:
         yield stop, stop + len(same if same == after else same.rstrip())
 
     def _lost(self, messages: list[dict[str, Any]], leaf: Leaf, text: str, rendered: str, document: str) -> int:
-        """Return how much shorter the rendering is if a message has this text, which lacks white space at one end."""
+        """Return how much shorter the rendering becomes if the leaf has this text, stripped at one end."""
         lost = len(rendered) - len(self.render(_replaced(messages, {leaf: text}), document))
         if not 0 <= lost <= len(leaf.text) - len(text):
             raise _unclear(document)
@@ -163,7 +163,7 @@ class ChatTemplate:
 
 
 def template_source(template: str) -> str:
-    """Return a template that is given as its text or as a file; what is neither, such as a name, as it is."""
+    """Return a template's text, reading it if a file is given; return anything else, such as a name, unchanged."""
     if "{{" in template or "{%" in template:
         return template
     try:
@@ -175,23 +175,23 @@ def template_source(template: str) -> str:
 
 
 def _date_macro() -> str:
-    """Return a macro in place of the function that tells templates the date."""
+    """Return a macro that replaces the templates' date function."""
     replaced = "".join(f".replace('{code}', '{value}')" for code, value in _DATE.items())
     return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro +%}"
 
 
 def given_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages without the keys that are null: tables fill those in where other rows have a value."""
+    """Return messages without null keys, which tables add if other rows have a value there."""
     return [
         {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
     ]
 
 
 def check_contents(messages: list[dict[str, Any]], document: str) -> None:
-    """Raise `DataError` unless a message's content is text, null, or a list of parts that hold text.
+    """Raise `DataError` unless every message's content is text, null, or a list of text parts.
 
-    A template prints other contents as Python writes them, drops them, or leaves a place for an image that the model
-    is not given.
+    Templates print other contents as Python literals, drop them, or insert a placeholder for an image that the model
+    does not get.
     """
     for message in messages:
         content = message.get("content")
@@ -212,7 +212,7 @@ def _is_text(part: Any) -> bool:
 
 
 def leaves_of(messages: list[dict[str, Any]]) -> Iterator[Leaf]:
-    """Yield the texts of messages: their contents, or the text parts of those, and their reasoning."""
+    """Yield the texts of messages: contents or their text parts, and reasoning."""
     for number, message in enumerate(messages):
         role = ROLE_OF.get(str(message.get("role")), OTHER)
         for key in CONTENT_KEYS:
@@ -226,19 +226,19 @@ def leaves_of(messages: list[dict[str, Any]]) -> Iterator[Leaf]:
 
 
 class Tags(NamedTuple):
-    """Texts with tags for characters, and of each tagged character its leaf, its place there and its code point."""
+    """Texts with characters replaced by tags; for each tag its leaf, the offset in it, and the code point."""
 
     texts: list[str]
     leaf: Int[np.ndarray, " tagged"]
-    place: Int[np.ndarray, " tagged"]
+    offset: Int[np.ndarray, " tagged"]
     character: Int[np.ndarray, " tagged"]
 
     @classmethod
     def of(cls, leaves: list[Leaf]) -> Tags:
-        """Tag every character that a template is not expected to test for; where there is none, all but white space."""
+        """Tag every character that templates do not test for; in a text without such, all but white space."""
         texts, n = [], 0
         none = np.zeros(0, dtype=np.int64)
-        numbers, places, characters = [none], [none], [none]
+        numbers, positions, characters = [none], [none], [none]
         for number, leaf in enumerate(leaves):
             codes = _code_points(leaf.text)
             may_change = np.ones(len(codes), dtype=bool)
@@ -251,15 +251,15 @@ class Tags(NamedTuple):
             tagged[changed] = _TAGS[np.arange(n, n + len(changed)) % len(_TAGS)]
             texts.append(tagged.tobytes().decode("utf-32-le", "surrogatepass"))
             numbers.append(np.full(len(changed), number))
-            places.append(changed)
+            positions.append(changed)
             characters.append(codes[changed].astype(np.int64))
             n += len(changed)
-        return cls(texts, np.concatenate(numbers), np.concatenate(places), np.concatenate(characters))
+        return cls(texts, np.concatenate(numbers), np.concatenate(positions), np.concatenate(characters))
 
     def follow(self, shadow: Int[np.ndarray, " characters"]) -> Int[np.ndarray, " characters"]:
-        """Return which tagged character each character of the second rendering is; -1 for those that are none.
+        """Return the number of the tag at each character of the second rendering; -1 for other characters.
 
-        Tags repeat in a conversation of more than 131,068 characters: then the one nearest to the last is meant.
+        Tags repeat in a conversation of more than 131,068 characters; then the one nearest to the last tag is taken.
         """
         index = np.searchsorted(_TAGS, shadow).clip(max=len(_TAGS) - 1)
         source = np.where(_TAGS[index] == shadow, index, -1)
@@ -273,7 +273,7 @@ class Tags(NamedTuple):
 
 
 def _replaced(messages: list[dict[str, Any]], texts: Mapping[Leaf, str]) -> list[dict[str, Any]]:
-    """Return a copy of messages in which some texts are others."""
+    """Return a copy of messages with some texts replaced."""
     copies = [dict(message) for message in messages]
     for leaf, text in texts.items():
         message = copies[leaf.message]
@@ -290,7 +290,7 @@ def _common_prefix(first: str, second: str) -> str:
 
 
 def _is_within(text: str, other: str) -> bool:
-    """Tell whether a text is another one, of which some characters may be left out."""
+    """Return whether a text is a subsequence of another."""
     if text == other:
         return True
     rest = iter(other)

@@ -1,4 +1,4 @@
-"""Turn documents into tokens, and into what each token is: text, a marker, or a message's."""
+"""Tokenize documents, and find each token's role: text, a marker, or the role of a message."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def tokenize(
     rules: TextRules,
     refused: list[str] | None = None,
 ) -> Iterator[TokenizedDocument]:
-    """Tokenize documents in batches; a document without tokens gets a number but is passed over.
+    """Tokenize documents in batches; a document without tokens gets a number but is skipped.
 
     Special tokens that plain text spells out are tokenized as the text they are, unless `special_tokens` is "tokens".
-    A BOS that leads a document is left out, because packing places one. Documents that cannot be tokenized are passed
-    over if there is a list for the reasons, `refused`.
+    A leading BOS is dropped, because packing adds one. If `refused` is a list, documents that cannot be tokenized are
+    skipped and their reasons appended to it.
 
     Raises:
         DataError: the template refuses a conversation, a token id is not in the vocabulary, or the documents are
@@ -58,7 +58,7 @@ def tokenize(
 
 
 Tokenized = tuple[int, np.ndarray, "np.ndarray | None"]
-"""A document's hash, its tokens, and the role of each; None if all of them are text."""
+"""A document's hash, its tokens, and their roles; roles are None if all are text."""
 
 
 def _tokenize_batch(
@@ -70,7 +70,7 @@ def _tokenize_batch(
                 yield _tokenize_one(document, tokenizer, rules)
             except DataError as error:
                 if refused is None:
-                    raise DataError(f'{error}; or set on_bad_document = "skip" to pass over such documents') from None
+                    raise DataError(f'{error}; or set on_bad_document = "skip" to skip such documents') from None
                 refused.append(str(error))
                 yield 0, np.zeros(0, np.int32), None
     else:
@@ -88,7 +88,7 @@ def _tokenize_one(document: Document, tokenizer: PreTrainedTokenizerBase, rules:
 
 
 def _special_roles(ids: np.ndarray, rules: TextRules) -> np.ndarray | None:
-    """Return which tokens of plain text are special ones, where those are kept as such."""
+    """Return the roles of plain text's tokens if special tokens are kept: markers or text."""
     if not rules.marker_ids:
         return None
     return np.where(np.isin(ids, rules.marker_ids), np.int8(MARKER), np.int8(TEXT))
@@ -107,10 +107,10 @@ def _conversation(document: Document, tokenizer: PreTrainedTokenizerBase, chat: 
 
 
 def token_roles(roles: Int8[np.ndarray, " characters"], offsets: list[tuple[int, int]]) -> Int8[np.ndarray, " tokens"]:
-    """Return the role of each token from its range of characters: a message's if any of the characters is.
+    """Return the role of each token from its range of characters: a message's role if any character has one.
 
     Byte-level tokenizers leave white space out of the ranges, so that a token of white space has an empty range at its
-    end: then the characters since the last token are meant.
+    end. Such a token gets the characters since the last token.
     """
     if not offsets:
         return np.zeros(0, dtype=np.int8)
@@ -131,7 +131,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, keep_special_t
         )
         return [tokenizer(text, **options)["input_ids"] for text in texts]
     _prepare(backend, keep_special_tokens)
-    # No offsets: a third less time than calling the tokenizer.
+    # Without offsets: a third faster than calling the tokenizer.
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -139,7 +139,7 @@ def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
-            f"the tokenizer '{tokenizer.name_or_path}' does not tell which characters its tokens are of, which chat "
+            f"the tokenizer '{tokenizer.name_or_path}' does not give the characters of its tokens, which chat "
             "text needs; give a model with a fast tokenizer (tokenizer.json)"
         )
     _prepare(backend, keep_special_tokens=True)
@@ -147,14 +147,14 @@ def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _prepare(backend: Any, keep_special_tokens: bool) -> None:
-    """Set what the tokenizer keeps from call to call."""
+    """Set the tokenizer options that persist between calls."""
     backend.encode_special_tokens = not keep_special_tokens
     backend.no_truncation()
     backend.no_padding()
 
 
 def _checked_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return a document's token ids; raise `DataError` for one that is not in the tokenizer's vocabulary."""
+    """Return a document's token ids; raise `DataError` for an id outside the tokenizer's vocabulary."""
     ids = document.input_ids or []
     if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):  # before NumPy, which refuses what no int64 can be
         wrong = [number for number in ids if not 0 <= number < len(tokenizer)]

@@ -1,4 +1,4 @@
-"""Which text is held out: documents by their own hash, or contexts by their number."""
+"""Choose the held-out text: documents by hash, or contexts by number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 CYCLE = 80
-"""Contexts after which the choice of held-out contexts repeats, without those that are left out."""
+"""The period of the choice of held-out contexts, not counting the contexts that are left out."""
 
 
 def document_hash(text: str) -> int:
@@ -26,7 +26,7 @@ def ids_hash(ids: Int32[np.ndarray, " tokens"]) -> int:
 
 
 def is_held_out(document: int, fraction: float) -> bool:
-    """Tell whether a document, by its hash, is among the held-out `fraction`.
+    """Return whether a document, by its hash, is in the held-out `fraction`.
 
     The sets are nested: what is held out at 1% is also held out at 5%, so a model whose own
     held-out documents were chosen at the smaller fraction never saw any of them.
@@ -35,11 +35,11 @@ def is_held_out(document: int, fraction: float) -> bool:
 
 
 def context_split(number: int, fraction: float) -> bool | None:
-    """Tell whether the context with this number in the packed text is held out; None for one that is left out.
+    """Return whether the context with this number in the packed text is held out; None if it is left out.
 
     Contexts are held out in runs, and one context before and behind each run is left out, so that no held-out text
-    directly continues text that is trained on, or the other way round. It depends on nothing but the number and the
-    fraction: a harvest that resumes, or reads on, splits alike.
+    directly continues text that is trained on, or the other way round. The result depends only on the number and
+    the fraction, so that a resumed or extended harvest splits the same way.
     """
     if fraction == 0:
         return False
@@ -51,7 +51,7 @@ def context_split(number: int, fraction: float) -> bool | None:
 
 
 def _schedule(fraction: float) -> tuple[int, int, int]:
-    """Return how many contexts are for training, held out, and for training again, before the choice repeats."""
+    """Return how many contexts of a period are for training, held out, and for training again."""
     n_held_out = max(1, round(CYCLE * fraction))
     n_training = max(1, round(n_held_out * (1 - fraction) / fraction))
     n_before = max(1, n_training // 4)
@@ -59,7 +59,7 @@ def _schedule(fraction: float) -> tuple[int, int, int]:
 
 
 def describe_schedule(fraction: float) -> str:
-    """Say which contexts are held out."""
+    """Return a sentence on which contexts are held out."""
     n_before, n_held_out, n_after = _schedule(fraction)
     return (
         f"holds out contexts, not documents: of every {n_before + n_held_out + n_after + 2} contexts in a row, "

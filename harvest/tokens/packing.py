@@ -1,9 +1,9 @@
-"""Pack tokenized documents into contexts, each wholly for training or wholly held out.
+"""Pack tokenized documents into contexts, each entirely for training or entirely held out.
 
-A document's tokens have the roles that it was given, a BOS that packing places that of `PLACED`.
+A document's tokens keep their roles; a BOS that packing adds has the role `PLACED`.
 
-Everything here is a pure function of the documents and the configuration: a harvest that resumes
-packs the same contexts again and passes over those it has.
+Everything here is a pure function of the documents and the configuration: a resumed harvest packs the same contexts
+again and skips those already stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .holdout import context_split, is_held_out
 
 
 class TokenizedDocument(NamedTuple):
-    """A document's number in the source, its name, hash and tokens without BOS, and their roles if not all text."""
+    """A document's number in the source, name, hash, tokens without BOS, and roles unless all are text."""
 
     number: int
     name: str
@@ -32,8 +32,8 @@ class TokenizedDocument(NamedTuple):
 class Context(NamedTuple):
     """One context: tokens, and the document, position and role of each row.
 
-    A BOS has position 0 and belongs to the document it precedes; the document's tokens count on
-    from 1, also across contexts.
+    A BOS has position 0 and belongs to the document it precedes. The document's tokens are numbered from 1, also across
+    contexts.
     """
 
     tokens: np.ndarray  # int32 [context]
@@ -41,12 +41,12 @@ class Context(NamedTuple):
     positions: np.ndarray  # int32 [context]
     held_out: bool
     info: dict[int, tuple[int, str]]  # document -> (hash, name), of the documents in this context
-    roles: np.ndarray | None = None  # int8 [context]; None where nobody asks
+    roles: np.ndarray | None = None  # int8 [context]; None if the store keeps no roles
 
 
 @dataclass
 class _Split:
-    """The contexts of one split that were packed and not yet emitted, and the one being filled."""
+    """The packed contexts of one split that were not yet yielded, and the context being filled."""
 
     held_out: bool
     context_size: int
@@ -65,7 +65,7 @@ class _Split:
         self.n_filled = 0
 
     def add(self, document: TokenizedDocument, bos: int, bos_every_context: bool) -> None:
-        """Append a BOS and the document, beginning new contexts as they fill."""
+        """Append a BOS and the document, starting new contexts as they fill."""
         begin = np.array([bos], np.int32)
         roles = document.roles if document.roles is not None else np.full(len(document.tokens), TEXT, np.int8)
         self._put(document, begin, 0, PLACED)
@@ -144,7 +144,7 @@ def _fill_by_document(
     bos_every_context: bool,
     fraction: float,
 ) -> Iterator[_Split]:
-    """Pack each document into its split, and yield that."""
+    """Pack each document into its split, and yield the split."""
     for document in documents:
         split = splits[is_held_out(document.hash, fraction)]
         split.add(document, bos, bos_every_context)
@@ -158,9 +158,9 @@ def _fill_by_context(
     bos_every_context: bool,
     fraction: float,
 ) -> Iterator[_Split]:
-    """Pack all documents alike and give each context to a split by its number; yield that split.
+    """Pack all documents, assign each context to a split by its number, and yield that split.
 
-    It yields after every context, since one document may fill more than are wanted.
+    Yields after every context, because one document may fill more contexts than are needed.
     """
     whole = _Split(False, splits[False].context_size)
     number = 0
@@ -176,7 +176,7 @@ def _fill_by_context(
 
 
 def _check(split: _Split, n_contexts: int, holdout_fraction: float, holdout: str, n_documents: int) -> None:
-    """Raise `DataError` when a split that was asked for got no context."""
+    """Raise `DataError` if a required split has no context."""
     if n_contexts or (split.held_out and holdout_fraction == 0):
         return
     kind = "held-out" if split.held_out else "training"
@@ -190,7 +190,7 @@ def _check(split: _Split, n_contexts: int, holdout_fraction: float, holdout: str
 
 
 class ContextBatch(NamedTuple):
-    """Contexts that go through the model together, with the store's provenance of each row."""
+    """Contexts of one forward pass, with the provenance of each row."""
 
     tokens: np.ndarray  # int32 [batch, context]
     documents: np.ndarray  # int64 [batch, context]
@@ -202,7 +202,7 @@ class ContextBatch(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Number of the context after the last."""
+        """The number of the context after the last one."""
         return self.first + len(self.tokens)
 
 

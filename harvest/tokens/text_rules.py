@@ -1,4 +1,4 @@
-"""How the documents of a harvest become rows: the BOS, which rows are masked, and whether roles are kept."""
+"""Rules for turning documents into rows: the BOS, which rows are masked, and whether roles are kept."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _BRACKETS = re.compile(r"[<\[{(|].*[>\]})|]", re.DOTALL)
 
 @dataclass(frozen=True)
 class TextRules:
-    """What holds for every document of a harvest."""
+    """The rules for all documents of a harvest."""
 
     kind: str
     """What every document holds: "text", "messages" or "token ids"."""
     bos: int
     mask_token_ids: list[int]
-    """Ids whose rows are masked wherever they occur."""
+    """Token ids whose rows are always masked."""
     keeps_roles: bool
-    """Whether the store keeps roles, so that rows are masked by what packing placed."""
+    """Whether the store keeps roles, so that the tokens that packing adds are masked by role."""
     keeps_special_tokens: bool
     """Whether a document's special tokens are kept as single tokens."""
     marker_ids: tuple[int, ...] = ()
-    """Ids of plain text's tokens that have the role of markers."""
+    """Token ids that have the marker role in plain text."""
     chat: ChatTemplate | None = None
 
 
@@ -79,7 +79,7 @@ def text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase, first:
 
 
 def bos_token_id(tokenizer: PreTrainedTokenizerBase, bos_token: str | None) -> int:
-    """Return the id of the token that goes before a document: the one named, else BOS, CLS or EOS."""
+    """Return the id of the token before each document: the one named, else BOS, CLS or EOS."""
     if bos_token is not None:
         found = tokenizer.get_vocab().get(bos_token)
         if found is None:
@@ -92,13 +92,13 @@ def bos_token_id(tokenizer: PreTrainedTokenizerBase, bos_token: str | None) -> i
 
 
 def all_special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that the tokenizer names as special, and those of added tokens that are marked as special."""
+    """Return the tokenizer's special ids, including added tokens that are marked as special."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids of special tokens that ordinary text gives too, such as a line end or "!" named as BOS or padding.
+    """Return the special ids that ordinary text produces too, such as a newline or "!" used as BOS or padding.
 
     A token in brackets, such as </s>, counts as special even if the tokenizer gives it for the same text.
     """
@@ -119,7 +119,7 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def most_frequent_special(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """Return the special token that most of the documents spell out, and how many do."""
+    """Return the special token that occurs in the text of most documents, and in how many."""
     special = tokenizer.convert_ids_to_tokens(sorted(all_special_ids(tokenizer)))
     texts = [document.text[:LOOK_AT_CHARACTERS] for document in documents]
     counts = {token: sum(token in text for text in texts) for token in special}

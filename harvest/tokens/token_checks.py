@@ -1,4 +1,4 @@
-"""Check tokens before the model reads them: that the tokenizer knows the text, and the model the tokens."""
+"""Check tokens before they reach the model: the tokenizer must know the text, and the model the tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_UNKNOWN = 0.2
 def check_tokens(
     documents: Iterable[TokenizedDocument], tokenizer: PreTrainedTokenizerBase, n_embeddings: int | None = None
 ) -> Iterator[TokenizedDocument]:
-    """Yield the documents, the first of them once their tokens are known to make sense.
+    """Yield the documents, the first of them only after a check of a few thousand tokens.
 
-    Raises `DataError` when more than a fifth of the first few thousand tokens are the tokenizer's unknown token, and
+    Raises `DataError` if more than a fifth of the first few thousand tokens are the tokenizer's unknown token, and
     at the first document with a token that the model has no embedding for.
     """
     documents = (_with_embeddings(document, tokenizer, n_embeddings) for document in documents)

@@ -1,4 +1,4 @@
-"""From text to batches of contexts, made ahead of the model in a thread."""
+"""Read the text of a harvest, pack it into contexts, and batch them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOK_AT_CHARACTERS = 1 << 20
 
 
 def find_text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -> TextRules:
-    """Return how the documents of a harvest become rows; note on stderr if special tokens in them are taken apart."""
+    """Return the rules for a harvest's documents; print a note if they contain special tokens as plain text."""
     first, n_characters = [], 0
     for document in read_documents(config):
         if document.messages != []:
@@ -51,10 +51,10 @@ def check_splits(
     rules: TextRules,
     n_embeddings: int | None = None,
 ) -> None:
-    """Pack until both splits have got contexts; raise `DataError` if one of them would get none.
+    """Pack until both splits have a context; raise `DataError` if one of them gets none.
 
-    This costs the packing of a small part of the text, unless documents are few or held-out text is rare: a harvest
-    must not run the model over all of it to find out at the end.
+    This packs a small part of the text, unless documents are few or held-out text is rare. Otherwise a harvest would
+    only find out after running the model over all of it.
     """
     splits: set[bool] = set()
     contexts = _pack(config, tokenizer, group, rules, n_embeddings)
@@ -71,15 +71,15 @@ def read_contexts(
     rules: TextRules,
     n_embeddings: int | None = None,
 ) -> Iterator[Context]:
-    """Yield the contexts of a harvest; note on stderr when the text is too short for all of them."""
+    """Yield the contexts of a harvest; print a note if the text is too short for all of them."""
     n_wanted, n_packed = config.n_contexts, 0
-    for context in _pack(config, tokenizer, group, rules, n_embeddings, tell=True):
+    for context in _pack(config, tokenizer, group, rules, n_embeddings, report=True):
         n_packed += 1
         yield context
     if n_packed < n_wanted:
         print(
             f"note: '{config.dataset}' has text for {n_packed * config.context_size:,} of the "
-            f"{n_wanted * config.context_size:,} tokens asked for; the store holds those",
+            f"{n_wanted * config.context_size:,} tokens requested; the store holds those",
             file=sys.stderr,
         )
 
@@ -90,10 +90,10 @@ def _pack(
     group: int,
     rules: TextRules,
     n_embeddings: int | None,
-    tell: bool = False,
+    report: bool = False,
 ) -> Iterator[Context]:
     refused: list[str] | None = [] if config.on_bad_document == "skip" else None
-    tokenized = tokenize(read_documents(config, tell=tell), tokenizer, rules, refused)
+    tokenized = tokenize(read_documents(config, report=report), tokenizer, rules, refused)
     documents = check_tokens(tokenized, tokenizer, n_embeddings)
     first = next(documents, None)
     if first is None:
@@ -109,7 +109,7 @@ def _pack(
         holdout=config.holdout,
     ):
         yield context if rules.keeps_roles else context._replace(roles=None)
-    if refused and tell:
+    if refused and report:
         print(
             f"note: skipped {len(refused):,} document{'s' * (len(refused) > 1)}, first: {refused[0]}", file=sys.stderr
         )

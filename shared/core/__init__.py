@@ -1,1 +1,1 @@
-"""What every stage needs: configuration, the command line, errors, files on disk, devices and cores."""
+"""What all stages use: configuration, the command line, errors, files on disk, devices, processes and cores."""

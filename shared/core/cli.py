@@ -1,8 +1,8 @@
 """The `thresher` command: one subcommand per stage, each registered by its own package.
 
-A subcommand is an entry point of the group `thresher.commands` that names a light module with
-`SUMMARY` and `main(arguments)`, and `CONFIG`, its configuration's class, if it takes a config file.
-Nothing here imports a stage, and `--help` imports no torch.
+A subcommand is an entry point of the group `thresher.commands`. It names a module that imports quickly and defines
+`SUMMARY`, `main(arguments)` and, if the subcommand takes a config file, `CONFIG`, the class of its configuration.
+Nothing here imports a stage, and `--help` does not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from .config import C, Config, describe, load_config, read_toml
+from .config import C, Config, help_text, load_config, read_toml
 from .errors import ConfigError, ThresherError
 from .version import thresher_version
 
@@ -28,24 +28,24 @@ _SWITCH_AFTER_SECONDS = 2e-4
 def run_process(command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command on this process's arguments and end the process with its exit code.
 
-    A thread that waits for the interpreter has it soon: cores otherwise stand still for a twentieth of their time.
+    Shorten the GIL switch interval; at Python's default, cores are idle about 5% of the time.
 
-    All that was registered since to run at the end runs. After that the process ends at once: object by object, Python
-    takes up to a second to take PyTorch and transformers apart.
+    atexit handlers registered after this call run; then the process exits without interpreter teardown, which takes up
+    to a second.
     """
     sys.setswitchinterval(_SWITCH_AFTER_SECONDS)
-    ending = _Ending()
-    atexit.register(ending)  # the first to be registered is the last to run
+    exit_now = _Exit()
+    atexit.register(exit_now)  # registered first, so that it runs last
     try:
-        ending.code = command(sys.argv[1:])
+        exit_now.code = command(sys.argv[1:])
     except BaseException:
-        atexit.unregister(ending)
+        atexit.unregister(exit_now)
         raise
-    sys.exit(ending.code)
+    sys.exit(exit_now.code)
 
 
-class _Ending:
-    """Ends the process with a code, if what it printed can still be written."""
+class _Exit:
+    """Ends the process with an exit code, unless its output cannot be flushed."""
 
     code = 1
 
@@ -54,12 +54,12 @@ class _Ending:
             sys.stdout.flush()
             sys.stderr.flush()
         except OSError:
-            return  # Python then ends the process its own way, and tells of it
+            return  # Python exits normally and reports the error
         os._exit(self.code)
 
 
 def run_guarded(action: Callable[[], Any]) -> int:
-    """Run `action`; print a user's error as one line and return the exit code."""
+    """Run `action` and return the exit code; print a user's error as one line."""
     try:
         result = action()
     except ThresherError as error:
@@ -99,11 +99,11 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 def stage_help(stage: str, cls: type[Config], summary: str) -> str:
     """Return a stage's usage and the keys of its configuration."""
-    return f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{describe(cls)}"
+    return f"usage: thresher {stage} [CONFIG.toml] [--key value ...]\n\n{summary}\n\n{help_text(cls)}"
 
 
 def _of_another_stage(stage: str, cls: type[Config], arguments: list[str]) -> ConfigError | None:
-    """Return the error that a config file is another stage's, where all of its keys are that stage's and not this."""
+    """Return an error if a config file's keys are all those of another stage and not of this one."""
     path = next((argument for argument in arguments if argument.endswith(".toml")), None)
     keys = read_toml(path).keys() if path else set()
     if keys <= set(cls.__struct_fields__):
@@ -116,12 +116,12 @@ def _of_another_stage(stage: str, cls: type[Config], arguments: list[str]) -> Co
 
 
 def _exit_code(result: Any) -> int | None:
-    """Return what a stage returns if it is an exit code; whatever else it returns is for callers in Python."""
+    """Return a stage's result if it is an exit code, else 0: other results are for callers in Python."""
     return result if isinstance(result, int) else None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Dispatch to the subcommand that the first argument names."""
+    """Run the subcommand that the first argument names and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = _commands()
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """Be the `thresher` command."""
+    """Run the `thresher` command in this process."""
     run_process(main)
 
 

@@ -1,8 +1,8 @@
 """Read a stage's TOML file and command-line overrides into its frozen, typed configuration.
 
-A configuration is a `msgspec.Struct` whose fields are `Annotated[type, Meta(description=...)]`:
-the description becomes `--help`, and types and `Meta` bounds are checked however the configuration is made: from
-TOML, from the command line or in Python. An unknown key is refused with the nearest known one.
+A configuration is a `msgspec.Struct` whose fields are `Annotated[type, Meta(description=...)]`. The description is
+shown by `--help`. Types and `Meta` bounds are checked whether the values come from TOML, the command line or Python.
+The error for an unknown key suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .paths import expand_home, user_path
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the stages' configurations.
 
-    Fields take `Path`s, NumPy numbers and tuples where text, numbers and lists are expected, and hold the latter.
-    `~` in a path is the home folder.
+    Fields accept `Path`s, NumPy numbers and tuples in place of strings, numbers and lists, and convert them. `~` in a
+    path is expanded to the home folder.
 
     Raises:
-        ConfigError: a value is of another type than its field's, or out of bounds.
+        ConfigError: a value has the wrong type or is out of bounds.
     """
 
     def __post_init__(self) -> None:
-        """Check every field, and keep its value as the field's type holds it."""
+        """Check every field and convert its value to the field's type."""
         for field in msgspec.structs.fields(type(self)):
             value = getattr(self, field.name)
             if value is not field.default:
@@ -43,19 +43,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 MAX_SEED = 2**63 - 1
-"""The largest seed: more does not fit in the integers of TOML and of PyTorch's generators."""
+"""The largest seed that fits in the integers of TOML and of PyTorch's generators."""
 
-Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto is CUDA where there is any.")]
+Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto uses CUDA if available.")]
 Cache = Annotated[
-    str | None, Meta(description="Folder for copies of a remote store's shards; the user's cache when absent.")
+    str | None, Meta(description="Folder for cached shards of a remote store (default: the user's cache folder).")
 ]
 CacheBytes = Annotated[
-    Annotated[int, Meta(ge=0)] | None, Meta(description="Bound on those copies; 64 GiB when absent.")
+    Annotated[int, Meta(ge=0)] | None, Meta(description="Most bytes of shards to keep in the cache (default: 64 GiB).")
 ]
 Roles = Annotated[
     Annotated[list[Literal["text", "marker", "system", "user", "assistant", "tool", "other"]], Meta(min_length=1)]
     | None,
-    Meta(description='Roles of the rows to use, of a store of chat text, such as ["assistant"]; all when absent.'),
+    Meta(description='Roles of the rows to use in a store of chat text, such as ["assistant"] (default: all).'),
 ]
 """Fields of the stages that read a store."""
 
@@ -64,7 +64,7 @@ _COMMAND_LINE = "command line"
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise `ConfigError` for the first key that is not known, naming the nearest that is."""
+    """Raise `ConfigError` for the first unknown key, and suggest the nearest known one."""
     known = sorted(known)
     for key in keys:
         if key in known:
@@ -91,7 +91,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def to_config(cls: type[C], table: Mapping[str, Any], where: str, overridden: Iterable[str] = ()) -> C:
     """Check a table's keys and values and return the configuration.
 
-    `where` names the table's origin in error messages; of keys in `overridden` it is the command line.
+    `where` names the origin of the table in error messages. Keys in `overridden` came from the command line instead.
     """
     _check_table(table, msgspec.inspect.type_info(cls), where)
     kept = {}
@@ -131,8 +131,8 @@ def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
 def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the config file that a command line names, if any, and its overrides.
 
-    Overrides are written `--key value` or `--key=value`; a list is `[a, b]` or `a,b`; `--key` alone is `true` for a key
-    that is true or false.
+    Overrides are written `--key value` or `--key=value`. A list is `[a, b]` or `a,b`. `--key` alone means `true` for a
+    boolean key.
     """
     types = {field.name: tuple(map(type, members(field.type))) for field in _fields(cls)}
     path: str | None = None
@@ -185,7 +185,7 @@ def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
 
 
 def load_config(cls: type[C], path: str | Path | None, arguments: list[str]) -> C:
-    """Return the configuration of a TOML file, if one is given, with command-line overrides."""
+    """Return the configuration from a TOML file, if `path` is given, and command-line overrides."""
     named, overrides = parse_arguments(cls, arguments)
     if named is not None and path is not None:
         raise ConfigError(f"{_COMMAND_LINE}: unexpected '{named}'; '{path}' is the config file already")
@@ -195,7 +195,7 @@ def load_config(cls: type[C], path: str | Path | None, arguments: list[str]) -> 
 
 
 def to_toml(config: Config) -> str:
-    """Return the resolved configuration as TOML; keys that are None are left out."""
+    """Return the resolved configuration as TOML, without keys that are None."""
     plain = msgspec.to_builtins(config)
     return msgspec.toml.encode(_without_none(plain)).decode()
 
@@ -208,7 +208,7 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def describe(cls: type[Config], keys: Collection[str] | None = None, dashes: str = "--") -> str:
+def help_text(cls: type[Config], keys: Collection[str] | None = None, dashes: str = "--") -> str:
     """Return one line of help per configuration key, or per key in `keys`: `--key`, sentence, default.
 
     Required keys come first.

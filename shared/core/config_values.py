@@ -1,4 +1,4 @@
-"""Check one value of a configuration against its field's type, and say in words what was expected."""
+"""Check one value of a configuration against its field's type, and describe what was expected."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SHOWN_CHARACTERS = 80
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:
-    """Return a value as its field holds it: paths become text, NumPy numbers and arrays Python's own.
+    """Convert a value to its field's type: paths to strings, NumPy numbers and arrays to Python's.
 
     Raises:
-        ConfigError: the value is of another type, out of bounds, not finite, empty text, or text that is not UTF-8.
+        ConfigError: the value has the wrong type, is out of bounds, not finite, an empty string, or not UTF-8.
     """
     kind = types.type_info(annotation)
     plain = plain_value(value)
@@ -35,7 +35,7 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """Return paths as text, and NumPy's and PyTorch's numbers and arrays as Python's, also inside lists and tables."""
+    """Convert paths to strings, and NumPy and PyTorch values to Python's, also inside lists and tables."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
@@ -48,7 +48,7 @@ def plain_value(value: Any) -> Any:
 
 
 def _refuse_nonsense(value: Any) -> None:
-    """Raise `ValidationError` for numbers that are not finite and for empty text, which no key has a use for."""
+    """Raise `ValidationError` for numbers that are not finite and for empty strings, which no key accepts."""
     if isinstance(value, float) and not math.isfinite(value):
         raise msgspec.ValidationError
     if isinstance(value, str) and not value.strip():
@@ -58,7 +58,7 @@ def _refuse_nonsense(value: Any) -> None:
 
 
 def _refuse_other_encodings(key: str, value: Any) -> None:
-    """Refuse names of files that are not UTF-8: the resolved configuration, which is TOML, cannot hold them."""
+    """Refuse file names that are not UTF-8, because TOML, and so the saved configuration, cannot hold them."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -72,7 +72,7 @@ def _refuse_other_encodings(key: str, value: Any) -> None:
 
 
 def members(kind: types.Type) -> tuple[types.Type, ...]:
-    """Return the members of a field's type, with `Meta` wrappers and unions undone."""
+    """Return the types that a field accepts: the members of unions, without `Meta` annotations."""
     if isinstance(kind, types.Metadata):
         return members(kind.type)
     if isinstance(kind, types.UnionType):
@@ -86,7 +86,7 @@ def _items(kind: types.Type) -> list[types.Type]:
 
 
 def expected(kind: types.Type) -> str:
-    """Return what a field takes, in words: `an integer of at least 1`."""
+    """Return in words what a field accepts, such as `an integer of at least 1`."""
     parts = [part for part in members(kind) if not isinstance(part, types.NoneType)]
     return " or ".join(dict.fromkeys(map(_in_words, parts)))
 
@@ -125,7 +125,7 @@ def _shown(value: Any) -> str:
 
 
 def _advice(key: str, value: Any, kind: types.Type) -> str:
-    """Return what to do about the usual mistakes, after a semicolon."""
+    """Return advice on common mistakes, preceded by a semicolon; else an empty string."""
     parts = members(kind)
     if isinstance(value, Mapping) and any(isinstance(part, types.ListType) for part in parts):
         return f"; write [[{key.split()[-1].lstrip('-')}]], with two brackets on either side"

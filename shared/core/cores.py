@@ -1,8 +1,8 @@
-"""Work side by side on a CPU's cores, with every operator on one thread.
+"""Run independent pieces of work in parallel on a CPU's cores, each with single-threaded operators.
 
-Threads inside an operator wait for the slowest of them at every operator, and between operators they spin on cores
-that others could use. Work side by side waits only at its end, and as every operator runs on one thread, its
-rounding does not depend on how many cores there are.
+The threads of a parallel operator wait for the slowest one at every operator, and spin on their cores between
+operators. Independent pieces of work wait only once, at the end. With single-threaded operators, rounding does not
+depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def single_threaded_operators() -> Iterator[int]:
-    """Within this context, operators of this thread and of new ones run on one thread each; yield how many did."""
+    """Run operators single-threaded within this context, also in new threads; yield the earlier number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -35,10 +35,10 @@ def single_threaded_operators() -> Iterator[int]:
 
 
 def on_cores(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Return `work(item)` for every item, without gradients, on as many cores as operators have threads.
+    """Return `work(item)` for every item, without gradients, on as many cores as PyTorch has threads.
 
-    Work may itself ask for work on cores. Which core takes which item is left open, so items must not depend on one
-    another. An error ends the work and is raised here, once what had begun has ended.
+    `work` may itself call `on_cores`. Items run in any order on any core, so they must not depend on each other. After
+    an error no further items start, and the error is raised once the running ones have ended.
     """
     if _here.is_core:
         return _run(work, items, _here.n_cores)
@@ -51,66 +51,66 @@ def on_cores(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
 
 
 def even_blocks(n: int, most: int) -> list[slice]:
-    """Cut n items into as few blocks of nearly equal size as hold at most so many each."""
+    """Divide n items into the fewest blocks of nearly equal size with at most `most` items each."""
     n_blocks = max(1, -(-n // most))
     return [slice(n * i // n_blocks, n * (i + 1) // n_blocks) for i in range(n_blocks)]
 
 
 def by_blocks(work: Callable[[slice], Result], n: int, most: int = 512) -> list[Result]:
-    """Do work on n rows block by block on cores; return what it did on each, in order."""
+    """Call `work` on blocks of n rows in parallel; return the results in order."""
     return on_cores(work, even_blocks(n, most))
 
 
 def joined(blocks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Return the tensors that work on each block returned, each of all blocks in one."""
+    """Concatenate the blocks' results, tensor by tensor."""
     return tuple(torch.cat(tensors) for tensors in zip(*blocks, strict=True))
 
 
 class _Here(threading.local):
-    """Whether this thread is at work as a core, of how many, and within which work of another thread."""
+    """Per thread: whether it runs items, on how many cores, and the outermost work it is helping with."""
 
     is_core = False
     n_cores = 1
-    asked: _Shared | None = None
+    outermost: _Shared | None = None
 
 
 _here = _Here()
 
 
 class _Shared:
-    """Items that cores take in turn; the first error ends the work.
+    """Items that several threads take in turn; the first error ends the work.
 
-    Who asked for it, if it is not itself within other work, helps when nothing is left to begin with what its items
-    ask for: `calls` brings that, and None at the end.
+    The outermost caller, once it has no items left to start, helps with nested work. `calls` delivers that work, then
+    None when all is done.
     """
 
     def __init__(self, work: Callable[[Any], Any], items: Sequence[Any], n_cores: int) -> None:
         self.n_cores = n_cores
-        self.within = _here.asked
+        self.within = _here.outermost
         self.calls: SimpleQueue[_Shared | None] = SimpleQueue()
         self._results: list[Any] = [None] * len(items)
         self._work, self._items, self._n = work, items, len(items)
-        self._next, self._ended = count(), count(1)  # counting takes no lock, which an interrupt could end
+        self._next, self._ended = count(), count(1)  # counting needs no lock that an interrupt could leave held
         self._error: BaseException | None = None
 
-    def take_part(self) -> None:
-        """Work on items until none is left to begin."""
+    def run_items(self) -> None:
+        """Run items until none is left to start."""
         while (i := next(self._next)) < self._n:
             try:
                 if self._error is None:
                     self._results[i] = self._work(self._items[i])
-            except BaseException as error:  # raised where the work was asked for
+            except BaseException as error:  # raised by `wait` in the calling thread
                 self._error = self._error or error
             finally:
                 if next(self._ended) == self._n:
                     self.calls.put(None)
 
     def wait(self) -> list[Any]:
-        """Wait for items that others have begun; return all results, or raise the error that ended the work."""
+        """Wait for items running in other threads; return all results, or raise the first error."""
         while (shared := self.calls.get()) is not None:
-            shared.take_part()
+            shared.run_items()
         results, error = self._results, self._error
-        # Neither who is called too late nor an error's traceback must keep what is here.
+        # Drop these references so that neither a late helper nor a traceback keeps the results alive.
         del self._results, self._work, self._items, self._error
         if error is None:
             return results
@@ -121,7 +121,7 @@ class _Shared:
 
 
 class _Helpers:
-    """Threads that wait for work to take part in, whoever asks for it."""
+    """A pool of threads that help with any work."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -131,7 +131,7 @@ class _Helpers:
         atexit.register(self._end)
 
     def call(self, shared: _Shared, n_helpers: int) -> None:
-        """Ask threads to take part, and who waits for work that this is within; who comes late finds nothing to do."""
+        """Ask helper threads, and the caller of the enclosing work, to help; a late helper finds no items left."""
         with self._lock:
             while len(self._threads) < n_helpers:
                 ready = threading.Event()
@@ -144,19 +144,19 @@ class _Helpers:
             shared.within.calls.put(shared)
 
     def _serve(self, ready: threading.Event) -> None:
-        # Asking is what makes PyTorch settle the number for this thread; at its first operator another may have it.
+        # Reading the number makes PyTorch fix it for this thread; otherwise its first operator may use another one.
         torch.set_num_threads(1)
         torch.get_num_threads()
         ready.set()
         with torch.no_grad():
             while (shared := self._queue.get()) is not None:
-                _here.is_core, _here.n_cores, _here.asked = True, shared.n_cores, shared.within or shared
-                shared.take_part()
-                _here.asked = None
+                _here.is_core, _here.n_cores, _here.outermost = True, shared.n_cores, shared.within or shared
+                shared.run_items()
+                _here.outermost = None
                 del shared
 
     def _end(self) -> None:
-        """Let the threads end before the interpreter does, for it stops them wherever they are, and may crash."""
+        """End the threads before the interpreter exits, which would stop them anywhere and could crash."""
         if self.process == os.getpid():
             for _ in self._threads:
                 self._queue.put(None)
@@ -166,7 +166,7 @@ class _Helpers:
 
 _helpers = _Helpers()
 
-# In a forked process PyTorch's first caller makes its pool of threads anew, and a second at that moment finds none.
+# After a fork, the first operator recreates PyTorch's thread pool; a second one at that moment would find none.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 
@@ -178,5 +178,5 @@ def _run(work: Callable[[Any], Any], items: Sequence[Any], n_cores: int) -> list
         _helpers = _Helpers()
     shared = _Shared(work, items, n_cores)
     _helpers.call(shared, min(n_cores, len(items)) - 1)
-    shared.take_part()
+    shared.run_items()
     return shared.wait()

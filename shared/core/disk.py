@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 from .errors import ConfigError, DiskSpaceError, OutputError, ThresherError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the operating system answers where there is no room: the disk, the quota, or the limit on a file's size."""
+"""Error numbers for a lack of space: on the disk, in the quota, or because of a limit on file sizes."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-"""How the path of a URL begins once it is a `Path`, which keeps one of its slashes."""
+"""The start of a URL that became a `Path`, which keeps only one of its slashes."""
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write to `path` into errors that say what to do.
+    """Turn operating system errors on writing to `path` into errors that say what to do.
 
     Raises:
         DiskSpaceError: the disk is full.
@@ -50,7 +50,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _code(error: OSError | SafetensorError) -> int | None:
-    """Return an error's number; safetensors tells it in words only."""
+    """Return an error's number; safetensors gives it only in the message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))

@@ -1,14 +1,14 @@
-"""Every error a user can cause: one root, each also the builtin it resembles.
+"""All errors that a user can cause. They share one root, and each also derives from the builtin it resembles.
 
-A message says what was expected, what came, and what to do. The command line prints it as one
-line and exits with code 2; any other exception is a bug of ours and keeps its traceback.
+A message says what was expected, what was found, and what to do. The command line prints it as one line and exits with
+code 2. Any other exception is a bug in Thresher and keeps its traceback.
 """
 
 import textwrap
 
 
 class ThresherError(Exception):
-    """Root of all errors that the user can mend."""
+    """Root of all errors that the user can fix."""
 
 
 class ConfigError(ThresherError, ValueError):
@@ -20,7 +20,7 @@ class MissingFileError(ThresherError, FileNotFoundError):
 
 
 class DataError(ThresherError, ValueError):
-    """A text source gives no usable text."""
+    """A text source has no usable text."""
 
 
 class HookPointError(ThresherError, LookupError):
@@ -28,7 +28,7 @@ class HookPointError(ThresherError, LookupError):
 
 
 class ModelError(ThresherError, ValueError):
-    """A language model cannot be loaded or used as asked."""
+    """A language model cannot be loaded or used as configured."""
 
 
 class NonFiniteError(ThresherError, ArithmeticError):
@@ -36,7 +36,7 @@ class NonFiniteError(ThresherError, ArithmeticError):
 
 
 class StoreError(ThresherError, ValueError):
-    """An activation store is damaged, incomplete, or does not fit what is asked of it."""
+    """An activation store is damaged, incomplete, or does not fit the request."""
 
 
 class StoreBusyError(StoreError):
@@ -48,15 +48,15 @@ class OutputBusyError(ThresherError, RuntimeError):
 
 
 class UnreachableError(StoreError):
-    """An object store does not answer, or refuses what is asked of it."""
+    """An object store does not answer, or refuses a request."""
 
 
 class RankError(ThresherError, RuntimeError):
-    """Another of the processes that work together has failed, is gone, out of reach, or was started differently."""
+    """Another process of the run failed, ended, cannot be reached, or was started differently."""
 
 
 class DiskSpaceError(ThresherError, OSError):
-    """The disk has, or has left, too little room."""
+    """There is too little free space on the disk."""
 
 
 class OutputError(ThresherError, OSError):
@@ -68,7 +68,7 @@ class SaeError(ThresherError, ValueError):
 
 
 def one_line(error: Exception, width: int = 300) -> str:
-    """Return a library's error in one line: its message, with the kind of error where that alone says little."""
+    """Return a library's error as one line, preceded by its class name if the message alone is unclear."""
     words = " ".join(str(error).split())
     if not words or not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
         words = f"{type(error).__name__}: {words}"

@@ -1,4 +1,4 @@
-"""Let SIGINT and SIGTERM end a run between two batches."""
+"""Let SIGINT and SIGTERM stop a run between two batches."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Self
 
 
 class Interrupt:
-    """While entered, the first signal only sets `requested`; a second one acts as it always did."""
+    """While entered, the first signal only sets `requested`; a second one has its usual effect."""
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Take the signals over, which only the main thread can."""
+        """Install the signal handlers; does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
@@ -25,7 +25,7 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back."""
+        """Restore the earlier signal handlers."""
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -38,6 +38,6 @@ class Interrupt:
         self._before = {}
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a signal came."""
+        """Raise `KeyboardInterrupt` if a signal was received."""
         if self.requested:
             raise KeyboardInterrupt

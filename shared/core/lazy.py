@@ -1,4 +1,4 @@
-"""Imports that wait until they are needed, so that `thresher --help` need not import torch, and take less time then."""
+"""Lazy and faster imports, so that `thresher --help` does not import torch and other commands start sooner."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], An
 
 
 def make_callable(package: str, name: str) -> None:
-    """Let a package be called as its function `name`.
+    """Make a package callable as its function `name`.
 
-    `thresher.train` is a package, and `from thresher import train` is to give what trains: it is both.
+    `thresher.train` is a package, but users expect `from thresher import train` to give the function: it is both.
     """
 
     class Stage(ModuleType):
@@ -44,10 +44,10 @@ def make_callable(package: str, name: str) -> None:
 
 @contextmanager
 def fast_imports() -> Iterator[None]:
-    """Within this context garbage is not looked for, and what many imports made never is, until the process ends.
+    """Disable garbage collection during imports, and freeze the objects that a large import creates.
 
-    A large library makes hundreds of thousands of objects that stay, and hardly any garbage: to look through them
-    again and again takes a fifth of the time of its import, and as much once more in what follows.
+    A large library creates hundreds of thousands of objects and hardly any garbage. Collecting during its import takes
+    a fifth of the time of the import, and later collections take as long again.
     """
     collects, n_modules = gc.isenabled(), len(sys.modules)
     gc.disable()

@@ -1,4 +1,4 @@
-"""Where a store is: a folder, or a bucket and prefix of an object store."""
+"""Locations of stores: a folder, or a bucket and prefix of an object store."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class StoreUrl:
 
     @property
     def name(self) -> str:
-        """Return the last part, as of a folder's path."""
+        """The last part of the prefix, like the name of a `Path`."""
         return self.prefix.rpartition("/")[2]
 
 
 def locate(location: str | Path | StoreUrl) -> Path | StoreUrl:
-    """Return where a store named in a configuration is; raise `ConfigError` for a URL that cannot hold one."""
+    """Return the location of a store from its name in a configuration; raise `ConfigError` for an unsupported URL."""
     if isinstance(location, StoreUrl):
         return location
     found = None if isinstance(location, Path) else _URL.fullmatch(location)
@@ -56,7 +56,7 @@ def locate(location: str | Path | StoreUrl) -> Path | StoreUrl:
 
 
 def _possible(path: Path) -> Path:
-    """Return the path; raise `ConfigError` for one that no file system can have."""
+    """Return the path; raise `ConfigError` if no file system accepts it."""
     try:
         os.lstat(path)
     except ValueError:
@@ -68,7 +68,7 @@ def _possible(path: Path) -> Path:
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """Return the folder for copies of remote stores: as given, `THRESHER_CACHE`, or the user's cache directory."""
+    """Return the folder for cached shards: the one given, else `THRESHER_CACHE`, else the user's cache folder."""
     chosen = folder or os.environ.get("THRESHER_CACHE")
     if chosen:
         return user_path(chosen).absolute()
@@ -76,18 +76,18 @@ def cache_folder(folder: str | Path | None = None) -> Path:
 
 
 def staging_folder(url: StoreUrl, cache: str | Path | None = None) -> Path:
-    """Return the folder in which shards of a remote store are made, below the one for copies."""
+    """Return the folder, within the cache, where shards of a remote store are written before their upload."""
     return cache_folder(cache) / WRITING / owner_of(url)
 
 
 def owner_of(url: StoreUrl) -> str:
-    """Return a short name for a store among others: of its URL, and the server that S3's environment names."""
+    """Return a short unique name for a store, from its URL and the S3 server that the environment names."""
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     return hashlib.blake2b(f"{server} {url}".encode(), digest_size=8).hexdigest()
 
 
 def cache_limit(n_bytes: int | None = None) -> int:
-    """Return the bound on shards kept there: as given, `THRESHER_CACHE_BYTES` (as in 200GB or 64GiB), or 64 GiB."""
+    """Return the most bytes to cache: the number given, else `THRESHER_CACHE_BYTES` (such as 200GB), else 64 GiB."""
     if n_bytes is not None:
         return n_bytes
     text = os.environ.get("THRESHER_CACHE_BYTES", "").strip()

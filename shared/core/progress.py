@@ -1,4 +1,4 @@
-"""Show how far a stage is: a bar on a terminal; elsewhere, as in a log file, a line every half minute."""
+"""Show the progress of a stage: a bar on a terminal, else (as in a log file) a line every half minute."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def progress(
     disable: bool | None = None,
     delay: float = 0.0,
 ) -> tqdm[Any] | ProgressLines:
-    """Return tqdm's bar, or its stand-in where stderr is no terminal; `disable` shows nothing in either place.
+    """Return a tqdm bar, or `ProgressLines` if stderr is not a terminal; `disable` hides both.
 
     The bar appears after `delay` seconds.
     """
@@ -38,7 +38,7 @@ def progress(
 
 
 class ProgressLines:
-    """The part of tqdm's interface that the stages use, with lines on stderr; a quick loop prints none."""
+    """The part of tqdm's interface that the stages use, printing lines to stderr; a short loop prints none."""
 
     disable = False
 
@@ -55,7 +55,7 @@ class ProgressLines:
             self.update()
 
     def update(self, n: int = 1) -> None:
-        """Count what was done, and print a line if the last one is long ago."""
+        """Add to the count, and print a line if the last one was half a minute ago."""
         self.n += n
         now = time.monotonic()
         if now - self._printed >= SECONDS_BETWEEN_LINES:
@@ -63,7 +63,7 @@ class ProgressLines:
             print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def set_postfix_str(self, postfix: str, refresh: bool = True) -> None:
-        """Keep what lines end with."""
+        """Set the text at the end of each line."""
         self._postfix = postfix
 
     def _line(self, elapsed: float) -> str:
@@ -80,7 +80,7 @@ class ProgressLines:
         return ", ".join([*parts, self._postfix] if self._postfix else parts)
 
     def close(self) -> None:
-        """Print nothing more."""
+        """Do nothing: there is no bar to close."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The version of this package that is installed."""
+"""The installed version of this package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def thresher_version() -> str:
-    """Return the installed version, "0+unknown" where the source is only on the path."""
+    """Return the installed version; "0+unknown" if the package is not installed."""
     try:
         return version("thresher")
     except PackageNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.config import describe, load_config
+from ..core.config import help_text, load_config
 from ..core.errors import ConfigError
 from .hooks_config import HooksConfig
 
@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     from ..core.cli import run_guarded
 
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(f"usage: thresher hooks MODEL [--key value ...]\n\n{SUMMARY}\n\n{describe(HooksConfig)}")
+        print(f"usage: thresher hooks MODEL [--key value ...]\n\n{SUMMARY}\n\n{help_text(HooksConfig)}")
         return 0 if arguments else 2
 
     def run() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from thresher.evaluate.config import EvaluateConfig
-from thresher.shared.core.config import describe, load_config, to_toml
+from thresher.shared.core.config import help_text, load_config, to_toml
 from thresher.shared.core.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,12 +24,13 @@ def test_stages_hand_over(name):
     assert config.saes == train["output"]
     assert config.model is None
     for table in train["sae"]:
-        places = table["hook_point"] if isinstance(table["hook_point"], list) else [table["hook_point"]]
-        assert set(places) <= set(harvest["hook_points"])
+        for key in {"hook_point", "reads", "writes"} & table.keys():
+            hook_points = table[key] if isinstance(table[key], list) else [table[key]]
+            assert set(hook_points) <= set(harvest["hook_points"])
 
 
 def test_every_model_has_an_evaluation():
-    assert {"demo.toml", *NAMES} == {path.name for path in (CONFIGS / "harvest").glob("*.toml")}
+    assert set(NAMES) == {path.name for path in (CONFIGS / "harvest").glob("*.toml")}
 
 
 @pytest.mark.parametrize(("text", "expected"), [("false", False), ("none", "none"), ("gpt2", "gpt2")])
@@ -44,7 +45,7 @@ def test_a_resolved_configuration_reads_back(tmp_path):
     config = load_config(EvaluateConfig, CONFIGS / "evaluate" / "demo.toml", ["--max_rows", "5", "--model", "false"])
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert load_config(EvaluateConfig, tmp_path / "config.toml", []) == config
-    assert "--bootstrap_samples" in describe(EvaluateConfig)
+    assert "--bootstrap_samples" in help_text(EvaluateConfig)
 
 
 @pytest.mark.parametrize(("key", "value"), [("batch_size", "0"), ("max_rows", "0"), ("model_dtype", "int4")])

@@ -154,7 +154,7 @@ def test_an_interrupted_harvest_is_extended_and_taken_back(config, monkeypatch, 
 
     other = replaced(config, store=config.store + "-other")
     interrupt(replaced(other, tokens=SIZES[1] * CONTEXT), monkeypatch, after)
-    harvest(other)  # fewer than it was begun for, and no fewer than it holds
+    harvest(other)  # fewer rows than at first, but no fewer than it holds
     assert files_of(other.store) == expected[SIZES[0]]
 
 
@@ -186,7 +186,7 @@ def test_fewer_rows_than_are_stored_reuse_a_complete_store(config, capsys):
     capsys.readouterr()
     harvest(replaced(config, tokens=100))
     note, reuse = capsys.readouterr().err.splitlines()
-    assert note == "note: the store holds 240 rows, more than the 100 asked for"
+    assert note == "note: the store holds 240 rows, more than the 100 requested"
     assert reuse.startswith("reuses store")
     assert files_of(config.store) == before
     harvest(replaced(config, tokens=239))  # as many contexts
@@ -196,7 +196,7 @@ def test_fewer_rows_than_are_stored_reuse_a_complete_store(config, capsys):
 def test_fewer_rows_than_are_stored_are_refused_for_an_unfinished_store(config, monkeypatch):
     interrupt(config, monkeypatch, after=4)
     assert read_manifest(Path(config.store)).n_contexts == 16
-    with pytest.raises(StoreError, match=r"holds 128 rows already, more than the 100 asked for; .*\(tokens = 240 fin"):
+    with pytest.raises(StoreError, match=r"already holds 128 rows, more than the 100 requested; .*\(tokens = 240 fin"):
         harvest(replaced(config, tokens=100))
 
 
@@ -207,7 +207,8 @@ def test_a_store_with_all_the_text_is_not_extended(config, capsys):
     capsys.readouterr()
     harvest(replaced(config, tokens=10**6))
     assert (
-        f"note: the store holds {n_rows:,} rows, all that the text has; 1,000,000 were asked" in capsys.readouterr().err
+        f"note: the store holds {n_rows:,} rows, all that the text yields; 1,000,000 were requested"
+        in capsys.readouterr().err
     )
     assert files_of(config.store) == before
     harvest(replaced(config, store=config.store + "-2"))
@@ -233,7 +234,7 @@ def test_contexts_that_are_packed_otherwise_are_never_mixed_in(config, monkeypat
     monkeypatch.setattr(resume_module, "resume_contexts", changed)
     for tokens in (config.tokens, SIZES[1] * CONTEXT):
         with pytest.raises(
-            StoreError, match=r"cannot be resumed: its context 3 is not the one packed now \(there of '"
+            StoreError, match=r"cannot be resumed: its context 3 is not the one packed now \(it was from '"
         ):
             harvest(replaced(config, tokens=tokens))
         assert files_of(config.store) == before

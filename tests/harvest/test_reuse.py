@@ -204,7 +204,7 @@ def test_another_batch_size_resumes_to_the_same_rows_and_says_so(config, tmp_pat
     interrupt(config, monkeypatch)
     capsys.readouterr()
     store = ActivationStore.open(harvest(replaced(config, batch_size=3)))
-    assert "note: resumes with batch_size 3 a store that was begun with 5" in capsys.readouterr().err
+    assert "note: resumes a store of batch_size 5 with batch_size 3" in capsys.readouterr().err
     assert store.verify() == []
     assert torch.equal(store.tokens(0, store.n_rows), whole.tokens(0, whole.n_rows))
     name = "blocks.1.resid_post"
@@ -234,7 +234,7 @@ def test_a_store_of_an_older_version_is_reused_with_a_note(config, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     harvest(replaced(config, model="model"))
     note, reuse = capsys.readouterr().err.splitlines()
-    assert note.startswith("note: the store was begun by a version of Thresher that did not record the content")
+    assert note.startswith("note: the store was written by a version of Thresher that did not record the content")
     assert reuse.startswith("reuses store")
     with pytest.raises(StoreError, match=r"differs in dataset \("):
         harvest(replaced(config, dataset=str(tmp_path / "model")))
@@ -283,7 +283,7 @@ def test_a_store_from_before_hook_points_were_measured(config, monkeypatch, caps
         with pytest.raises(StoreError, match=r"attn_out' .* taken as .* times residual_multiplier, and .* mix both"):
             harvest(config)
         assert files_of(config.store) == before
-    assert "note: the store was begun by a version of Thresher that did not measure" in capsys.readouterr().err
+    assert "note: the store was written by a version of Thresher that did not measure" in capsys.readouterr().err
 
 
 def test_settings_that_an_older_version_did_not_have_had_their_default(config):

@@ -201,7 +201,7 @@ def test_text_that_runs_out_is_told(config, capsys):
     assert store.complete
     n_bytes = sum(len(document.text.encode()) for document in read_documents(config))
     assert n_bytes < store.n_rows < 1.4 * n_bytes
-    assert f"has text for {store.n_rows:,} of the 1,000,000 tokens asked for" in capsys.readouterr().err
+    assert f"has text for {store.n_rows:,} of the 1,000,000 tokens requested" in capsys.readouterr().err
 
 
 def test_too_little_disk(config, monkeypatch):

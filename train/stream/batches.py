@@ -18,7 +18,7 @@ from ...shared.core.device import choose_device, make_current, numbered
 from ...shared.core.errors import ConfigError, HookPointError, StoreError
 from ...shared.model.hook_points import canonical_hook_point
 from .gpu_windows import Rows, Staging, take_rows, used_here
-from .order import ORDER_VERSION, Epoch, locate, order_epoch, place_window
+from .order import ORDER_VERSION, Epoch, epoch_and_row, order_epoch, place_window
 from .row_mask import TrainingRowMask
 from .window_memory import Buffers
 
@@ -175,7 +175,7 @@ class ShuffledBatches:
     def _gather(self, position: int, n_rows: int) -> dict[str, Tensor]:
         parts: list[dict[str, Tensor]] = []
         while n_rows:
-            epoch, row = locate(position, self.rows_per_epoch)
+            epoch, row = epoch_and_row(position, self.rows_per_epoch)
             starts = self._epoch(epoch).row_starts
             index = int(np.searchsorted(starts, row, side="right")) - 1
             first = row - int(starts[index])

@@ -153,6 +153,6 @@ def _permutations(n: NDArray[np.int64], generator: np.random.Generator) -> NDArr
     return numbers.astype(np.int64)
 
 
-def locate(position: int, rows_per_epoch: int) -> tuple[int, int]:
+def epoch_and_row(position: int, rows_per_epoch: int) -> tuple[int, int]:
     """Return the epoch of a stream position and the row within that epoch."""
     return divmod(position, rows_per_epoch)

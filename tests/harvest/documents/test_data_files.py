@@ -27,13 +27,13 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def documents(dataset, tell=False, **options):
+def documents(dataset, report=False, **options):
     config = HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(dataset), **options)
-    return list(read_documents(config, tell=tell))
+    return list(read_documents(config, report=report))
 
 
-def read(dataset, tell=False, **options):
-    return [document.text for document in documents(dataset, tell, **options)]
+def read(dataset, report=False, **options):
+    return [document.text for document in documents(dataset, report, **options)]
 
 
 def zstd(data):
@@ -168,7 +168,7 @@ def test_a_damaged_line_is_named_or_skipped(tmp_path, kind, capsys):
     assert 'on_bad_document = "skip"' in str(error.value)
     assert len(str(error.value)) < 500
     rest = [text for i, text in enumerate(TEXTS) if i != 2]
-    assert read(tmp_path, tell=True, on_bad_document="skip") == rest + TEXTS
+    assert read(tmp_path, report=True, on_bad_document="skip") == rest + TEXTS
     said = capsys.readouterr().err
     assert said.startswith("text: read 2 files, 9 documents, ")
     assert f"; skipped 1 damaged, first '{tmp_path}/a.jsonl', line 3 " in said
@@ -221,7 +221,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path, name, capsys):
             writer.write(pa.record_batch({"text": ["good"]}))
     else:
         good.write_text({"csv": "text\ngood\n", "txt": "good"}.get(suffix, '{"text": "good"}\n'))
-    assert read(tmp_path, tell=True, on_bad_document="skip") == ["good"]
+    assert read(tmp_path, report=True, on_bad_document="skip") == ["good"]
     assert "skipped 1 damaged" in capsys.readouterr().err
 
 
@@ -347,8 +347,8 @@ def test_lists_that_are_written_as_text_are_refused(tmp_path):
 
 def test_the_summary_counts_messages_and_token_ids(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"m": [{"role": "user", "content": "four"}], "i": [1, 2]}\n' * 1000)
-    documents(tmp_path, tell=True, text_column="m")
-    documents(tmp_path, tell=True, text_column="i")
+    documents(tmp_path, report=True, text_column="m")
+    documents(tmp_path, report=True, text_column="i")
     assert capsys.readouterr().err == (
         f"text: read 1 file, 1,000 documents, 4,000 characters from '{tmp_path}'\n"
         f"text: read 1 file, 1,000 documents, 2,000 token ids from '{tmp_path}'\n"
@@ -359,7 +359,7 @@ def test_reading_that_ends_early_says_how_far_it_came(tmp_path, capsys):
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n' * 3)
     config = HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(tmp_path))
-    reader = read_documents(config, tell=True)
+    reader = read_documents(config, report=True)
     for _ in range(4):
         next(reader)
     assert capsys.readouterr().err == ""

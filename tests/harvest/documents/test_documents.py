@@ -31,9 +31,9 @@ def config_of(dataset, **options):
     return HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(dataset), **options)
 
 
-def read(dataset, tell=False, **options):
+def read(dataset, report=False, **options):
     """Return the names and texts of a dataset's documents."""
-    return [document[:2] for document in read_documents(config_of(dataset, **options), tell=tell)]
+    return [document[:2] for document in read_documents(config_of(dataset, **options), report=report)]
 
 
 def contents(dataset, **options):
@@ -78,7 +78,7 @@ def test_stores_beside_the_text_are_left_out(tmp_path, capsys, name):
             writer.write_beside("harvest.toml", "model = 1")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "other")
     capsys.readouterr()
-    assert [document[1] for document in read(tmp_path, tell=True)] == [document[0] for document in before]
+    assert [document[1] for document in read(tmp_path, report=True)] == [document[0] for document in before]
     assert "3 activation stores (elsewhere/other, link, runs/store)" in capsys.readouterr().err
     with pytest.raises(DataError, match="is an activation store; expected the text"):
         read(tmp_path / "runs" / "store")
@@ -96,7 +96,7 @@ def test_a_folder_of_text(tmp_path, capsys):
         (tmp_path / f"{i}" / "file.md").write_bytes(text.encode())
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / ".hidden").write_text("no")
-    documents = read(tmp_path, tell=True)
+    documents = read(tmp_path, report=True)
     assert sorted(documents) == [(f"{i}/file.md", text) for i, text in enumerate(TEXTS)]
     assert documents == read(tmp_path)
     n_characters = sum(map(len, TEXTS))

@@ -21,9 +21,9 @@ def config_of(dataset, **options):
     return HarvestConfig(model="m", hook_points=["h"], store="s", dataset=str(dataset), **options)
 
 
-def read(dataset, tell=False, **options):
+def read(dataset, report=False, **options):
     """Return the texts of a dataset's documents."""
-    return [document.text for document in read_documents(config_of(dataset, **options), tell=tell)]
+    return [document.text for document in read_documents(config_of(dataset, **options), report=report)]
 
 
 def put(folder, *names):
@@ -91,7 +91,7 @@ def test_other_splits_are_said_to_be_left_out(tmp_path, capsys):
         "LICENSE",
         "dataset_info.json",
     )
-    read(tmp_path, tell=True)
+    read(tmp_path, report=True)
     end = (
         "left out: 3 not data (LICENSE, README.md, dataset_info.json), "
         "1 of other splits (data/test-00000-of-00001.parquet)"
@@ -192,20 +192,20 @@ def test_saved_datasets_and_other_folders_with_a_state(tmp_path):
 
 def test_one_json_file_does_not_hide_text(tmp_path, capsys):
     put(tmp_path, "a.py", "b/c.py", "README.md", "package.json")
-    assert sorted(read(tmp_path, tell=True)) == ["README.md", "a.py", "b/c.py"]
+    assert sorted(read(tmp_path, report=True)) == ["README.md", "a.py", "b/c.py"]
     assert "1 data files among text (package.json)" in capsys.readouterr().err
 
 
 def test_a_few_texts_do_not_hide_data(tmp_path, capsys):
     put(tmp_path, *(f"{i:02}.json" for i in range(40)), "x.py")
-    assert len(read(tmp_path, tell=True)) == 40
+    assert len(read(tmp_path, report=True)) == 40
     assert "1 not data (x.py)" in capsys.readouterr().err
 
 
 def test_images_beside_data_are_left_out(tmp_path, capsys):
     put(tmp_path, "a.parquet")
     (tmp_path / "logo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
-    assert read(tmp_path, tell=True) == ["a.parquet"]
+    assert read(tmp_path, report=True) == ["a.parquet"]
     assert "1 not data (logo.png)" in capsys.readouterr().err
 
 
@@ -225,7 +225,7 @@ def test_formats_do_not_mix(tmp_path, capsys):
     put(tmp_path, "a.jsonl", "b.csv", "deep/c.csv")
     with pytest.raises(DataError, match=r"mixes csv and json files \(2 \.csv, 1 \.jsonl\); set files"):
         read(tmp_path)
-    assert read(tmp_path, tell=True, files=["*.csv"]) == ["b.csv", "deep/c.csv"]
+    assert read(tmp_path, report=True, files=["*.csv"]) == ["b.csv", "deep/c.csv"]
     assert "left out: 1 not matched by files (a.jsonl)" in capsys.readouterr().err
     assert read(tmp_path, files=["deep/*"]) == read(tmp_path, files=["./deep/"]) == ["deep/c.csv"]
     with pytest.raises(DataError, match=r"no file in '.*' matches files = \['\*.txt'\]"):
@@ -265,7 +265,7 @@ def test_links_are_followed_once(tmp_path, capsys):
     (tmp_path / "far" / "loop").symlink_to(tmp_path / "far")
     (tmp_path / "data" / "up").symlink_to(tmp_path)
     (tmp_path / "data" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    assert read(tmp_path / "data", tell=True) == ["a.jsonl", "c.jsonl", "deep/d.jsonl", "own/b.jsonl"]
+    assert read(tmp_path / "data", report=True) == ["a.jsonl", "c.jsonl", "deep/d.jsonl", "own/b.jsonl"]
     told = capsys.readouterr().err
     assert "1 broken links or devices (gone.jsonl)" in told
     assert "3 links to folders read elsewhere (again, far/loop, up)" in told
@@ -273,7 +273,7 @@ def test_links_are_followed_once(tmp_path, capsys):
 
 def test_hidden_and_cache_files_are_left_out(tmp_path, capsys):
     put(tmp_path, "a.py", ".git/config", ".hidden.py", "__pycache__/a.txt")
-    assert read(tmp_path, tell=True) == ["a.py"]
+    assert read(tmp_path, report=True) == ["a.py"]
     assert "left out: 2 hidden (.git, .hidden.py), 1 cache files (__pycache__/a.txt)" in capsys.readouterr().err
 
 

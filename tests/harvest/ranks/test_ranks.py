@@ -78,7 +78,8 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     assert [rank_device(device, ranks[1]) for device in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     assert chosen == ["cuda:1", "cuda:1"]
     with pytest.raises(
-        ConfigError, match="3 processes were started on a machine with 2 CUDA devices; start one for each"
+        ConfigError,
+        match="3 processes were started on a machine with 2 CUDA devices; start at most one for each device",
     ):
         rank_device("auto", ranks[2])
     with pytest.raises(ConfigError, match="device is 'cuda:0', but each of 3 processes needs its own"):

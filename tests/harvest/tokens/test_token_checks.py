@@ -54,7 +54,7 @@ def test_tokens_beyond_the_embeddings_matter_only_where_text_has_them(config, sp
 
 def test_a_first_token_beyond_the_embeddings_is_refused(config):
     add_tokens(config, "<start>", special=True)
-    with pytest.raises(ModelError, match=r"'<start>' that begins a document has id 257, but .* has 257 embeddings"):
+    with pytest.raises(ModelError, match=r"'<start>' that starts a document has id 257, but .* has 257 embeddings"):
         harvest(replaced(config, bos_token="<start>"))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from msgspec import Meta
 
-from thresher.shared.core.config import Config, describe, load_config, parse_arguments, to_config, to_toml
+from thresher.shared.core.config import Config, help_text, load_config, parse_arguments, to_config, to_toml
 from thresher.shared.core.errors import ConfigError, MissingFileError, ThresherError
 from thresher.shared.core.location import StoreUrl, locate
 from thresher.shared.core.paths import expand_home
@@ -185,7 +185,7 @@ def test_resolved_config_reads_back():
 
 
 def test_help_has_a_sentence_and_default_for_every_key():
-    text = describe(Example)
+    text = help_text(Example)
     assert "--model" in text
     assert "Contexts per pass. (default 8)" in text
     assert "The model. (required)" in text

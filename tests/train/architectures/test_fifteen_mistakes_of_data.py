@@ -146,7 +146,7 @@ def test_11_an_end_that_is_dropped_or_repeated_is_noticed(array_store, monkeypat
             return divmod(position, rows_per_epoch - rows_per_epoch % batch_size)
         return 0, position % rows_per_epoch if position < rows_per_epoch else 0
 
-    monkeypatch.setattr(batches_module, "locate", mistaken)
+    monkeypatch.setattr(batches_module, "epoch_and_row", mistaken)
     with pytest.raises(AssertionError):
         check_no_row_is_dropped_or_repeated_at_an_end(array_store, batch_size)
 
