@@ -51,7 +51,7 @@ class Grouped:
 
     def encode(self, x: torch.Tensor, k: int) -> None:
         """Choose the k largest latents of each SAE in each row."""
-        bias = torch.cat([encoded_bias(trainer.parameters) for trainer in self.trainers]).to(x.dtype)
+        bias = torch.cat([encoded_bias(trainer.parameters, centred=True) for trainer in self.trainers]).to(x.dtype)
         acts = x.new_empty(len(self.trainers), len(x), k)
         indices = torch.empty(len(self.trainers), len(x), k, dtype=torch.int64)
 

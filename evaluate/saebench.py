@@ -129,7 +129,7 @@ def layer_of(hook_point: str) -> int:
 @torch.no_grad()
 def _normalise_decoder(sae: Sae) -> None:
     norms = sae.W_dec.norm(dim=1)
-    if "transcoder" in sae.architecture or sae.architecture == "crosscoder":
+    if sae.wiring_kind != "sae":
         raise SaeError(f"SAEBench evaluates SAEs that reconstruct their input, got architecture '{sae.architecture}'")
     if sae.architecture == "topk" and (norms.max() - norms.min()) > 1e-3 * norms.mean():
         raise SaeError(

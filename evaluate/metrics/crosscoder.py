@@ -51,7 +51,8 @@ class HookPointSums:
         n = len(self.hook_points)
         parts = zip(self.hook_points, x.chunk(n, 1), encoded.x_hat.chunk(n, 1), strict=True)
         for (hook_point, target, x_hat), writes in zip(parts, self.writes.to(encoded.latents.dtype), strict=True):
-            self.sums[hook_point].add(target, x_hat, encoded.active @ writes, encoded.latents @ writes, group)
+            l0, l1 = encoded.count_among(writes)
+            self.sums[hook_point].add(target, x_hat, l0, l1, group)
 
 
 def per_hook_metrics(

@@ -29,7 +29,7 @@ def decoder_directions(sae: Sae) -> Float[Tensor, "d_sae d_out"]:
 
 def encoder_decoder_cosine(sae: Sae) -> Float[Tensor, " d_sae"] | None:
     """Return the cosine of each latent's encoder and decoder directions; None if they are in different spaces."""
-    if sae.d_in != sae.d_out or "transcoder" in sae.architecture:
+    if sae.d_in != sae.d_out or sae.wiring_kind == "transcoder" or "writes" in sae.config:
         return None
     return (torch.nn.functional.normalize(sae.W_enc.detach().float(), dim=0).T * decoder_directions(sae)).sum(dim=1)
 

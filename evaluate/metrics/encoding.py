@@ -43,6 +43,15 @@ class Encoded:
         """The sum of the latents per row; latents are never negative."""
         return self.latents.sum(dim=1)
 
+    def count_among(
+        self, weights: Float[Tensor, " d_sae"]
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Return `l0` and `l1` with each latent counted by its weight."""
+        if self.top_indices is None:
+            return self.active @ weights, self.latents @ weights
+        here = weights[self.top_indices]
+        return (self.active * here).sum(dim=1), (self.latents * here).sum(dim=1)
+
     def add_to(self, sums: LatentSums) -> None:
         """Add these latents to `sums`."""
         if self.top_indices is None:
@@ -53,14 +62,16 @@ class Encoded:
 
 def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
     """Return the latents and the reconstruction of rows."""
-    if sae.architecture == "topk":
-        top_acts, top_indices = sae.encode_sparse(x)
-        return Encoded(top_acts, top_indices, sae.decode_sparse(top_acts, top_indices))
-    latents = sae.encode(x)
-    x_hat = sae.decode(latents)
+    top_indices = None
+    if sae.selection == "topk":
+        latents, top_indices = sae.encode_sparse(x)
+        x_hat = sae.decode_sparse(latents, top_indices)
+    else:
+        latents = sae.encode(x)
+        x_hat = sae.decode(latents)
     if "W_skip" in sae._parameters:
         x_hat = x_hat + x @ sae.get_parameter("W_skip").T
-    return Encoded(latents, None, x_hat)
+    return Encoded(latents, top_indices, x_hat)
 
 
 def reconstruct_in_parts(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:

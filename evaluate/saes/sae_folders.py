@@ -154,9 +154,7 @@ def load_saes(
             failed[name] = str(error)
             continue
         hook_point = canonical_hook_point(sae.hook_point)
-        if sae.architecture == "crosscoder":
-            hook_point = group_name(canonical_hook_point(name) for name in sae.config["hook_points"])
-        if isinstance(sae, CrossLayerTranscoder):
+        if sae.wiring_kind in ("crosscoder", "cross_layer"):
             hook_point = group_name(map(canonical_hook_point, sae.reads))
         if sae.model_processing:
             raise SaeError(
@@ -169,7 +167,7 @@ def load_saes(
                 "returns, and save it"
             )
         try:
-            target = _target(sae, hook_point)
+            target = _target(sae)
         except SaeError as error:
             raise SaeError(f"SAE '{name}': {error}") from None
         for group, d, role in ((hook_point, sae.d_in, "reads"), (target, sae.d_out, "reconstructs")):
@@ -188,8 +186,8 @@ def load_saes(
     return loaded
 
 
-def _target(sae: Sae, hook_point: str) -> str:
-    """Return the name of what an SAE reconstructs, which reads `hook_point`; both may be groups."""
-    if isinstance(sae, CrossLayerTranscoder):
+def _target(sae: Sae) -> str:
+    """Return the name of what an SAE reconstructs, a hook point or a group."""
+    if sae.wiring_kind in ("crosscoder", "cross_layer"):
         return group_name(map(canonical_hook_point, sae.writes))
-    return hook_point if sae.architecture == "crosscoder" else sae.target_hook_point
+    return sae.target_hook_point

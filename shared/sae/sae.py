@@ -16,7 +16,8 @@ from ..core.paths import user_path
 from ..model.hook_points import canonical_hook_point
 from . import activations
 from .formats import SaeParts, read_sae
-from .formats.files import saelens_config, tensor_names, write_folder
+from .formats.files import saelens_config, write_folder
+from .formats.kinds import find_kind
 from .selection import largest
 
 MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
@@ -24,10 +25,11 @@ MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_fac
 
 
 class Sae(nn.Module):
-    """An SAE or transcoder: `x_hat = decode(encode(x))`.
+    """An SAE, transcoder or crosscoder: `x_hat = decode(encode(x))`.
 
-    `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in unless the SAE is a
-    transcoder. `config` holds the hyperparameters (such as `k`), `metadata` what else `cfg.json` says.
+    `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in if the SAE reconstructs its input.
+    `selection` says how latents are chosen (standard, topk, jumprelu or gated), `wiring_kind` whether this is an sae,
+    transcoder or crosscoder. `config` holds the hyperparameters (such as `k`), `metadata` what else `cfg.json` says.
     """
 
     W_enc: nn.Parameter
@@ -62,14 +64,15 @@ class Sae(nn.Module):
         self.hook_point = hook_point
         self.config = dict(config or {})
         self.metadata = dict(metadata or {})
-        names = tensor_names(architecture)
-        for name in names:
+        kind = find_kind(architecture)
+        self.selection, self.wiring_kind = kind.selection, kind.wiring
+        for name in kind.tensor_names:
             self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
-        self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", "transcoder" not in architecture))
+        self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", kind.wiring != "transcoder"))
         k = self.config.get("k")
-        if architecture == "topk" and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
+        if kind.selection == "topk" and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
             raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
 
     @classmethod
@@ -92,7 +95,7 @@ class Sae(nn.Module):
             config=parts.config,
             metadata=parts.metadata,
         )
-        if sae.architecture == "topk" and sae.config.get("rescale_acts_by_decoder_norm"):
+        if sae.selection == "topk" and sae.config.get("rescale_acts_by_decoder_norm"):
             sae.fold_decoder_norm()
             sae.config["rescale_acts_by_decoder_norm"] = False
         return sae
@@ -105,12 +108,28 @@ class Sae(nn.Module):
             SaeError: a transcoder does not name its output.
         """
         name = self.metadata.get("hook_name_out")
-        if not name and "transcoder" in self.architecture:
+        if not name and self.wiring_kind == "transcoder":
             raise SaeError(
                 f"this {self.architecture} of '{self.hook_point}' does not say which hook point it reconstructs; "
                 "add hook_name_out to the metadata in its cfg.json"
             )
         return canonical_hook_point(name) if name else self.hook_point
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The hook points that are read, whose rows lie side by side in this order."""
+        several = self.config.get("reads") or self.config.get("hook_points")
+        return (self.hook_point,) if several is None else tuple(several)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The hook points that are reconstructed, whose rows lie side by side in this order.
+
+        Raises:
+            SaeError: a transcoder does not name its output.
+        """
+        several = self.config.get("writes") or self.config.get("hook_points")
+        return (self.target_hook_point,) if several is None else tuple(several)
 
     @property
     def device(self) -> torch.device:
@@ -133,10 +152,10 @@ class Sae(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read."""
         config = self.config | {"apply_b_dec_to_input": self.apply_b_dec_to_input}
-        if "transcoder" in self.architecture:
+        if self.wiring_kind == "transcoder" or self.d_out != self.d_in:
             config["d_out"] = self.d_out
         described = saelens_config(self.architecture, self.d_in, self.d_sae, self.hook_point, config, self.metadata)
-        write_folder(path, described, {name: getattr(self, name) for name in tensor_names(self.architecture)})
+        write_folder(path, described, {name: getattr(self, name) for name in find_kind(self.architecture).tensor_names})
         return user_path(path)
 
     @torch.no_grad()
@@ -155,17 +174,17 @@ class Sae(nn.Module):
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the encoder's linear part: the gate's, for a gated SAE."""
         centred = self._centred(x)
-        return centred @ self.W_enc + (self.b_gate if self.architecture == "gated" else self.b_enc)
+        return centred @ self.W_enc + (self.b_gate if self.selection == "gated" else self.b_enc)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents."""
         pre_acts = self.pre_activations(x)
-        if self.architecture == "topk":
+        if self.selection == "topk":
             return activations.topk(pre_acts, int(self.config["k"]))
-        if self.architecture == "gated":
+        if self.selection == "gated":
             magnitude = (pre_acts - self.b_gate) * self.r_mag.exp() + self.b_mag
             return activations.gated(pre_acts, magnitude)
-        if self.architecture.startswith("jumprelu"):
+        if self.selection == "jumprelu":
             return activations.jumprelu(pre_acts, self.threshold)
         return activations.relu(pre_acts)
 
@@ -176,7 +195,7 @@ class Sae(nn.Module):
 
         For `topk`, m is k.
         """
-        if self.architecture == "topk":
+        if self.selection == "topk":
             top_acts, top_indices = largest(self.pre_activations(x), int(self.config["k"]))
             return top_acts.relu(), top_indices
         latents = self.encode(x)

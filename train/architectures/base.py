@@ -8,6 +8,7 @@ latent as in `W_dec`, which is the layout of the sparse operations.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from ...shared.core.errors import ConfigError
 from ...shared.sae import Sae
+from ...shared.sae.formats.files import saelens_hook_name
+from ...shared.sae.formats.kinds import Kind
 from ..config import SaeConfig
 from ..stream.normalization import Normalization
 from .contract import Batch, Buffers, Parameters, StepInput, StepOutput
-from .parts.decoder_norms import fold_decoder_norms, has_unit_norms
+from .parts.decoder_norms import DecoderNorms, are_unit_norms, fold_decoder_norms
+from .parts.raw_units import in_order, to_normalized, to_raw
 
 C = TypeVar("C", bound=SaeConfig)
 P = TypeVar("P", bound="PenaltyConfig")
@@ -29,8 +33,10 @@ P = TypeVar("P", bound="PenaltyConfig")
 class Architecture(Generic[C]):
     """Base of the architectures: `config` holds the keys of its `[[sae]]` table.
 
-    A subclass states in `saved_as` which kind of SAE `exported` gives, and in `resolved` its properties that depend on
-    what the configuration leaves open.
+    A subclass states in `saved_as` how the SAE that `exported` gives chooses its latents, and in `resolved` its
+    properties that depend on what the configuration leaves open. `kind_of_wiring` is the only kind of `Wiring` that its
+    step supports, or None for all but cross-layer ones. If `folds_norms`, decoder norms are folded into the encoder on
+    saving.
 
     Set `capturable = True` (it is not inherited) only if a step with `room` never synchronises with the device and
     always launches the same kernels, except where `decided_at` changes.
@@ -40,7 +46,9 @@ class Architecture(Generic[C]):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     eps: ClassVar[float] = 6.25e-10
     default_lr: ClassVar[float | None] = None
-    kind_of_wiring: ClassVar[str] = "sae"
+    kind_of_wiring: ClassVar[str | None] = "sae"
+    folds_norms: ClassVar[bool] = False
+    first_norm: ClassVar[float] = 1.0
     capturable: ClassVar[bool] = False
     resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "unit_norm_decoder")
 
@@ -98,15 +106,35 @@ class Architecture(Generic[C]):
         """Return the factors of the learning rate that are not 1, by parameter."""
         return {}
 
+    @cached_property
+    def centred(self) -> bool:
+        """Whether the encoder subtracts `b_dec`: only where one hook point is both read and written."""
+        return self.config.wiring.kind == "sae"
+
+    def decoder_norms(self, W_dec: Float[Tensor, "d_sae d_out"]) -> DecoderNorms:
+        """Return the norms of decoder rows at the hook points that are written."""
+        return DecoderNorms.of(W_dec, len(self.config.wiring.writes))
+
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return random decoder directions of unit norm, the encoder their transpose, and zero biases."""
-        W_dec = torch.randn(self.d_sae, self.d_in, generator=generator)
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        """Return decoder rows of norm `first_norm` in random directions, the encoder their transpose, and zero biases.
+
+        Where what is read and written differ in width, the encoder has random directions as well. A skip path is zero.
+        """
+        W_dec = torch.randn(self.d_sae, self.d_out, generator=generator)
+        norms = W_dec.norm(dim=1, keepdim=True)
+        # Both round otherwise; each is as it was in earlier releases, so that weights stay the same.
+        W_dec = (W_dec / norms).mul_(self.first_norm) if self.centred else W_dec * (self.first_norm / norms)
+        W_enc = W_dec.clone()
+        if self.d_in != self.d_out:
+            W_enc = torch.randn(self.d_sae, self.d_in, generator=generator)
+            W_enc = W_enc * (self.first_norm / W_enc.norm(dim=1, keepdim=True))
+        skip = {"W_skip": torch.zeros(self.d_out, self.d_in)} if self.config.wiring.skip else {}
         return {
-            "W_enc": W_dec.clone(),
+            "W_enc": W_enc,
             "b_enc": torch.zeros(self.d_sae),
             "W_dec": W_dec,
-            "b_dec": torch.zeros(self.d_in),
+            "b_dec": torch.zeros(self.d_out),
+            **skip,
         }
 
     def initial_buffers(self) -> Buffers:
@@ -127,12 +155,24 @@ class Architecture(Generic[C]):
         """Return the loss and its gradients at these parameters."""
         raise NotImplementedError
 
+    def latent_unit(self, normalization: Normalization) -> float:
+        """Return what latents are divided by on saving: 1 where decoder norms are then folded into them anyway.
+
+        Where what is written is not what is read, decoders of norm one keep that norm; with several targets, nearly.
+        """
+        if self.centred:
+            return float(normalization.scale)
+        scale = (normalization.target or normalization).scale
+        return 1.0 if self.folds_norms else float(torch.as_tensor(scale).mean())
+
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Return the saved SAE's tensors, in raw activation units.
 
-        Latents scale with the input, so the encoder's weights stay, its bias is divided by the
-        scale, and the decoder keeps its norms.
+        Where an SAE reads what it writes, latents scale with the input: the encoder's weights stay, its bias is divided
+        by the scale, and the decoder keeps its norms.
         """
+        if not self.centred:
+            return to_raw(parameters, normalization, self.latent_unit(normalization))
         return {
             "W_enc": parameters["W_enc"].T,
             "b_enc": parameters["b_enc"] / normalization.scale,
@@ -140,49 +180,88 @@ class Architecture(Generic[C]):
             "b_dec": parameters["b_dec"] / normalization.scale + normalization.mean.to(parameters["b_dec"].dtype),
         }
 
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return saved tensors with decoder norms folded into the encoder."""
+        return fold_decoder_norms(tensors, 1 if self.centred else len(self.config.wiring.writes))
+
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
         """Return the parameters and buffers with which training starts from an SAE: the inverse of `exported`.
 
-        The SAE is of the kind `saved_as` and of this architecture's sizes. Latents and reconstructions stay, except for
-        what `differences` says.
+        The SAE is of the kind `saved_name` and of this architecture's sizes. Latents and reconstructions stay, except
+        for what `differences` says.
 
         Raises:
             SaeError: the architecture cannot hold what the SAE computes.
         """
-        tensors, scale = self._held(sae), normalization.scale
-        W_enc = tensors["W_enc"].T.contiguous()
-        parameters = {
-            "W_enc": W_enc,
-            "b_enc": bias_of_centred(sae, tensors["b_enc"], W_enc) * scale,
-            "W_dec": tensors["W_dec"],
-            "b_dec": (tensors["b_dec"] - normalization.mean) * scale,
-        }
-        return parameters, self.initial_buffers()
+        tensors = self.held(sae, normalization)
+        return {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip") if name in tensors}, (
+            self.initial_buffers()
+        )
 
-    def _held(self, sae: Sae) -> dict[str, Tensor]:
-        """Return an SAE's tensors, with decoder norms folded into the encoder where training holds them at one."""
-        tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
-        folds = self.unit_norm_decoder and not has_unit_norms(sae.W_dec)
-        return fold_decoder_norms(tensors) if folds else tensors
+    def held(self, sae: Sae, normalization: Normalization) -> dict[str, Tensor]:
+        """Return an SAE's tensors in training's units and layout.
+
+        Decoder norms are folded into the encoder where training holds them at one.
+        """
+        if self.centred:
+            return self._held_centred(sae, normalization)
+        tensors = to_normalized(sae, self.config.wiring, normalization, self.latent_unit(normalization))
+        if self.folds_norms or (self.unit_norm_decoder and not are_unit_norms(tensors["W_dec"].norm(dim=1))):
+            tensors = self.fold(tensors)
+        return tensors | {"W_enc": tensors["W_enc"].T.contiguous()}
+
+    def _held_centred(self, sae: Sae, normalization: Normalization) -> dict[str, Tensor]:
+        tensors, scale = {name: tensor.detach() for name, tensor in sae.named_parameters()}, normalization.scale
+        if self.unit_norm_decoder and not are_unit_norms(sae.W_dec.detach().norm(dim=1)):
+            tensors = fold_decoder_norms(tensors)
+        W_enc = tensors["W_enc"].T.contiguous()
+        found = {"W_enc": W_enc, "W_dec": tensors["W_dec"], "b_dec": (tensors["b_dec"] - normalization.mean) * scale}
+        for name in ("b_enc", "b_gate"):
+            if name in tensors:
+                found[name] = bias_of_centred(sae, tensors[name], W_enc) * scale
+        if "b_mag" in tensors:
+            # Magnitudes are scaled before their bias, which includes what is not subtracted.
+            b_gate = bias_of_centred(sae, tensors["b_gate"], W_enc)
+            b_mag = tensors["b_mag"] + (b_gate - tensors["b_gate"]) * tensors["r_mag"].exp()
+            found |= {"b_mag": b_mag * scale, "r_mag": tensors["r_mag"]}
+        if "threshold" in tensors:
+            found["threshold"] = tensors["threshold"] * scale
+        return found
+
+    def decoder_norms_of(self, sae: Sae, normalization: Normalization) -> Float[Tensor, " d_sae"]:
+        """Return the norms that an SAE's decoder rows would have in training."""
+        W_dec = sae.W_dec.detach()
+        if self.centred:
+            return W_dec.norm(dim=1)
+        tensors = to_normalized(sae, self.config.wiring, normalization, self.latent_unit(normalization))
+        return tensors["W_dec"].norm(dim=1)
 
     def check_source(self, sae: Sae) -> None:
         """Raise `SaeError` if training cannot start from an SAE of the right kind and sizes."""
+        in_order(sae, self.config.wiring)
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
         """Return how the first step differs from what an SAE computes or is used for, each as a line for the user."""
-        config = self.config
+        wiring = self.config.wiring
         found = [
             f"it is of a model loaded with {name} = true, this one of the model as it is"
             for name in sae.model_processing
         ]
-        if sae.hook_point and sae.hook_point != config.hook_point:
-            found.append(f"it is of '{sae.hook_point}', this one of '{config.hook_point}'")
-        norms = sae.W_dec.detach().norm(dim=1)
-        if self.unit_norm_decoder and not has_unit_norms(sae.W_dec):
+        if wiring.kind == "crosscoder":
+            for theirs, ours in ((sae.reads, wiring.reads), (sae.writes, wiring.writes)):
+                line = f"its hook points {list(theirs)} are put in this SAE's order"
+                if theirs != ours and line not in found:
+                    found.append(line)
+        elif sae.hook_point and sae.hook_point != self.config.hook_point:
+            found.append(f"it is of '{sae.hook_point}', this one of '{self.config.hook_point}'")
+        norms = self.decoder_norms_of(sae, normalization)
+        if self.unit_norm_decoder and not are_unit_norms(norms):
             found.append(
                 f"its decoder norms, {float(norms.min()):.3g} to {float(norms.max()):.3g}, move into the encoder: "
                 "latents are scaled by them, and reconstructions stay"
             )
+        if wiring.kind == "transcoder" and sae.target_hook_point != wiring.writes[0]:
+            found.append(f"it reconstructs '{sae.target_hook_point}', this one '{wiring.writes[0]}'")
         return found
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -194,17 +273,29 @@ class Architecture(Generic[C]):
         values = {key: getattr(self.config, key) for key in ("architecture", "d_sae", *keys, "seed")}
         return {key: value for key, value in values.items() if value is not None} | resolved | {"lr": self.lr}
 
+    @property
+    def saved_name(self) -> str:
+        """The `architecture` in the saved SAE's `cfg.json`."""
+        return Kind(self.saved_as, self.config.wiring.kind, self.config.wiring.skip).name
+
     def to_sae(
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization, metadata: dict[str, Any]
     ) -> Sae:
-        """Return the SAE for inference on raw activations."""
-        tensors = self.exported(parameters, buffers, normalization)
+        """Return the SAE for inference on raw activations, which says what it reads and writes."""
+        tensors, wiring = self.exported(parameters, buffers, normalization), self.config.wiring
+        config, places = self.hyperparameters(), {}
+        if wiring.kind == "crosscoder":
+            same = wiring.reads == wiring.writes
+            both = {"reads": list(wiring.reads), "writes": list(wiring.writes)}
+            config |= ({"hook_points": list(wiring.reads)} if same else both) | {"apply_b_dec_to_input": False}
+        elif wiring.kind == "transcoder":
+            places = {"hook_name_out": saelens_hook_name(wiring.writes[0])}
         return Sae(
-            self.saved_as,
+            self.saved_name,
             {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
             hook_point=self.config.hook_point,
-            config=self.hyperparameters(),
-            metadata=metadata,
+            config=config,
+            metadata=metadata | places,
         )
 
 

@@ -48,7 +48,7 @@ class BatchTopK(TopK[L]):
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries and update the running threshold."""
-        bias, k = encoded_bias(parameters), int(self.config.k or 0)
+        bias, k = encoded_bias(parameters, self.centred), int(self.config.k or 0)
         latents = within_room(step, parameters, batch, bias, k)
         if latents is None:
             pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
@@ -62,17 +62,18 @@ class BatchTopK(TopK[L]):
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Return a JumpReLU SAE with the same threshold for every latent."""
-        threshold = buffers["threshold"].clamp_min(0) / normalization.scale
+        threshold = buffers["threshold"].clamp_min(0) / self.latent_unit(normalization)
         return super().exported(parameters, buffers, normalization) | {"threshold": threshold.repeat(self.d_sae)}
 
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
         """Return the parameters, and the mean of the SAE's thresholds as the running threshold."""
         parameters, _ = super().imported(sae, normalization)
-        return parameters, {"threshold": (self._held(sae)["threshold"] * normalization.scale).mean()}
+        return parameters, {"threshold": self.held(sae, normalization)["threshold"].mean()}
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
         """Also report thresholds that are averaged."""
-        found, thresholds = super().differences(sae, normalization), self._held(sae)["threshold"]
+        found = super().differences(sae, normalization)
+        thresholds = self.held(sae, normalization)["threshold"] / self.latent_unit(normalization)
         least, mean, most = (float(value) for value in (thresholds.min(), thresholds.mean(), thresholds.max()))
         if most - least > NORM_TOLERANCE * abs(mean):
             found.append(f"its thresholds, {least:.3g} to {most:.3g}, become one, their mean of {mean:.3g}")

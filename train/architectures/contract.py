@@ -21,15 +21,20 @@ Number = float | Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """A normalised batch, shared by the SAEs of one hook point.
+    """A normalised batch, shared by the SAEs that read and write the same hook points.
 
-    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default; `target` is what a transcoder
-    estimates.
+    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default. `target` is what is reconstructed,
+    or None where that is `x`.
     """
 
     x: Float[Tensor, "batch d_in"]
     x_compute: Float[Tensor, "batch d_in"]
     target: Float[Tensor, "batch d_out"] | None = None
+
+    @property
+    def y(self) -> Float[Tensor, "batch d_out"]:
+        """Return what is reconstructed."""
+        return self.x if self.target is None else self.target
 
 
 class Collectives:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import PenaltyArchitecture, PenaltyConfig, bias_of_centred, check_number_of_latents, unused_start
+from .base import PenaltyArchitecture, PenaltyConfig, check_number_of_latents, unused_start
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .parts.dense import squared
+from .parts.dense import error_of, squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
@@ -63,6 +63,7 @@ class Gated(PenaltyArchitecture[GatedConfig]):
     """
 
     saved_as = "gated"
+    kind_of_wiring = None
     capturable = True
     betas = (0.0, 0.999)
     eps = 1e-8
@@ -92,12 +93,12 @@ class Gated(PenaltyArchitecture[GatedConfig]):
         """Set the gates' biases so that each latent fires on initial_l0 / d_sae of the first batch, if given."""
         if self.config.initial_l0 is not None:
             n_active = round(len(batch.x) * self.config.initial_l0 / self.config.d_sae)
-            parameters["b_gate"].copy_(-exceeded_by(parameters, batch.x, n_active).clamp_min_(0.0))
+            parameters["b_gate"].copy_(-exceeded_by(parameters, batch.x, n_active, self.centred).clamp_min_(0.0))
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec = batch.x, parameters["W_dec"]
-        latents = above_threshold(step, parameters, batch, encoded_bias(parameters, "b_gate"))
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters, self.centred, "b_gate"))
         gate = latents.pre_acts.relu()
         linear = latents.pre_acts - latents.spread(parameters["b_gate"])
         rescale = latents.spread(parameters["r_mag"].exp())
@@ -106,12 +107,12 @@ class Gated(PenaltyArchitecture[GatedConfig]):
         values = magnitude * active
         penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
 
-        error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
-        auxiliary = (latents.decode(gate, W_dec) + parameters["b_dec"]).sub_(x)
+        error = error_of(latents.decode(values, W_dec), parameters, batch)
+        auxiliary = error_of(latents.decode(gate, W_dec), parameters, batch)
         g = error * (2 / len(x))
         by_magnitude = latents.grad_values(g, W_dec) * active
         by_gate = (latents.grad_values(auxiliary * (2 / len(x)), W_dec) + penalty) * (gate > 0)
-        gradients = gradients_of(parameters, latents, x, g, values, by_magnitude * rescale + by_gate)
+        gradients = gradients_of(parameters, latents, x, g, values, by_magnitude * rescale + by_gate, self.centred)
         del gradients["b_enc"]
         gradients["b_gate"] = latents.sum(by_gate)
         gradients["b_mag"] = latents.sum(by_magnitude)
@@ -128,24 +129,16 @@ class Gated(PenaltyArchitecture[GatedConfig]):
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Scale both biases to raw activation units."""
         tensors = super().exported(parameters | {"b_enc": parameters["b_gate"]}, buffers, normalization)
-        b_gate = tensors.pop("b_enc")
-        b_mag = parameters["b_mag"] / normalization.scale
+        b_gate, unit = tensors.pop("b_enc"), self.latent_unit(normalization)
+        b_mag = parameters["b_mag"] / unit
+        if not self.centred:
+            # Magnitudes are scaled before their bias, which includes what is subtracted from the input.
+            b_mag = b_mag + (b_gate - parameters["b_gate"] / unit) * parameters["r_mag"].exp()
         return tensors | {"b_gate": b_gate, "b_mag": b_mag, "r_mag": parameters["r_mag"]}
 
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
-        """Return the parameters. Magnitudes are scaled before their bias, which includes what is not subtracted."""
-        tensors, scale = self._held(sae), normalization.scale
-        W_enc = tensors["W_enc"].T.contiguous()
-        b_gate = bias_of_centred(sae, tensors["b_gate"], W_enc)
-        b_mag = tensors["b_mag"] + (b_gate - tensors["b_gate"]) * tensors["r_mag"].exp()
-        return {
-            "W_enc": W_enc,
-            "b_gate": b_gate * scale,
-            "b_mag": b_mag * scale,
-            "r_mag": tensors["r_mag"],
-            "W_dec": tensors["W_dec"],
-            "b_dec": (tensors["b_dec"] - normalization.mean) * scale,
-        }, {}
+        """Return the parameters."""
+        return self.held(sae, normalization), {}
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
         """Also report an initial L0 that is not used."""

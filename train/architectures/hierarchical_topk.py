@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
-from .parts.dense import squared
+from .parts.dense import error_of_nothing, product, squared
 from .parts.latents import SparseLatents, add_rows
 from .registry import register
 from .topk import LargestConfig, TopK
@@ -41,8 +41,9 @@ class HierarchicalTopK(TopK[HierarchicalTopKConfig]):
         values = latents.pre_acts.relu().view(len(x), -1)
         indices = latents.indices.view_as(values)
         k = values.shape[1]
-        residual_sum = torch.zeros_like(x)
-        error, total = parameters["b_dec"] - x, torch.zeros((), dtype=torch.float64, device=x.device)
+        first = error_of_nothing(parameters, batch)
+        residual_sum = torch.zeros_like(first)
+        error, total = first, torch.zeros((), dtype=torch.float64, device=x.device)
         for j in range(k):
             error = error.addcmul(values[:, j : j + 1], W_dec[indices[:, j]])
             residual_sum += error
@@ -53,7 +54,7 @@ class HierarchicalTopK(TopK[HierarchicalTopKConfig]):
         g = by_bias.clone()
         by_W_dec = torch.zeros_like(W_dec)
         by_values = torch.empty_like(values)
-        error = parameters["b_dec"] - x
+        error = first
         for j in range(k):
             directions = W_dec[indices[:, j]]
             by_values[:, j] = torch.linalg.vecdot(g, directions)
@@ -62,13 +63,12 @@ class HierarchicalTopK(TopK[HierarchicalTopKConfig]):
             g = g - error * scale
         by_pre_acts = torch.where(values > 0, by_values, 0).view(-1)
         W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
-        W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
-        gradients = {
-            "W_enc": W_enc,
-            "b_enc": b_enc,
-            "W_dec": by_W_dec,
-            "b_dec": by_bias.sum(0) - parameters["W_enc"].T @ b_enc,
-        }
+        gradients = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": by_W_dec, "b_dec": by_bias.sum(0)}
+        if self.centred:
+            W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
+            gradients["b_dec"] -= parameters["W_enc"].T @ b_enc
+        if "W_skip" in parameters:
+            gradients["W_skip"] = product(by_bias.T, x)
         terms: dict[str, Number] = {"mse_loss": total / (len(x) * k * step.total_variance)}
         mse = squared(final) / len(x)
         return self.finish(parameters, batch, step, latents, gradients, final, terms, mse)

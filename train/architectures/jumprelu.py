@@ -14,8 +14,7 @@ from ...shared.sae import Sae
 from ..stream.normalization import Normalization
 from .base import PenaltyArchitecture, PenaltyConfig, check_number_of_latents, unused_start
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .parts.decoder_norms import fold_decoder_norms
-from .parts.dense import squared
+from .parts.dense import error_of, squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
@@ -113,7 +112,7 @@ class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
 
 
 class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
-    """`f = z H(z - theta)`, loss `||x - x_hat||^2 / d_in + lambda L0`, or `lambda (L0 / L0* - 1)^2` with a target.
+    """`f = z H(z - theta)`, loss `||x - x_hat||^2 / d_out + lambda L0`, or `lambda (L0 / L0* - 1)^2` with a target.
 
     The thresholds learn by straight-through estimates with a rectangle of width epsilon about each:
     `df/dtheta = -(theta / epsilon) [|z - theta| < epsilon / 2]` and `dL0/dtheta = -(1 / epsilon) [same]`. The
@@ -125,6 +124,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
     """
 
     saved_as = "jumprelu"
+    kind_of_wiring = None
     capturable = True
     resolved = (*PenaltyArchitecture.resolved, "bandwidth", "first_threshold")
     betas = (0.0, 0.999)
@@ -176,21 +176,21 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         if self._first_l0 is None or self.config.initial_threshold is not None:
             return
         n_active = round(len(batch.x) * self._first_l0 / self.config.d_sae)
-        thresholds = exceeded_by(parameters, batch.x, n_active) + parameters["b_enc"]
+        thresholds = exceeded_by(parameters, batch.x, n_active, self.centred) + parameters["b_enc"]
         parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients; entries just below their threshold count for its gradient."""
         x, epsilon = batch.x, self.bandwidth
         theta = parameters["log_threshold"].exp()
-        latents = above_threshold(step, parameters, batch, encoded_bias(parameters), theta - epsilon)
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters, self.centred), theta - epsilon)
         distance = latents.pre_acts - latents.spread(theta)
         active = (distance > 0) & (latents.pre_acts > 0)
         values = latents.pre_acts * active
-        error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
-        g = error * (2 / (len(x) * self.d_in))
+        error = error_of(latents.decode(values, parameters["W_dec"]), parameters, batch)
+        g = error * (2 / (len(x) * self.d_out))
         by_values = latents.grad_values(g, parameters["W_dec"])
-        gradients = gradients_of(parameters, latents, x, g, values, by_values * active)
+        gradients = gradients_of(parameters, latents, x, g, values, by_values * active, self.centred)
 
         l0 = step.across.mean(count(active) / len(x))
         penalty, by_l0 = self._penalty(l0, step.sparsity_scale)
@@ -198,7 +198,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         by_theta = -latents.sum((by_values * latents.spread(theta) + by_l0 / len(x)) * near) / epsilon
         gradients["log_threshold"] = by_theta * theta
         mse = squared(error) / len(x)
-        terms: dict[str, Number] = {"mse_loss": mse / self.d_in, "l0_loss": penalty}
+        terms: dict[str, Number] = {"mse_loss": mse / self.d_out, "l0_loss": penalty}
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
     def _penalty(self, l0: Number, scale: Number) -> tuple[Number, Number]:
@@ -210,13 +210,13 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Add the thresholds, in raw activation units."""
-        threshold = parameters["log_threshold"].exp() / normalization.scale
+        threshold = parameters["log_threshold"].exp() / self.latent_unit(normalization)
         return super().exported(parameters, buffers, normalization) | {"threshold": threshold}
 
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
         """Also return the logarithms of the thresholds; thresholds of zero or less start just above zero."""
         parameters, buffers = super().imported(sae, normalization)
-        threshold = (self._held(sae)["threshold"] * normalization.scale).clamp_min(LEAST_IMPORTED_THRESHOLD)
+        threshold = self.held(sae, normalization)["threshold"].clamp_min(LEAST_IMPORTED_THRESHOLD)
         return parameters | {"log_threshold": threshold.log()}, buffers
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
@@ -225,12 +225,12 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         threshold = None if resamples else self.config.initial_threshold
         found = super().differences(sae, normalization)
         found += unused_start(initial_l0=self.config.initial_l0, initial_threshold=threshold)
-        thresholds, limit = self._held(sae)["threshold"], LEAST_IMPORTED_THRESHOLD / normalization.scale
-        n_raised = int((thresholds * normalization.scale < LEAST_IMPORTED_THRESHOLD).sum())
+        unit, thresholds = self.latent_unit(normalization), self.held(sae, normalization)["threshold"]
+        limit, n_raised = LEAST_IMPORTED_THRESHOLD / unit, int((thresholds < LEAST_IMPORTED_THRESHOLD).sum())
         if n_raised:
             found.append(
                 f"{n_raised:,} of its {sae.d_sae:,} thresholds are below {limit:.1g} "
-                f"(the least is {float(thresholds.min()):.3g}) and start there"
+                f"(the least is {float(thresholds.min()) / unit:.3g}) and start there"
             )
         return found
 
@@ -249,6 +249,7 @@ class TanhJumpReLU(JumpReLU):
     """
 
     capturable = True
+    folds_norms = True
     resolved = (*JumpReLU.resolved, "tanh_scale", "pre_act_coefficient")
     betas = (0.9, 0.999)
     default_lr = 2e-4
@@ -270,13 +271,21 @@ class TanhJumpReLU(JumpReLU):
         return self.config.initial_threshold or _FIRST_THRESHOLD
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return decoder entries uniform within 1 / sqrt(d_in), and d_in / d_sae times them as the encoder."""
-        W_dec = (torch.rand(self.d_sae, self.d_in, generator=generator) * 2 - 1) / math.sqrt(self.d_in)
+        """Return decoder entries uniform within 1 / sqrt(d_out), and d_in / d_sae times them as the encoder.
+
+        Where what is read and written differ in width, the encoder starts from entries within 1 / sqrt(d_in).
+        """
+        W_dec = (torch.rand(self.d_sae, self.d_out, generator=generator) * 2 - 1) / math.sqrt(self.d_out)
+        W_enc = W_dec
+        if self.d_in != self.d_out:
+            W_enc = (torch.rand(self.d_sae, self.d_in, generator=generator) * 2 - 1) / math.sqrt(self.d_in)
+        skip = {"W_skip": torch.zeros(self.d_out, self.d_in)} if self.config.wiring.skip else {}
         return {
-            "W_enc": W_dec * min(1.0, self.d_in / self.d_sae),
+            "W_enc": W_enc * min(1.0, self.d_in / self.d_sae),
             "b_enc": torch.zeros(self.d_sae),
             "W_dec": W_dec,
-            "b_dec": torch.zeros(self.d_in),
+            "b_dec": torch.zeros(self.d_out),
+            **skip,
             "log_threshold": torch.full((self.d_sae,), math.log(self.first_threshold)),
         }
 
@@ -286,19 +295,21 @@ class TanhJumpReLU(JumpReLU):
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the encoder's biases so that each latent fires on 10,000 / d_sae of the first batch, at most on half."""
-        lowest = exceeded_by(parameters, batch.x, self.n_first_rows(len(batch.x)))
+        lowest = exceeded_by(parameters, batch.x, self.n_first_rows(len(batch.x)), self.centred)
         parameters["b_enc"].copy_(parameters["log_threshold"].exp() - lowest)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec, rows = batch.x, parameters["W_dec"], len(batch.x)
         epsilon, scale = self.bandwidth, self.tanh_scale
-        theta, bias, norms = parameters["log_threshold"].exp(), encoded_bias(parameters), W_dec.norm(dim=1)
+        theta, bias = parameters["log_threshold"].exp(), encoded_bias(parameters, self.centred)
+        decoder_norms = self.decoder_norms(W_dec)
+        norms = decoder_norms.sums
         latents = above_threshold(step, parameters, batch, bias, theta - EDGE * epsilon)
         distance = latents.pre_acts - latents.spread(theta)
         active = distance > 0
         values, weights = latents.pre_acts * active, latents.spread(norms)
-        error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
+        error = error_of(latents.decode(values, W_dec), parameters, batch)
         g = error * (2 / rows)
 
         squashed = torch.tanh(values * weights * scale)
@@ -309,18 +320,22 @@ class TanhJumpReLU(JumpReLU):
         by_norms = latents.sum(slope * values)
 
         pull = self.pre_act_coefficient / rows
-        gradients = gradients_of(parameters, latents, x, g, values, (by_values + weights * pull) * active)
+        by_pre_acts = (by_values + weights * pull) * active
+        gradients = gradients_of(parameters, latents, x, g, values, by_pre_acts, self.centred)
         # The terms below a threshold are those of all rows minus those of the rows where the latent is active.
         sum_x = x.sum(0)
         below = rows * (theta - bias) - parameters["W_enc"] @ sum_x + latents.sum(distance * active)
         by_bias = norms * (-pull * rows)
-        gradients["W_enc"].addr_(norms * -pull, sum_x - rows * parameters["b_dec"])
         gradients["b_enc"] += by_bias
-        gradients["b_dec"] -= parameters["W_enc"].T @ by_bias
+        if self.centred:
+            gradients["W_enc"].addr_(norms * -pull, sum_x - rows * parameters["b_dec"])
+            gradients["b_dec"] -= parameters["W_enc"].T @ by_bias
+        else:
+            gradients["W_enc"].addr_(norms * -pull, sum_x)
         by_log_threshold += (rows - latents.sum(active.to(values.dtype))) * norms * pull * theta
         gradients["log_threshold"] = by_log_threshold
         by_norms = by_norms + below * pull
-        gradients["W_dec"].addcmul_((by_norms / norms.clamp_min(1e-12))[:, None], W_dec)
+        decoder_norms.add_gradient(gradients["W_dec"], W_dec, by_norms, fused=self.centred)
 
         mse = squared(error) / rows
         terms: dict[str, Number] = {
@@ -343,7 +358,7 @@ class TanhJumpReLU(JumpReLU):
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Fold the decoder's norms into the encoder and the thresholds."""
-        return fold_decoder_norms(super().exported(parameters, buffers, normalization))
+        return self.fold(super().exported(parameters, buffers, normalization))
 
 
 @register(JumpReLUConfig)

@@ -10,7 +10,7 @@ from msgspec import Meta
 from ...shared.core.errors import ConfigError
 from .batch_topk import BatchTopK
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
-from .parts.dense import squared
+from .parts.dense import error_of_nothing, product, squared
 from .parts.latents import gradients_of
 from .registry import register
 from .topk import LargestConfig
@@ -59,13 +59,13 @@ class MatryoshkaBatchTopK(BatchTopK[MatryoshkaBatchTopKConfig]):
         x, latents = batch.x, self.select(parameters, batch, step)
         groups = [latents.columns(*bounds)[0] for bounds in zip([0, *self.prefixes[:-1]], self.prefixes, strict=True)]
         rows = [slice(lo, hi) for lo, hi in zip([0, *self.prefixes[:-1]], self.prefixes, strict=True)]
-        errors, error = [], parameters["b_dec"] - x
+        errors, error = [], error_of_nothing(parameters, batch)
         for group, part in zip(groups, rows, strict=True):
             error = error + group.decode(group.pre_acts.relu(), parameters["W_dec"][part])
             errors.append(error)
         squares = [squared(error) / len(x) for error in errors]
         scale = 2 / (len(x) * step.total_variance)
-        g = torch.zeros_like(x)
+        g = torch.zeros_like(error)
         parts: list[Parameters] = []
         by_bias = torch.zeros_like(parameters["b_dec"])
         for group, part, error in reversed(list(zip(groups, rows, errors, strict=True))):
@@ -73,10 +73,13 @@ class MatryoshkaBatchTopK(BatchTopK[MatryoshkaBatchTopKConfig]):
             values = group.pre_acts.relu()
             own = {"W_enc": parameters["W_enc"][part], "b_dec": parameters["b_dec"]}
             by_pre_acts = torch.where(values > 0, group.grad_values(g, parameters["W_dec"][part]), 0)
-            parts.insert(0, gradients_of(own, group, x, g, values, by_pre_acts))
+            parts.insert(0, gradients_of(own, group, x, g, values, by_pre_acts, self.centred))
             # Each part counts the bias once as the decoder's; only the first's, by all residuals, is that.
-            by_bias += parts[0]["b_dec"] - g.sum(0)
+            if self.centred:
+                by_bias += parts[0]["b_dec"] - g.sum(0)
         gradients = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec")}
         gradients["b_dec"] = by_bias + g.sum(0)
+        if "W_skip" in parameters:
+            gradients["W_skip"] = product(g.T, x)
         terms: dict[str, Number] = {"mse_loss": sum(squares) / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, errors[-1], terms, squares[-1])

@@ -147,10 +147,10 @@ def make_architecture(config: SaeConfig, d_in: int, d_out: int | None = None) ->
         make = CROSS_LAYER[config.architecture]
     architecture = make(config, d_in, d_out)
     wiring, kind = config.wiring, architecture.kind_of_wiring
-    if wiring.kind != kind:
+    if kind not in (None, wiring.kind):
         wanted = {"sae": "hook_point", "transcoder": "reads and writes", "crosscoder": "at least two hook_points"}
         raise ConfigError(
             f"architecture '{config.architecture}' cannot write {', '.join(wiring.writes)} from "
-            f"{', '.join(wiring.reads)}; give it {wanted[kind]}"
+            f"{', '.join(wiring.reads)}; give it {wanted[str(kind)]}"
         )
     return architecture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from msgspec import Meta
@@ -12,19 +12,25 @@ from ...shared.core.errors import ConfigError
 from ..stream.normalization import Normalization
 from .base import PenaltyArchitecture, PenaltyConfig
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
-from .parts.decoder_norms import fold_decoder_norms
-from .parts.dense import squared
+from .parts.dense import error_of, squared
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
 
 _EPSILON = 1e-3
 
 
-class StandardConfig(PenaltyConfig, frozen=True, kw_only=True):
+class L1Config(PenaltyConfig, frozen=True, kw_only=True):
+    """Configuration of an architecture with an L1 penalty weighted by decoder norms."""
+
+    l1_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L1 penalty.")]
+
+    name_ending: ClassVar[str] = "-l1-{l1_coefficient}"
+
+
+class StandardConfig(L1Config, frozen=True, kw_only=True):
     """Standard: ReLU and an L1 penalty weighted by decoder norms (Anthropic, April 2024 update)."""
 
     architecture: Literal["standard"] = "standard"
-    l1_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L1 penalty.")]
     p_final: Annotated[
         Annotated[float, Meta(gt=0, lt=1)] | None,
         Meta(description="Power of the penalty at the end of p-annealing; it stays L1 if not given."),
@@ -34,8 +40,6 @@ class StandardConfig(PenaltyConfig, frozen=True, kw_only=True):
         Meta(description="Steps over which the power falls from 1 to p_final; required beside it."),
     ] = None
 
-    name_ending: ClassVar[str] = "-l1-{l1_coefficient}"
-
     def __post_init__(self) -> None:
         """Check that p-annealing has both of its keys."""
         super().__post_init__()
@@ -43,14 +47,20 @@ class StandardConfig(PenaltyConfig, frozen=True, kw_only=True):
             raise ConfigError("p-annealing needs both 'p_final' and 'p_anneal_steps'; give both or neither")
 
 
-class Standard(PenaltyArchitecture[StandardConfig]):
+S = TypeVar("S", bound=L1Config)
+
+
+class Standard(PenaltyArchitecture[S]):
     """`f = ReLU(W_enc (x - b_dec) + b_enc)`, loss `||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||`.
 
     Decoder norms are free while training and folded into the encoder on saving.
     """
 
     saved_as = "standard"
+    kind_of_wiring = None
+    folds_norms = True
     capturable = True
+    first_norm = 0.1
     eps = 1e-8
 
     @property
@@ -58,27 +68,21 @@ class Standard(PenaltyArchitecture[StandardConfig]):
         """Decoder norms are free, because the penalty depends on them."""
         return False
 
-    def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return decoder rows of norm 0.1 and the encoder their transpose."""
-        parameters = super().initial_parameters(generator)
-        parameters["W_dec"] *= 0.1
-        parameters["W_enc"] *= 0.1
-        return parameters
-
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec = batch.x, parameters["W_dec"]
-        latents = above_threshold(step, parameters, batch, encoded_bias(parameters))
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters, self.centred))
         values = latents.pre_acts.relu()
         active = values > 0
         penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
-        norms = W_dec.norm(dim=1)
-        error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
+        decoder_norms = self.decoder_norms(W_dec)
+        norms = decoder_norms.sums
+        error = error_of(latents.decode(values, W_dec), parameters, batch)
         g = error * (2 / len(x))
         by_values = latents.grad_values(g, W_dec).add_(latents.spread(norms * penalty))
-        gradients = gradients_of(parameters, latents, x, g, values, by_values.mul_(active))
+        gradients = gradients_of(parameters, latents, x, g, values, by_values.mul_(active), self.centred)
         sums = latents.sum(values)
-        gradients["W_dec"].addcmul_((sums * penalty / norms.clamp_min(1e-12))[:, None], W_dec)
+        decoder_norms.add_gradient(gradients["W_dec"], W_dec, sums * penalty, fused=self.centred)
         mse = squared(error) / len(x)
         terms: dict[str, Number] = {"mse_loss": mse, "l1_loss": (sums @ norms).double() * penalty}
         l0 = count(active) / len(x)
@@ -86,14 +90,14 @@ class Standard(PenaltyArchitecture[StandardConfig]):
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Fold the decoder's norms into the encoder, so that saved decoder rows have unit norm."""
-        return fold_decoder_norms(super().exported(parameters, buffers, normalization))
+        return self.fold(super().exported(parameters, buffers, normalization))
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters that are saved with the SAE."""
         return self._describe("l1_coefficient")
 
 
-class PAnnealed(Standard):
+class PAnnealed(Standard[StandardConfig]):
     """Standard with the penalty `lambda s sum_i (f_i ||W_dec_i||)^p`, p falling linearly from 1 to `p_final`.
 
     Whenever p changes, s is multiplied by the ratio of the old penalty to the new one, so that only its shape changes.
@@ -115,20 +119,21 @@ class PAnnealed(Standard):
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec = batch.x, parameters["W_dec"]
-        latents = above_threshold(step, parameters, batch, encoded_bias(parameters))
+        latents = above_threshold(step, parameters, batch, encoded_bias(parameters, self.centred))
         values = latents.pre_acts.relu()
         active = values > 0
-        norms = W_dec.norm(dim=1)
+        decoder_norms = self.decoder_norms(W_dec)
+        norms = decoder_norms.sums
         weighted = values * latents.spread(norms)
         p, scale = self._anneal(weighted, step)
         penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale * scale / len(x)
         slope = (weighted + _EPSILON).pow_(p - 1).mul_(p * penalty).mul_(active)
-        error = (latents.decode(values, W_dec) + parameters["b_dec"]).sub_(x)
+        error = error_of(latents.decode(values, W_dec), parameters, batch)
         g = error * (2 / len(x))
         by_values = latents.grad_values(g, W_dec).addcmul_(slope, latents.spread(norms).expand_as(slope))
-        gradients = gradients_of(parameters, latents, x, g, values, by_values.mul_(active))
+        gradients = gradients_of(parameters, latents, x, g, values, by_values.mul_(active), self.centred)
         by_norm = latents.sum(slope * values)
-        gradients["W_dec"].addcmul_((by_norm / norms.clamp_min(1e-12))[:, None], W_dec)
+        decoder_norms.add_gradient(gradients["W_dec"], W_dec, by_norm, fused=self.centred)
         mse = squared(error) / len(x)
         terms: dict[str, Number] = {"mse_loss": mse, "sparsity_loss": _power_sum(weighted, p) * penalty}
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, count(active) / len(x), terms)
@@ -152,6 +157,6 @@ def _power_sum(weighted: Tensor, p: Tensor) -> Tensor:
 
 
 @register(StandardConfig)
-def make_standard(config: StandardConfig, d_in: int, d_out: int | None = None) -> Standard:
+def make_standard(config: StandardConfig, d_in: int, d_out: int | None = None) -> Standard[StandardConfig]:
     """Return the architecture with an L1 penalty, or with p-annealing."""
     return (Standard if config.p_final is None else PAnnealed)(config, d_in, d_out)

@@ -17,7 +17,7 @@ from ..stream.normalization import Normalization
 from .base import Architecture, check_number_of_latents
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.auxk import add_auxk
-from .parts.decoder_norms import has_unit_norms
+from .parts.decoder_norms import are_unit_norms
 from .parts.dense import error_of, squared
 from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows, scaled_gradients_of
 from .registry import register
@@ -37,7 +37,7 @@ class LargestConfig(SaeConfig, frozen=True, kw_only=True):
     ] = None
     k_aux: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="Dead latents per row in the auxiliary loss; d_in / 2 if not given."),
+        Meta(description="Dead latents per row in the auxiliary loss; half the width of what is written if not given."),
     ] = None
     unit_norm_decoder: Annotated[
         bool | None,
@@ -97,6 +97,7 @@ class TopK(Architecture[L]):
     """
 
     saved_as = "topk"
+    kind_of_wiring = None
     capturable = True
     resolved = (*Architecture.resolved, "aux_coefficient", "k_aux")
 
@@ -117,12 +118,12 @@ class TopK(Architecture[L]):
 
     @property
     def k_aux(self) -> int:
-        """Return how many dead latents of each row the auxiliary loss uses; d_in / 2 if not given."""
-        return self.config.k_aux or max(1, self.d_in // 2)
+        """Return how many dead latents of each row the auxiliary loss uses; d_out / 2 if not given."""
+        return self.config.k_aux or max(1, self.d_out // 2)
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, positive or not."""
-        return largest_of_rows(step, parameters, batch, int(self.config.k or 0))
+        return largest_of_rows(step, parameters, batch, int(self.config.k or 0), self.centred)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
@@ -130,11 +131,13 @@ class TopK(Architecture[L]):
         values = latents.pre_acts.relu()
         W_dec = parameters["W_dec"] if step.W_dec_compute is None else step.W_dec_compute
         decoded = step.across.over_latents(latents.decode(values, W_dec))
-        error = error_of(decoded, parameters["b_dec"], x)
+        error = error_of(decoded, parameters, batch)
         mse = squared(error) / len(x)
         scale = 2 / (len(x) * step.total_variance)
         by_pre_acts = torch.where(values > 0, latents.grad_values(error, parameters["W_dec"]).mul_(scale), 0)
-        gradients = scaled_gradients_of(step, parameters, latents, batch, error, values, by_pre_acts, scale)
+        gradients = scaled_gradients_of(
+            step, parameters, latents, batch, error, values, by_pre_acts, scale, self.centred
+        )
         terms: dict[str, Number] = {"mse_loss": mse / step.total_variance}
         return self.finish(parameters, batch, step, latents, gradients, error, terms, mse)
 
@@ -161,20 +164,26 @@ class TopK(Architecture[L]):
                 self.k_aux,
                 self.aux_coefficient,
                 step.kernels.topk_of_rows,
+                self.centred,
                 step.across,
                 step.n_dead,
             )
         l0 = step.across.over_latents(count(latents.pre_acts > 0)) / len(batch.x)
         return StepOutput(gradients, latents.fired(), sum(terms.values()), mse, l0, terms)
 
-    def _held(self, sae: Sae) -> dict[str, Tensor]:
-        if sae.architecture == "topk" and self.unit_norm_decoder and not has_unit_norms(sae.W_dec):
-            norms = sae.W_dec.norm(dim=1)
+    def held(self, sae: Sae, normalization: Normalization) -> dict[str, Tensor]:
+        """Return an SAE's tensors in training's units and layout.
+
+        Raises:
+            SaeError: training would hold decoder norms at one, and that changes which latents are chosen.
+        """
+        norms = self.decoder_norms_of(sae, normalization)
+        if self.saved_as == "topk" and self.unit_norm_decoder and not are_unit_norms(norms):
             raise SaeError(
                 f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, expected 1, and "
                 "scaling them would change which latents are the top k; give unit_norm_decoder = false"
             )
-        return super()._held(sae)
+        return super().held(sae, normalization)
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
         """Also report another k."""
@@ -243,12 +252,12 @@ class AnnealedTopK(TopK[TopKConfig]):
         self, parameters: Parameters, batch: Batch, step: StepInput, k: int
     ) -> tuple[SparseLatents, Parameters, Tensor]:
         """Return the k largest entries of each row, the gradients of their mean squared error, and the error."""
-        x, latents = batch.x, largest_of_rows(step, parameters, batch, k)
+        x, latents = batch.x, largest_of_rows(step, parameters, batch, k, self.centred)
         values = latents.pre_acts.relu()
-        error = (latents.decode(values, parameters["W_dec"]) + parameters["b_dec"]).sub_(x)
+        error = error_of(latents.decode(values, parameters["W_dec"]), parameters, batch)
         g = error * (2 / (len(x) * step.total_variance))
         by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
-        return latents, gradients_of(parameters, latents, x, g, values, by_pre_acts), error
+        return latents, gradients_of(parameters, latents, x, g, values, by_pre_acts, self.centred), error
 
 
 @register(TopKConfig)

@@ -32,7 +32,7 @@ class LatentShards(RankCollectives):
     def shard(self, architecture: Architecture) -> Architecture:
         """Return the architecture that trains the latents here."""
         kind = {TopK: ShardedTopK, BatchTopK: ShardedBatchTopK}[type(architecture)]
-        sharded = kind(architecture.config, architecture.d_in)
+        sharded = kind(architecture.config, architecture.d_in, architecture.d_out)
         sharded.latents_here = self.ranks.part(architecture.d_sae)
         return sharded
 
@@ -106,7 +106,7 @@ class ShardedTopK(TopK):
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries that are here: the positive ones of the k largest of all ranks."""
-        bias, k = encoded_bias(parameters), int(self.config.k or 0)
+        bias, k = encoded_bias(parameters, self.centred), int(self.config.k or 0)
         acts, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, min(k, len(bias)))
         columns, offsets = entries_of(step.across.only_largest(acts, k) > 0)
         rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())

@@ -36,7 +36,9 @@ class FusedStep:
         compute_dtype: torch.dtype,
     ) -> FusedStep | None:
         """Return the fused step, where kernels and architecture have one."""
-        if kernels.fixed_shapes is None or type(architecture) is not TopK or not architecture.unit_norm_decoder:
+        if kernels.fixed_shapes is None or type(architecture) is not TopK or not architecture.centred:
+            return None
+        if not architecture.unit_norm_decoder:
             return None
         config, (beta1, beta2) = architecture.config, architecture.adam_betas
         options = TopKOptions(

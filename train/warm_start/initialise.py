@@ -55,7 +55,7 @@ def read_initial(config: SaeConfig, init_from: str | None, architecture: Archite
     path = source_of(config, init_from)
     assert path is not None
     sae = read_trained_sae(path, config.name)
-    expected = architecture.saved_as
+    expected = architecture.saved_name
     if sae.architecture != expected:
         raise SaeError(
             f"SAE '{config.name}' cannot start from '{path}': that is a '{sae.architecture}' SAE; "

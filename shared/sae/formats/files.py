@@ -12,27 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...core.disk import replacing, write_file
-from ...core.errors import SaeError
 from ...core.paths import user_path
 from ...core.version import thresher_version
+from .kinds import find_kind
 
 CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
 SAELENS_VERSION = "6.0.0"
 """The oldest SAELens whose reader takes these files as they are."""
-
-ARCHITECTURE_KEYS: dict[str, tuple[str, ...]] = {
-    "standard": (),
-    "topk": ("k", "rescale_acts_by_decoder_norm"),
-    "jumprelu": (),
-    "gated": (),
-    "transcoder": ("d_out",),
-    "skip_transcoder": ("d_out",),
-    "jumprelu_transcoder": ("d_out",),
-    "jumprelu_skip_transcoder": ("d_out",),
-    "crosscoder": ("hook_points",),
-}
-"""The keys of `cfg.json` that only some architectures have."""
 
 _SAELENS_KINDS = {
     "resid_pre": "hook_resid_pre",
@@ -45,29 +32,12 @@ _SAELENS_KINDS = {
     "mlp_in": "mlp.hook_in",  # of TransformerLens's bridge, and of SAELens's models; fold_ln = False keeps its values
     "mlp_out": "hook_mlp_out",
 }
-_TENSORS = ("W_enc", "W_dec", "b_dec")
-_RESHAPING = ("standard", "topk", "jumprelu", "gated")
-"""Architectures that SAELens runs on the heads side by side, where it hooks them as `[.., heads, d_head]`."""
 
 
 def saelens_hook_name(hook_point: str) -> str:
     """Return SAELens's spelling of a canonical hook point, `blocks.2.hook_resid_post`; others are unchanged."""
     block, dot, kind = hook_point.rpartition(".")
     return block + dot + _SAELENS_KINDS[kind] if kind in _SAELENS_KINDS else hook_point
-
-
-def tensor_names(architecture: str, where: str = "this SAE") -> tuple[str, ...]:
-    """Return the tensors that an architecture's weights file holds."""
-    if architecture not in ARCHITECTURE_KEYS:
-        raise SaeError(
-            f"{where}: architecture '{architecture}' is not supported; expected one of: {', '.join(ARCHITECTURE_KEYS)}"
-        )
-    names = (*_TENSORS, "b_gate", "b_mag", "r_mag") if architecture == "gated" else (*_TENSORS, "b_enc")
-    if architecture.startswith("jumprelu"):
-        names += ("threshold",)
-    if architecture.endswith("skip_transcoder"):
-        names += ("W_skip",)
-    return names
 
 
 def write_folder(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -95,8 +65,9 @@ def saelens_config(
     architecture: str, d_in: int, d_sae: int, hook_point: str, config: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of `cfg.json`; `config` gives the architecture's own keys."""
-    own = {key: config[key] for key in ARCHITECTURE_KEYS[architecture] if key in config}
-    if architecture == "topk":
+    kind = find_kind(architecture)
+    own = {key: config[key] for key in kind.keys if key in config}
+    if kind.selection == "topk":
         own["rescale_acts_by_decoder_norm"] = False
     hook_name = saelens_hook_name(hook_point)
     by_head = hook_name.endswith("hook_z") or config.get("reshape_activations") == "hook_z"
@@ -107,9 +78,10 @@ def saelens_config(
         **own,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", "transcoder" not in architecture)),
+        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", kind.wiring != "transcoder")),
         "normalize_activations": "none",
-        "reshape_activations": "hook_z" if by_head and architecture in _RESHAPING else "none",
+        # SAELens runs SAEs on the heads side by side, where it hooks them as [.., heads, d_head].
+        "reshape_activations": "hook_z" if by_head and kind.wiring == "sae" else "none",
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,

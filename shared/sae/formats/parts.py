@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import SaeError
-from .files import tensor_names
+from .kinds import find_kind
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_tensors(
 ) -> None:
     """Raise `SaeError` unless the tensors are exactly an architecture's, for `sizes` of d_in, d_sae and d_out."""
     d_in, d_sae, d_out = sizes
-    expected = tensor_names(architecture)
+    expected = find_kind(architecture).tensor_names
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise SaeError(f"{where} is damaged: its weights file lacks {', '.join(missing)}")

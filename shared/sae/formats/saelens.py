@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...core.errors import SaeError
 from ...model.hook_points import canonical_hook_point
-from .files import ARCHITECTURE_KEYS, CONFIG_NAME, WEIGHTS_NAME, tensor_names
+from .files import CONFIG_NAME, WEIGHTS_NAME
+from .kinds import find_kind
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
 from .reading import read_json, read_safetensors
 from .saelens_keys import METADATA, READ, RENAMED, TRAINING
@@ -49,18 +50,19 @@ def read(folder: Path) -> SaeParts:
     metadata.pop("thresher", None)
     old = _is_old(saved, metadata, where)
     architecture = _architecture(saved, old, where)
-    known = (*READ, *METADATA, *TRAINING, *ARCHITECTURE_KEYS[architecture])
+    kind = find_kind(architecture)
+    known = (*READ, *METADATA, *TRAINING, *kind.keys)
     # A BatchTopK SAE is saved as JumpReLU; an autoencoder may say that it is as wide at its end.
-    known += ("k",) if architecture == "jumprelu" else ()
+    known += ("k",) if kind.selection == "jumprelu" else ()
     known += ("d_out",) if saved.get("d_out") == saved.get("d_in") else ()
     check_known(saved, known, where)
     metadata = _joined_metadata(saved, metadata, where)
     config = _config(saved, architecture, metadata, old, where)
     tensors = _rescaled(saved, config, read_safetensors(folder / WEIGHTS_NAME, where), where)
     d_in, d_sae = integer(saved, "d_in", where), integer(saved, "d_sae", where)
-    d_out = integer(saved, "d_out", where, d_in) if "transcoder" in architecture else d_in
+    d_out = d_in if kind.wiring == "sae" else integer(saved, "d_out", where, d_in)
     check_tensors(architecture, tensors, (d_in, d_sae, d_out), where, CONFIG_NAME)
-    if architecture == "topk":
+    if kind.selection == "topk":
         check_top_k(config["k"], d_sae, where)
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
@@ -97,17 +99,17 @@ def _is_old(saved: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -
 def _architecture(saved: dict[str, Any], old: bool, where: str) -> str:
     """Return the architecture, and set k where old files have it in `activation_fn_kwargs`."""
     architecture = saved.get("architecture", "standard" if old else None)
-    activation = text(saved, "activation_fn", where) or ("topk" if architecture == "topk" else "relu")
+    activation = text(saved, "activation_fn", where) or ("topk" if str(architecture).startswith("topk") else "relu")
     options = mapping(saved, "activation_fn_kwargs", where)
     if activation == "topk" and architecture == "standard" and old:
         architecture = "topk"
-    tensor_names(str(architecture), where)
-    if activation != "relu" and activation != architecture:
+    kind = find_kind(str(architecture), where)
+    if activation != "relu" and activation != kind.selection:
         raise SaeError(
             f"{where} has architecture '{architecture}' with activation_fn '{activation}', which is not supported; "
             "expected 'relu', or 'topk' for a TopK SAE"
         )
-    known = ("k", "use_sparse_activations") if architecture == "topk" else ()
+    known = ("k", "use_sparse_activations") if kind.selection == "topk" else ()
     unknown = [key for key in options if key not in known]
     if unknown:
         raise SaeError(
@@ -156,17 +158,18 @@ def _config(
 ) -> dict[str, Any]:
     """Return the checked hyperparameters."""
     config = {key: saved[key] for key in TRAINING if key in saved}
-    transcodes = "transcoder" in architecture
+    kind = find_kind(architecture)
+    transcodes = kind.wiring == "transcoder"
     config["apply_b_dec_to_input"] = flag(saved, "apply_b_dec_to_input", where, not transcodes)
     if transcodes and config["apply_b_dec_to_input"]:
         raise SaeError(f"{where} is a transcoder with apply_b_dec_to_input = true, expected false")
-    if architecture == "topk":
+    if kind.selection == "topk":
         config["k"] = integer(saved, "k", where)
         config["rescale_acts_by_decoder_norm"] = flag(saved, "rescale_acts_by_decoder_norm", where, False)
     elif isinstance(saved.get("k"), int):
         config["k"] = saved["k"]
-    if architecture == "crosscoder":
-        config["hook_points"] = _hook_points(saved, where)
+    if kind.wiring == "crosscoder":
+        config |= _places_of_crosscoder(saved, where)
     dtype = text(saved, "dtype", where)
     if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
         raise SaeError(f"{where} has dtype '{dtype}', expected one of: {', '.join(_DTYPES)}")
@@ -176,15 +179,25 @@ def _config(
     return config
 
 
-def _hook_points(saved: Mapping[str, Any], where: str) -> list[str]:
-    names = saved.get("hook_points")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < 2:
-        raise SaeError(f"{where} has hook_points {names!r}, expected the names of at least two")
+def _places_of_crosscoder(saved: Mapping[str, Any], where: str) -> dict[str, list[str]]:
+    """Return `hook_points`, which are read and written, or `reads` and `writes`."""
+    if "reads" not in saved and "writes" not in saved:
+        return {"hook_points": _hook_points(saved, "hook_points", integer(saved, "d_in", where), 2, where)}
+    d_in = integer(saved, "d_in", where)
+    reads = _hook_points(saved, "reads", d_in, 1, where)
+    return {"reads": reads, "writes": _hook_points(saved, "writes", integer(saved, "d_out", where, d_in), 1, where)}
+
+
+def _hook_points(saved: Mapping[str, Any], key: str, width: int, least: int, where: str) -> list[str]:
+    names = saved.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < least:
+        raise SaeError(f"{where} has {key} {names!r}, expected the names of at least {('one', 'two')[least - 1]}")
     names = [canonical_hook_point(name) for name in names]
     if len(set(names)) < len(names):
-        raise SaeError(f"{where} has hook_points {names!r}, expected each once")
-    if integer(saved, "d_in", where) % len(names):
-        raise SaeError(f"{where} has d_in {saved['d_in']}, expected a multiple of its {len(names)} hook points")
+        raise SaeError(f"{where} has {key} {names!r}, expected each once")
+    if width % len(names):
+        end = "d_in" if key != "writes" else "d_out"
+        raise SaeError(f"{where} has {end} {width}, expected a multiple of its {len(names)} hook points")
     return names
 
 

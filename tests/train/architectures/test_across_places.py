@@ -90,7 +90,7 @@ def test_what_is_saved_computes_on_raw_rows_what_was_trained(keys, tmp_path):
     sae = Sae.load(architecture.to_sae(p, {}, kind, {"model_name": "m"}).save(tmp_path / "sae"))
     torch.testing.assert_close(sae(rows), y_hat / target.scale + target.mean, rtol=1e-4, atol=1e-4)
     saved = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-    norms = architecture.blocks(sae.W_dec).norm(dim=2).sum(1)
+    norms = architecture.decoder_norms(sae.W_dec).sums
     torch.testing.assert_close(norms, torch.ones(19))
     if kind.target:
         assert saved["metadata"]["hook_name_out"] == "blocks.0.hook_mlp_out"

@@ -113,7 +113,7 @@ def check_auxk_reconstructs_the_bare_residual(auxk):
     pre_acts = (x - parameters["b_dec"]) @ parameters["W_enc"][:4].T + parameters["b_enc"][:4]
     residual = pre_acts.relu() @ parameters["W_dec"][:4]
     gradients = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    loss = auxk(gradients, parameters, Batch(x, x), parameters["W_enc"], -residual, dead, 4, 1.0, topk_of_rows)
+    loss = auxk(gradients, parameters, Batch(x, x), parameters["W_enc"], -residual, dead, 4, 1.0, topk_of_rows, True)
     assert loss < 1e-20
     assert all(gradient.abs().max() < 1e-9 for gradient in gradients.values())
 

@@ -49,6 +49,11 @@ class CrossLayer(Architecture[C]):
         self.d_sae = n * config.d_sae
 
     @property
+    def saved_name(self) -> str:
+        """The `architecture` in the saved transcoder's `cfg.json`."""
+        return self.saved_as
+
+    @property
     def unit_norm_decoder(self) -> bool:
         """Decoder norms are free."""
         return False

@@ -50,10 +50,9 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
 
     def _exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
         """Return for each latent the value that `W_enc_l x_l` exceeds in so many rows."""
-        zero = parameters["b_enc"].new_zeros(self.layers.d_in)
         return torch.cat(
             [
-                exceeded_by({"W_enc": parameters["W_enc"][self.layers.latents(i)], "b_dec": zero}, x, n_rows)
+                exceeded_by({"W_enc": parameters["W_enc"][self.layers.latents(i)]}, x, n_rows, centred=False)
                 for i, x in enumerate(batch.x.chunk(self.layers.n, dim=1))
             ]
         )

@@ -14,7 +14,7 @@ from .layers import entries_above, squared_errors
 
 
 @register(StandardConfig, cross_layer=True)
-class CrossLayerStandard(CrossLayer[StandardConfig], Standard):
+class CrossLayerStandard(CrossLayer[StandardConfig], Standard[StandardConfig]):
     """`f_l = ReLU(W_enc_l x_l + b_enc_l)`, loss `sum_m ||y_m - y_hat_m||^2 + lambda sum_i f_i ||W_dec_i||`.
 
     The sums over latents are over those of all layers, and `||W_dec_i||` is the norm of a latent's decoders for all its

@@ -27,17 +27,19 @@ def add_auxk(
     parameters: Parameters,
     batch: Batch,
     W_enc_compute: Float[Tensor, "d_sae d_in"],
-    error: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
     dead: Bool[Tensor, " d_sae"],
     k_aux: int,
     coefficient: float,
     topk_of_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    centred: bool,
     across: Collectives = SINGLE_PROCESS,
     n_dead: int | None = None,
 ) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
-    `error` is `x_hat - x`, the negative of the residual; `topk_of_rows` is the backend's.
+    `error` is `x_hat - x`, the negative of the residual, or `y_hat - y` where other hook points are written.
+    `topk_of_rows` is the backend's. `centred` says whether the encoder subtracts `b_dec`.
     The products are dense over the dead latents, in the compute dtype, a block of rows at a time. With `n_dead`, which
     must be at least the number of dead latents, shapes follow from it and nothing waits for the device.
     """
@@ -48,7 +50,9 @@ def add_auxk(
     weight = torch.where(scale > 0, 2 * coefficient / scale, 0)
     precise, compute = batch.x.dtype, batch.x_compute.dtype
     W_enc, W_dec = W_enc_compute[latents], parameters["W_dec"][latents].to(compute)
-    bias = parameters["b_enc"][latents] - parameters["W_enc"][latents] @ parameters["b_dec"]
+    bias = parameters["b_enc"][latents]
+    if centred:
+        bias = bias - parameters["W_enc"][latents] @ parameters["b_dec"]
     if n_dead is not None:
         bias = bias.where(dead[latents], -torch.inf)
 
@@ -59,13 +63,16 @@ def add_auxk(
 
     blocks = even_blocks(len(error), _ROW_BLOCK)
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)
-    by_W_dec, by_b_enc, loss = torch.zeros_like(by_W_enc), torch.zeros_like(bias), torch.zeros_like(scale)
+    by_W_dec = torch.zeros_like(W_dec, dtype=precise)
+    by_b_enc, loss = torch.zeros_like(bias), torch.zeros_like(scale)
     for part in on_cores(part_of, blocks) if error.is_cpu and across is SINGLE_PROCESS else map(part_of, blocks):
         for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), part, strict=True):
             total += addend
     add_rows(gradients["W_dec"], latents, by_W_dec)
-    add_rows(gradients["W_enc"], latents, by_W_enc - torch.outer(by_b_enc, parameters["b_dec"]))
+    if centred:
+        by_W_enc = by_W_enc - torch.outer(by_b_enc, parameters["b_dec"])
+        whole(gradients["b_dec"]).sub_(across.over_latents(parameters["W_enc"][latents].T @ by_b_enc))
+    add_rows(gradients["W_enc"], latents, by_W_enc)
     add_rows(gradients["b_enc"], latents, by_b_enc)
-    whole(gradients["b_dec"]).sub_(across.over_latents(parameters["W_enc"][latents].T @ by_b_enc))
     some = scale > 0 if n_dead is None else (scale > 0) & (across.over_latents(torch.count_nonzero(dead)) > 0)
     return torch.where(some, coefficient * loss / scale, 0)

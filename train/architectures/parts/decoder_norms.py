@@ -1,6 +1,8 @@
-"""Norms of decoder rows, and folding them into the encoder."""
+"""The norms of decoder rows: what penalties weigh latents by, and how they are folded into the encoder."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,14 +11,49 @@ NORM_TOLERANCE = 1e-3
 """Decoder rows have unit norm if their norms differ from 1 by at most this."""
 
 
-def has_unit_norms(W_dec: Float[Tensor, "d_sae d_out"]) -> bool:
-    """Return whether all decoder rows have unit norm."""
-    return float((W_dec.detach().norm(dim=1) - 1).abs().max()) <= NORM_TOLERANCE
+def are_unit_norms(norms: Float[Tensor, " d_sae"]) -> bool:
+    """Return whether all norms are one."""
+    return float((norms - 1).abs().max()) <= NORM_TOLERANCE
 
 
-def fold_decoder_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return saved tensors whose decoder rows have unit norm and whose latents took the norms."""
-    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
+def fold_decoder_norms(tensors: dict[str, Tensor], n_targets: int = 1) -> dict[str, Tensor]:
+    """Return saved tensors whose decoder rows have unit norm and whose latents took the norms.
+
+    With several targets a row's norm is the sum of its norms for them.
+    """
+    norms = DecoderNorms.of(tensors["W_dec"], n_targets).sums.clamp_min(1e-8)
     by_latent = ("W_enc", "b_enc", "threshold", "b_gate", "b_mag")
     scaled = {name: tensors[name] * norms for name in by_latent if name in tensors}
     return tensors | scaled | {"W_dec": tensors["W_dec"] / norms[:, None]}
+
+
+@dataclass(frozen=True)
+class DecoderNorms:
+    """The norms by which penalties weigh latents: those of a row at each hook point that is written, and their sum.
+
+    The sum, not the norm of the whole row, is the penalty of crosscoders (Anthropic, "Sparse crosscoders", 2024).
+    """
+
+    by_target: Float[Tensor, "d_sae n_targets"]
+    sums: Float[Tensor, " d_sae"]
+
+    @classmethod
+    def of(cls, W_dec: Float[Tensor, "d_sae d_out"], n_targets: int) -> DecoderNorms:
+        """Return the norms of decoder rows that lie side by side by target."""
+        by_target = W_dec.reshape(len(W_dec), n_targets, -1).norm(dim=2)
+        return cls(by_target, by_target.sum(1))
+
+    def add_gradient(
+        self, gradient: Float[Tensor, "d_sae d_out"], W_dec: Float[Tensor, "d_sae d_out"], by_sums: Tensor, fused: bool
+    ) -> None:
+        """Add to the decoder's gradient what follows from a gradient by the sums.
+
+        `fused` rounds once for a product and a sum. SAEs and transcoders differ in it, so that neither's weights change
+        from release to release.
+        """
+        shape = (*self.by_target.shape, -1)
+        factors = (by_sums[:, None] / self.by_target.clamp_min(1e-12))[:, :, None]
+        if fused:
+            gradient.view(shape).addcmul_(factors, W_dec.view(shape))
+        else:
+            gradient.view(shape).add_(W_dec.view(shape) * factors)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....shared.core.cores import by_blocks
+from ..contract import Batch, Parameters
 
 _LATENTS_AT_ONCE = 2048
 
@@ -30,13 +31,27 @@ def encoder_transpose_times(
 
 
 def error_of(
-    decoded: Float[Tensor, "batch d"], b_dec: Float[Tensor, " d"], x: Float[Tensor, "batch d"]
-) -> Float[Tensor, "batch d"]:
-    """Return `decoded + b_dec - x`, in the memory of `decoded`."""
-    if not decoded.is_cpu:
-        return decoded.add_(b_dec).sub_(x)
-    by_blocks(lambda rows: decoded[rows].add_(b_dec).sub_(x[rows]), len(x))
+    decoded: Float[Tensor, "batch d_out"], parameters: Parameters, batch: Batch
+) -> Float[Tensor, "batch d_out"]:
+    """Return `decoded + b_dec - y`, with the skip path `W_skip x` if there is one, in the memory of `decoded`."""
+    b_dec, W_skip = parameters["b_dec"], parameters.get("W_skip")
+
+    def subtract(rows: slice) -> None:
+        part = decoded[rows].add_(b_dec).sub_(batch.y[rows])
+        if W_skip is not None:
+            part.addmm_(batch.x[rows], W_skip.T)
+
+    if decoded.is_cpu:
+        by_blocks(subtract, len(decoded))
+    else:
+        subtract(slice(None))
     return decoded
+
+
+def error_of_nothing(parameters: Parameters, batch: Batch) -> Float[Tensor, "batch d_out"]:
+    """Return the error of a reconstruction from no latents."""
+    error = parameters["b_dec"] - batch.y
+    return error.addmm_(batch.x, parameters["W_skip"].T) if "W_skip" in parameters else error
 
 
 def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:

@@ -144,14 +144,19 @@ class DenseLatents:
 Latents = SparseLatents | DenseLatents
 
 
-def encoder_of(step: StepInput, parameters: Parameters) -> Encoder:
-    """Return the encoder of an SAE whose pre-activations are `W_enc (x - b_dec) + b_enc`."""
-    return Encoder(parameters["W_enc"], parameters["b_enc"], parameters["b_dec"], step.W_enc_compute)
+def encoder_of(step: StepInput, parameters: Parameters, centred: bool) -> Encoder:
+    """Return the encoder as selections read it; only a `centred` one subtracts `b_dec`."""
+    W_enc, b_dec = parameters["W_enc"], parameters["b_dec"]
+    subtracted = b_dec if centred else b_dec.new_zeros(W_enc.shape[1])
+    return Encoder(W_enc, parameters["b_enc"], subtracted, step.W_enc_compute)
 
 
-def encoded_bias(parameters: Parameters, bias: str = "b_enc") -> Float[Tensor, " d_sae"]:
-    """Return the bias that turns `W_enc (x - b_dec) + b_enc` into `W_enc x + bias`."""
-    return subtract_encoded(parameters[bias], parameters["W_enc"], parameters["b_dec"])
+def encoded_bias(parameters: Parameters, centred: bool, bias: str = "b_enc") -> Float[Tensor, " d_sae"]:
+    """Return the bias that makes pre-activations of `W_enc x`.
+
+    Where the encoder is `centred` they are `W_enc (x - b_dec) + b_enc`, or else `W_enc x + b_enc`.
+    """
+    return subtract_encoded(parameters[bias], parameters["W_enc"], parameters["b_dec"]) if centred else parameters[bias]
 
 
 def sparse_at(
@@ -165,9 +170,9 @@ def sparse_at(
     return SparseLatents.of(step.kernels, step.kernels.values_at(x, parameters["W_enc"], bias, entries), len(bias))
 
 
-def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: int) -> SparseLatents:
+def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: int, centred: bool) -> SparseLatents:
     """Return each row's k largest pre-activations, positive or not, as `Backend.largest_of_rows` chooses them."""
-    encoder = encoder_of(step, parameters)
+    encoder = encoder_of(step, parameters, centred)
     found = step.kernels.largest_of_rows(encoder, batch.x, batch.x_compute, k)
     return SparseLatents.of(step.kernels, found, len(encoder.b_enc))
 
@@ -230,19 +235,24 @@ def gradients_of(
     parameters: Parameters,
     latents: Latents,
     x: Float[Tensor, "batch d_in"],
-    g: Float[Tensor, "batch d_in"],
+    g: Float[Tensor, "batch d_out"],
     values: Tensor,
     by_pre_acts: Tensor,
+    centred: bool,
 ) -> Parameters:
-    """Return the gradients of all parameters, including that through the centring `x - b_dec`.
+    """Return the gradients of all parameters; where the encoder is `centred`, also those through `x - b_dec`.
 
     `g` is the loss's gradient with respect to the reconstruction, `by_pre_acts` that with respect to the
     pre-activations.
     """
     W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, x)
-    W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
-    by_b_dec = sum_of_rows(g).sub_(encoder_transpose_times(parameters["W_enc"], b_enc))
-    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": latents.grad_weights(values, g), "b_dec": by_b_dec}
+    # A sum in another order would round differently and change the weights of transcoders from release to release.
+    by_b_dec = sum_of_rows(g) if centred else g.sum(0)
+    if centred:
+        W_enc.addr_(b_enc, parameters["b_dec"], alpha=-1)
+        by_b_dec.sub_(encoder_transpose_times(parameters["W_enc"], b_enc))
+    skip = {"W_skip": product(g.T, x)} if "W_skip" in parameters else {}
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": latents.grad_weights(values, g), "b_dec": by_b_dec, **skip}
 
 
 def scaled_gradients_of(
@@ -250,10 +260,11 @@ def scaled_gradients_of(
     parameters: Parameters,
     latents: SparseLatents,
     batch: Batch,
-    error: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
     values: Float[Tensor, " nnz"],
     by_pre_acts: Float[Tensor, " nnz"],
     scale: float,
+    centred: bool,
 ) -> dict[str, Gradient]:
     """Return `gradients_of` where `g` is `scale * error`, without forming that product.
 
@@ -267,11 +278,15 @@ def scaled_gradients_of(
     if deferred is not None:
         b_enc = latents.sum(by_pre_acts)
         W_enc = deferred(latents.by_latent, by_pre_acts, batch.x_compute)
-        W_enc.add_outer(b_enc, b_dec, alpha=-1)
+        if centred:
+            W_enc.add_outer(b_enc, b_dec, alpha=-1)
         W_dec = deferred(latents.by_latent, values, cast(error, batch.x_compute.dtype))
     else:
         W_enc, b_enc = latents.grad_weights_and_bias(by_pre_acts, batch.x)
-        W_enc.addr_(b_enc, b_dec, alpha=-1)
+        if centred:
+            W_enc.addr_(b_enc, b_dec, alpha=-1)
         W_dec = latents.grad_weights(values, error)
-    by_b_dec -= step.across.over_latents(encoder_transpose_times(parameters["W_enc"], b_enc))
-    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": by_b_dec}
+    if centred:
+        by_b_dec -= step.across.over_latents(encoder_transpose_times(parameters["W_enc"], b_enc))
+    skip = {"W_skip": product(error.T, batch.x) * scale} if "W_skip" in parameters else {}
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": by_b_dec, **skip}

@@ -1,0 +1,69 @@
+"""The kinds of SAEs that are saved: how latents are chosen, times what is read and written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ...core.errors import SaeError
+
+SELECTIONS = ("standard", "topk", "jumprelu", "gated")
+"""How latents are chosen: by ReLU, the k largest, above a threshold each, or where a gate is open."""
+
+
+class Kind(NamedTuple):
+    """How an SAE's latents are chosen, what it reads and writes, and whether it has a skip path.
+
+    `wiring` is `sae`, which writes the hook point that it reads, `transcoder`, which writes another, or `crosscoder`,
+    which reads or writes several.
+    """
+
+    selection: str
+    wiring: str = "sae"
+    skip: bool = False
+
+    @property
+    def name(self) -> str:
+        """The `architecture` in `cfg.json`, SAELens's where it has the kind: `jumprelu_skip_transcoder`."""
+        if self.wiring == "sae":
+            return self.selection
+        selection = [] if self.selection == "standard" else [self.selection]
+        return "_".join([*selection, *(["skip"] if self.skip else []), self.wiring])
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The tensors that the weights file holds."""
+        biases = ("b_gate", "b_mag", "r_mag") if self.selection == "gated" else ("b_enc",)
+        threshold = ("threshold",) if self.selection == "jumprelu" else ()
+        return ("W_enc", "W_dec", "b_dec", *biases, *threshold, *(("W_skip",) if self.skip else ()))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `cfg.json` that only some kinds have."""
+        selection = ("k", "rescale_acts_by_decoder_norm") if self.selection == "topk" else ()
+        places = {"sae": (), "transcoder": ("d_out",), "crosscoder": ("hook_points", "reads", "writes", "d_out")}
+        return (*selection, *places[self.wiring])
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        *map(Kind, SELECTIONS),
+        *(
+            Kind(selection, wiring, skip)
+            for wiring in ("transcoder", "crosscoder")
+            for skip in (False, True)
+            for selection in SELECTIONS
+        ),
+    )
+}
+
+
+def find_kind(name: str, where: str = "this SAE") -> Kind:
+    """Return the kind with a name.
+
+    Raises:
+        SaeError: there is none.
+    """
+    if name not in KINDS:
+        raise SaeError(f"{where}: architecture '{name}' is not supported; expected one of: {', '.join(KINDS)}")
+    return KINDS[name]
