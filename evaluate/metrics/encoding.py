@@ -43,9 +43,7 @@ class Encoded:
         """The sum of the latents per row; latents are never negative."""
         return self.latents.sum(dim=1)
 
-    def count_among(
-        self, weights: Float[Tensor, " d_sae"]
-    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    def count_among(self, weights: Float[Tensor, " d_sae"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         """Return `l0` and `l1` with each latent counted by its weight."""
         if self.top_indices is None:
             return self.active @ weights, self.latents @ weights
