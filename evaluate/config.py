@@ -1,4 +1,4 @@
-"""What `thresher evaluate` can be told."""
+"""The configuration of `thresher evaluate`."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .results.provenance import footer, logit_effects_note, provenance, report_t
 from .results.results import Results
 from .results.table import metrics_table
 from .saes.names import printable
-from .saes.origin import told
+from .saes.origin import note_lines
 from .stages import index_features, judge_in_model, judge_offline, probe, result_digests
 
 
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         DiskSpaceError, OutputError: the results cannot be written.
     """
     given = prepare(config)
-    for line in told(given.notes):
+    for line in note_lines(given.notes):
         tqdm.write(line, file=sys.stderr)
     output = given.output
     write_file(output / "config.toml", to_toml(config).encode())

@@ -72,7 +72,7 @@ def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
     if run.diverged:
         if not run.folders():
             raise run.no_sae_left()
-        say(_told_of(run.diverged, len(run.folders())), file=sys.stderr)
+        say(_divergence_line(run.diverged, len(run.folders())), file=sys.stderr)
     return TrainedSaes(run.folders(), run.diverged)
 
 
@@ -95,10 +95,10 @@ def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, sa
     say(f"trained {saes} on {n_tokens:,} tokens, in '{config.output}'", file=sys.stderr)
 
 
-def _told_of(diverged: Mapping[str, str], n_trained: int) -> str:
-    told = "; ".join(f"'{name}' with {reason}" for name, reason in diverged.items())
+def _divergence_line(diverged: Mapping[str, str], n_trained: int) -> str:
+    reasons = "; ".join(f"'{name}' with {reason}" for name, reason in diverged.items())
     return (
-        f"warning: {len(diverged)} of {len(diverged) + n_trained} SAEs diverged and have no weights: {told}; "
+        f"warning: {len(diverged)} of {len(diverged) + n_trained} SAEs diverged and have no weights: {reasons}; "
         "change their tables (a lower lr, another seed) and start again to train them alone"
     )
 
@@ -150,16 +150,16 @@ def _take_steps(
                     trainer.check()
                 progress.log(pending.read())
             run.record_divergence(trainers)
-            told = agreement.ask(stop=interrupt.requested, trains=not all(t.diverged for t in trainers))
-            if told.all_diverged:
+            decision = agreement.ask(stop=interrupt.requested, trains=not all(t.diverged for t in trainers))
+            if decision.all_diverged:
                 if not run.has_healthy(trainers):
                     raise run.no_sae_left()
                 break
-            if save_now or told.stop:
+            if save_now or decision.stop:
                 progress.log(pending.read())
                 with progress.pausing():
                     run.checkpoint(trainers, batches)
-            if told.stop:
+            if decision.stop:
                 agreement.settle()
                 raise KeyboardInterrupt
         agreement.settle()

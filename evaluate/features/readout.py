@@ -206,7 +206,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _factor(a: Tensor, b: Tensor) -> float | None:
-    """Return f with f * a = b, rounded to what can be told; None if there is none."""
+    """Return f with f * a = b, rounded to the digits that are certain; None if there is none."""
     if a.shape != b.shape:
         return None
     tolerance = max(_tolerance(a, b), 1e-3)

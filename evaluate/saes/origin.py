@@ -93,7 +93,7 @@ def _differences(said: Mapping[str, Any], store: ActivationStore) -> list[str]:
     return found
 
 
-def told(notes: Mapping[str, Sequence[str]]) -> list[str]:
+def note_lines(notes: Mapping[str, Sequence[str]]) -> list[str]:
     """Return one line per difference, with the SAEs of which it is true."""
     by_difference: dict[str, list[str]] = {}
     for name, found in notes.items():

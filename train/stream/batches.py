@@ -144,7 +144,7 @@ class ShuffledBatches:
         if version != ORDER_VERSION:
             raise ConfigError(
                 f"the saved stream has its rows in order {version}, this release in order {ORDER_VERSION}, so some "
-                "would come twice; go on with the release that saved it, or train again in another output"
+                "would come twice; resume with the release that saved it, or train again in another output"
             )
         self._rows_taken = int(state["rows_taken"])
 

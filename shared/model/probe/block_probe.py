@@ -282,7 +282,7 @@ class BlockProbe:
         affine = affine_of(self._module(norm), plain.values[source], plain.values[result])
         if affine is None:
             self.findings["mlp_in_normalized"] = Finding(
-                reason=f"{norm} is no LayerNorm or RMSNorm whose weight and bias can be told from it"
+                reason=f"{norm} is no LayerNorm or RMSNorm whose weight and bias can be read from it"
             )
             return
         weight = "(1 + weight)" if affine.offset else "weight"

@@ -112,7 +112,7 @@ def _plain(tensors: dict[str, Tensor], path: Path, where: str) -> dict[str, Tens
                 f"{where} is damaged: {name} in {path.name} holds {tensor.dtype}, expected floating-point numbers"
             )
         plain[name] = tensor.to(torch.float32) if tensor.dtype in _FLOATS else tensor
-        # A sum is finite only if every entry is; it needs no memory, and an overflow is told by the count.
+        # A sum is finite only if every entry is; it needs no memory, and the count reveals an overflow.
         if tensor.dtype in _FLOATS and not torch.isfinite(plain[name].sum()):
             n_bad = int((~torch.isfinite(plain[name])).sum())
             if n_bad:

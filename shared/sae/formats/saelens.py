@@ -143,7 +143,7 @@ def _hook_point(trained_on: str | None, hook_name: str, where: str) -> str:
     """Return our name of the hook point, which `hook_name` may have been changed since to contradict."""
     if not trained_on:
         return canonical_hook_point(hook_name)
-    # Before the two were told apart, `mlp_in` was exported by the name of what TransformerLens reads before the gain.
+    # Before the two were separate, `mlp_in` was exported by the name of what TransformerLens reads before the gain.
     named = re.sub(r"\.ln2\.hook_normalized$", ".mlp_in", hook_name) if trained_on.endswith(".mlp_in") else hook_name
     if named and canonical_hook_point(named) != canonical_hook_point(trained_on):
         raise SaeError(

@@ -25,7 +25,7 @@ class RowTiling(NamedTuple):
 
     @property
     def launch(self) -> dict[str, int]:
-        """Return what a launch is told of it, as keywords."""
+        """Return the keyword arguments of a launch."""
         return {"ENTRIES": self.entries, "D": self.d, "num_warps": self.num_warps}
 
 
