@@ -139,6 +139,73 @@ def test_a_crosscoder_is_judged_at_every_hook_point(tiny, result):
     np.testing.assert_allclose(table["decoder_norm_share"].to_pylist(), shares, rtol=1e-5)
 
 
+def largest(pre_acts, k):
+    chosen = np.zeros_like(pre_acts)
+    np.put_along_axis(chosen, np.argsort(pre_acts, axis=1)[:, -k:], 1.0, axis=1)
+    return chosen * np.maximum(pre_acts, 0)
+
+
+OTHERS = {
+    "topk_skip_transcoder": ((HOOKS[0],), (HOOKS[1],)),
+    "jumprelu_transcoder": ((HOOKS[0],), (HOOKS[1],)),
+    "topk_crosscoder": (HOOKS, HOOKS),
+    "topk_skip_crosscoder": (HOOKS, (HOOKS[1],)),
+    "jumprelu_crosscoder": ((HOOKS[0],), HOOKS),
+    "gated_crosscoder": (HOOKS, HOOKS[::-1]),
+}
+"""Kinds whose latents are not chosen by ReLU, with what each reads and writes."""
+
+
+@pytest.fixture(scope="module")
+def others(tiny):
+    folder = tiny.root / "other-kinds"
+    for seed, (name, (reads, writes)) in enumerate(OTHERS.items()):
+        d_in, d_out = D * len(reads), D * len(writes)
+        more = {"W_skip": (d_out, d_in)} | {part: (D_SAE,) for part in ("b_gate", "b_mag", "r_mag", "threshold")}
+        tensors = random_tensors(d_in, d_out, seed, **more)
+        tensors["threshold"] = tensors["threshold"].abs()
+        config = {"k": 4, "apply_b_dec_to_input": False}
+        metadata = {}
+        if name.endswith("crosscoder"):
+            config |= {"hook_points": list(reads)} if reads == writes else {"reads": reads, "writes": writes}
+        else:
+            metadata = {"hook_name_out": writes[0]}
+        config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+        Sae(name, tensors, hook_point=reads[0], config=config, metadata=metadata).save(folder / name)
+    settings = {"store": str(tiny.store), "output": str(tiny.root / "other-kinds-out"), "probe_tasks": 0}
+    rows = evaluate(EvaluateConfig(saes=str(folder), block_rows=50, **settings))
+    return {row["name"]: row for row in rows}, folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_way_of_choosing_latents_is_judged_and_spliced_in(tiny, others, name):
+    """Offline, at each target, and with the model: what is written is replaced, from what is read."""
+    (reads, writes), row = OTHERS[name], others[0][name]
+    w = {key: value.double().numpy() for key, value in Sae.load(others[1] / name).named_parameters()}
+    x, y = (np.concatenate([wide(tiny, hook) for hook in names], axis=1) for names in (reads, writes))
+    linear = x @ w["W_enc"]
+    if name.startswith("gated"):
+        latents = (linear + w["b_gate"] > 0) * np.maximum(linear * np.exp(w["r_mag"]) + w["b_mag"], 0)
+    elif name.startswith("jumprelu"):
+        latents = (linear + w["b_enc"] > w["threshold"]) * np.maximum(linear + w["b_enc"], 0)
+    else:
+        latents = largest(linear + w["b_enc"], 4)
+    y_hat = latents @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if "skip" in name else 0)
+    assert (row["hook_point"], row["target_hook_point"]) == (" + ".join(reads), " + ".join(writes))
+    check(row, y, y_hat)
+    assert row["l0"] == pytest.approx((latents > 0).sum(axis=1).mean())
+    norms = np.linalg.norm(w["W_dec"].reshape(D_SAE, len(writes), D), axis=2)
+    reaches = norms >= 0.1 * norms.max(axis=1, keepdims=True)
+    parts = row["per_hook"] if len(writes) > 1 else [row]
+    for number, (hook, part) in enumerate(zip(writes, parts, strict=True)):
+        columns = slice(number * D, number * D + D)
+        check(part, y[:, columns], y_hat[:, columns])
+        assert part["l0"] == pytest.approx((latents[:, reaches[:, number]] > 0).sum(axis=1).mean())
+        clean, spliced, zero = losses_by_hand(tiny, hook, y_hat[:, columns])
+        assert part["ce_sae"] == pytest.approx(spliced, rel=1e-4)
+        assert part["ce_loss_score"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
+
+
 def test_files_of_all_three(tiny, result):
     rows, _, output = result
     assert json.loads((output / "metrics.json").read_text())[0]["name"] == "crosscoder"

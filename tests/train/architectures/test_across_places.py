@@ -149,6 +149,25 @@ def test_a_sweep_across_places(store, tmp_path):
             assert float(explained) == pytest.approx(logged, abs=0.05), folder.name
 
 
+def test_older_names_train_the_same_weights(store, tmp_path):
+    """`transcoder`, `skip_transcoder` and `crosscoder` are `standard` that reads and writes the same."""
+    tables = [
+        ({"architecture": "transcoder", "hook_point": IN, "hook_point_out": OUT}, {"reads": IN, "writes": OUT}),
+        (
+            {"architecture": "skip_transcoder", "hook_point": IN, "hook_point_out": OUT},
+            {"reads": IN, "writes": OUT, "skip": True},
+        ),
+        ({"architecture": "crosscoder", "hook_points": [IN, OTHER]}, {"hook_points": [IN, OTHER]}),
+    ]
+    both = [[old, {"architecture": "standard", "name": old["architecture"]} | new] for old, new in tables]
+    config = run_config(store, tmp_path, *(table for pair in both for table in pair))
+    folders = train(msgspec.structs.replace(config, tokens=128 * 10))
+    weights = [(folder / "sae_weights.safetensors").read_bytes() for folder in folders]
+    assert weights[::2] == weights[1::2]
+    assert len(set(weights)) == 3
+    assert [Sae.load(f).architecture for f in folders[1::2]] == ["transcoder", "skip_transcoder", "crosscoder"]
+
+
 def test_every_recipe_resumes_to_the_same_end(store, tmp_path, train_killed):
     """Averages, powers and resampling are part of the checkpoint, as is what reads several hook points."""
     tables = [

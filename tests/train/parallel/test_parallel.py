@@ -33,6 +33,10 @@ SWEEP = [
     TOPK,
     TOPK | {"name": "topk-clipped", "clip_grad_norm": 0.01, "ema_decay": 0.9},
     TOPK | {"architecture": "batch_topk"},
+    TOPK | {"name": "topk-skip", "hook_point": None, "reads": [IN], "writes": [OUT], "skip": True},
+    TOPK
+    | {"name": "batch_topk-skip", "architecture": "batch_topk"}
+    | {"hook_point": None, "reads": [IN], "writes": [OUT], "skip": True},
     TOPK | {"name": "topk-resampled", "aux_coefficient": 0.0, "resample_every_tokens": 960},
     TOPK | {"name": "topk-annealed", "k_anneal_steps": 12, "multi_topk_coefficient": 0.125},
     TOPK | {"architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 97]},
@@ -46,7 +50,7 @@ SWEEP = [
     CROSS_LAYER | {"architecture": "batch_topk", "d_sae": 49, "k": 6, "dead_after_tokens": 240},
 ]
 """One of each architecture, and of what a step does beside: a width that no number of ranks divides, dead latents."""
-SHARDED = SWEEP[:3]
+SHARDED = SWEEP[:5]
 
 
 @pytest.fixture(scope="module")
