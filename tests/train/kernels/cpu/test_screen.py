@@ -181,7 +181,8 @@ def test_the_architecture_chooses_by_it_and_only_below_full_precision(monkeypatc
     exact = torch.topk((x.double() - b_dec) @ W.double().T + b_enc, 12, dim=1).indices.sort(1).values
 
     def chosen(dtype):
-        latents = largest_of_rows(StepInput(cpu.Cpu(), W.to(dtype), 1.0), parameters, Batch(x, x.to(dtype)), 12)
+        step, batch = StepInput(cpu.Cpu(), W.to(dtype), 1.0), Batch(x, x.to(dtype))
+        latents = largest_of_rows(step, parameters, batch, 12, centred=True)
         assert torch.equal(latents.csc.order.sort().values, torch.arange(128 * 12))
         return latents.indices.view(128, 12).sort(1).values
 
