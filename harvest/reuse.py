@@ -275,7 +275,8 @@ def _unmeasured(header: Header) -> list[str]:
         return []
     return [
         "the store was written by a version of Thresher that did not measure hook points: in models such as BLOOM, "
-        "MPT and Falcon, its attn_out and mlp_out are not what these names now mean; harvest such a model again"
+        "MPT, Granite and Falcon, its attn_out and mlp_out are not what these names now mean; "
+        "harvest such a model again"
     ]
 
 
