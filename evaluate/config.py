@@ -19,7 +19,11 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         ),
     ]
     saes: Annotated[
-        str | Annotated[list[str], Meta(min_length=1)], Meta(description="Folder of a sweep, or a list of SAE folders.")
+        str | Annotated[list[str], Meta(min_length=1)],
+        Meta(
+            description="Folder of a sweep, or a list of SAEs: folders, files or hf://USER/REPO/path@revision, of any "
+            "format that docs/formats.md lists."
+        ),
     ]
     output: Annotated[str, Meta(description="Folder for metrics.json, metrics.parquet and report.html.")]
     model: Annotated[

@@ -15,9 +15,11 @@ PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
 # From the ground up. An entry is a folder, or a file of a folder whose other files stand elsewhere.
 FLOORS = [
     "shared/core",
+    "shared/hub",
     "shared/model/probe",
     "shared/model",
     "shared/sae/formats",
+    "shared/sae/sources",
     "shared/sae",
     "shared/store/format",
     "shared/store/local",

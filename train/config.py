@@ -57,8 +57,8 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     init_from: Annotated[
         str | None,
         Meta(
-            description="Folder of a trained SAE to start from: Thresher's, SAELens's, sparsify's or "
-            "dictionary_learning's."
+            description="Trained SAE to start from, of any format that docs/formats.md lists: a folder, a file or "
+            "hf://USER/REPO/path@revision."
         ),
     ] = None
     dead_after_tokens: Annotated[

@@ -67,8 +67,8 @@ def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
     else:
         latents = sae.encode(x)
         x_hat = sae.decode(latents)
-    if "W_skip" in sae._parameters:
-        x_hat = x_hat + x @ sae.get_parameter("W_skip").T
+    skipped = sae.skip_path(x)
+    x_hat = x_hat if skipped is None else x_hat + skipped
     return Encoded(latents, top_indices, x_hat)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ...shared.core.errors import HookPointError, MissingFileError, SaeError
 from ...shared.model.hook_points import canonical_hook_point
 from ...shared.sae import CrossLayerTranscoder, Sae
-from ...shared.sae.formats import is_sae
+from ...shared.sae.formats import find_saes, is_sae, natural_order, walk_saes
 from ...shared.sae.formats.files import CONFIG_NAME
+from ...shared.sae.sources import locate_source
 from ...shared.store import ActivationStore
 from .hook_group import group_name, members, width
 from .names import printable
@@ -68,18 +71,24 @@ class EvaluatedSae:
 
 
 def sae_folders(saes: str | list[str]) -> list[Path]:
-    """Return the SAE folders in a sweep's folder, or those listed, without duplicates; `2` sorts before `10`.
+    """Return the SAEs in a sweep's folder and its sub-folders, or those listed, without duplicates; `2` before `10`.
+
+    What is on the Hub is downloaded. A line on standard error names each folder of weights that no format recognises.
 
     Raises:
         MissingFileError: a path does not exist or contains no SAE.
+        HubError, SaeError: the Hub does not give an SAE.
     """
     found: list[Path] = []
-    for path in map(Path, [saes] if isinstance(saes, str) else saes):
-        if not path.is_dir():
-            raise MissingFileError(f"no SAE folder at '{path}'; give the output folder of `thresher train`")
-        inside = [path] if _has_sae(path) else sorted(filter(_has_sae, path.iterdir()), key=_natural)
+    for source in [saes] if isinstance(saes, str) else saes:
+        path = locate_source(source, several=True).path
+        if not path.exists():
+            raise MissingFileError(f"no SAE folder at '{source}'; give the output folder of `thresher train`")
+        inside, notes = _inside(path)
         if not inside:
-            raise MissingFileError(f"no SAE in '{path}': expected {CONFIG_NAME} in it or in one of its folders")
+            raise MissingFileError(f"no SAE in '{source}': expected {CONFIG_NAME} in it or in one of its folders")
+        for note in notes:
+            tqdm.write(f"note: {note}", file=sys.stderr)
         found += inside
     once: dict[Path, Path] = {}
     for path in found:
@@ -87,17 +96,32 @@ def sae_folders(saes: str | list[str]) -> list[Path]:
     return list(once.values())
 
 
+def _inside(path: Path) -> tuple[list[Path], list[str]]:
+    """Return the SAEs at and below a path, also those whose weights are missing, and what is not recognised."""
+    here = [sae for _, sae in find_saes(path)]
+    if here or not path.is_dir():
+        return here, []
+    if (path / CONFIG_NAME).is_file():
+        return [path], []
+    found, notes = [], []
+    for entry in sorted(path.iterdir(), key=natural_order):
+        if entry.is_dir() and not entry.name.startswith("."):
+            if (entry / CONFIG_NAME).is_file():
+                found.append(entry)
+                continue
+            inside, unknown = walk_saes(entry)
+            found += [sae for _, sae in inside]
+            notes += unknown
+    return found, notes
+
+
 def _has_sae(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() or is_sae(folder)
 
 
-def _natural(path: Path) -> list[tuple[str, int]]:
-    return [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", path.name)]
-
-
 def unique_names(folders: list[Path]) -> list[str]:
     """Return each folder's printable name, with as many parent folders as it takes to make all names different."""
-    parts = [[printable(part) for part in folder.resolve().parts] for folder in folders]
+    parts = [[printable(part) for part in folder.absolute().parts] for folder in folders]
     depth = 1
     while len(names := ["/".join(path[-depth:]) for path in parts]) != len(set(names)):
         depth += 1

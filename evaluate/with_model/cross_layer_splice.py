@@ -38,12 +38,15 @@ class _Written:
             self.layers_done, self.totals = 0, {}
         if layer != self.layers_done:
             raise self._out_of_order(self.sae.reads[layer])
-        parts = []
+        parts, skips = [], []
         for rows in activation[self.usable].float().split(rows_at_a_time(self.sae)):
             parts.append(self.sae.decode_layer(layer, self.sae.encode_layer(layer, rows)))
+            skips.append(self.sae.skip_layer(layer, rows))
         for target, some in enumerate(zip(*parts, strict=True), start=layer):
             written = torch.cat(some)
             self.totals[target] = written + self.totals[target] if target in self.totals else written
+        if skips and skips[0] is not None:
+            self.totals[layer] = self.totals[layer] + torch.cat([skip for skip in skips if skip is not None])
         self.layers_done = layer + 1
 
     def write(self, target: int, activation: Activation) -> Activation:

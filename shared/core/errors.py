@@ -51,6 +51,10 @@ class UnreachableError(StoreError):
     """An object store does not answer, or refuses a request."""
 
 
+class HubError(ThresherError, OSError):
+    """The Hugging Face Hub does not answer, refuses a request, or sent a file that does not match its checksum."""
+
+
 class RankError(ThresherError, RuntimeError):
     """Another process of the run failed, ended, cannot be reached, or was started differently."""
 

@@ -11,10 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ..core.errors import SaeError
-from ..core.paths import user_path
 from . import activations
-from .formats.cross_layer import ARCHITECTURE, cross_layer_config
-from .formats.files import write_folder
+from .formats.cross_layer import ARCHITECTURE
 from .formats.parts import SaeParts
 from .sae import Sae
 
@@ -43,8 +41,8 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
     are those of all layers side by side: `d_in`, `d_out` and `d_sae` count all layers. `sizes` are those of one layer.
 
     Tensors have the names and shapes of circuit-tracer's: for each layer i, `W_enc_{i}` `[d_sae, d_in]`, `b_enc_{i}`
-    `[d_sae]`, `W_dec_{i}` `[d_sae, n - i, d_out]`, `b_dec_{i}` `[d_out]`, and with thresholds `threshold_{i}`
-    `[d_sae]`.
+    `[d_sae]`, `W_dec_{i}` `[d_sae, n - i, d_out]`, `b_dec_{i}` `[d_out]`, with thresholds `threshold_{i}` `[d_sae]`,
+    and with skip paths `W_skip_{i}` `[d_out, d_in]`, by which `W_skip_i x_i` is added to the target of its own layer.
     `config` says what is read (`reads`) and written (`writes`), how latents are chosen (`activation`: relu, jumprelu or
     topk), and for topk how many (`k`), of all layers together or of each (`select_over`: all or layer).
     """
@@ -60,6 +58,7 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         self.architecture = ARCHITECTURE
         self.config = dict(config)
         self.metadata = dict(metadata or {})
+        self.format, self.folded = "", ()
         self.hook_point = self.reads[0]
         self.selection, self.wiring_kind = "cross_layer", "cross_layer"
         self.activation = str(config["activation"])
@@ -78,7 +77,9 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
             raise SaeError(
                 f"expected a cross-layer transcoder, got a '{parts.architecture}' SAE; load it with Sae.load"
             )
-        return cls(parts.tensors, config=parts.config, metadata=parts.metadata)
+        sae = cls(parts.tensors, config=parts.config, metadata=parts.metadata)
+        sae.format, sae.folded = parts.format, parts.folded
+        return sae
 
     @property
     def has_thresholds(self) -> bool:
@@ -100,11 +101,14 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         """The device of the weights."""
         return self.get_parameter("W_enc_0").device
 
-    def save(self, path: str | Path) -> Path:
-        """Write the transcoder as a folder that `Sae.load` reads."""
-        config = cross_layer_config(self.sizes, self.config, self.metadata)
-        write_folder(path, config, dict(self.named_parameters()))
-        return user_path(path)
+    def parts(self) -> SaeParts:
+        """Return what a writer of a format needs: the tensors, without copies, and what is known of the transcoder."""
+        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return SaeParts(ARCHITECTURE, tensors, "", dict(self.config), dict(self.metadata))
+
+    def save(self, path: str | Path, format: str = "thresher") -> Path:
+        """Write the transcoder as a folder that `Sae.load` reads, or in another format."""
+        return super().save(path, format)
 
     def fold_decoder_norm(self) -> None:
         """Give each latent's decoders, for all its targets one after another, norm one; latents take the norms.
@@ -211,6 +215,15 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         latents = top_acts.new_zeros(len(top_acts), self.d_sae).scatter_add_(1, top_indices, top_acts)
         return self.decode(latents)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the estimates of all targets, side by side."""
-        return self.decode(self.encode(x))
+    def skip_layer(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:
+        """Return what a layer's skip path adds to its own target, or None without one."""
+        if f"W_skip_{layer}" not in self._parameters:
+            return None
+        W_skip = self.get_parameter(f"W_skip_{layer}")
+        return x.to(W_skip.dtype) @ W_skip.T
+
+    def skip_path(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:
+        """Return what the skip paths of all layers add to the targets, or None without them."""
+        skips = [self.skip_layer(i, part) for i, part in enumerate(x.chunk(self.sizes.n_layers, dim=-1))]
+        found = [skip for skip in skips if skip is not None]
+        return torch.cat(found, dim=-1) if found else None

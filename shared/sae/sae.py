@@ -15,10 +15,10 @@ from ..core.errors import SaeError
 from ..core.paths import user_path
 from ..model.hook_points import canonical_hook_point
 from . import activations
-from .formats import SaeParts, read_sae
-from .formats.files import saelens_config, write_folder
+from .formats import SaeParts, find_format, read_sae
 from .formats.kinds import find_kind
 from .selection import largest
+from .sources import locate_source
 
 MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
 """TransformerLens's options that change activations: the stream's mean per row, and the heads' outputs."""
@@ -29,7 +29,8 @@ class Sae(nn.Module):
 
     `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in if the SAE reconstructs its input.
     `selection` says how latents are chosen (standard, topk, jumprelu or gated), `wiring_kind` whether this is an sae,
-    transcoder or crosscoder. `config` holds the hyperparameters (such as `k`), `metadata` what else `cfg.json` says.
+    transcoder or crosscoder. `config` holds the hyperparameters (such as `k`), `metadata` what else the files say.
+    `format` is the format that it was read from, and `folded` says in words what reading folded into the weights.
     """
 
     W_enc: nn.Parameter
@@ -41,6 +42,8 @@ class Sae(nn.Module):
     r_mag: nn.Parameter
     threshold: nn.Parameter
     W_skip: nn.Parameter
+    format: str
+    folded: tuple[str, ...]
 
     _kinds: ClassVar[dict[str, type[Sae]]] = {}
 
@@ -64,6 +67,7 @@ class Sae(nn.Module):
         self.hook_point = hook_point
         self.config = dict(config or {})
         self.metadata = dict(metadata or {})
+        self.format, self.folded = "", ()
         kind = find_kind(architecture)
         self.selection, self.wiring_kind = kind.selection, kind.wiring
         for name in kind.tensor_names:
@@ -76,15 +80,31 @@ class Sae(nn.Module):
             raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
 
     @classmethod
-    def load(cls, path: str | Path) -> Sae:
-        """Load an SAE of ours, SAELens's (1 to 6), sparsify's or dictionary_learning's, whichever its files are.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Sae:
+        """Load an SAE of any format that docs/formats.md lists, whichever its files are.
+
+        `path` is a folder, a file, `hf://USER/REPO/path@revision` on the Hugging Face Hub, or the name of a release
+        that SAELens knows, such as `gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`.
+
+        Weights are of type `dtype`, or with None of that of the file. On a CPU, those of safetensors are mapped into
+        memory and read when they are used, unless their type changes.
 
         Raises:
             MissingFileError: there is no SAE at `path`.
             SaeError: it is damaged or of an unsupported kind.
+            HubError: the Hub does not give it.
         """
-        parts = read_sae(path)
-        return cls._kinds.get(parts.architecture, cls)._of(parts)
+        located = locate_source(path)
+        parts = read_sae(located.path, dtype)
+        sae = cls._kinds.get(parts.architecture, cls)._of(parts).to(device)
+        sae.metadata = located.metadata | sae.metadata
+        return sae
 
     @classmethod
     def _of(cls, parts: SaeParts) -> Sae:
@@ -95,10 +115,16 @@ class Sae(nn.Module):
             config=parts.config,
             metadata=parts.metadata,
         )
-        if sae.selection == "topk" and sae.config.get("rescale_acts_by_decoder_norm"):
+        sae.format, sae.folded = parts.format, parts.folded
+        if sae.config.pop("rescale_acts_by_decoder_norm", False) and sae.selection == "topk":
             sae.fold_decoder_norm()
-            sae.config["rescale_acts_by_decoder_norm"] = False
         return sae
+
+    def parts(self) -> SaeParts:
+        """Return what a writer of a format needs: the tensors, without copies, and what is known of the SAE."""
+        config = self.config | {"apply_b_dec_to_input": self.apply_b_dec_to_input}
+        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return SaeParts(self.architecture, tensors, self.hook_point, config, dict(self.metadata))
 
     @property
     def target_hook_point(self) -> str:
@@ -149,13 +175,15 @@ class Sae(nn.Module):
         kwargs = self.metadata.get("model_from_pretrained_kwargs")
         return [name for name in MODEL_PROCESSING if isinstance(kwargs, dict) and kwargs.get(name)]
 
-    def save(self, path: str | Path) -> Path:
-        """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read."""
-        config = self.config | {"apply_b_dec_to_input": self.apply_b_dec_to_input}
-        if self.wiring_kind == "transcoder" or self.d_out != self.d_in:
-            config["d_out"] = self.d_out
-        described = saelens_config(self.architecture, self.d_in, self.d_sae, self.hook_point, config, self.metadata)
-        write_folder(path, described, {name: getattr(self, name) for name in find_kind(self.architecture).tensor_names})
+    def save(self, path: str | Path, format: str = "saelens") -> Path:
+        """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read, or in another format.
+
+        Raises:
+            SaeError: the format cannot hold this SAE as it is; nothing is written.
+        """
+        write = find_format(format).write
+        assert write is not None
+        write(self.parts(), user_path(path))
         return user_path(path)
 
     @torch.no_grad()
@@ -214,12 +242,14 @@ class Sae(nn.Module):
         decoded = nn.functional.embedding_bag(top_indices, self.W_dec, mode="sum", per_sample_weights=top_acts)
         return decoded + self.b_dec
 
+    def skip_path(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:
+        """Return what a skip transcoder adds to the reconstruction from latents, `W_skip x`; None for other SAEs."""
+        return x.to(self.W_skip.dtype) @ self.W_skip.T if "W_skip" in self._parameters else None
+
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction of `x`, or a transcoder's estimate of its target."""
-        x_hat = self.decode(self.encode(x))
-        if "W_skip" in self._parameters:
-            x_hat = x_hat + x.to(x_hat.dtype) @ self.W_skip.T
-        return x_hat
+        x_hat, skipped = self.decode(self.encode(x)), self.skip_path(x)
+        return x_hat if skipped is None else x_hat + skipped
 
     def _centred(self, x: Tensor) -> Tensor:
         x = x.to(self.W_enc.dtype)

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.errors import SaeError
 from ...core.version import thresher_version
-from .files import CONFIG_NAME, WEIGHTS_NAME
+from .files import CONFIG_NAME, WEIGHTS_NAME, write_folder
+from .format import SaeFormat, folders
 from .parts import SaeParts, check_known, check_top_k, integer, mapping, text
 from .reading import read_json, read_safetensors
-
-__all__ = ["ARCHITECTURE", "CONFIG_NAME", "cross_layer_config", "read", "recognises", "weights_name"]
 
 ARCHITECTURE = "cross_layer_transcoder"
 ACTIVATIONS = ("relu", "jumprelu", "topk")
@@ -96,8 +94,15 @@ def read(folder: Path) -> SaeParts:
         config["select_over"] = _one_of(saved, "select_over", SELECT_OVER, where)
         check_top_k(config["k"], sizes[1] * (sizes[0] if config["select_over"] == "all" else 1), where)
     tensors = read_safetensors(folder / WEIGHTS_NAME, where)
-    _check_tensors(tensors, sizes, config["activation"], where)
+    check_cross_layer(tensors, sizes, config["activation"], where)
     return SaeParts(ARCHITECTURE, tensors, "", mapping(own, "config", where) | config, metadata)
+
+
+def write(parts: SaeParts, folder: Path) -> None:
+    """Write a transcoder as `Sae.load` reads it."""
+    d_sae, d_in = parts.tensors["W_enc_0"].shape
+    sizes = (len(parts.config["reads"]), d_sae, d_in, len(parts.tensors["b_dec_0"]))
+    write_folder(folder, cross_layer_config(sizes, parts.config, parts.metadata), parts.tensors)
 
 
 def _one_of(saved: Mapping[str, Any], key: str, known: tuple[str, ...], where: str) -> str:
@@ -107,11 +112,14 @@ def _one_of(saved: Mapping[str, Any], key: str, known: tuple[str, ...], where: s
     return value
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], sizes: tuple[int, ...], activation: str, where: str) -> None:
+def check_cross_layer(tensors: Mapping[str, Tensor], sizes: tuple[int, ...], activation: str, where: str) -> None:
+    """Raise `SaeError` unless the tensors are exactly a transcoder's, for `sizes` of layers, latents, input, output."""
     n_layers, d_sae, d_in, d_out = sizes
     shapes: dict[str, tuple[int, ...]] = {}
+    skip = "W_skip_0" in tensors
     for i in range(n_layers):
         shapes |= {f"W_enc_{i}": (d_sae, d_in), f"b_enc_{i}": (d_sae,)}
+        shapes |= {f"W_skip_{i}": (d_out, d_in)} if skip else {}
         shapes |= {f"W_dec_{i}": (d_sae, n_layers - i, d_out), f"b_dec_{i}": (d_out,)}
         if activation == "jumprelu":
             shapes[f"threshold_{i}"] = (d_sae,)
@@ -120,8 +128,13 @@ def _check_tensors(tensors: Mapping[str, Tensor], sizes: tuple[int, ...], activa
         what = f"lacks {', '.join(missing)}" if missing else f"has {unknown[0]}, which is not known"
         raise SaeError(f"{where} is damaged: its weights file {what}")
     for name, shape in shapes.items():
-        if tensors[name].dtype != torch.float32 or tuple(tensors[name].shape) != shape:
+        if not tensors[name].is_floating_point() or tuple(tensors[name].shape) != shape:
             raise SaeError(
                 f"{where} is damaged: {name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}, expected "
-                f"torch.float32 of shape {shape} from {CONFIG_NAME}"
+                f"floating-point numbers of shape {shape} from {CONFIG_NAME}"
             )
+
+
+FORMAT = SaeFormat(
+    "thresher", f"{CONFIG_NAME} and {WEIGHTS_NAME}", folders(recognises), read, write, CONFIG_NAME, weights_name
+)

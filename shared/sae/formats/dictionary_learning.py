@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,11 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
+from ...core.disk import write_file
 from ...core.errors import SaeError
+from ...model.hook_points import block_and_kind
+from .folding import plain, require, subtracting_b_dec, subtracts_b_dec
+from .format import SaeFormat, folders
 from .parts import SaeParts, check_known, check_tensors, check_top_k, integer, mapping, take, text
 from .reading import read_json, read_safetensors, read_torch_archive
 
@@ -160,3 +166,67 @@ def _k(trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) ->
     if k != int(saved):
         raise SaeError(f"{where} is damaged: k is {k} in {CONFIG_NAME} and {int(saved)} in the weights")
     return k
+
+
+_WRITTEN = {"gated": "GatedAutoEncoder", "jumprelu": "JumpReluAutoEncoder", "topk": "AutoEncoderTopK"}
+_TRAINERS = {
+    "AutoEncoder": "StandardTrainer",
+    "AutoEncoderNew": "StandardTrainerAprilUpdate",
+    "GatedAutoEncoder": "GatedSAETrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+    "AutoEncoderTopK": "TopKTrainer",
+}
+
+
+def write(parts: SaeParts, folder: Path) -> None:
+    """Write an SAE as the library's `load_dictionary` reads it.
+
+    Raises:
+        SaeError: it is not an autoencoder.
+    """
+    kind = require(parts, "dictionary_learning", ("standard", "gated", "jumprelu", "topk"), ("sae",))
+    name = _WRITTEN.get(kind.selection) or ("AutoEncoder" if subtracts_b_dec(parts) else "AutoEncoderNew")
+    theirs = _KINDS[name]
+    parts = subtracting_b_dec(parts, theirs.subtracts)
+    state = {}
+    for ours, named in theirs.names.items():
+        tensor = plain(parts.tensors[ours])
+        state[named.removesuffix(".T")] = tensor.T.contiguous() if named.endswith(".T") else tensor
+    d_in, d_sae = parts.tensors["W_enc"].shape
+    trainer: dict[str, Any] = {
+        "trainer_class": _TRAINERS[name],
+        "dict_class": name,
+        "activation_dim": d_in,
+        "dict_size": d_sae,
+    }
+    if kind.selection == "topk":
+        k = int(parts.config["k"])
+        trainer["k"] = k
+        state |= {"k": torch.tensor(k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+    place = block_and_kind(parts.hook_point)
+    if place is not None:
+        trainer["layer"] = place[0]
+        trainer |= {"submodule_name": f"resid_post_layer_{place[0]}"} if place[1] == "resid_post" else {}
+    if parts.metadata.get("model_name"):
+        trainer["lm_name"] = parts.metadata["model_name"]
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(folder / ARCHIVE_NAME, buffer.getvalue())
+    config = {"trainer": trainer, "buffer": {"d_submodule": d_in, "io": "out"}}
+    write_file(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _find(path: Path) -> list[Path]:
+    folder = path.parent if path.name == ARCHIVE_NAME and path.is_file() else path
+    return folders(recognises)(folder)
+
+
+FORMAT = SaeFormat(
+    "dictionary_learning",
+    f"{CONFIG_NAME} and {ARCHIVE_NAME} or {WEIGHTS_NAME}",
+    _find,
+    read,
+    write,
+    CONFIG_NAME,
+    weights_name,
+)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.errors import SaeError
@@ -15,13 +14,19 @@ from .kinds import find_kind
 
 @dataclass(frozen=True)
 class SaeParts:
-    """An SAE as read from files: float32 tensors in Thresher's layout, and what the files say about them."""
+    """An SAE as read from files: tensors in Thresher's layout, and what the files say about them.
+
+    Tensors are of the files' floating-point type. `folded` says in words what reading changed so that the SAE takes and
+    returns activations as they are, and `format` which format it was.
+    """
 
     architecture: str
     tensors: dict[str, Tensor]
     hook_point: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    folded: tuple[str, ...] = ()
+    format: str = ""
 
 
 def check_known(config: Mapping[str, Any], known: Collection[str], where: str) -> None:
@@ -96,7 +101,7 @@ def check_tensors(
         )
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     for name in expected:
-        if tensors[name].dtype != torch.float32:
+        if not tensors[name].is_floating_point():
             raise SaeError(f"{where} is damaged: {name} holds {tensors[name].dtype}, expected floating-point numbers")
         shape = shapes.get(name, (d_sae,))
         if tuple(tensors[name].shape) != shape:
@@ -109,7 +114,7 @@ def check_tensors(
 def take(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], others: Collection[str], where: str
 ) -> dict[str, Tensor]:
-    """Return our tensors from a library's names; a name that ends in `.T` is transposed.
+    """Return our tensors from a library's names; a name that ends in `.T` is transposed, without a copy.
 
     `others` may be there as well; any other tensor is refused.
     """
@@ -126,5 +131,5 @@ def take(
     taken = {}
     for ours, name in theirs.items():
         transposed = names[ours].endswith(".T") and tensors[name].ndim == 2
-        taken[ours] = (tensors[name].T if transposed else tensors[name]).contiguous()
+        taken[ours] = tensors[name].T if transposed else tensors[name]
     return taken

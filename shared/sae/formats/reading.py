@@ -8,12 +8,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from ...core.errors import SaeError
+from ...core.errors import SaeError, one_line
 
 _FLOATS = (
     torch.float32,
@@ -26,6 +28,10 @@ _FLOATS = (
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MOST_OF_FILE = 2
 """How many times its file's size an archive's content may be: tensors are stored as they are."""
+_MOST_OF_NPZ = 4
+"""The same for NumPy archives, which may be compressed."""
+_PART = 1 << 24
+"""How many values are checked at a time."""
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
@@ -44,10 +50,10 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
-    """Return a file's tensors, floating-point ones as float32.
+    """Return a file's tensors, which stay in the file until they are used.
 
     Raises:
-        SaeError: it is damaged, or a tensor is not finite or of a type that SAEs do not have.
+        SaeError: it is damaged, or a tensor is not finite in float32 or of a type that SAEs do not have.
     """
     try:
         tensors = load_file(path) if _is_utf8(path) else load(path.read_bytes())
@@ -65,8 +71,10 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def read_torch_archive(path: Path, where: str) -> dict[str, Tensor]:
+def read_torch_archive(path: Path, where: str, described: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """Return the tensors of a file that `torch.save` wrote, without running any code that it names.
+
+    `described` receives entries of text, numbers and dictionaries, which are refused without it.
 
     Raises:
         SaeError: it is damaged, holds anything but named tensors, or would take more memory than its size allows.
@@ -91,6 +99,9 @@ def read_torch_archive(path: Path, where: str) -> dict[str, Tensor]:
         raise SaeError(f"{where} is damaged: {path.name}: {reason}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise SaeError(f"{where} is damaged: {path.name} holds a {type(content).__name__}, expected named tensors")
+    if described is not None:
+        described |= {name: value for name, value in content.items() if isinstance(value, str | int | float | dict)}
+        content = {name: value for name, value in content.items() if name not in described}
     other = [name for name, value in content.items() if not _is_dense(value)]
     if other:
         raise SaeError(f"{where} is damaged: '{other[0]}' in {path.name} is not a dense tensor")
@@ -99,25 +110,68 @@ def read_torch_archive(path: Path, where: str) -> dict[str, Tensor]:
     return _plain({name: tensor.detach() for name, tensor in content.items()}, path, where)
 
 
+def read_npz(path: Path, where: str) -> dict[str, Tensor]:
+    """Return the arrays of a NumPy archive; pickled objects are refused.
+
+    Raises:
+        SaeError: it is damaged, holds anything but numbers, or would take more memory than its size allows.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _MOST_OF_NPZ * size:
+                raise SaeError(f"{where} is damaged: {path.name} has {size:,} bytes and unpacks to more")
+        with np.load(path, allow_pickle=False) as arrays:
+            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except SaeError:
+        raise
+    except Exception as error:  # what damaged bytes raise is not bounded
+        raise SaeError(f"{where} is damaged: {path.name}: {one_line(error)}") from None
+    return _plain(tensors, path, where)
+
+
+def read_yaml(path: Path, where: str) -> dict[str, Any]:
+    """Return a file's YAML mapping, without running what its tags name.
+
+    Raises:
+        SaeError: it is unreadable, not YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise SaeError(f"{where} is damaged: {path.name} is not YAML: {one_line(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise SaeError(f"{where} is damaged: {path.name} is not a YAML mapping")
+    return content
+
+
 def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
+def check_finite(name: str, tensor: Tensor, path: Path, where: str) -> None:
+    """Raise `SaeError` unless a tensor is finite in float32; reads a part at a time, so that it takes no memory."""
+    flat = tensor.detach().reshape(-1)
+    n_bad = 0
+    for part in flat.split(_PART):
+        # A sum is finite only if every entry is; the count reveals an overflow.
+        part = part.to(torch.float32)
+        if not torch.isfinite(part.sum()):
+            n_bad += int((~torch.isfinite(part)).sum())
+    if n_bad:
+        raise SaeError(
+            f"{where} is damaged: {name} in {path.name} has {n_bad:,} of {tensor.numel():,} values that are "
+            "NaN or infinite in float32"
+        )
+
+
 def _plain(tensors: dict[str, Tensor], path: Path, where: str) -> dict[str, Tensor]:
-    """Return floating-point tensors as float32 and the others as they are, all of them finite."""
-    plain = {}
+    """Return the tensors, floating-point ones finite."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS + _INTEGERS:
             raise SaeError(
                 f"{where} is damaged: {name} in {path.name} holds {tensor.dtype}, expected floating-point numbers"
             )
-        plain[name] = tensor.to(torch.float32) if tensor.dtype in _FLOATS else tensor
-        # A sum is finite only if every entry is; it needs no memory, and the count reveals an overflow.
-        if tensor.dtype in _FLOATS and not torch.isfinite(plain[name].sum()):
-            n_bad = int((~torch.isfinite(plain[name])).sum())
-            if n_bad:
-                raise SaeError(
-                    f"{where} is damaged: {name} in {path.name} has {n_bad:,} of {tensor.numel():,} values that are "
-                    "NaN or infinite in float32"
-                )
-    return plain
+        if tensor.dtype in _FLOATS:
+            check_finite(name, tensor, path, where)
+    return tensors

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ...core.errors import SaeError
 from ...model.hook_points import canonical_hook_point
-from .files import CONFIG_NAME, WEIGHTS_NAME
+from .files import CONFIG_NAME, WEIGHTS_NAME, saelens_config, write_folder
+from .format import SaeFormat, folders
 from .kinds import find_kind
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
 from .reading import read_json, read_safetensors
 from .saelens_keys import METADATA, READ, RENAMED, TRAINING
-
-__all__ = ["CONFIG_NAME", "read", "recognises", "weights_name"]
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -244,4 +243,27 @@ def _rescaled(
         )
     if W_dec is None or W_dec.ndim != 2 or factor.shape != W_dec.shape[:1]:
         raise SaeError(f"{where} is damaged: scaling_factor has shape {tuple(factor.shape)}, expected one per latent")
-    return tensors | {"W_dec": W_dec * factor[:, None]}
+    return tensors | {"W_dec": W_dec.float() * factor.float()[:, None]}
+
+
+def write(parts: SaeParts, folder: Path) -> None:
+    """Write an SAE as SAELens v6 reads it."""
+    W_enc, W_dec = parts.tensors["W_enc"], parts.tensors["W_dec"]
+    (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
+    config = dict(parts.config)
+    if find_kind(parts.architecture).wiring == "transcoder" or d_out != d_in:
+        config["d_out"] = d_out
+    described = saelens_config(parts.architecture, d_in, d_sae, parts.hook_point, config, parts.metadata)
+    names = find_kind(parts.architecture).tensor_names
+    write_folder(folder, described, {name: parts.tensors[name] for name in names})
+
+
+FORMAT = SaeFormat(
+    "saelens",
+    f"{CONFIG_NAME} and {WEIGHTS_NAME}",
+    folders(recognises),
+    read,
+    write,
+    CONFIG_NAME,
+    weights_name,
+)

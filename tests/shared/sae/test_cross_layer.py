@@ -92,7 +92,7 @@ def change_config(folder, **keys):
         ({"activation": "topk", "k": 9, "select_over": "layer"}, "k is 9, expected 1 to d_sae = 8"),
         ({"activation": "relu"}, "its weights file has threshold_0"),
         ({"reads": READS[:2]}, "expected the names of 3 hook points"),
-        ({"d_out": 6}, "W_dec_0 is .* expected torch.float32 of shape .8, 3, 6. from cfg.json"),
+        ({"d_out": 6}, "W_dec_0 is .* expected floating-point numbers of shape .8, 3, 6. from cfg.json"),
         ({"affine_connection": True}, "has affine_connection = True, which this version does not know"),
     ],
 )

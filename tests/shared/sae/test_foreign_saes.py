@@ -309,8 +309,8 @@ def test_sparsify_is_loaded_by_its_files(tmp_path):
     ("changes", "message"),
     [
         ({"signed": True}, "has signed = True, which is not supported"),
-        ({"transcode": True}, "has transcode = True"),
-        ({"skip_connection": True}, "has skip_connection = True"),
+        ({"skip_connection": True}, "has skip_connection = True without transcode"),
+        ({"transcode": True, "skip_connection": True}, "its weights lack W_skip"),
         ({"activation": "groupmax"}, "activation = 'groupmax'"),
         ({"k": 11}, "k is 11, expected 1 to d_sae = 10"),
         ({"num_latents": 0}, r"W_enc has shape \(6, 10\), expected \(6, 192\)"),
@@ -435,7 +435,7 @@ def test_a_malformed_configuration_gives_an_error_of_ours_or_the_same_sae(reader
         except ThresherError:
             refused += 1
             continue
-        if key not in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if key not in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "transcode"):
             assert torch.equal(sae(x), expected), (key, changed.get(key))
     assert refused > 40
 

@@ -222,7 +222,7 @@ def test_sparsify_is_read(tmp_path):
     expected = torch.stack([v @ W_dec[i] for v, i in zip(values, indices, strict=True)]) + b_dec
     sae = read_initial(sae_config("topk", init_from=str(tmp_path)), None, make_architecture(sae_config("topk"), D_IN))
     torch.testing.assert_close(sae(x), expected)
-    for change, said in (({"transcode": True}, "transcode"), ({"activation": "groupmax"}, "groupmax")):
+    for change, said in (({"signed": True}, "signed"), ({"activation": "groupmax"}, "groupmax")):
         (tmp_path / "cfg.json").write_text(json.dumps(config | change))
         with pytest.raises(SaeError, match=said):
             read_trained_sae(tmp_path)

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: files and folders of its repositories, downloaded with checksums and uploaded."""

@@ -1,0 +1,94 @@
+"""Exact changes of an SAE's form, for formats that have one form only; what is not exact is a `NotExactError`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...core.errors import SaeError
+from .kinds import Kind, find_kind
+from .parts import SaeParts
+
+
+class NotExactError(SaeError):
+    """A format cannot hold an SAE without changing what it computes."""
+
+
+def subtracts_b_dec(parts: SaeParts) -> bool:
+    """Return whether `b_dec` is subtracted from the input."""
+    return bool(parts.config.get("apply_b_dec_to_input", find_kind(parts.architecture).wiring != "transcoder"))
+
+
+def subtracting_b_dec(parts: SaeParts, wanted: bool) -> SaeParts:
+    """Return the same function with or without `b_dec` subtracted from the input, by a change of the encoder's biases.
+
+    `(x - b_dec) W_enc + b_enc = x W_enc + (b_enc - b_dec W_enc)`. A transcoder's `b_dec` is of its output, so it is
+    left as it is.
+    """
+    if find_kind(parts.architecture).wiring == "transcoder" or subtracts_b_dec(parts) == wanted:
+        return parts
+    shift = parts.tensors["b_dec"].float() @ parts.tensors["W_enc"].float()
+    shift = shift if wanted else -shift
+    tensors = dict(parts.tensors)
+    if "b_enc" in tensors:
+        tensors["b_enc"] = tensors["b_enc"].float() + shift
+    else:
+        tensors["b_gate"] = tensors["b_gate"].float() + shift
+        tensors["b_mag"] = tensors["b_mag"].float() + shift * tensors["r_mag"].float().exp()
+    return replace(parts, tensors=tensors, config=parts.config | {"apply_b_dec_to_input": wanted})
+
+
+def as_jumprelu(parts: SaeParts, format_name: str) -> SaeParts:
+    """Return a ReLU or gated SAE as JumpReLU, which computes the same.
+
+    A gate `x W + b_gate > 0` opens where the magnitude `x W exp(r) + b_mag` is above `b_mag - b_gate exp(r)`
+    (arXiv 2404.16014, appendix H). A ReLU is a JumpReLU with thresholds of zero.
+
+    Raises:
+        NotExactError: the k largest latents are chosen.
+    """
+    kind = find_kind(parts.architecture)
+    if kind.selection == "topk":
+        raise NotExactError(
+            f"{format_name} has a threshold per latent, and this {parts.architecture} chooses the k largest of a row; "
+            "with --approximate and --store, thresholds are chosen that fire equally often"
+        )
+    if kind.selection == "jumprelu":
+        return parts
+    tensors = dict(parts.tensors)
+    if kind.selection == "standard":
+        tensors["threshold"] = torch.zeros_like(tensors["b_enc"])
+    else:
+        b_gate, b_mag, gain = (tensors.pop(name).float() for name in ("b_gate", "b_mag", "r_mag"))
+        gain = gain.exp()
+        tensors |= {"W_enc": tensors["W_enc"].float() * gain, "b_enc": b_mag, "threshold": b_mag - b_gate * gain}
+    name = Kind("jumprelu", kind.wiring, kind.skip).name
+    return replace(parts, architecture=name, tensors=tensors)
+
+
+def require(parts: SaeParts, format_name: str, selections: tuple[str, ...], wirings: tuple[str, ...]) -> Kind:
+    """Return an SAE's kind, if a format has it.
+
+    Raises:
+        SaeError: it is wired in a way that the format does not have.
+        NotExactError: its latents are chosen in a way that the format does not have.
+    """
+    if parts.architecture == "cross_layer_transcoder":
+        raise SaeError(f"{format_name} has no cross-layer transcoders; expected one of: circuit-tracer, thresher")
+    kind = find_kind(parts.architecture)
+    if kind.wiring not in wirings or (kind.skip and "skip" not in wirings):
+        kinds = ", ".join(f"{wiring}s" for wiring in wirings if wiring != "skip")
+        raise SaeError(f"{format_name} cannot hold a {parts.architecture}; expected one of: {kinds}")
+    if kind.selection not in selections:
+        raise NotExactError(
+            f"{format_name} has {' or '.join(selections)} SAEs, and this one is {kind.selection}; "
+            "--approximate with --store converts it and states what is lost"
+        )
+    return kind
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor as float32 in memory of its own, for a file."""
+    return tensor.detach().to("cpu", torch.float32).contiguous().clone()

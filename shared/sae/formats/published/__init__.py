@@ -1,0 +1,1 @@
+"""Formats that research groups publish their SAEs in, one module per format."""
