@@ -1,1 +1,1 @@
-"""The feature index: what every latent of every SAE responds to, in one pass over the store."""
+"""The feature index: which contexts and tokens each latent responds to, collected in one pass over the store."""

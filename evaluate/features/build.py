@@ -1,4 +1,4 @@
-"""Index what every latent of every SAE responds to, in one pass over the store."""
+"""Build the feature index of every SAE in one pass over the store."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BLOCK_ROWS = 8192
 
 
 class NamedSae(Protocol):
-    """An SAE with its name and the hook points whose activations it reads and reconstructs."""
+    """An SAE with its name and the hook points that it reads and reconstructs."""
 
     @property
     def name(self) -> str: ...
@@ -54,7 +54,7 @@ class NamedSae(Protocol):
 
 
 class FeatureSettings(NamedTuple):
-    """How much the index keeps. Memory per latent is about `(n_top + n_sampled) * (2 * window + 20)` bytes."""
+    """The size of the index. Memory per latent is about `(n_top + n_sampled) * (2 * window + 20)` bytes."""
 
     max_rows: int = 1_000_000
     n_top: int = 10
@@ -67,7 +67,7 @@ class FeatureSettings(NamedTuple):
 
 
 class _Pass:
-    """What the pass accumulates for one SAE, and how many blocks of the store are in it."""
+    """The statistics and contexts collected for one SAE, and the number of blocks that they cover."""
 
     def __init__(
         self, sae: NamedSae, settings: FeatureSettings, context_size: int, total_rows: int, path: Path, fingerprint: str
@@ -86,7 +86,7 @@ class _Pass:
         names = ("statistics", "top", "sampled", "co_firing")
         return {name: getattr(self, name) for name in names}
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Write the progress to disk."""
         self.co_firing.merge()
         save_progress(progress_path(self.path), self.fingerprint, self.n_blocks, self._parts)
@@ -119,17 +119,17 @@ def build_feature_index(
 ) -> dict[str, FeatureIndex]:
     """Write `<output>/<name>.parquet` for every SAE, reading the store once; return the opened indexes by name.
 
-    With `model`, the index holds logit effects; with `tokenizer`, the text of the tokens. An index
-    that is there already, of the same SAE, store, model and settings, is kept; a pass that was killed
-    goes on from what it had kept, at most a minute old. An SAE whose latents are not finite has no index; `on_failure`
-    is called with its name and the reason.
+    With `model`, the index contains logit effects; with `tokenizer`, the text of the tokens. An existing index of the
+    same SAE, store, model and settings is reused. A pass that was killed resumes from its last saved progress, which is
+    saved about once a minute. No index is written for an SAE whose latents are not finite; `on_failure` is called with
+    its name and the reason.
 
     Raises:
-        StoreError: the store holds no tokens.
+        StoreError: the store contains no tokens.
     """
     settings = settings or FeatureSettings()
     if not store.has_tokens:
-        raise StoreError(f"the store '{store.path}' holds no tokens, which a feature index shows; write it with tokens")
+        raise StoreError(f"a feature index needs tokens, and store '{store.path}' contains none; write it with tokens")
     files = file_names(sae.name for sae in saes)
     paths = {sae.name: user_path(output) / f"{files[sae.name]}.parquet" for sae in saes}
     readout = readout_of(model) if model is not None else None
@@ -166,7 +166,7 @@ def build_feature_index(
     for path in paths.values():
         remove_progress(path)
     if readout is not None:
-        _say_what_is_unusual(readout, list(indexes.values()))
+        _print_unusual_logit_effects(readout, list(indexes.values()))
     return {sae.name: indexes[sae.name] for sae in saes if sae.name in indexes}
 
 
@@ -176,7 +176,7 @@ def _effects(
     settings: FeatureSettings,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[LogitEffects | None, str]:
-    """Return an SAE's logit effects, and in words what they go through or why there are none."""
+    """Return an SAE's logit effects, and a description of the path to the logits or of why there are none."""
     if readout is None:
         return None, "none: no model"
     reason = why_no_effects(readout, sae.sae.d_out, sae.target)
@@ -188,8 +188,8 @@ def _effects(
     return effects, f"through {readout.describe()}"
 
 
-def _say_what_is_unusual(readout: Readout | str, indexes: Sequence[FeatureIndex]) -> None:
-    """Say once if indexes have no logit effects, or effects through no norm."""
+def _print_unusual_logit_effects(readout: Readout | str, indexes: Sequence[FeatureIndex]) -> None:
+    """Print each distinct note if there are no logit effects, or if they pass through no norm."""
     if isinstance(readout, Readout) and readout.has_norm:
         return
     for note in dict.fromkeys(str(index.metadata.get("logit_effects")) for index in indexes):
@@ -203,7 +203,7 @@ def _walk(
     paths: dict[str, Path],
     prints: dict[str, str],
 ) -> tuple[list[_Pass], VisitedRows]:
-    """Read blocks of whole contexts, spread over the store where it has more than `max_rows`."""
+    """Read blocks of whole contexts, evenly spaced if the store has more than `max_rows` rows."""
     size = store.context_size
     per_block = max(1, BLOCK_ROWS // size)
     n_blocks = -(-store.n_contexts // per_block)
@@ -213,11 +213,11 @@ def _walk(
     total = wanted * per_block * size
     passes = [_Pass(sae, settings, size, total, paths[sae.name], prints[sae.name]) for sae in saes]
     pace, n_threads = Pace(), min(len(passes), os.cpu_count() or 1)
-    # A new thread's first product would otherwise still use all cores, and round differently.
+    # Without the initializer, a new thread's first matrix product would use all cores and round differently.
     n_torch_threads = max(1, torch.get_num_threads() // n_threads)
     with (
         show_progress(total=total, unit="token", unit_scale=True, desc="features") as progress,
-        _threads_of_torch(n_torch_threads),
+        _torch_threads(n_torch_threads),
         ThreadPoolExecutor(n_threads, "features", torch.set_num_threads, (n_torch_threads,)) as threads,
     ):
         for number, block in enumerate(blocks.tolist()):
@@ -236,14 +236,14 @@ def _walk(
                 started = time.monotonic()
                 for one in waiting:
                     if not one.failed:
-                        one.keep()
-                pace.kept(started)
+                        one.save()
+                pace.saved(started)
     return passes, visited
 
 
 @contextmanager
-def _threads_of_torch(n: int) -> Iterator[None]:
-    """Share the cores out among the pool's threads: each with a team of all cores would only get in the others' way."""
+def _torch_threads(n: int) -> Iterator[None]:
+    """Limit PyTorch to `n` threads, so that the pool's threads share the cores instead of each using all of them."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -268,17 +268,17 @@ def _write(
 
 
 def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:
-    """Return the index that is there, if it is of this fingerprint and undamaged."""
+    """Return the existing index if it has this fingerprint and is undamaged."""
     if not path.is_file():
         return None
     try:
         index = FeatureIndex.open(path)
     except DataError:
-        tqdm.write(f"'{path}' is damaged and is built anew")
+        tqdm.write(f"'{path}' is damaged and is built again")
         return None
     if index.metadata.get("fingerprint") != fingerprint:
         return None
-    if not index.is_whole():
-        tqdm.write(f"'{path}' is damaged and is built anew")
+    if not index.is_intact():
+        tqdm.write(f"'{path}' is damaged and is built again")
         return None
     return index

@@ -1,4 +1,4 @@
-"""Which contexts stand for a latent: the strongest ones, and a fair sample of all in which it fires."""
+"""Choose the contexts that represent a latent: the strongest ones, and a uniform sample of all in which it fires."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .sparse import ActiveLatents, runs
 
 
 class BestContexts:
-    """For each latent the `n` contexts of highest priority, with the activations around the peak."""
+    """The `n` contexts of highest priority for each latent, with the activations around the peak."""
 
     def __init__(self, d_sae: int, n: int, window: int):
         self.n, self.window = n, window
@@ -26,14 +26,14 @@ class BestContexts:
         value: Float[np.ndarray, " peaks"],
         priority: Float[np.ndarray, " peaks"],
     ) -> None:
-        """Offer one peak per latent and context, sorted by latent; keep those of higher priority."""
+        """Add one peak per latent and context, sorted by latent, and keep those of highest priority."""
         first, count = runs(latent)
         better = priority > np.repeat(self.priority[latent[first]].min(axis=1), count)
         latent, row, value, priority = latent[better], row[better], value[better], priority[better]
         if not len(latent):
             return
         first, count = runs(latent)
-        if count.max() > self.n:  # more than can be kept of one latent
+        if count.max() > self.n:  # more than can be kept for one latent
             order = np.lexsort((-priority, latent))
             chosen = np.sort(order[np.arange(len(order)) - np.repeat(first, count) < self.n])
             latent, row, value, priority = latent[chosen], row[chosen], value[chosen], priority[chosen]
@@ -69,7 +69,7 @@ class BestContexts:
 
 
 def window_start(row: Int64[np.ndarray, " n"], context_size: int, window: int) -> Int64[np.ndarray, " n"]:
-    """Return the first row of the window that shows a peak: two thirds of it before, never beyond the context."""
+    """Return the first row of the window around a peak: two thirds of it before the peak, all within the context."""
     context = row - row % context_size
     return context + (row - context - window * 2 // 3).clip(0, max(context_size - window, 0))
 
@@ -77,9 +77,9 @@ def window_start(row: Int64[np.ndarray, " n"], context_size: int, window: int) -
 def sampling_priority(
     latent: Int64[np.ndarray, " n"], context: Int64[np.ndarray, " n"], seed: int
 ) -> Float[np.ndarray, " n"]:
-    """Return a fixed random number in [0, 1) for each pair, so that the highest n are a fair sample of any stream.
+    """Return a fixed random number in [0, 1) per latent and context; a latent's n highest are a uniform sample.
 
-    The mixing is SplitMix64's; the order and size of the blocks make no difference.
+    The sample does not depend on the order and size of the blocks. The mixing function is SplitMix64's.
     """
     with np.errstate(over="ignore"):
         mixed = latent.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + context.astype(np.uint64)

@@ -1,7 +1,7 @@
-"""Export a feature index as the JSON batches that SAEDashboard writes and Neuronpedia takes in.
+"""Export a feature index as the JSON batches that SAEDashboard writes and Neuronpedia imports.
 
-The fields are those of `NeuronpediaDashboardBatch` in SAEDashboard (`batch-0.json`, ...). What the
-index does not hold (alignment with neurons, the histogram over all logits) is left empty.
+The fields are those of `NeuronpediaDashboardBatch` in SAEDashboard (`batch-0.json`, ...). Fields that the index has no
+data for (alignment with neurons, the histogram over all logits) are empty lists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .files import FeatureIndex
 
 BATCH_LATENTS = 128
 N_INTERVALS = 5
-LEFT_EMPTY = (
+EMPTY_FIELDS = (
     "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices "
     "correlated_neurons_l1 correlated_neurons_pearson logits_hist_data_bar_heights logits_hist_data_bar_values "
     "decoder_weights_dist"
@@ -29,7 +29,7 @@ LEFT_EMPTY = (
 
 
 def export_indexes(indexes: Mapping[str, FeatureIndex], output: Path, model: str | None, dataset: str) -> list[Path]:
-    """Export every index to `<output>/<name>/`, as the model's name, the hook point's layer and the SAE's name say."""
+    """Export every index to `<output>/<name>/`, labelled with the model's name, the layer and the SAE's name."""
     folders, files = [], file_names(indexes)
     for name, index in indexes.items():
         folders.append(output / files[name])
@@ -40,7 +40,7 @@ def export_indexes(indexes: Mapping[str, FeatureIndex], output: Path, model: str
 
 
 def layer_number(hook_point: str) -> int:
-    """Return the first number in a hook point's name, its layer; 0 where there is none."""
+    """Return the first number in a hook point's name, which is its layer; 0 if the name has no number."""
     numbers = [part for part in canonical_hook_point(hook_point).split(".") if part.isdigit()]
     return int(numbers[0]) if numbers else 0
 
@@ -48,11 +48,11 @@ def layer_number(hook_point: str) -> int:
 def export_neuronpedia(
     index: FeatureIndex, output: str | Path, *, model_id: str, layer: int, sae_set: str, dataset: str = ""
 ) -> list[Path]:
-    """Write `<output>/batch-<n>.json` and `skipped_indexes.json`, which names the latents that never fire."""
+    """Write `<output>/batch-<n>.json` and `skipped_indexes.json`, which lists the latents that never fire."""
     output = user_path(output)
     density = index.columns(["density"])["density"].to_numpy()
     with writing(output):
-        for earlier in output.glob("batch-*.json"):  # of an index of more latents
+        for earlier in output.glob("batch-*.json"):  # an earlier index may have had more batches
             earlier.unlink()
     written, skipped = [], []
     for number, lines in enumerate(index.batches(BATCH_LATENTS)):
@@ -72,7 +72,7 @@ def _feature(line: Mapping[str, Any], index: FeatureIndex, density: np.ndarray, 
     neighbours = [other["latent"] for other in line["neighbours"]]
     cosine = np.array([other["score"] for other in line["neighbours"]])
     context_size = int(index.metadata["context_size"])
-    return {name: [] for name in LEFT_EMPTY.split()} | {
+    return {name: [] for name in EMPTY_FIELDS.split()} | {
         "feature_index": line["latent"],
         "correlated_features_indices": neighbours,
         "correlated_features_l1": _rounded(cosine),
@@ -105,7 +105,7 @@ def _activation(entry: Mapping[str, Any], index: FeatureIndex, interval: tuple[f
 
 
 def _interval(activation: float, line: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return the fifth of [0, max] that an activation lies in, and the share of firings there, from the histogram."""
+    """Return the bounds of the fifth of [0, max] that contains an activation, and its share of the histogram."""
     width = line["max_activation"] / N_INTERVALS
     fifth = min(int(activation / width), N_INTERVALS - 1)
     counts = np.array(line["histogram"])
@@ -116,7 +116,7 @@ def _interval(activation: float, line: Mapping[str, Any]) -> tuple[float, float,
 
 
 def pearson(cosine: np.ndarray, density: float, others: np.ndarray) -> np.ndarray:
-    """Return the correlation of firing indicators from their cosine and the two densities."""
+    """Compute the Pearson correlation of two latents' firing indicators from their cosine and densities."""
     both = cosine * np.sqrt(density * others)
     deviation = np.sqrt(density * (1 - density) * others * (1 - others))
     return np.divide(both - density * others, deviation, out=np.zeros_like(both), where=deviation > 0)

@@ -1,4 +1,4 @@
-"""The feature index on disk: one Parquet file per SAE, one line per latent, nothing that needs the store again."""
+"""The feature index on disk: one Parquet file per SAE, one row per latent, readable without the store."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ SCHEMA = pa.schema(
 class FeatureIndex:
     """One SAE's feature index, read from its Parquet file a row group at a time.
 
-    `metadata` names the SAE and the settings; `texts` gives the text of every token id that occurs, alone and in
-    context, `documents` the name of every document that has one.
+    `metadata` holds the SAE's name and the settings; `texts` the text of every token id that occurs, alone and in
+    context; `documents` the names of the documents that have one.
     """
 
     def __init__(self, path: Path, file: pq.ParquetFile, described: Mapping[str, Any]):
@@ -76,8 +76,8 @@ class FeatureIndex:
         """Open an index.
 
         Raises:
-            MissingFileError: there is no file at `path`.
-            DataError: it is no feature index.
+            MissingFileError: no file exists at `path`.
+            DataError: the file is not a feature index.
         """
         path = user_path(path)
         if not path.is_file():
@@ -86,11 +86,11 @@ class FeatureIndex:
             file = pq.ParquetFile(path, page_checksum_verification=True)
             described = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise DataError(f"'{path}' is no feature index: {error}") from None
+            raise DataError(f"'{path}' is not a feature index: {error}") from None
         return cls(path, file, described)
 
-    def is_whole(self) -> bool:
-        """Read every page and tell whether all have their checksums."""
+    def is_intact(self) -> bool:
+        """Read every page and return whether all checksums match."""
         try:
             for _ in self._file.iter_batches(batch_size=ROW_GROUP):
                 pass
@@ -120,7 +120,7 @@ class FeatureIndex:
 
     @property
     def vocabulary(self) -> dict[int, str]:
-        """The text of every token id that occurs, alone."""
+        """The text of every token id that occurs, each decoded alone."""
         return self.texts.vocabulary
 
     @cached_property
@@ -137,7 +137,7 @@ def write_index(
     texts: TokenTexts,
     documents: Mapping[int, str],
 ) -> FeatureIndex:
-    """Write an index a row group at a time, whole or not at all; `rows(start, stop)` gives the columns."""
+    """Write an index atomically, one row group at a time; `rows(start, stop)` returns the columns of those latents."""
     partial = {token: piece.hex() for token, piece in texts.partial.items()}
     described = {"metadata": dict(metadata), "vocabulary": texts.vocabulary, "partial": partial, "documents": documents}
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(described, ensure_ascii=False).encode()})
@@ -159,7 +159,7 @@ def nested(counts: np.ndarray, values: pa.Array) -> pa.ListArray:
 
 
 def struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:
-    """Return a column of structures from columns of their parts."""
+    """Return a struct column from the columns of its fields."""
     parts = []
     for field in kind:
         values = columns[field.name]

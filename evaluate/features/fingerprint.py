@@ -1,4 +1,4 @@
-"""What a feature index depends on, as a digest: an index or progress of anything else is built anew."""
+"""Digests of everything that a feature index depends on. An index or progress file with another digest is not used."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VERSION = 3
-"""Counts up whenever an index of the same SAE, store, model and settings comes to hold something else."""
+"""Increased whenever the same SAE, store, model and settings give a different index."""
 
 
 def context_fingerprint(
     store: ActivationStore, readout: Readout | str | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
-    """Return a digest of what the indexes of all SAEs depend on: the store, the model's logits and the tokenizer."""
+    """Return a digest of what all SAEs' indexes depend on: the store, the model's readout and the tokenizer."""
     facts = [VERSION, store.n_rows, store.context_size, store.manifest.checksum, tokenizer_digest(tokenizer)]
     facts += [] if store.used_roles is None else [store.used_roles]
     if not isinstance(readout, Readout):
@@ -29,5 +29,5 @@ def context_fingerprint(
 
 
 def fingerprint(context: str, sae: Sae, described: list[Any]) -> str:
-    """Return a digest of every weight of an SAE, of what `described` says of it, and of the context."""
+    """Return a digest of every weight of an SAE, the facts in `described` and the context's digest."""
     return digest_of([context, described, sae_digest(sae)])

@@ -1,4 +1,4 @@
-"""Which next tokens a latent promotes and suppresses: its decoder row through the final norm and the unembedding."""
+"""Compute which tokens a latent promotes and suppresses: its decoder row through the final norm and unembedding."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RESIDUAL = re.compile(r"blocks\.\d+\.(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
-"""Hook points whose directions are directions of the residual stream; those of others say nothing of logits."""
+"""Hook points whose directions are directions of the residual stream. Others have no direct effect on the logits."""
 
 
 @dataclass(frozen=True)
 class LogitEffects:
-    """The tokens of largest and smallest logit effect of each latent, and how far the largest stands out.
+    """The tokens with the largest and smallest logit effects of each latent.
 
-    Effects are centred over the vocabulary, since a constant changes no prediction. `peak` is the
-    largest effect in standard deviations.
+    Effects are centred over the vocabulary, because adding a constant to all logits changes no prediction. `peak` is
+    the largest effect in standard deviations.
     """
 
     promoted: Int64[np.ndarray, "d_sae n"]
@@ -37,7 +37,7 @@ class LogitEffects:
 
 
 def readout_of(model: PreTrainedModel) -> Readout | str:
-    """Return how the model turns its residual stream into logits, or why that is not known."""
+    """Return how the model turns its residual stream into logits, or the reason why it cannot be determined."""
     try:
         return find_readout(model)
     except NoReadoutError as error:
@@ -45,7 +45,7 @@ def readout_of(model: PreTrainedModel) -> Readout | str:
 
 
 def why_no_effects(readout: Readout | str, d: int, target: str) -> str | None:
-    """Return why decoder rows of width `d` at the hook point `target` have no logit effects; None if they have."""
+    """Return why decoder rows of width `d` at hook point `target` have no logit effects; None if they have some."""
     if isinstance(readout, str):
         return readout
     if RESIDUAL.fullmatch(target) is None and not _is_block(target, readout.blocks):
@@ -56,7 +56,7 @@ def why_no_effects(readout: Readout | str, d: int, target: str) -> str | None:
 
 
 def _is_block(path: str, blocks: str) -> bool:
-    """Tell whether a module path, with or without the base model's prefix, is that of a block."""
+    """Return whether a module path, with or without the base model's prefix, is the path of a block."""
     parent, _, number = path.rpartition(".")
     return number.isdecimal() and (parent == blocks or blocks.endswith(f".{parent}"))
 
@@ -69,10 +69,10 @@ def logit_effects(
     step: int = 512,
     vocabulary: Iterable[int] | None = None,
 ) -> LogitEffects | None:
-    """Return every latent's logit effects, or None where `why_no_effects` gives a reason for none.
+    """Return every latent's logit effects, or None if `why_no_effects` returns a reason.
 
-    `target` is the hook point that the decoder reconstructs, by its canonical name; `vocabulary` the ids of the
-    tokens, without the rows of the unembedding that are padding (all rows by default).
+    `target` is the canonical name of the hook point that the decoder reconstructs. `vocabulary` lists the token ids,
+    which excludes padding rows of the unembedding; by default every row counts as a token.
     """
     readout = readout_of(model)
     if isinstance(readout, str) or why_no_effects(readout, W_dec.shape[1], target) is not None:
@@ -88,7 +88,7 @@ def effects_through(
     step: int = 512,
     vocabulary: Iterable[int] | None = None,
 ) -> LogitEffects:
-    """Return the logit effects of decoder rows, in units of logits and centred over the vocabulary."""
+    """Return the logit effects of decoder rows, in logits, centred over the vocabulary."""
     weight = readout.weight.float()
     rows_of = _tokens(vocabulary, len(weight)).to(weight.device)
     if len(rows_of) < len(weight):
@@ -106,7 +106,7 @@ def effects_through(
 
 
 def _tokens(vocabulary: Iterable[int] | None, n_rows: int) -> Int64[Tensor, " tokens"]:
-    """Return the rows of the unembedding that are tokens."""
+    """Return which rows of the unembedding are tokens."""
     if vocabulary is None:
         return torch.arange(n_rows)
     return torch.tensor(sorted({token for token in vocabulary if 0 <= token < n_rows}), dtype=torch.int64)

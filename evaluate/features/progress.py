@@ -1,4 +1,4 @@
-"""How far the pass over the store has come for one SAE, kept on disk so that a killed pass goes on from there."""
+"""Save an SAE's progress through the store, so that a pass that was killed can resume."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ SHARE_OF_TIME = 0.05
 
 
 class Pace:
-    """Says when to keep the progress again: once a minute, and in at most a twentieth of the time."""
+    """Decides when to save progress: once a minute, or less often so that saving takes at most 5% of the time."""
 
     def __init__(self) -> None:
         self._last, self._cost = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Tell whether enough time has passed since the last time."""
+        """Return whether it is time to save again."""
         return time.monotonic() - self._last >= max(SECONDS_BETWEEN, self._cost / SHARE_OF_TIME)
 
-    def kept(self, started: float) -> None:
-        """Note that keeping began at `started` and has ended."""
+    def saved(self, started: float) -> None:
+        """Record that a save began at `started` and has just ended."""
         self._last = time.monotonic()
         self._cost = self._last - started
 
 
 def progress_path(index: Path) -> Path:
-    """Return the file beside an index that holds the progress of building it."""
+    """Return the path of the progress file beside an index."""
     return index.with_name(f".{index.stem}.progress")
 
 
 def save_progress(path: Path, fingerprint: str, n_blocks: int, parts: Mapping[str, Any]) -> None:
-    """Write the plain attributes of `parts`, arrays and numbers, with the number of blocks that they cover."""
+    """Write the arrays and numbers among the attributes of `parts`, and the number of blocks that they cover."""
     arrays = {
         f"{name}.{key}": np.ascontiguousarray(value) for name, part in parts.items() for key, value in _plain(part)
     }
@@ -50,7 +50,7 @@ def save_progress(path: Path, fingerprint: str, n_blocks: int, parts: Mapping[st
 
 
 def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> int:
-    """Put what was kept of the same work back into `parts`; return how many blocks it covers, 0 for none."""
+    """Restore `parts` from progress with the same fingerprint; return the number of blocks covered, or 0 if none."""
     if not path.is_file():
         return 0
     try:
@@ -73,7 +73,7 @@ def restore_progress(path: Path, fingerprint: str, parts: Mapping[str, Any]) -> 
 
 
 def remove_progress(index: Path) -> None:
-    """Remove what is kept beside an index that is whole, also by a run that was killed before it could."""
+    """Remove the progress beside a finished index, including a partial file left by a killed run."""
     path = progress_path(index)
     with writing(path):
         for file in (path, _partial(path)):
@@ -85,7 +85,7 @@ def _partial(path: Path) -> Path:
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return a checksum of arrays, which safetensors has none of."""
+    """Return a checksum of arrays; safetensors stores none of its own."""
     total = 0
     for name, value in sorted(arrays.items()):
         content = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data

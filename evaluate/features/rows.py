@@ -1,4 +1,4 @@
-"""Turn what the pass kept into the lines of a feature index."""
+"""Turn the statistics and contexts that a pass collected into the rows of a feature index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIGH_PEAK = 10.0
 
 
 class VisitedRows:
-    """The tokens, documents and positions of the contexts that were read, which come in increasing order."""
+    """The tokens, documents and positions of the contexts that were read, in increasing order."""
 
     def __init__(self, context_size: int):
         self.context_size = context_size
@@ -31,7 +31,7 @@ class VisitedRows:
         self._joined: dict[str, np.ndarray] = {}
 
     def add(self, store: ActivationStore, start: int, stop: int) -> None:
-        """Remember rows [start, stop), which are whole contexts."""
+        """Record rows [start, stop), which must be whole contexts."""
         self._store = store
         tokens = store.tokens(start, stop)
         assert tokens is not None
@@ -50,12 +50,12 @@ class VisitedRows:
         if not self._joined:
             self._joined = {key: np.concatenate(parts) for key, parts in self._parts.items()}
             self._joined["context"] = np.concatenate(self._contexts)
-        place = np.searchsorted(self._joined["context"], rows // self.context_size)
-        at = place * self.context_size + rows % self.context_size
+        context = np.searchsorted(self._joined["context"], rows // self.context_size)
+        at = context * self.context_size + rows % self.context_size
         return np.where(rows < 0, -1, self._joined[name][at.clip(0, len(self._joined[name]) - 1)])
 
     def document_names(self, documents: np.ndarray) -> dict[int, str]:
-        """Return the names of documents that have one; none are looked up where that would take long."""
+        """Return the names of the documents that have one, or nothing if looking them all up would take too long."""
         store = self._store
         if store is None or len(documents) * len(store.manifest.shards) > MAX_NAME_LOOKUPS:
             return {}
@@ -64,7 +64,7 @@ class VisitedRows:
 
 
 class LatentRows:
-    """The lines of one SAE's index."""
+    """The rows of one SAE's index, one per latent."""
 
     def __init__(
         self,
@@ -179,11 +179,12 @@ def interestingness(
     density: Float[np.ndarray, " d_sae"],
     logit_peak: Float[np.ndarray, " d_sae"] | None,
 ) -> Float[np.ndarray, " d_sae"]:
-    """Return a score in [0, 1] that puts latents worth looking at first; it is a guide, no measurement.
+    """Return a score in [0, 1] for sorting latents by how much they are worth looking at; it is a heuristic.
 
-    The product of spread (distinct documents among the top contexts, over contexts), rarity
-    (1 - density / 0.2, at least 0) and focus: the mean of how far the top contexts' peak tokens agree
-    and, where known, of the largest logit effect in units of ten standard deviations, at most 1.
+    The score is the product of spread (the number of distinct documents among the top contexts, divided by the number
+    of contexts), rarity (1 - density / 0.2, at least 0) and focus. Focus is the share of the top contexts that agree on
+    the peak token, averaged, if it is known, with the largest logit effect in units of ten standard deviations, at
+    most 1.
     """
     real = peak_tokens >= 0
     n = real.sum(axis=1).clip(1)

@@ -1,4 +1,4 @@
-"""The active latents of one block of contexts, as a sorted sparse matrix that answers look-ups."""
+"""The active latents of one block of contexts, as a sorted sparse matrix with fast lookup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...shared.sae import Sae
 
 @dataclass(frozen=True)
 class ActiveLatents:
-    """The entries above zero of rows `first_row` and on, by row and, within a row, by latent."""
+    """The entries above zero in the rows from `first_row` on, sorted by row and then by latent."""
 
     first_row: int
     context_size: int
@@ -30,7 +30,7 @@ class ActiveLatents:
     def lookup(
         self, rows: Int64[np.ndarray, "*shape"], latents: Int64[np.ndarray, "*shape"]
     ) -> Float32[np.ndarray, "*shape"]:
-        """Return the activations of given latents on given rows of the block."""
+        """Return the activation of each latent on the corresponding row of the block; zero if it is not active."""
         wanted = (rows - self.first_row) * self.d_sae + latents
         if not len(self._keys):
             return np.zeros(wanted.shape, dtype=np.float32)
@@ -40,13 +40,13 @@ class ActiveLatents:
     def context_peaks(
         self,
     ) -> tuple[Int64[np.ndarray, " peaks"], Int64[np.ndarray, " peaks"], Float32[np.ndarray, " peaks"]]:
-        """Return (latent, row, activation) of each latent's strongest row in each context, by latent."""
+        """Return (latent, row, activation) of each latent's strongest row in each context, sorted by latent."""
         n_contexts = int(self.row[-1] - self.first_row) // self.context_size + 1 if len(self.row) else 1
         group = self.latent * n_contexts + (self.row - self.first_row) // self.context_size
         if self.d_sae * n_contexts <= 1 << 31:
-            # Positive floats sort as their bits do, so one integer key sorts by group and then by activation.
+            # Positive floats sort like their bits, so one integer key sorts by group and then by activation.
             order = np.argsort((group << 32) | self.value.view(np.uint32).astype(np.int64))
-        else:  # contexts of few rows, and so many latents that the key has no room for both
+        else:  # group numbers too large to share a 64-bit key with the activation
             order = np.lexsort((self.value, group))
         last = np.flatnonzero(np.diff(group[order], append=-1))
         peaks = order[last]
@@ -62,7 +62,7 @@ def active_latents(
     context_size: int,
     step: int,
 ) -> ActiveLatents:
-    """Encode a block of whole contexts, `step` rows at a time; rows that are not usable activate nothing."""
+    """Encode a block of whole contexts, `step` rows at a time; no latent is active on rows that are not usable."""
     rows = np.flatnonzero(usable)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(rows), step):
@@ -77,7 +77,7 @@ def active_latents(
 
 
 def _encode(sae: Sae, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row, latent, activation) of what is above zero, by row and latent."""
+    """Return (row, latent, activation) of the entries above zero, sorted by row and then by latent."""
     x = x.to(sae.device, torch.float32)
     if sae.architecture != "topk":
         latents = sae.encode(x)

@@ -1,4 +1,4 @@
-"""What one pass counts of every latent: firings, a histogram of its activations, what fires with it."""
+"""Per-latent counts: firings, a histogram of activations, and which latents fire together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TABLE_ROWS = 256
 class ActivationStatistics:
     """Firings, mean, maximum and histogram of every latent's activations.
 
-    A histogram spans [0, 2**exponent) in `N_BINS` bins. When an activation lies beyond, pairs of
-    bins merge and the span doubles: counts stay exact though the maximum is not known beforehand.
+    A histogram covers [0, 2**exponent) in `N_BINS` bins. For an activation beyond that range, pairs of bins are merged
+    and the range doubles. The counts stay exact although the maximum is not known in advance.
     """
 
     def __init__(self, d_sae: int):
@@ -53,15 +53,15 @@ class ActivationStatistics:
         return self.firings[latents] / max(self.n_rows, 1)
 
     def mean_of(self, latents: slice) -> Float[np.ndarray, " latents"]:
-        """Return the mean activation where each of these latents fires, zero where it never does."""
+        """Return the mean activation of each of these latents when it fires; zero if it never fires."""
         return self.total[latents] / np.maximum(self.firings[latents], 1)
 
 
 class CoFiring:
-    """How often pairs of latents fire on the same token, over a sample of rows that `max_pairs` bounds.
+    """How often pairs of latents fire on the same token, counted on a sample of rows that `max_pairs` limits.
 
-    Up to as many latents as make a table of at most `max_pairs` cells, pairs are counted in that table; beyond, as
-    a sorted list of those that occur.
+    If a table of all pairs has at most `max_pairs` cells, pairs are counted in that table; otherwise in a sorted list
+    of the pairs that occur.
     """
 
     def __init__(self, d_sae: int, total_rows: int, max_pairs: int = 1 << 24):
@@ -75,9 +75,10 @@ class CoFiring:
         self._counts = np.zeros(d_sae * d_sae, dtype=np.int32) if self._tabled else np.zeros(0, dtype=np.int64)
 
     def add(self, block: ActiveLatents, n_rows: int) -> None:
-        """Count the pairs on as many of a block's rows as the allowance covers, drawn at random by the block's place.
+        """Count the pairs on a random sample of the block's rows, as many as the allowance covers.
 
-        Rows at even steps would fall on few positions of the contexts, or on their first alone.
+        The block's first row seeds the sample. Evenly spaced rows would cover only a few positions of the contexts, or
+        only the first.
         """
         self._allowance += self._pairs_per_row * n_rows
         first, count = runs(block.row - block.first_row)
@@ -96,7 +97,7 @@ class CoFiring:
             self.merge()
 
     def merge(self) -> None:
-        """Count the waiting pairs, whose lower latent comes first."""
+        """Add the waiting pairs to the counts. In each pair, the latent with the lower number comes first."""
         if self._tabled:
             for keys in self._waiting:
                 self._counts += np.bincount(keys, minlength=len(self._counts)).astype(np.int32)
@@ -115,10 +116,10 @@ class CoFiring:
     def neighbours(
         self, n: int, min_count: int = 2
     ) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"], Float[np.ndarray, " pairs"]]:
-        """Return (latent, neighbour, score), each latent's `n` best in order.
+        """Return (latent, neighbour, score) for each latent's `n` best neighbours, best first.
 
-        The score is the cosine of the two latents' firing indicators: firings together over the
-        geometric mean of firings.
+        The score is the cosine of the two latents' firing indicators: the number of rows on which both fire, divided by
+        the geometric mean of their firings.
         """
         self.merge()
         if self._tabled:
@@ -127,7 +128,7 @@ class CoFiring:
         low, high = np.divmod(self._keys[useful], self.d_sae)
         score = self._counts[useful] / np.sqrt(self.firings[low] * self.firings[high].astype(np.float64))
         a, b, score = np.concatenate([low, high]), np.concatenate([high, low]), np.concatenate([score, score])
-        order = np.argsort((a << 32) | _falling(score))
+        order = np.argsort((a << 32) | _descending(score))
         a, b, score = a[order], b[order], score[order]
         first, count = runs(a)
         rank = np.arange(len(a)) - np.repeat(first, count)
@@ -141,7 +142,7 @@ class CoFiring:
             rows = slice(start, start + TABLE_ROWS)
             together = table[rows] + table[:, rows].T
             score = np.where(together >= min_count, together * scale[rows, None] * scale, 0)
-            best = np.partition((_falling(score) << 32) | np.arange(self.d_sae), n - 1, axis=1)[:, :n]
+            best = np.partition((_descending(score) << 32) | np.arange(self.d_sae), n - 1, axis=1)[:, :n]
             best.sort(axis=1)
             neighbour = best & 0xFFFFFFFF
             parts.append((neighbour, np.take_along_axis(score, neighbour, axis=1)))
@@ -150,12 +151,12 @@ class CoFiring:
         return latent, neighbour[latent, rank], score[latent, rank]
 
 
-def _falling(score: Float[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
-    """Return integers that fall as the scores, which are positive or zero, rise: such floats sort as their bits do."""
+def _descending(score: Float[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
+    """Map nonnegative scores to integers that sort in descending order; such floats sort like their bits."""
     return (1 << 30) - score.astype(np.float32).view(np.uint32).astype(np.int64)
 
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> Int64[np.ndarray, " total"]:
-    """Return first[0], ..., first[0] + count[0] - 1, first[1], ... joined."""
+    """Return first[0], ..., first[0] + count[0] - 1, first[1], ... concatenated."""
     starts = np.cumsum(count) - count
     return np.arange(int(count.sum())) + np.repeat(first - starts, count)

@@ -1,8 +1,8 @@
-"""The text of tokens: alone with their spaces, and in context by whole characters.
+"""The text of tokens: alone, with their spaces, and in a context, with whole characters.
 
-A tokenizer's `decode` serves neither. Of one token it drops the leading space (SentencePiece), and a character whose
-bytes are split over several tokens becomes U+FFFD in each. So the bytes of every token are found first; text is made of
-the bytes of all tokens of a context.
+A tokenizer's `decode` can do neither. For a single token it drops the leading space (SentencePiece), and a character
+whose bytes are split over several tokens becomes U+FFFD in each. Therefore the bytes of each token are determined
+first, and the bytes of all tokens of a context are decoded together.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ANCHOR = "a"
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> dict[int, bytes]:
-    """Return the UTF-8 bytes that each token adds to a text, by token id; ids that the tokenizer lacks are left out."""
+    """Return the UTF-8 bytes that each token adds to a text, by token id, without ids that the tokenizer lacks."""
     tokens = list(tokens)
     added = {token: str(content) for token, content in tokenizer.added_tokens_decoder.items()}
     decoders = _decoders(tokenizer)
-    of_byte_letters = _bytes_of_letters() if "ByteLevel" in decoders or hasattr(tokenizer, "byte_decoder") else None
+    byte_of_letter = _bytes_of_letters() if "ByteLevel" in decoders or hasattr(tokenizer, "byte_decoder") else None
     found: dict[int, bytes] = {}
     for token in tokens:
         piece: Any = added.get(token)
@@ -36,8 +36,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> di
             continue
         if isinstance(piece, bytes):
             found[token] = piece
-        elif of_byte_letters is not None and all(letter in of_byte_letters for letter in piece):
-            found[token] = bytes(of_byte_letters[letter] for letter in piece)
+        elif byte_of_letter is not None and all(letter in byte_of_letter for letter in piece):
+            found[token] = bytes(byte_of_letter[letter] for letter in piece)
         elif (byte := _BYTE_TOKEN.fullmatch(piece)) and ("ByteFallback" in decoders or not decoders):
             found[token] = bytes([int(byte[1], 16)])
         else:
@@ -46,31 +46,31 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> di
 
 
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Return the kinds of decoder that a fast tokenizer is made of; none for a slow one."""
+    """Return the types of decoder that a fast tokenizer contains; empty for a slow one."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
     return {part["type"] for part in [decoder, *(decoder.get("decoders") or ())]} if decoder else set()
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """Return the byte that each letter of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted)."""
+    """Return the byte that each letter of a byte-level vocabulary stands for: GPT-2's `bytes_to_unicode`, inverted."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _after_anchor(tokenizer: PreTrainedTokenizerBase, piece: str) -> str:
-    """Return what a piece adds to a text that has begun: the first piece of a text may lose its space."""
+    """Return what a piece adds after other text. The first piece of a text may lose its space."""
     anchor = tokenizer.convert_tokens_to_string([_ANCHOR])
     text = tokenizer.convert_tokens_to_string([_ANCHOR, piece])
     return text.removeprefix(anchor) if text.startswith(anchor) else tokenizer.convert_tokens_to_string([piece])
 
 
 def whole_characters(pieces: Sequence[bytes]) -> list[str]:
-    """Return the text of each token of a context; a character split over several is at the token where it begins.
+    """Return the text of each token of a context. A character split over several tokens belongs to the first of them.
 
-    The tokens that only continue it have no text. Bytes that are no UTF-8, as of a character that the context cuts off,
-    are written as `\\xf0`.
+    Tokens that only continue a character have no text. Bytes that are not valid UTF-8, such as part of a character that
+    the context cuts off, are written as `\\xf0`.
     """
     texts = [""] * len(pieces)
     owners = [number for number, piece in enumerate(pieces) for _ in piece]
@@ -83,7 +83,7 @@ def whole_characters(pieces: Sequence[bytes]) -> list[str]:
 
 
 def is_whole(piece: bytes) -> bool:
-    """Tell whether a token's bytes are whole characters."""
+    """Return whether a token's bytes are whole characters."""
     try:
         piece.decode()
     except UnicodeDecodeError:
@@ -94,7 +94,7 @@ def is_whole(piece: bytes) -> bool:
 class TokenTexts:
     """The text of some tokens.
 
-    `vocabulary` holds each token's text alone, `partial` the bytes of those tokens that split a character.
+    `vocabulary` holds the text of each token alone; `partial` the bytes of tokens that contain part of a character.
     """
 
     def __init__(self, vocabulary: Mapping[int, str], partial: Mapping[int, bytes]):
@@ -108,11 +108,11 @@ class TokenTexts:
         return cls({token: whole_characters([piece])[0] for token, piece in pieces.items()}, partial)
 
     def alone(self, token: int) -> str:
-        """Return a token's text by itself: `⟨id⟩` where it is not known."""
+        """Return the text of a token alone, or `⟨id⟩` if it is not known."""
         return self.vocabulary.get(token, f"⟨{token}⟩")
 
     def in_context(self, tokens: Sequence[int]) -> list[str]:
-        """Return the text of each token of a context, by `whole_characters`."""
+        """Return the text of each token of a context, as `whole_characters` does."""
         if not any(token in self.partial for token in tokens):
             return [self.alone(token) for token in tokens]
         return whole_characters([self.partial.get(token) or self.alone(token).encode() for token in tokens])

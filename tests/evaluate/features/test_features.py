@@ -294,7 +294,7 @@ def test_a_damaged_index_is_built_anew(store, tmp_path, capsys, where):
     whole.path.write_bytes(b"" if where == "empty" else content)
     again = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=SETTINGS)["a"]
     assert lines(again) == expected
-    assert "is damaged and is built anew" in capsys.readouterr().out
+    assert "is damaged and is built again" in capsys.readouterr().out
 
 
 def test_a_flipped_byte_in_kept_progress_is_noticed(tmp_path):
@@ -322,7 +322,7 @@ def test_why_there_are_no_logit_effects_is_said(store, tmp_path, capsys):
     model.lm_head.register_forward_hook(lambda module, args, output: output.flip(-1))
     index = build_feature_index(store, [Named("a", make_sae())], tmp_path, model=model, settings=SETTINGS)["a"]
     assert lines(index)[0]["promoted"] == []
-    assert index.metadata["logit_effects"].startswith("none: GPT2LMHeadModel computes its logits in another way")
+    assert index.metadata["logit_effects"].startswith("none: GPT2LMHeadModel computes its logits differently from")
     assert capsys.readouterr().out.count("logit effects  none: GPT2LMHeadModel") == 1
 
 
@@ -465,9 +465,9 @@ def test_faults_are_named(store, tmp_path):
     with pytest.raises(MissingFileError, match="no feature index"):
         FeatureIndex.open(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("PAR1 is not enough")
-    with pytest.raises(DataError, match="no feature index"):
+    with pytest.raises(DataError, match="not a feature index"):
         FeatureIndex.open(tmp_path / "text.parquet")
     with ActivationStoreWriter(tmp_path / "bare", {"h": 4}, 4, dtype="float32") as writer:
         writer.append({"h": np.ones((2, 4, 4), dtype=np.float32)})
-    with pytest.raises(StoreError, match="no tokens"):
+    with pytest.raises(StoreError, match="needs tokens"):
         build_feature_index(ActivationStore.open(tmp_path / "bare"), [], tmp_path)

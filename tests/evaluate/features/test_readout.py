@@ -138,8 +138,11 @@ def test_rows_that_are_no_token_are_left_out(llama):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda head: lambda module, args, output: output * torch.arange(VOCABULARY).sub(20).sign(), "not those of"),
-        (lambda head: lambda module, args, output: output.roll(1, dims=-1), "not those of"),
+        (
+            lambda head: lambda module, args, output: output * torch.arange(VOCABULARY).sub(20).sign(),
+            "not the output of",
+        ),
+        (lambda head: lambda module, args, output: output.roll(1, dims=-1), "not the output of"),
     ],
 )
 def test_logits_that_are_made_in_another_way_are_noticed(llama, change, reason):
