@@ -1,3 +1,3 @@
-"""The self-contained HTML report of an evaluated sweep."""
+"""The self-contained HTML report of an evaluation."""
 
 from .write import write_report as write_report

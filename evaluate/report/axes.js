@@ -1,4 +1,4 @@
-// Linear and logarithmic scales with round ticks, and the frame that they draw.
+// Linear and logarithmic scales with round ticks, and the axes drawn from them.
 function linearTicks(low, high, count) {
   const raw = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(raw));
@@ -23,7 +23,7 @@ function logTicks(low, high, count) {
   return ticks.length >= 2 ? ticks : linearTicks(low, high, count);
 }
 
-// A scale from data to pixels over the values' range, with some room at both ends.
+// Return a scale from data to pixels that covers the values' range, with a margin at both ends.
 function makeScale(values, from, to, { log = false, room = 0.06, count = 5, ends = null } = {}) {
   const finite = values.filter((value) => isNumber(value) && (!log || value > 0));
   let [low, high] = ends ?? [Math.min(...finite), Math.max(...finite)];
@@ -49,7 +49,7 @@ function formatTick(value, log) {
   return String(Number(value.toPrecision(4)));
 }
 
-// Draw grid, ticks and titles inside `frame` = {left, right, top, bottom} in pixels.
+// Draw grid lines, ticks and titles around `frame` = {left, right, top, bottom}, in pixels.
 function drawAxes(frame, x, y, xTitle, yTitle) {
   const group = svg("g", { "aria-hidden": "true" });
   for (const tick of y.ticks) {

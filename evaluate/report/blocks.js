@@ -1,4 +1,4 @@
-// Blocks of feature data: in the page or in script files beside it, unpacked when first asked for.
+// Blocks of feature data, stored in the page or in script files beside it and unpacked on first use.
 const summaries = new Map();
 const details = new Map();
 const waiting = new Map();
@@ -10,7 +10,7 @@ async function unpack(text) {
   return new Response(stream).json();
 }
 
-// A script file beside the page calls this: `fetch` may not read files, a script element may.
+// Called by the script files beside the page. On file: URLs `fetch` is not allowed, but script elements are.
 globalThis.thresherBlock = (id, text) => {
   waiting.get(id)?.(text);
   waiting.delete(id);
@@ -26,7 +26,7 @@ function readBeside(folder, id) {
   });
 }
 
-// Return the block's content; of the latents' blocks only the last few asked for are kept.
+// Return a block's content. Only the most recently used blocks of latents stay in memory.
 function loadBlock(id, folder) {
   const kept = /-\d+$/.test(id) ? details : summaries;
   const found = kept.get(id) ?? Promise.resolve(document.getElementById(`block-${id}`)?.textContent ?? readBeside(folder, id)).then(unpack);

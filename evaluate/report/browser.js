@@ -1,4 +1,4 @@
-// The feature browser: one page per SAE, addressed by the fragment, with a list of latents to search and sort.
+// The feature browser: one page per SAE, addressed by the URL fragment, with a searchable, sortable list of latents.
 const LIST_STEP = 80;
 
 function readRoute() {
@@ -9,7 +9,7 @@ function readRoute() {
 
 const routeTo = (sae, latent = null) => `#${new URLSearchParams(latent === null ? { sae } : { sae, latent })}`;
 
-// Text as it is compared: in lower case, and composed, because one letter may be written as several code points.
+// Normalise text for comparison: lower case, and composed, because a letter can be written as several code points.
 const folded = (text) => text.normalize("NFC").toLowerCase();
 
 function searchTexts(summary, names) {
@@ -17,18 +17,18 @@ function searchTexts(summary, names) {
   return summary.peaks.map((ids, i) => folded(`${text(ids)} ${text(summary.promoted[i])}`));
 }
 
-// The text of every context that the page shows of a latent.
+// Return the text of every context that the page shows for a latent.
 const searchedContexts = (latent, names) => [...latent.top, ...latent.sampled].map((entry) => folded(contextTexts(entry, names).join("")));
 
-// What a query looks for: a latent's number, or text. In quotation marks digits are text, and spaces at the ends count.
+// Parse a query: a latent's number, or text. In quotation marks, digits are text and outer spaces are significant.
 function readQuery(query) {
   const quoted = query.match(/^\s*"(.+)"\s*$/)?.[1];
   const text = folded(quoted ?? query.trim());
   return { text, number: quoted === undefined && /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : null };
 }
 
-// Latents that fit the query: a number names one latent, anything else is looked for in its tokens; `reading` holds
-// the latents in whose contexts it was found.
+// Return the latents that match the query, sorted. A number matches one latent; text matches a latent's tokens.
+// `reading` contains the latents whose contexts match.
 function selectLatents(summary, texts, query, sort, alive, reading) {
   const { text: wanted, number } = readQuery(query);
   const chosen = [];
@@ -91,7 +91,7 @@ function setUpBrowser(saes, catalogue) {
     next.firstElementChild.focus();
   });
 
-  const tell = (progress = "") => {
+  const showStatus = (progress = "") => {
     status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents${progress}`;
   };
 
@@ -101,10 +101,10 @@ function setUpBrowser(saes, catalogue) {
     list.replaceChildren();
     list.scrollTop = 0;
     more();
-    tell();
+    showStatus();
   }
 
-  // Look for the query in the text of the contexts too, block by block, until it is changed.
+  // Also search the text of the contexts, block by block, until the query changes.
   async function readContexts() {
     const { entry, names, sae } = current;
     const mine = ++searches;
@@ -121,7 +121,7 @@ function setUpBrowser(saes, catalogue) {
         (latent, i) => searchedContexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i),
       );
       if (number % 8 === 7) {
-        tell(`, reading contexts: ${Math.round((100 * number) / n)}%`);
+        showStatus(`, reading contexts: ${Math.round((100 * number) / n)}%`);
         await new Promise((done) => setTimeout(done));
       }
     }
@@ -131,7 +131,7 @@ function setUpBrowser(saes, catalogue) {
     shown = shown.concat(
       selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading).filter((i) => !before.has(i)),
     );
-    tell();
+    showStatus();
   }
   search.addEventListener(
     "input",

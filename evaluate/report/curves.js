@@ -1,5 +1,5 @@
-// Training curves: one quantity of all SAEs against tokens, with a cross-hair that reads the values off.
-// Explained variance comes first: unlike losses it compares across architectures.
+// Training curves: one quantity of all SAEs against tokens, with a cross-hair that shows the values.
+// Explained variance comes first because, unlike losses, it is comparable across architectures.
 const CURVE_TITLES = {
   explained_variance: "Explained variance",
   loss: "Loss",

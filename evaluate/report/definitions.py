@@ -1,4 +1,4 @@
-"""The columns of the report's table: what each metric is called, what it means, how it is printed."""
+"""The columns of the report's table: each metric's label, definition and format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Style = Literal["text", "integer", "fraction", "percent", "number"]
 
 
 class Metric(NamedTuple):
-    """One column; `better` says which direction is the better one, where there is one."""
+    """One column; `better` says which direction is better, or is empty if neither is."""
 
     key: str
     label: str
@@ -22,10 +22,10 @@ METRICS = (
     Metric("architecture", "Architecture", "text", "", "How the latents are made sparse."),
     Metric("hook_point", "Hook point", "text", "", "Where in the language model the activations were taken."),
     Metric("d_sae", "d_sae", "integer", "", "Number of latents."),
-    Metric("k", "k", "integer", "", "Latents kept per token, for the TopK kinds."),
-    Metric("l1_coefficient", "L1 coefficient", "number", "", "Weight of the L1 penalty, for the ReLU and gated kinds."),
+    Metric("k", "k", "integer", "", "Latents kept per token, for the TopK architectures."),
+    Metric("l1_coefficient", "L1 coefficient", "number", "", "Weight of the L1 penalty, for ReLU and gated SAEs."),
     Metric("l0_coefficient", "L0 coefficient", "number", "", "Weight of the sparsity penalty, for JumpReLU."),
-    Metric("target_l0", "Target L0", "number", "", "The L0 that JumpReLU's penalty aims at, where there is one."),
+    Metric("target_l0", "Target L0", "number", "", "The L0 that JumpReLU's penalty aims at, if one was set."),
     Metric("l0", "L0", "number", "lower", "Mean number of latents active per token."),
     Metric(
         "explained_variance",
@@ -43,7 +43,7 @@ METRICS = (
         "Reconstruction bias",
         "fraction",
         "nearer 1",
-        "E‖x̂‖² / E[x · x̂]: 1 where the reconstruction's scale is unbiased.",
+        "E‖x̂‖² / E[x · x̂]: 1 if the scale of the reconstruction is unbiased.",
     ),
     Metric("l1", "L1", "number", "", "Mean over tokens of the sum of the latents' activations."),
     Metric("dead_fraction", "Dead", "percent", "lower", "Share of latents that fired on no evaluated token."),
@@ -52,8 +52,8 @@ METRICS = (
         "CE loss score",
         "fraction",
         "higher",
-        "(CE_zero - CE_sae) / (CE_zero - CE_clean): 1 where the model, with the SAE spliced in, predicts as well "
-        "as without it; 0 where it does as badly as with the activation set to zero.",
+        "(CE_zero - CE_sae) / (CE_zero - CE_clean): 1 if the model with the SAE spliced in predicts as well as without "
+        "it; 0 if it predicts as badly as with the activation set to zero.",
     ),
     Metric(
         "kl_div_score",
@@ -74,8 +74,8 @@ METRICS = (
         "CE clean",
         "number",
         "",
-        "Cross-entropy of the untouched model, in nats per token. Predictions of masked tokens, such as a BOS that was "
-        "placed before a document, are not counted, here and in the other cross-entropies.",
+        "Cross-entropy of the unmodified model, in nats per token. This and the other cross-entropies do not count "
+        "predictions of masked tokens, such as a BOS before a document.",
     ),
     Metric("ce_sae", "CE with SAE", "number", "lower", "Cross-entropy with the SAE spliced in, in nats per token."),
     Metric("ce_zero", "CE zero", "number", "", "Cross-entropy with the activation set to zero, in nats per token."),
@@ -90,21 +90,21 @@ METRICS = (
         "CE loss score, mean",
         "fraction",
         "higher",
-        "As the CE loss score, against the activation set to its mean rather than to zero.",
+        "The CE loss score with the activation set to its mean instead of zero.",
     ),
     Metric(
         "kl_div_score_mean_ablation",
         "KL score, mean",
         "fraction",
         "higher",
-        "As the KL score, against the activation set to its mean rather than to zero.",
+        "The KL score with the activation set to its mean instead of zero.",
     ),
     Metric(
         "max_decoder_cosine_mean",
         "Max decoder cosine",
         "fraction",
         "lower",
-        "Mean over live latents of the largest cosine of their decoder row with another's: near 1, latents are copies.",
+        "Mean over live latents of the largest cosine of their decoder row with another. Near 1, latents are copies.",
     ),
     Metric(
         "encoder_decoder_cosine_mean",
@@ -116,7 +116,11 @@ METRICS = (
     Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
     Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
     Metric(
-        "n_predictions", "Predictions", "integer", "", "Number of next tokens in text that the cross-entropies count."
+        "n_predictions",
+        "Predictions",
+        "integer",
+        "",
+        "Number of next-token predictions that the cross-entropies count.",
     ),
 )
 NOT_COLUMNS = (
@@ -124,14 +128,14 @@ NOT_COLUMNS = (
     *(f"ce_{part}_saelens" for part in ("clean", "zero", "sae", "loss_score")),
     *(f"max_decoder_cosine_{part}" for part in ("p50", "p90", "p99", "max")),
 )
-ACROSS = (
+PER_HOOK = (
     *(metric for metric in METRICS if metric.key in ("hook_point", "l0", "explained_variance", "mse")),
     *(metric for metric in METRICS if metric.key in ("ce_loss_score", "kl_div_score")),
     Metric(
         "decoder_norm_share", "Decoder norm share", "percent", "", "Mean share of the live latents' decoder norms here."
     ),
 )
-"""The columns of the table of what writes several hook points, at each of them."""
+"""The columns of the table of crosscoders and cross-layer transcoders at each hook point that they write."""
 PROVENANCE_LABELS = {"n_rows": "Tokens", "n_contexts": "Contexts", "n_documents": "Documents"}
 MISSING = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}
@@ -140,7 +144,7 @@ ALWAYS_SHOWN = (*FIRST[:-2], "dead_fraction", "architecture", "hook_point", "d_s
 
 
 def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
-    """Return the columns of a table of `metrics`: the known ones that any SAE has, then other plain numbers."""
+    """Return the columns of a table of `metrics`: the known metrics that any SAE has, then other plain numbers."""
     present = {key for row in metrics for key, value in row.items() if value is not None}
     ordered = [KNOWN[key] for key in FIRST] + [metric for metric in METRICS if metric.key not in FIRST]
     known = [metric for metric in ordered if metric.key in present or metric.key in ALWAYS_SHOWN]
@@ -153,7 +157,7 @@ def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
 
 
 def format_value(value: Any, style: Style) -> str:
-    """Return a value as the report prints it; what is missing is a dash."""
+    """Format a value for the report; a missing value gives a dash."""
     if value is None or value != value:
         return MISSING
     if style == "text" or isinstance(value, str):

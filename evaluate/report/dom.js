@@ -1,4 +1,4 @@
-// Small builders for SVG and HTML, the one tooltip, and the lighting of one SAE across all charts.
+// Helpers that build SVG and HTML elements, the tooltip, and the highlighting of one SAE in all charts.
 const NS = "http://www.w3.org/2000/svg";
 
 function svg(tag, attributes = {}, ...children) {
@@ -44,7 +44,7 @@ function hideTooltip() {
 addEventListener("keydown", (event) => event.key === "Escape" && hideTooltip());
 addEventListener("scroll", hideTooltip, { passive: true, capture: true });
 
-// Show `text()` while the element is pointed at or holds the focus.
+// Show `text()` as a tooltip while the pointer is over the element or it has keyboard focus.
 function describe(element, text) {
   element.addEventListener("pointermove", (event) => showTooltip(text(), event.clientX, event.clientY));
   element.addEventListener("pointerleave", hideTooltip);
@@ -68,7 +68,7 @@ function lightOnHover(element, name) {
   element.addEventListener("blur", () => light(null));
 }
 
-// Draw now, and again whenever the container's width changes.
+// Draw whenever the container's width changes; return a function that redraws.
 function drawResponsive(container, draw) {
   let width = 0;
   const redraw = () => {

@@ -1,4 +1,4 @@
-"""Pack feature indexes into compressed blocks that the report opens one at a time, when they are looked at."""
+"""Pack feature indexes into compressed blocks that the report unpacks one at a time, when they are shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..features.token_text import TokenTexts
 BLOCK_LATENTS = 128
 N_TOP, N_SAMPLED, N_PEAKS = 8, 6, 4
 INLINE_BYTES = 24 << 20
-"""Blocks beyond this many bytes go to files beside the report, so that the page stays quick to open."""
+"""Blocks beyond this many bytes in total are written to files beside the report, so that the page opens quickly."""
 
 
 class Block(NamedTuple):
@@ -32,7 +32,7 @@ class Block(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The blocks inside the page, those beside it, and the catalogue that names them all."""
+    """The blocks inside the page, the folder of those beside it, and the catalogue that lists all SAEs."""
 
     inline: list[Block]
     folder: Path | None
@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
 
 def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
-    """Pack indexes for the report at `report`; write the blocks that do not fit inside it beside it."""
+    """Pack indexes for the report at path `report`, and write the blocks that do not fit inside it to files."""
     catalogue: dict[str, Any] = {"saes": {}, "names": "names"}
     tokens: dict[int, str] = {}
     documents: dict[int, str] = {}
@@ -77,7 +77,7 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
 
 
 def _blocks(prefix: str, index: FeatureIndex) -> Iterator[Block]:
-    """Yield one SAE's blocks of latents, and last the summary that its list needs."""
+    """Yield one SAE's blocks of latents, then the summary for its list of latents."""
     summary: dict[str, list[Any]] = {key: [] for key in ("density", "max", "score", "peaks", "promoted")}
     for number, lines in enumerate(index.batches(BLOCK_LATENTS)):
         for line in lines:
@@ -109,23 +109,23 @@ def _latent(line: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
 
 
 def _spread(entries: Sequence[Any], n: int) -> list[Any]:
-    """Return `n` entries at even steps through a list: quantiles, where the list is sorted."""
+    """Return `n` evenly spaced entries of a list: quantiles, if the list is sorted."""
     if len(entries) <= n:
         return list(entries)
     return [entries[round(i * (len(entries) - 1) / (n - 1))] for i in range(n)]
 
 
 def _context(entry: Mapping[str, Any], texts: TokenTexts) -> list[Any]:
-    """Return a context as the page reads it; where tokens split characters, the tokens' texts in it come last."""
+    """Return a context in the page's format; the texts of its tokens are appended if a token splits a character."""
     active = {str(i): _short(value) for i, value in enumerate(entry["activations"]) if value}
     where = [entry["document"], entry["position"], entry["context"]]
     in_context = texts.in_context(entry["tokens"])
-    given = [] if in_context == [texts.alone(token) for token in entry["tokens"]] else [in_context]
-    return [_short(entry["activation"]), entry["peak"], entry["tokens"], active, *where, *given]
+    different = [] if in_context == [texts.alone(token) for token in entry["tokens"]] else [in_context]
+    return [_short(entry["activation"]), entry["peak"], entry["tokens"], active, *where, *different]
 
 
 def encode_block(name: str, value: Any) -> Block:
-    """Return a block; the same value always gives the same text."""
+    """Encode a value as a block; the same value always gives the same text."""
     content = msgspec.json.encode(value)
     return Block(name, base64.b64encode(gzip.compress(content, 6, mtime=0)).decode("ascii"))
 

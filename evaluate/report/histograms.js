@@ -1,4 +1,4 @@
-// Bars over given edges, and the small multiples of latent densities on one shared log axis.
+// Histograms, and the latent densities as small multiples with a shared log axis.
 function drawHistogram(
   width,
   height,

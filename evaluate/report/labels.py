@@ -1,4 +1,4 @@
-"""Short names for the points of a sweep: only the settings in which its SAEs differ."""
+"""Short labels for the SAEs of a sweep, made of the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def point_labels(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _short_hooks(hooks: list[str]) -> dict[str, str]:
-    """Return each hook point without the trailing parts of its name that all hook points share."""
+    """Shorten each hook point by the trailing parts of its name that all hook points share."""
     parts = [name.split(".") for hook in hooks for name in members(hook)]
     shared = 0
     while parts and all(len(part) > shared + 1 and part[-1 - shared] == parts[0][-1 - shared] for part in parts):

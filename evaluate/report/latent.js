@@ -1,5 +1,5 @@
-// One latent: its figures, histogram, tokens it promotes, neighbours, and the contexts in which it fires.
-// Characters that show nothing, change the direction of text, or look like a space are named by their code points.
+// One latent: its statistics, histogram, promoted tokens, neighbours, and the contexts in which it fires.
+// Characters that are invisible, change the text direction or look like a space are shown by their code points.
 const UNSEEN =
   /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}\u00a0\u034f\u115f\u1160\u2000-\u200a\u202f\u205f\u3000\u3164\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/gu;
 const codePoint = (character) => `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
@@ -8,7 +8,7 @@ function visible(text) {
   return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍").replace(UNSEEN, codePoint) || "∅";
 }
 
-// A chip shows spaces as dots, and a long run of them as a count.
+// Show spaces as dots, and a long run of spaces as a count.
 const compact = (text) => visible(text).replace(/ +/g, (run) => (run.length > 3 ? `·×${run.length}` : "·".repeat(run.length)));
 
 const tokenText = (names, id) => names.tokens[id] ?? `⟨${id}⟩`;
@@ -17,10 +17,10 @@ function tokenChip(names, id) {
   return html("code", { class: "token", dir: "auto" }, compact(tokenText(names, id)));
 }
 
-// The tokens' texts in a context: given where tokens split characters, else those of the tokens alone.
+// Return the texts of a context's tokens: stored with the context if a token splits a character, else each token's own.
 const contextTexts = ([, , tokens, , , , , inContext], names) => inContext ?? tokens.map((id) => tokenText(names, id));
 
-// A token that only continues a character is shown with the one in which the character begins.
+// Group a token that only continues a character with the token where the character begins.
 function wholeCharacters(texts) {
   const groups = [];
   texts.forEach((text, i) => (text || !groups.length ? groups.push({ text, tokens: [i] }) : groups.at(-1).tokens.push(i)));
@@ -30,7 +30,7 @@ function wholeCharacters(texts) {
 function drawContext(entry, names, maximum) {
   const [activation, peak, , active, document_, position, context] = entry;
   const source = names.documents[document_] ?? (document_ >= 0 ? `document ${document_}` : `context ${context}`);
-  const place = position >= 0 ? `${source}, token ${position.toLocaleString("en")}` : source;
+  const origin = position >= 0 ? `${source}, token ${position.toLocaleString("en")}` : source;
   const line = html("li", { class: "context" });
   const text = html("p", { class: "context-text", dir: "auto" });
   for (const { text: characters, tokens } of wholeCharacters(contextTexts(entry, names))) {
@@ -48,7 +48,7 @@ function drawContext(entry, names, maximum) {
     span.dataset.tip = strongest ? `${spread}\nactivation ${values.map(formatNumber).join(", ")}` : `${spread}\nnot active`;
     text.append(span);
   }
-  line.append(html("p", { class: "context-head" }, html("strong", {}, formatNumber(activation)), ` ${place}`), text);
+  line.append(html("p", { class: "context-head" }, html("strong", {}, formatNumber(activation)), ` ${origin}`), text);
   return line;
 }
 
@@ -95,7 +95,7 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
   );
   article.replaceChildren(head, facts);
   if (!latent.firings) {
-    article.append(html("p", { class: "empty" }, "This latent fired on none of the tokens that were indexed."));
+    article.append(html("p", { class: "empty" }, "This latent did not fire on any indexed token."));
     return heading;
   }
   const panels = html("div", { class: "panels" });
@@ -117,7 +117,7 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
     "div",
     {},
     html("h4", {}, "Fires together with"),
-    latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, in the tokens sampled."),
+    latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, on the sampled tokens."),
   );
   panels.append(html("div", { class: "stack" }, html("div", {}, html("h4", {}, "Activations when active"), chart), together));
   if (latent.promoted.length)
@@ -129,12 +129,12 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
         tokenTable("Suppresses", latent.suppressed, names),
       ),
     );
-  article.append(panels, contextList("Strongest contexts", "The contexts of highest activation.", latent.top, names, maximum));
+  article.append(panels, contextList("Strongest contexts", "The contexts with the highest activation.", latent.top, names, maximum));
   if (latent.sampled.length)
     article.append(
       contextList(
         "Across the range",
-        "Drawn evenly from all other contexts in which it fires, from strong to weak.",
+        "A uniform sample of all other contexts in which it fires, from strong to weak.",
         latent.sampled,
         names,
         maximum,

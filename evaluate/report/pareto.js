@@ -1,4 +1,4 @@
-// L0 against a measure of fidelity: colour and shape by architecture, filling by hook point, labels that avoid each other.
+// Plots of fidelity against L0: colour and shape by architecture, fill by hook point, labels that do not overlap.
 const SHAPES = [
   (r) => `M0 ${-r}A${r} ${r} 0 1 1 0 ${r}A${r} ${r} 0 1 1 0 ${-r}Z`,
   (r) => `M0 ${-r * 1.25}L${r * 1.2} ${r * 0.85}H${-r * 1.2}Z`,
@@ -23,7 +23,7 @@ function drawMark(architecture, hook, radius = 6) {
   return svg("path", { class: "mark", d: SHAPES[architecture % SHAPES.length](radius), fill, stroke: colour });
 }
 
-// The points that no other beats: each has more fidelity than every sparser one.
+// Return the Pareto-optimal points: each has higher fidelity than every sparser one.
 function paretoFrontier(points) {
   let best = -Infinity;
   return [...points]
@@ -35,7 +35,7 @@ function paretoFrontier(points) {
     });
 }
 
-// The hook points, the one with most SAEs first, which is the one whose marks are filled.
+// Return the hook points, the one with the most SAEs first; its marks are filled.
 function hooksOf(saes) {
   const counts = new Map();
   for (const { hook_point } of saes) counts.set(hook_point, (counts.get(hook_point) ?? 0) + 1);
@@ -45,7 +45,7 @@ function hooksOf(saes) {
 const overlap = (a, b) =>
   Math.max(0, Math.min(a.x1, b.x1) - Math.max(a.x0, b.x0)) * Math.max(0, Math.min(a.y1, b.y1) - Math.max(a.y0, b.y0));
 
-// Choose for each label the nearest of 36 places that touches no mark, no other label, no line and no edge.
+// Place each label at the nearest of 36 positions that overlaps no mark, label, line or edge.
 function placeLabels(points, lines, frame, measure) {
   const dots = lines.flatMap((line) =>
     line.slice(1).flatMap((end, i) =>

@@ -1,4 +1,4 @@
-// Sort the table of metrics by any column, find rows, and explain each column.
+// The table of metrics: sort by any column, filter rows, and show each column's definition.
 function compareCells(a, b, numeric, direction) {
   if (a === "" || b === "") return (a === "") - (b === "");
   return direction * (numeric ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true }));

@@ -1,4 +1,4 @@
-"""Write the report: the metrics, loss curves and scripts of one page, in one file that needs no network."""
+"""Write the report as one HTML page that contains its data and scripts and needs no network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ...shared.core.disk import write_file
 from ...shared.core.paths import user_path
 from ..features.files import FeatureIndex
-from .definitions import ACROSS, PROVENANCE_LABELS, Metric, columns, format_value
+from .definitions import PER_HOOK, PROVENANCE_LABELS, Metric, columns, format_value
 from .feature_blocks import pack_features
 from .labels import point_labels
 
@@ -36,10 +36,10 @@ def write_report(
 ) -> Path:
     """Write one HTML file that shows a sweep's metrics and loss curves, and return its path.
 
-    `metrics` are the rows of metrics.json, `loss_curves` the lines of each SAE's
-    metrics.jsonl by name, `features` the SAEs' feature indexes; `provenance` names what was
-    evaluated, on what, and `not_evaluated` gives the reasons of SAEs that failed, by name. Feature data that is too
-    large for one page goes to a folder beside it.
+    `metrics` are the rows of metrics.json; `loss_curves` are the lines of each SAE's metrics.jsonl, by name; `features`
+    are the SAEs' feature indexes, by name. `provenance` describes what was evaluated and on which data, and
+    `not_evaluated` gives, by name, why SAEs failed. Feature data that is too large for one page is written to a folder
+    beside it.
     """
     path = user_path(path)
     rows = [dict(row) for row in metrics if row.get("hook_point")]
@@ -62,7 +62,7 @@ def write_report(
             has_model_metrics=any(row.get("ce_loss_score") is not None for row in rows),
             provenance={key: value for key, value in (provenance or {}).items() if value is not None},
             across=[(str(row["name"]), part) for row in rows for part in row.get("per_hook") or ()],
-            across_columns=ACROSS,
+            across_columns=PER_HOOK,
             partly_measured=any(row.get("per_hook") and row.get("ce_loss_score", 0) is None for row in rows),
             provenance_labels=PROVENANCE_LABELS,
             not_evaluated=dict(not_evaluated or {}),
@@ -83,7 +83,7 @@ def write_report(
 
 
 def thin_curve(lines: Sequence[Mapping[str, Any]], n_points: int = CURVE_POINTS) -> dict[str, list[float | None]]:
-    """Turn log lines into columns of at most about `n_points` values, keeping the first and the last line."""
+    """Convert log lines to columns of at most about `n_points` values; the first and last lines are kept."""
     stride = max(1, math.ceil(len(lines) / n_points))
     kept = list(lines[::stride])
     if kept[-1] is not lines[-1]:
@@ -131,14 +131,14 @@ def _finite(value: Any) -> float | None:
 
 
 def _sort_key(value: Any) -> str:
-    """Return what the table sorts by: numbers as such, what is missing as the empty string."""
+    """Return the table's sort key for a value; the key of a missing value is the empty string."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return repr(value) if _is_number(value) else str(value)
 
 
 def _interval(row: Mapping[str, Any], metric: Metric) -> str:
-    """Return a metric's confidence interval as text, or nothing where it has none."""
+    """Return a metric's confidence interval as text; empty if it has none."""
     bounds = (row.get("confidence_95") or {}).get(metric.key)
     if not bounds:
         return ""
@@ -147,7 +147,7 @@ def _interval(row: Mapping[str, Any], metric: Metric) -> str:
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return what sets SAEs' training apart from the store, by name."""
+    """Return, by SAE name, how its training differs from the store."""
     return {str(row["name"]): "; ".join(row["notes"]) for row in rows if row.get("notes")}
 
 
