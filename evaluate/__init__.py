@@ -1,4 +1,4 @@
-"""Stage three: SAEs and a store, with or without the model, to metrics and a report."""
+"""Stage three: evaluate SAEs on a store, with or without the model, and write metrics and a report."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def check_settings(config: EvaluateConfig, store: ActivationStore) -> None:
         raise ConfigError("export writes the feature index, but feature_rows is 0; set it above 0, or export nothing")
     for key in ("export", "probe_tasks"):
         if getattr(config, key) and not store.has_tokens:
-            raise StoreError(f"store '{store.path}' holds no tokens, which {key} needs; leave {key} out")
+            raise StoreError(f"{key} needs tokens, and store '{store.path}' contains none; leave {key} out")
     output = Path(config.output)
     check_output(output, store.path)
     _check_replaces_nothing(output)
@@ -37,6 +37,6 @@ def _check_replaces_nothing(output: Path) -> None:
     for name, what in ((SAE_CONFIG_NAME, "an SAE"), (RUN_RECORD_NAME, "a training run")):
         if (output / name).exists():
             raise ConfigError(
-                f"the output '{output}' is the folder of {what}, whose config.toml the evaluation would replace; "
+                f"the output '{output}' is the folder of {what}, and the evaluation would overwrite its config.toml; "
                 f"choose another folder, such as '{output / 'evaluation'}'"
             )

@@ -8,7 +8,7 @@ from ..shared.core.cli import PARTLY_FAILED, run_stage
 from .config import EvaluateConfig
 
 CONFIG = EvaluateConfig
-SUMMARY = "Judge SAEs on held-out activations and, spliced, in the model."
+SUMMARY = "Evaluate SAEs on held-out activations, and in the model with each SAE spliced in."
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +17,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(config: EvaluateConfig) -> Any:
-    from .run import evaluate  # here, so that --help stays quick
+    from .run import evaluate  # imported here to keep --help fast
 
     return PARTLY_FAILED if any(row.get("error") for row in evaluate(config)) else 0

@@ -10,12 +10,12 @@ from ..shared.core.config import MAX_SEED, Cache, CacheBytes, Config, Device, Ro
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
-    """Judge SAEs on the held-out contexts of a store and, spliced, in the model."""
+    """Evaluate SAEs on a store's held-out contexts, and in the model with each SAE spliced in."""
 
     store: Annotated[
         str,
         Meta(
-            description="Activation store whose held-out contexts are used: a folder, or a URL as s3://bucket/prefix."
+            description="Activation store whose held-out contexts are used: a folder or a URL such as s3://bucket/prefix."
         ),
     ]
     saes: Annotated[
@@ -29,23 +29,23 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     model: Annotated[
         str | bool | None,
         Meta(
-            description="Model to splice the SAEs into, and its tokenizer where the store keeps none; by default those "
-            "that the store names; false for none."
+            description="Model to splice the SAEs into; its tokenizer is used if the store contains none. Default: the "
+            "model that the store names. false: run without a model."
         ),
     ] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"] | None,
-        Meta(description="Data type of the model; by default the one the store was harvested in."),
+        Meta(description="Data type of the model. Default: the one used in the harvest."),
     ] = None
     adapter: Annotated[
         str | bool | None,
-        Meta(description="PEFT adapter to merge into the model; by default the one harvested with; false for none."),
+        Meta(description="PEFT adapter to merge into the model. Default: the one used in the harvest. false: none."),
     ] = None
     trust_remote_code: Annotated[
-        bool, Meta(description="Run Python code that comes with the model and its tokenizer; read it first.")
+        bool, Meta(description="Run the Python code that comes with the model and its tokenizer. Read it first.")
     ] = False
     attn_implementation: Annotated[
-        str | None, Meta(description="How attention is computed; by default as in the harvest.")
+        str | None, Meta(description="Attention implementation of transformers. Default: the one used in the harvest.")
     ] = None
     device: Device = "auto"
     roles: Roles = None
@@ -53,23 +53,30 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     cache_bytes: CacheBytes = None
     max_rows: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="Held-out rows to use, spread evenly over them; by default all."),
+        Meta(description="Largest number of held-out rows to use, evenly spaced. Default: all."),
     ] = None
     model_rows: Annotated[
-        Annotated[int, Meta(ge=1)], Meta(description="Held-out tokens to run the model on, at most, spread evenly.")
+        Annotated[int, Meta(ge=1)],
+        Meta(description="Largest number of held-out tokens to run the model on, evenly spaced."),
     ] = 65536
     batch_size: Annotated[int, Meta(ge=1, description="Contexts per forward pass of the model.")] = 8
-    block_rows: Annotated[int, Meta(ge=1, description="Rows read from the store at a time, in whole contexts.")] = 8192
+    block_rows: Annotated[int, Meta(ge=1, description="Rows to read from the store at a time, in whole contexts.")] = (
+        8192
+    )
     dictionary: Annotated[
-        bool, Meta(description="Measure decoder directions: neighbours within each SAE, matches between SAEs.")
+        bool, Meta(description="Compare decoder directions: neighbours within each SAE, matches between SAEs.")
     ] = True
-    n_neighbours: Annotated[int, Meta(ge=1, description="Nearest decoder neighbours to write for each latent.")] = 5
+    n_neighbours: Annotated[int, Meta(ge=1, description="Number of nearest decoder neighbours per latent.")] = 5
     probe_tasks: Annotated[
-        int, Meta(ge=0, description="Next-token tasks for k-sparse probing, on at most `model_rows` rows; 0 for none.")
+        int,
+        Meta(
+            ge=0,
+            description="Number of next-token tasks for k-sparse probing, on at most `model_rows` rows; 0 for none.",
+        ),
     ] = 0
     feature_rows: Annotated[
         int,
-        Meta(ge=0, description="Rows of the whole store that the feature index is built from; 0 for no index."),
+        Meta(ge=0, description="Number of rows of the whole store to build the feature index from; 0 for no index."),
     ] = 1_000_000
     export: Annotated[
         list[Literal["neuronpedia"]],
@@ -79,8 +86,9 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         bool, Meta(description="Evaluate SAEs that were trained on another model than the store's.")
     ] = False
     bootstrap_samples: Annotated[
-        int, Meta(ge=0, description="Resamples of the documents for the confidence intervals; 0 for none.")
+        int,
+        Meta(ge=0, description="Bootstrap resamples of the documents for confidence intervals; 0 for no intervals."),
     ] = 1000
     seed: Annotated[
-        int, Meta(ge=0, le=MAX_SEED, description="Seed of the resampling and of the rows that probes draw.")
+        int, Meta(ge=0, le=MAX_SEED, description="Seed of the bootstrap and of the rows chosen for probing.")
     ] = 0

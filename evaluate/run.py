@@ -1,4 +1,4 @@
-"""Judge SAEs: held-out rows of the store, then the model with each SAE spliced in, then the report."""
+"""Evaluate SAEs: on held-out rows of the store, then in the model with each SAE spliced in; then write the report."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from .results.results import Results
 from .results.table import metrics_table
 from .saes.names import printable
 from .saes.origin import note_lines
-from .stages import index_features, judge_in_model, judge_offline, probe, result_digests
+from .stages import evaluate_in_model, evaluate_offline, index_features, probe, result_digests
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Evaluate every SAE on the store's held-out contexts; write and return the metrics.
 
-    The results are written after each stage. An SAE that fails has its reason under `error`, and the others go on. What
-    an interrupted evaluation finished is used again if nothing that it depends on has changed.
+    The results are written after each stage. If an SAE fails, its row has the reason under `error` and the evaluation
+    continues with the others. Results of an interrupted evaluation are reused if nothing that they depend on has
+    changed.
 
     Raises:
-        ThresherError: what `prepare` refuses, before any row is read.
+        ThresherError: the errors of `prepare`, before any row is read.
         SaeError: every SAE failed.
         NonFiniteError: the model's own predictions are not finite.
         DiskSpaceError, OutputError: the results cannot be written.
     """
-    given = prepare(config)
-    for line in note_lines(given.notes):
+    prepared = prepare(config)
+    for line in note_lines(prepared.notes):
         tqdm.write(line, file=sys.stderr)
-    output = given.output
+    output = prepared.output
     write_file(output / "config.toml", to_toml(config).encode())
-    results = Results(output, given.saes, given.failed, result_digests(given))
-    for name, notes in given.notes.items():
+    results = Results(output, prepared.saes, prepared.failed, result_digests(prepared))
+    for name, notes in prepared.notes.items():
         results.rows[name]["notes"] = notes
 
-    firings = judge_offline(given, results)
+    firings = evaluate_offline(prepared, results)
     _write(results)
-    judge_in_model(given, results)
+    evaluate_in_model(prepared, results)
     _write(results)
-    probe(given, results)
+    probe(prepared, results)
     _write(results)
     with writing(output / "dictionaries.parquet"):
         (output / "dictionaries.parquet").unlink(missing_ok=True)
@@ -58,12 +59,12 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             output / "dictionaries.parquet",
             compare_dictionaries([sae for sae in results.saes if not sae.is_cross_layer], firings),
         )
-    features = index_features(given, results)
+    features = index_features(prepared, results)
     metrics = _write(results)
     results.remove_stale()
 
-    title, facts = report_title(given.rows, given.model_name), provenance(given.rows, given.model_name)
-    curves = {sae.name: loss_curve(sae.path) for sae in given.saes}
+    title, facts = report_title(prepared.rows, prepared.model_name), provenance(prepared.rows, prepared.model_name)
+    curves = {sae.name: loss_curve(sae.path) for sae in prepared.saes}
     report = write_report(
         output / "report.html",
         metrics,
@@ -71,15 +72,15 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         features,
         title=title,
         provenance=facts | logit_effects_note(features),
-        not_evaluated=results.failed | {name: f"diverged: {reason}" for name, reason in given.diverged.items()},
+        not_evaluated=results.failed | {name: f"diverged: {reason}" for name, reason in prepared.diverged.items()},
     )
     tqdm.write(metrics_table(metrics))
-    tqdm.write(f"\n{footer(given.rows, given.model_name, metrics)}\nreport  {printable(str(report))}")
+    tqdm.write(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
     if config.export and features:
-        dataset = str(given.store.metadata.get("dataset") or "")
-        export_indexes(features, output / "neuronpedia", given.model_name, dataset)
+        dataset = str(prepared.store.metadata.get("dataset") or "")
+        export_indexes(features, output / "neuronpedia", prepared.model_name, dataset)
         tqdm.write(f"export  {printable(str(output / 'neuronpedia'))}")
-    for name, reason in (results.failed | given.diverged).items():
+    for name, reason in (results.failed | prepared.diverged).items():
         tqdm.write(f"{'failed' if name in results.failed else 'diverged in training'}  {name}: {reason}")
     results.finish()
     return metrics
@@ -90,6 +91,6 @@ def _write(results: Results) -> list[dict[str, Any]]:
     metrics = results.write()
     if not results.saes:
         name, reason = next(iter(results.failed.items()))
-        others = f", as {len(results.failed) - 1} others" if len(results.failed) > 1 else ""
-        raise SaeError(f"no SAE could be evaluated: '{name}'{others}: {reason}")
+        others = f" (and {len(results.failed) - 1} others failed)" if len(results.failed) > 1 else ""
+        raise SaeError(f"no SAE could be evaluated; '{name}': {reason}{others}")
     return metrics

@@ -1,4 +1,4 @@
-"""Give an SAE the interface that SAEBench (arXiv 2503.09532) asks of custom SAEs.
+"""Adapt an SAE to the interface that SAEBench (arXiv 2503.09532) expects of custom SAEs.
 
     from sae_bench.evals.core.main import multiple_evals
     selected = [("topk-k32", saebench_sae("runs/demo/saes/topk-k32", "gpt2"))]
@@ -52,11 +52,11 @@ class SaeBenchConfig:
 
     @property
     def architecture_str(self) -> str:
-        """The architecture, by the name that the core evaluation of SAEBench 0.6 asks for."""
+        """The architecture, under the attribute name that the core evaluation of SAEBench 0.6 reads."""
         return self.architecture
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, which SAEBench writes beside its results."""
+        """Return the fields as a dictionary, which SAEBench writes beside its results."""
         return asdict(self)
 
 
@@ -89,11 +89,11 @@ class SaeBenchSae(nn.Module):
 
     @property
     def b_enc(self) -> Tensor:
-        """The encoder's bias; a gated SAE's is its gate's."""
+        """The encoder's bias; for a gated SAE, the gate's bias."""
         return self.sae.b_gate if self.sae.architecture == "gated" else self.sae.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents, in the type of the SAE."""
+        """Return the latents, in the SAE's data type."""
         return self.sae.encode(x.to(self.dtype))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
@@ -105,7 +105,7 @@ class SaeBenchSae(nn.Module):
         return self.decode(self.encode(x))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast, and keep `cfg` in step."""
+        """Move or cast the SAE, and update `cfg` to match."""
         super().to(*args, **kwargs)
         self.cfg.dtype = str(self.dtype).removeprefix("torch.")
         self.cfg.device = str(self.device)
@@ -113,7 +113,7 @@ class SaeBenchSae(nn.Module):
 
     @torch.no_grad()
     def check_decoder_norms(self) -> bool:
-        """Tell whether the decoder rows have unit norm, within what the data type can hold."""
+        """Return whether the decoder rows have unit norm, within the precision of the data type."""
         tolerance = 1e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-5
         return bool(((self.W_dec.norm(dim=1).float() - 1).abs() <= tolerance).all())
 
@@ -140,5 +140,5 @@ def _normalise_decoder(sae: Sae) -> None:
 
 
 def saebench_sae(path: str | Path, model_name: str, context_size: int | None = None) -> SaeBenchSae:
-    """Load an SAE folder for SAEBench; `model_name` is TransformerLens's name of the model."""
+    """Load an SAE folder for SAEBench; `model_name` is the model's name in TransformerLens."""
     return SaeBenchSae(Sae.load(path), model_name, context_size)

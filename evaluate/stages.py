@@ -1,4 +1,4 @@
-"""The stages of an evaluation. Each one adds its metrics of every SAE to the results."""
+"""The stages of an evaluation. Each one adds metrics for every SAE to the results."""
 
 from __future__ import annotations
 
@@ -32,59 +32,62 @@ from .with_model.splice_losses import accumulate_losses, per_hook_losses, run_na
 
 RESULTS_VERSION = 1
 """Increased whenever the same inputs give different results."""
-WITHOUT_EFFECT = ("store", "saes", "output", "cache", "cache_bytes", "feature_rows", "export", "allow_other_model")
-"""Settings that no result depends on; the store is identified by its checksums."""
-BAD_PREDICTIONS = "the model's predictions with it are NaN or infinite"
-NO_DIRECTIONS = "latents of different layers write to different numbers of targets: their directions are not compared"
+IGNORED_SETTINGS = ("store", "saes", "output", "cache", "cache_bytes", "feature_rows", "export", "allow_other_model")
+"""Settings that no result depends on. The store's checksums identify it, not its path."""
+BAD_PREDICTIONS = "with this SAE spliced in, the model's predictions are NaN or infinite"
+NO_DIRECTIONS = "decoder directions are not compared: latents of different layers write to different numbers of targets"
 FIRINGS = "firings"
 """Key of the digest of the firings in an SAE's `latents` file."""
 
 
-def result_digests(given: Prepared) -> dict[str, str]:
+def result_digests(prepared: Prepared) -> dict[str, str]:
     """Return, by SAE name, a digest of everything that its results depend on."""
-    settings = {key: value for key, value in msgspec.to_builtins(given.config).items() if key not in WITHOUT_EFFECT}
-    found = (given.rows.contexts, given.rows.usable, given.rows.group, given.rows.unmasked)
+    settings = {
+        key: value for key, value in msgspec.to_builtins(prepared.config).items() if key not in IGNORED_SETTINGS
+    }
+    found = (prepared.rows.contexts, prepared.rows.usable, prepared.rows.group, prepared.rows.unmasked)
     rows = [torch.from_numpy(values) for values in found if values is not None]
-    model = [] if given.model is None else list(given.model.state_dict().values())
+    model = [] if prepared.model is None else list(prepared.model.state_dict().values())
     facts = [
         RESULTS_VERSION,
         thresher_version(),
         settings,
-        given.device,
-        given.store.manifest.checksum,
-        given.model_name,
+        prepared.device,
+        prepared.store.manifest.checksum,
+        prepared.model_name,
     ]
     context = digest_of(facts, [*rows, *model])
     return {
-        sae.name: digest_of([context, sae.name, sae.hook_point, sae.target, sae_digest(sae.sae)]) for sae in given.saes
+        sae.name: digest_of([context, sae.name, sae.hook_point, sae.target, sae_digest(sae.sae)])
+        for sae in prepared.saes
     }
 
 
 @dataclass(frozen=True)
-class KeptLatents:
-    """The firings of an SAE's latents, read from the file of an interrupted evaluation."""
+class SavedLatents:
+    """The firings of an SAE's latents, read from the file that an interrupted evaluation wrote."""
 
     firings: Int64[np.ndarray, " d_sae"]
 
 
-def judge_offline(given: Prepared, results: Results) -> dict[str, Fired]:
+def evaluate_offline(prepared: Prepared, results: Results) -> dict[str, Fired]:
     """Compute the offline metrics in one pass over the held-out rows; return every SAE's latent firings by name."""
-    config = given.config
+    config = prepared.config
     fired: dict[str, Fired] = {}
     for sae in results.saes:
-        if (kept := _kept_latents(results, sae)) is not None:
-            fired[sae.name] = kept
-    waiting = results.waiting("offline", only=fired)
-    if not waiting:
+        if (saved := _saved_latents(results, sae)) is not None:
+            fired[sae.name] = saved
+    remaining = results.reuse_saved("offline", only=fired)
+    if not remaining:
         return fired
-    inputs, sums = accumulate(waiting, given.rows, config.block_rows, given.device)
-    for sae in waiting:
+    inputs, sums = accumulate(remaining, prepared.rows, config.block_rows, prepared.device)
+    for sae in remaining:
         reason = _not_finite(sae, inputs[sae.target], sums[sae.name])
         if reason is not None:
             results.fail(sae.name, reason)
             continue
         measured, intervals = offline_metrics(inputs[sae.target], sums[sae.name], config.bootstrap_samples, config.seed)
-        found: dict[str, Any] = provenance(given.rows, given.model_name) | measured
+        found: dict[str, Any] = provenance(prepared.rows, prepared.model_name) | measured
         latents = sums[sae.name].latents
         found |= per_hook_metrics(sae.sae, inputs, sums[sae.name].by_hook_point, latents.firings)
         found["confidence_95"] = {name: list(bounds) for name, bounds in intervals.items()}
@@ -95,23 +98,23 @@ def judge_offline(given: Prepared, results: Results) -> dict[str, Fired]:
             columns, summary = geometry(sae.sae, latents.firings, config.n_neighbours)
             found |= summary
         fired[sae.name] = latents
-        results.note(sae.name, FIRINGS, _firings_digest(latents.firings))
+        results.save_value(sae.name, FIRINGS, _firings_digest(latents.firings))
         write_latents(results.output, results.files[sae.name], latents, columns | norm_share_columns(sae))
         results.add("offline", sae.name, found)
     return fired
 
 
-def _kept_latents(results: Results, sae: EvaluatedSae) -> KeptLatents | None:
+def _saved_latents(results: Results, sae: EvaluatedSae) -> SavedLatents | None:
     """Return the firings that an interrupted evaluation wrote for an SAE; None if they are missing or changed."""
-    noted = results.noted(sae.name, FIRINGS)
-    if noted is None:
+    digest = results.saved_value(sae.name, FIRINGS)
+    if digest is None:
         return None
     try:
         table = pq.read_table(latents_path(results.output, results.files[sae.name]), columns=["firings"])
     except (OSError, ValueError):  # includes Arrow's errors
         return None
     firings = table["firings"].to_numpy()
-    return KeptLatents(firings) if _firings_digest(firings) == noted else None
+    return SavedLatents(firings) if _firings_digest(firings) == digest else None
 
 
 def _firings_digest(firings: np.ndarray) -> str:
@@ -127,20 +130,20 @@ def _not_finite(sae: EvaluatedSae, inputs: InputSums, sums: SaeSums) -> str | No
     return None
 
 
-def judge_in_model(given: Prepared, results: Results) -> None:
+def evaluate_in_model(prepared: Prepared, results: Results) -> None:
     """Run the model with every SAE spliced in and compute the losses.
 
     Raises:
         NonFiniteError: the model's own predictions are not finite.
     """
-    if given.model is None:
+    if prepared.model is None:
         return
-    config, waiting = given.config, results.waiting("model")
-    if not waiting:
+    config, remaining = prepared.config, results.reuse_saved("model")
+    if not remaining:
         return
-    part = given.rows.subset(config.model_rows)
-    losses = accumulate_losses(given.model, given.hook_points, waiting, part, config.batch_size)
-    for sae in waiting:
+    part = prepared.rows.subset(config.model_rows)
+    losses = accumulate_losses(prepared.model, prepared.hook_points, remaining, part, config.batch_size)
+    for sae in remaining:
         targets = sae.spliced_at
         if not targets:
             results.add("model", sae.name, {})
@@ -148,8 +151,8 @@ def judge_in_model(given: Prepared, results: Results) -> None:
         first = losses[run_name(sae, targets[0])]
         if not np.isfinite(first["ce_clean"]).all():
             raise NonFiniteError(
-                f"the predictions of '{given.model_name}' on the stored tokens are NaN or infinite; its data type is "
-                f'{given.model.dtype}: try model_dtype = "float32"'
+                f"the predictions of '{prepared.model_name}' on the stored tokens are NaN or infinite with data type "
+                f'{prepared.model.dtype}; try model_dtype = "float32"'
             )
         found: dict[str, Any] = {"n_model_tokens": int(first["n_kl"].sum()), "n_predictions": int(first["n_ce"].sum())}
         found |= per_hook_losses(sae, losses)
@@ -164,28 +167,30 @@ def judge_in_model(given: Prepared, results: Results) -> None:
             results.fail(sae.name, BAD_PREDICTIONS)
 
 
-def probe(given: Prepared, results: Results) -> None:
-    """Probe every SAE's latents for the next token; does nothing without probe tasks."""
-    if not given.tasks:
+def probe(prepared: Prepared, results: Results) -> None:
+    """Run k-sparse probing on every SAE; without probe tasks, do nothing."""
+    if not prepared.tasks:
         return
-    waiting = results.waiting("probes")
-    if waiting:
-        found = sparse_probing(waiting, given.rows.subset(given.config.model_rows), given.config, given.tasks)
+    remaining = results.reuse_saved("probes")
+    if remaining:
+        found = sparse_probing(
+            remaining, prepared.rows.subset(prepared.config.model_rows), prepared.config, prepared.tasks
+        )
         for name, values in found.items():
             results.add("probes", name, values)
 
 
-def index_features(given: Prepared, results: Results) -> dict[str, FeatureIndex] | None:
-    """Build the feature index of every SAE; None if it is switched off or the store holds no tokens."""
-    if not given.has_features:
+def index_features(prepared: Prepared, results: Results) -> dict[str, FeatureIndex] | None:
+    """Build the feature index of every SAE; return None if it is switched off or the store contains no tokens."""
+    if not prepared.has_features:
         return None
-    settings = FeatureSettings(max_rows=given.config.feature_rows)
+    settings = FeatureSettings(max_rows=prepared.config.feature_rows)
     return build_feature_index(
-        given.store,
+        prepared.store,
         results.saes,
         results.output / "features",
-        model=given.model,
-        tokenizer=given.tokenizer,
+        model=prepared.model,
+        tokenizer=prepared.tokenizer,
         settings=settings,
         on_failure=results.fail,
     )

@@ -19,8 +19,8 @@ from .reconstruction import InputSums, ReconstructionSums, reconstruction_metric
 WRITES = 0.1
 """A latent writes to a hook point if its decoder norm there is at least this share of its largest one."""
 NOT_BY_LAYER = (
-    "the k largest latents of all layers cannot be chosen before the later layers have run, so the model cannot run "
-    'with them; train with select_over = "layer", or batch_topk'
+    "not spliced into the model: its k largest latents of all layers are only known after the last layer has run; "
+    'train with select_over = "layer" or batch_topk for these metrics'
 )
 NO_MODEL_METRICS = "a crosscoder reconstructs several hook points: `per_hook` has the losses at each"
 

@@ -79,10 +79,10 @@ def compare_directions(
     """Compare two dictionaries by their live latents' directions; if the widths differ, `b` is the wider one.
 
     - `mean_max_cosine_ab` and `_ba`: the mean over one dictionary's latents of the largest cosine in the other (MMCS).
-    - `shared`: the fraction of `a` that is paired with a latent of `b`, each the other's nearest, at `match` or above.
-    - `children_per_parent`, `split_parents`: each latent of `b` belongs to its nearest latent of `a`, if at `match` or
-      above; the mean number of children of the parents that have any, and the fraction of `a` with two or more.
-    - `novel`: the fraction of `b` that belongs to no latent of `a`.
+    - `shared`: the fraction of `a` with a mutual nearest neighbour in `b` at a cosine of at least `match`.
+    - `children_per_parent`, `split_parents`: a latent of `b` is a child of its nearest latent of `a` if their cosine is
+      at least `match`. The mean number of children of parents that have any; the fraction of `a` with two or more.
+    - `novel`: the fraction of `b` that is a child of no latent of `a`.
     """
     if not len(a) or not len(b):
         return {"n_a": len(a), "n_b": len(b)}

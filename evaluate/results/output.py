@@ -1,4 +1,4 @@
-"""Write the results, each file whole or not at all."""
+"""Write the result files, each one atomically."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return a value, or what is in a list or table, with None for NaN and infinity, which JSON cannot hold."""
+    """Replace NaN and infinity, which JSON cannot represent, with None, also in nested lists and mappings."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -45,7 +45,7 @@ def _with_all_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def latents_path(output: Path, file_name: str) -> Path:
-    """Return where an SAE's latents are written."""
+    """Return the path of an SAE's `latents` file."""
     return output / "latents" / f"{file_name}.parquet"
 
 
@@ -55,9 +55,9 @@ def write_latents(output: Path, file_name: str, sums: LatentSums, columns: Mappi
 
 
 def latent_table(sums: LatentSums, geometry: Mapping[str, np.ndarray]) -> pa.Table:
-    """Return one row per latent: how often and how strongly it fires, and where its directions point.
+    """Return a table with one row per latent: its firing statistics and the columns of `geometry`.
 
-    A column of `geometry` that has several values per latent becomes a list column.
+    A column of `geometry` with several values per latent becomes a list column.
     """
     columns = {
         "latent": range(len(sums.firings)),
@@ -79,7 +79,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def loss_curve(sae_folder: Path) -> list[dict[str, Any]]:
-    """Read the `metrics.jsonl` that training left beside an SAE, as far as it is whole; empty where there is none."""
+    """Read the `metrics.jsonl` that training wrote beside an SAE, without damaged lines; empty if it does not exist."""
     try:
         lines = (sae_folder / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
@@ -89,7 +89,7 @@ def loss_curve(sae_folder: Path) -> list[dict[str, Any]]:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """Return a logged line; None for one that is cut off or damaged."""
+    """Parse a logged line; return None if it is cut off or damaged."""
     try:
         line = json.loads(text)
     except ValueError:

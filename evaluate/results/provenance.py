@@ -1,4 +1,4 @@
-"""Say what was evaluated, on what, and what was left out."""
+"""Describe what was evaluated, on which data, and which rows were excluded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CE_MASK = "cross-entropy of the next token where neither it nor the token before
 
 
 def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
-    """Return what was evaluated, on what, and what was left out: the same for every SAE."""
+    """Return the facts that all SAEs share: the data, the model, and which rows were excluded."""
     return {
         "n_rows": rows.n_rows,
         "n_contexts": len(rows.contexts),
@@ -32,21 +32,21 @@ def provenance(rows: HeldOut, model: str | None) -> dict[str, Any]:
 
 
 def logit_effects_note(features: Mapping[str, FeatureIndex] | None) -> dict[str, str]:
-    """Return what the indexes say their logit effects go through, or why they have none."""
+    """Return the indexes' notes on their logit effects: the path to the logits, or why there are none."""
     notes = dict.fromkeys(str(index.metadata.get("logit_effects")) for index in (features or {}).values())
     return {"logit_effects": "; ".join(notes)} if notes else {}
 
 
 def report_title(rows: HeldOut, model: str | None) -> str:
-    """Return the report's title: what the sweep was trained on, as far as the store says."""
+    """Return the report's title, with the model and dataset if they are known."""
     name = model or rows.store.metadata.get("model")
     dataset = rows.store.metadata.get("dataset")
-    of = f" of {Path(str(name)).name}" if name else ""
-    return f"Sparse autoencoders{of}" + (f" on {Path(str(dataset)).name}" if dataset else "")
+    of_model = f" of {Path(str(name)).name}" if name else ""
+    return f"Sparse autoencoders{of_model}" + (f" on {Path(str(dataset)).name}" if dataset else "")
 
 
 def mask_description(store: ActivationStore) -> str:
-    """Say which rows are left out of every metric."""
+    """Describe which rows the metrics are computed on."""
     masked = list(store.mask_token_ids)
     rows = "every held-out row"
     if store.used_roles is not None:
@@ -59,7 +59,7 @@ def mask_description(store: ActivationStore) -> str:
 
 
 def footer(rows: HeldOut, model: str | None, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Return the lines under the table: on what the figures rest."""
+    """Return the lines below the table, which say what data the metrics were computed on."""
     lines = [
         f"offline  {rows.n_rows:,} rows of {rows.n_documents:,} held-out documents; {mask_description(rows.store)}"
     ]

@@ -1,4 +1,4 @@
-"""The rows of metrics.json as they grow: written after every stage, and kept so that a restart need not repeat them."""
+"""The rows of metrics.json, written after every stage so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROGRESS_NAME = ".progress.json"
 
 
 class Results:
-    """One row per SAE, in order, and the reasons of those that failed.
+    """One row per SAE, in order; the rows of SAEs that failed hold the reason.
 
-    `digests` gives, by SAE, a digest of everything that its results depend on. What a stage found is kept under it in
-    the output folder until `finish`, so that an evaluation that is interrupted and started again need not repeat it.
+    `digests` holds, by SAE name, a digest of everything that its results depend on. The results of each stage are saved
+    under that digest in the output folder until `finish`, and an evaluation that resumes reuses them.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Results:
         self._saes = list(saes)
         self._digests = digests
         self._path = output / PROGRESS_NAME
-        self._kept: dict[str, dict[str, Any]] = {
+        self._saved: dict[str, dict[str, Any]] = {
             digest: stages for digest, stages in _read(self._path).items() if digest in digests.values()
         }
         for name, reason in failed.items():
@@ -48,43 +48,45 @@ class Results:
 
     @property
     def failed(self) -> dict[str, str]:
-        """The reasons of the SAEs that failed."""
+        """Why each SAE that failed did so, by name."""
         return {name: row["error"] for name, row in self.rows.items() if row.get("error")}
 
     def fail(self, name: str, reason: str) -> None:
-        """Note that an SAE failed and why; what it has so far stays."""
+        """Record why an SAE failed; keep the results that it has so far."""
         self.rows[name]["error"] = printable(reason)
         tqdm.write(f"failed  {name}: {printable(reason)}")
 
-    def note(self, name: str, key: str, value: str) -> None:
-        """Keep a value of an SAE for a restart, beside its results."""
-        self._kept.setdefault(self._digests[name], {})[key] = value
+    def save_value(self, name: str, key: str, value: str) -> None:
+        """Save a value beside an SAE's results, for an evaluation that resumes."""
+        self._saved.setdefault(self._digests[name], {})[key] = value
 
-    def noted(self, name: str, key: str) -> str | None:
-        """Return a value that an interrupted evaluation kept of an SAE."""
-        return self._kept.get(self._digests[name], {}).get(key)
+    def saved_value(self, name: str, key: str) -> str | None:
+        """Return a value that an interrupted evaluation saved for an SAE, or None."""
+        return self._saved.get(self._digests[name], {}).get(key)
 
-    def waiting(self, stage: str, only: Container[str] | None = None) -> list[EvaluatedSae]:
-        """Take over what is kept of a stage, and return the SAEs that still have to go through it.
+    def reuse_saved(self, stage: str, only: Container[str] | None = None) -> list[EvaluatedSae]:
+        """Reuse the saved results of a stage, and return the SAEs that still have to go through it.
 
-        With `only`, what is kept of other SAEs than those named is not used.
+        With `only`, reuse the results of these SAEs only.
         """
-        waiting, n_kept = [], 0
+        remaining, n_reused = [], 0
         for sae in self.saes:
-            kept = self._kept.get(self._digests[sae.name], {}).get(stage)
-            if kept is None or (only is not None and sae.name not in only):
-                waiting.append(sae)
+            saved = self._saved.get(self._digests[sae.name], {}).get(stage)
+            if saved is None or (only is not None and sae.name not in only):
+                remaining.append(sae)
             else:
-                self._merge(sae.name, kept)
-                n_kept += 1
-        if n_kept:
-            tqdm.write(f"kept    {stage} results of {n_kept} SAE{'s' * (n_kept != 1)} from an interrupted evaluation")
-        return waiting
+                self._merge(sae.name, saved)
+                n_reused += 1
+        if n_reused:
+            tqdm.write(
+                f"reused  {stage} results of {n_reused} SAE{'s' * (n_reused != 1)} from an interrupted evaluation"
+            )
+        return remaining
 
     def add(self, stage: str, name: str, values: Mapping[str, Any]) -> None:
-        """Add what a stage found of an SAE to its row."""
+        """Add the values that a stage computed for an SAE to its row."""
         plain = finite(dict(values))
-        self._kept.setdefault(self._digests[name], {})[stage] = plain
+        self._saved.setdefault(self._digests[name], {})[stage] = plain
         self._merge(name, plain)
 
     def _merge(self, name: str, values: Mapping[str, Any]) -> None:
@@ -98,14 +100,14 @@ class Results:
             row["per_hook"] = [per_hook[part["hook_point"]] | part for part in row["per_hook"]]
 
     def write(self) -> list[dict[str, Any]]:
-        """Write metrics.json and metrics.parquet as they are now, and what a restart can use; return the rows."""
+        """Write metrics.json, metrics.parquet and the saved progress; return the rows."""
         rows = list(self.rows.values())
         write_metrics(self.output, rows)
-        write_file(self._path, json.dumps(self._kept).encode())
+        write_file(self._path, json.dumps(self._saved).encode())
         return rows
 
     def remove_stale(self) -> None:
-        """Remove what earlier evaluations wrote of SAEs that now have no results."""
+        """Remove files that earlier evaluations wrote for SAEs that now have no results."""
         for name in self.failed:
             if "explained_variance" not in self.rows[name]:
                 file = self.files[name]
@@ -116,15 +118,15 @@ class Results:
                     shutil.rmtree(self.output / "neuronpedia" / file, ignore_errors=True)
 
     def finish(self) -> None:
-        """Remove what was kept for a restart."""
+        """Remove the saved progress."""
         with writing(self._path):
             self._path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what an interrupted evaluation kept; nothing if it cannot be read."""
+    """Return the progress of an interrupted evaluation; empty if it cannot be read."""
     try:
-        kept = json.loads(path.read_bytes())
+        saved = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return saved if isinstance(saved, dict) else {}

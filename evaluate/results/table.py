@@ -11,9 +11,9 @@ Row = Mapping[str, Any]
 
 
 def metrics_table(metrics: Sequence[Row]) -> str:
-    """Return the table of the rows of `metrics.json`; a dash stands for what was not measured.
+    """Return the rows of `metrics.json` as a table, with a dash for values that were not measured.
 
-    An SAE that could not be read has no line.
+    SAEs that could not be read are left out.
     """
     metrics = [row for row in metrics if row.get("hook_point")]
     header = ["SAE", "d_sae", "k or λ", "expl. var", "± 95%", "L0", "dead", "CE score", "KL score"]
@@ -55,23 +55,23 @@ def _sparsity(row: Row) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Align the name to the left and the figures to the right."""
+    """Return a line with the name aligned to the left and the numbers to the right."""
     first = shorten(cells[0], widths[0]).ljust(widths[0])
     return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
 
 
 def number(value: float | None, decimals: int) -> str:
-    """Return a number with so many decimals, or a dash."""
+    """Format a number with a fixed number of decimals; None gives a dash."""
     return "-" if value is None else f"{value:,.{decimals}f}"
 
 
 def percent(value: float | None) -> str:
-    """Return a fraction as a percentage, or a dash."""
+    """Format a fraction as a percentage; None gives a dash."""
     return "-" if value is None else f"{value:.1%}"
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut the middle out of a text that is wider than `width`."""
+    """Replace the middle of a text that is wider than `width` with an ellipsis."""
     if len(text) <= width:
         return text
     tail = (width - 1) // 2

@@ -1,1 +1,1 @@
-"""The SAEs that are judged: where they lie, their names, digests and origin."""
+"""The SAEs under evaluation: their folders, names, digests and origin."""

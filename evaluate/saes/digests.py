@@ -1,4 +1,4 @@
-"""Digests of all that results depend on, so that nothing made of other weights, settings or data is taken for them."""
+"""Digests of everything that results depend on, so that results of other weights, settings or data are not reused."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def digest_of(facts: Any, tensors: Iterable[Tensor] = ()) -> str:
 
 
 def sae_digest(sae: Sae) -> str:
-    """Return a digest of an SAE: its weights, and what else its latents and reconstructions depend on."""
+    """Return a digest of an SAE's weights and of the other facts that its latents and reconstructions depend on."""
     named = sorted(sae.named_parameters())
     facts = [sae.architecture, sae.config, sae.apply_b_dec_to_input, [name for name, _ in named]]
     return digest_of(facts, (value for _, value in named))
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
-    """Return a digest of a tokenizer: its name, its vocabulary and, where it has one, its whole description."""
+    """Return a digest of a tokenizer: its name, its vocabulary and, for a fast tokenizer, its full description."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -41,5 +41,5 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int] | None:
-    """Return the tokens of a tokenizer and their ids; None where it does not list them."""
+    """Return the tokens of a tokenizer and their ids, or None if it does not list them."""
     return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None

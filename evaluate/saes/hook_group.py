@@ -1,6 +1,7 @@
-"""Groups of hook points: a crosscoder's rows are those of several hook points, side by side.
+"""Groups of hook points: a crosscoder's rows are the rows of several hook points, concatenated.
 
-A group has one name, such as `blocks.1.resid_post + blocks.2.resid_post`. A group of one has its hook point's name.
+A group has one name, such as `blocks.1.resid_post + blocks.2.resid_post`. The name of a group of one is its hook
+point's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def members(group: str) -> list[str]:
 
 
 def concatenate(activations: Mapping[str, Float[Tensor, "*batch d"]], group: str) -> Float[Tensor, "*batch d_in"]:
-    """Return the rows of a group's hook points side by side; a group of one returns its rows without a copy."""
+    """Concatenate the rows of a group's hook points; the rows of a group of one are not copied."""
     parts = [activations[hook_point] for hook_point in members(group)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

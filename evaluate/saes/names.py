@@ -1,4 +1,4 @@
-"""Names of SAEs as text that every file and terminal can hold, and the names of their files."""
+"""Printable names of SAEs, and the names of their files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 LONGEST = 180
-"""Bytes of a file's name, which leaves room for the endings and temporary names that come with it."""
+"""Largest length of a file name in bytes; it leaves room for suffixes and for the names of temporary files."""
 
 
 def printable(name: str) -> str:
-    r"""Return a name with whatever is not UTF-8 or cannot be printed as an escape such as `\xff`, and `\` as `\\`.
+    r"""Return a name with bytes that are not UTF-8 and unprintable characters escaped, as `\xff`, and `\` as `\\`.
 
     Different names stay different.
     """
@@ -20,10 +20,10 @@ def printable(name: str) -> str:
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
-    """Return a file name for each name, without an ending, no two alike.
+    """Return a unique file name, without a suffix, for each name.
 
-    A `/` becomes `_`. Names that would then be the same file (also where case makes no difference), and names that
-    are too long for one, get a digest of the whole name at their end.
+    A `/` becomes `_`. Names that would then collide, even on a case-insensitive file system, and names that are too
+    long are given a digest of the full name at their end.
     """
     plain = {name: name.replace("/", "_") for name in names}
     times = Counter(file.casefold() for file in plain.values())

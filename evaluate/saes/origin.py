@@ -1,4 +1,4 @@
-"""Compare what an SAE says it was trained on with the store: another model is refused, other differences are noted."""
+"""Compare an SAE's recorded training data with the store: another model is an error, other differences are noted."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .sae_folders import EvaluatedSae
 Relation = Literal["same", "perhaps", "other"]
 
 CONTENT = "model_content"
-"""Key of an SAE's metadata for what identifies the files of its model, as a store's harvest records them."""
+"""Key of an SAE's metadata for the identity of its model's files, as recorded in the store by the harvest."""
 
 TRANSFORMER_LENS = {"gpt2small": "gpt2"}
-"""TransformerLens's names of models that are not their own at Hugging Face, without punctuation."""
+"""TransformerLens's names of models that differ from their Hugging Face names, both without punctuation."""
 
 
 def model_relation(a: str, b: str) -> Relation:
-    """Say whether two names of models can be the same model's.
+    """Return whether two names refer to the same model.
 
-    `gpt2`, `openai-community/gpt2` and a folder `/models/gpt2` are the same. A folder may hold any model, and a name
-    that begins like another may be short for it, or a fine-tuned model of it. Two other names are two models.
+    `gpt2`, `openai-community/gpt2` and the folder `/models/gpt2` are the same. A folder may contain any model, and a
+    name that contains another may be an abbreviation of it or a fine-tuned version; these are "perhaps" the same. Any
+    other two names are different models.
     """
     short = [re.sub(r"[^a-z0-9]", "", Path(name).name.lower()) for name in (a, b)]
     short = [TRANSFORMER_LENS.get(name, name) for name in short]
@@ -43,10 +44,10 @@ def _is_folder(name: str) -> bool:
 def compare_origins(
     saes: Sequence[EvaluatedSae], store: ActivationStore, allow_other_model: bool = False
 ) -> dict[str, list[str]]:
-    """Return, by SAE, what sets its training apart from the store: another data set, context size, or perhaps model.
+    """Return, by SAE name, how its training differs from the store: in dataset, context size, roles or model.
 
     Raises:
-        SaeError: an SAE was trained on another model than the store's, and `allow_other_model` is false.
+        SaeError: an SAE was trained on a different model than the store's, and `allow_other_model` is false.
     """
     notes = {sae.name: _differences(sae.sae.config | sae.sae.metadata, store) for sae in saes}
     for sae in saes:
@@ -60,10 +61,10 @@ def compare_origins(
     return {name: found for name, found in notes.items() if found}
 
 
-def _compare_models(said: Mapping[str, Any], store: ActivationStore) -> tuple[Relation, str]:
-    """Return how the SAE's model and the store's relate, and the difference in words if there may be one."""
-    trained, stored = said.get("model_name"), store.metadata.get("model")
-    contents = said.get(CONTENT), stored_model_content(store.metadata)
+def _compare_models(recorded: Mapping[str, Any], store: ActivationStore) -> tuple[Relation, str]:
+    """Return how the SAE's model and the store's relate, and a description of the difference, if any."""
+    trained, stored = recorded.get("model_name"), store.metadata.get("model")
+    contents = recorded.get(CONTENT), stored_model_content(store.metadata)
     if all(isinstance(content, str) and "blake2b" in content for content in contents):
         if contents[0] == contents[1]:
             return "same", ""
@@ -77,16 +78,16 @@ def _compare_models(said: Mapping[str, Any], store: ActivationStore) -> tuple[Re
     return relation, f"was trained on '{trained}', {other} than the store's '{stored}'"
 
 
-def _differences(said: Mapping[str, Any], store: ActivationStore) -> list[str]:
-    """Return, in words, in what else an SAE's training differs from the store."""
+def _differences(recorded: Mapping[str, Any], store: ActivationStore) -> list[str]:
+    """Describe the other differences between an SAE's training and the store."""
     found = []
-    trained, stored = said.get("dataset_path"), store.metadata.get("dataset")
+    trained, stored = recorded.get("dataset_path"), store.metadata.get("dataset")
     if trained and stored and Path(str(trained)).name.lower() != Path(str(stored)).name.lower():
-        found.append(f"was trained on text of '{trained}', and the store holds '{stored}'")
-    size = said.get("context_size")
+        found.append(f"was trained on text of '{trained}', and the store contains '{stored}'")
+    size = recorded.get("context_size")
     if isinstance(size, int) and size != store.context_size:
         found.append(f"was trained on contexts of {size:,} tokens, and the store's have {store.context_size:,}")
-    roles, used = said.get("roles"), store.used_roles
+    roles, used = recorded.get("roles"), store.used_roles
     if store.has_roles and (list(roles) if isinstance(roles, list) else None) != (list(used) if used else None):
         rows = "rows of every role" if not isinstance(roles, list) else f"rows of role {' or '.join(map(str, roles))}"
         found.append(f"was trained on {rows}, and is evaluated on {' or '.join(used or ['every role'])}")
@@ -94,7 +95,7 @@ def _differences(said: Mapping[str, Any], store: ActivationStore) -> list[str]:
 
 
 def note_lines(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return one line per difference, with the SAEs of which it is true."""
+    """Return one line per difference, with the SAEs that it applies to."""
     by_difference: dict[str, list[str]] = {}
     for name, found in notes.items():
         for difference in found:

@@ -30,8 +30,8 @@ DIVERGED_NAME = "diverged.json"
 class EvaluatedSae:
     """An SAE under evaluation, its name in the results, and the hook points that it reads and reconstructs.
 
-    A crosscoder's `hook_point` and `target` are the name of its group of hook points (`hook_group`). A cross-layer
-    transcoder's are the names of the group that it reads and of the group that it writes.
+    For a crosscoder, `hook_point` and `target` are both the name of its group of hook points (see `hook_group`). For a
+    cross-layer transcoder, they are the names of the groups that it reads and writes.
     """
 
     name: str
@@ -47,9 +47,9 @@ class EvaluatedSae:
 
     @property
     def spliced_at(self) -> list[str]:
-        """The hook points where it is spliced in, each in a run of its own.
+        """The hook points where the SAE is spliced in, each in a separate run.
 
-        A cross-layer transcoder is spliced in at all of its group in one run, or in none where its latents cannot be
+        A cross-layer transcoder is spliced in at its whole group in one run, or not at all if its latents cannot be
         chosen layer by layer.
         """
         if isinstance(self.sae, CrossLayerTranscoder):
@@ -129,7 +129,7 @@ def unique_names(folders: list[Path]) -> list[str]:
 
 
 def diverged_saes(saes: str | list[str]) -> dict[str, str]:
-    """Return, by name, why SAEs of a sweep diverged and have no weights."""
+    """Return, by name, why the SAEs without weights diverged."""
     reasons = {}
     for path in map(Path, [saes] if isinstance(saes, str) else saes):
         for note in sorted(path.glob(f"*/{DIVERGED_NAME}")):
@@ -139,7 +139,7 @@ def diverged_saes(saes: str | list[str]) -> dict[str, str]:
 
 
 def divergence_notes(saes: list[EvaluatedSae]) -> dict[str, str]:
-    """Return, by name, a note on each SAE that diverged in a later run and still has its earlier weights."""
+    """Return, by name, a note on each SAE that diverged in a later run but still has its earlier weights."""
     notes = {sae.name: sae.path / DIVERGED_NAME for sae in saes}
     return {
         name: f"diverged when training continued ({_reason_in(note)}); these are its earlier weights"
@@ -211,7 +211,7 @@ def load_saes(
 
 
 def _target(sae: Sae) -> str:
-    """Return the name of what an SAE reconstructs, a hook point or a group."""
+    """Return the name of the hook point or group that an SAE reconstructs."""
     if sae.wiring_kind in ("crosscoder", "cross_layer"):
         return group_name(map(canonical_hook_point, sae.writes))
     return sae.target_hook_point

@@ -1,8 +1,8 @@
 """Run the model with a cross-layer transcoder in place of all its MLPs at once: its replacement model.
 
-As in "Circuit Tracing" (Anthropic, March 2025): on reaching what a layer reads, that layer's latents are computed from
-the activations of the changed model; on reaching what it writes, the output is overwritten by the sum of what the
-latents of that and of all earlier layers write there.
+As in "Circuit Tracing" (Anthropic, March 2025): when the forward pass reaches the hook point that a layer reads, that
+layer's latents are computed from the modified model's activations. When it reaches the hook point that the layer
+writes, the output is replaced by the sum of what the latents of this and all earlier layers write there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Activation = Float[Tensor, "batch context d"]
 
 
 class _Written:
-    """What latents have written so far in a forward pass, by target, at the usable positions."""
+    """The sums of what latents have written so far in a forward pass, by target, at the usable positions."""
 
     def __init__(self, sae: CrossLayerTranscoder, usable: Bool[Tensor, "batch context"]):
         self.sae, self.usable = sae, usable
@@ -33,7 +33,7 @@ class _Written:
         self.totals: dict[int, Tensor] = {}
 
     def read(self, layer: int, activation: Activation) -> None:
-        """Compute a layer's latents and add what they write to each target from their own on."""
+        """Compute a layer's latents and add what they write to this and each later layer's target."""
         if layer == 0:
             self.layers_done, self.totals = 0, {}
         if layer != self.layers_done:
@@ -50,7 +50,7 @@ class _Written:
         self.layers_done = layer + 1
 
     def write(self, target: int, activation: Activation) -> Activation:
-        """Return the activation with what was written to it at the usable positions."""
+        """Return the activation, with the usable positions replaced by what the latents wrote to this target."""
         if self.layers_done != target + 1:
             raise self._out_of_order(self.sae.writes[target])
         replaced = activation.clone()
@@ -61,7 +61,7 @@ class _Written:
     def _out_of_order(self, name: str) -> HookPointError:
         return HookPointError(
             f"the forward pass reached '{name}' after {self.layers_done} of the transcoder's layers had been read; "
-            "expected its `reads` and `writes` to be in the order of the model's layers, each read before it is written"
+            "expected `reads` and `writes` in the order of the model's layers, each layer read before it is written"
         )
 
 
@@ -72,7 +72,7 @@ def replacing_all(
     sae: CrossLayerTranscoder,
     usable: Bool[Tensor, "batch context"],
 ) -> Iterator[None]:
-    """Within this context, forward passes use the transcoder's estimates at every usable position of all its targets.
+    """Within this context, replace all the transcoder's targets by its estimates at every usable position.
 
     Raises:
         HookPointError: the transcoder's layers are not in the order in which the model runs them.

@@ -1,9 +1,10 @@
 """Losses of the model when an SAE's reconstruction replaces the activation.
 
-Cross-entropy and KL divergence from the clean model, compared with ablation: the activation set to zero, and to its
-mean over the training rows. Masked positions keep their activation when an SAE is spliced in (ablation replaces them
-too), and no loss is counted at them. Cross-entropy leaves out predictions of a masked token, such as the BOS that
-packing puts before the next document. SAELens counts those, and so do the sums named `ce_saelens`.
+The losses are the cross-entropy and the KL divergence from the clean model. They are compared with ablation, where the
+activation is set to zero or to its mean over the training rows. When an SAE is spliced in, masked positions keep their
+activation; ablation replaces them too. No loss is counted at masked positions. The cross-entropy also excludes
+predictions of a masked token, such as the BOS that packing puts before the next document. SAELens includes those, and
+so do the sums named `ce_saelens`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from .cross_layer_splice import replacing_all
 
 Activation = Float[Tensor, "batch context d"]
 VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Log-probabilities held at a time. On a CPU 8 MiB in float32, which fits its caches."""
+"""Log-probabilities held at a time. On a CPU this is 8 MiB in float32, which fits in its caches."""
 
 LOSSES = {"ce": "ce", "ce_saelens": "ce", "kl": "kl", "agree": "agree"}
-"""The sums kept for each run, and the loss that each one adds up. `counted` gives the positions of each."""
+"""The sums kept for each run, and the loss that each one adds up. `counted` returns the positions of each."""
 
 
 def counted(
@@ -164,8 +165,9 @@ def accumulate_losses(
     """Run the model on the stored tokens: clean, ablated once per target, and with each SAE.
 
     SAEs read the clean run's activations. A crosscoder is spliced in at each of its hook points in turn. A cross-layer
-    transcoder replaces all its targets in one run, in which each layer reads the activations of the changed model; what
-    it is compared with has all of them ablated. Returns the sums of the losses per document group, keyed by `run_name`.
+    transcoder replaces all its targets in one run, in which each layer reads the modified model's activations; it is
+    compared with a run that ablates all of them. Returns the sums of the losses per document group, keyed by
+    `run_name`.
     """
     device = str(next(model.parameters()).device)
     inputs = list(dict.fromkeys(name for sae in saes for name in members(sae.hook_point)))
@@ -248,7 +250,7 @@ def splice_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray
 
 
 def per_hook_losses(sae: EvaluatedSae, losses: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Return a crosscoder's losses with its reconstruction spliced in at one hook point at a time; else nothing."""
+    """Return a crosscoder's losses, with its reconstruction spliced in at one hook point at a time; otherwise {}."""
     targets = sae.spliced_at
     if len(targets) == 1:
         return {}

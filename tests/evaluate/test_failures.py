@@ -80,7 +80,8 @@ def test_where_every_sae_fails_the_evaluation_does(tiny, saes, tmp_path, capsys)
         change_weights(folder, "b_dec", lambda bias: bias.fill_(1e38))
     assert run(tiny, saes, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: no SAE could be evaluated: 'standard', as 2 others: its latents or")
+    assert error.startswith("error: no SAE could be evaluated; 'standard': its latents or")
+    assert error.strip().endswith("(and 2 others failed)")
     assert error.count("\n") == 1
     assert all(row["error"] for row in json.loads((tmp_path / "out" / "metrics.json").read_text()))
 
@@ -128,7 +129,7 @@ def test_predictions_that_are_not_finite_are_no_scores(tiny, saes, healthy, tmp_
     assert run(tiny, saes, tmp_path / "out") == 3  # what a restart takes over says that it failed, too
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
     assert rows["topk_k2"]["kl_sae"] is rows["topk_k2"]["ce_sae"] is None
-    assert rows["topk_k2"]["error"] == "the model's predictions with it are NaN or infinite"
+    assert rows["topk_k2"]["error"] == "with this SAE spliced in, the model's predictions are NaN or infinite"
     assert rows["topk_k2"]["explained_variance"] == healthy["topk_k2"]["explained_variance"]
     assert rows["topk_k10"]["ce_sae"] == healthy["topk_k10"]["ce_sae"]
 

@@ -194,8 +194,8 @@ def test_a_store_without_tokens_is_judged_without_what_needs_them(sweep, tmp_pat
     with ActivationStoreWriter(tmp_path / "store", dict.fromkeys(HOOKS, 16), 4, dtype="float32") as writer:
         writer.append(dict.fromkeys(HOOKS, rows), held_out=np.array([False, True, True, True]))
     arguments = ["--store", tmp_path / "store", "--saes", sweep, "--output", tmp_path / "out"]
-    assert "which export needs" in refusal(capsys, *arguments, "--export", "neuronpedia")
-    assert "which probe_tasks needs" in refusal(capsys, *arguments, "--probe_tasks", 2)
+    assert "export needs tokens" in refusal(capsys, *arguments, "--export", "neuronpedia")
+    assert "probe_tasks needs tokens" in refusal(capsys, *arguments, "--probe_tasks", 2)
     assert "set model = false" in refusal(capsys, *arguments, "--model", "gpt2")
     assert main([str(argument) for argument in arguments]) == 0
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())

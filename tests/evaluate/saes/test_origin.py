@@ -97,7 +97,7 @@ def test_other_differences_are_noted(judged, tmp_path):
     )
     assert code == 0
     notes = [
-        "was trained on text of 'org/c4', and the store holds 'org/pile'",
+        "was trained on text of 'org/c4', and the store contains 'org/pile'",
         "was trained on contexts of 1,024 tokens, and the store's have 12",
     ]
     assert all(f"note: SAE 'sae' {note}" in told.err for note in notes)
