@@ -27,6 +27,7 @@ FLOORS = [
     "shared/store/write",
     "shared/store/read",
     "shared/store",
+    "shared/exchange",
     "shared",
     "harvest/config.py",
     "harvest/documents",

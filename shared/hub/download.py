@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..core.disk import write_file
 from ..core.errors import HubError
 from .address import HubAddress
 from .errors import explained, is_unreachable
@@ -47,6 +48,7 @@ def download(address: HubAddress, choose: Callable[[list[HubFile], HubAddress], 
             raise
         return _cached(address, error)
     with explained(address):
+        _remember(address, commit)
         root = None
         for file in choose(files, address):
             path = _fetch(address, commit, file)
@@ -58,6 +60,17 @@ def download(address: HubAddress, choose: Callable[[list[HubFile], HubAddress], 
                 )
             )
     return root / address.path if address.path else root
+
+
+def _remember(address: HubAddress, commit: str) -> None:
+    """Note in the cache which commit a branch or tag is, as `huggingface_hub` does, so that it is found offline."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    revision = address.revision or constants.DEFAULT_REVISION
+    if revision != commit:
+        folder = repo_folder_name(repo_id=address.repository, repo_type=address.kind)
+        write_file(Path(constants.HF_HUB_CACHE) / folder / "refs" / revision, commit.encode())
 
 
 def _cached(address: HubAddress, error: HubError) -> Path:

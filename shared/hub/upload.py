@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..core.errors import HubError, one_line
 from .address import HubAddress
 from .errors import explained
 
@@ -30,13 +31,20 @@ def upload(
     with explained(address):
         api = HfApi()
         api.create_repo(address.repository, repo_type=address.kind, private=private or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=address.repository,
-            folder_path=folder,
-            path_in_repo=address.path or None,
-            repo_type=address.kind,
-            revision=address.revision or None,
-            commit_message=message,
-            allow_patterns=files,
-        )
+        try:
+            commit = api.upload_folder(
+                repo_id=address.repository,
+                folder_path=folder,
+                path_in_repo=address.path or None,
+                repo_type=address.kind,
+                revision=address.revision or None,
+                commit_message=message,
+                allow_patterns=files,
+            )
+        except RuntimeError as error:  # a large file's upload, with the reason as its cause
+            raise HubError(f"{one_line(error, 160)} ({one_line(_cause(error), 160)})") from None
     return str(commit.commit_url)
+
+
+def _cause(error: Exception) -> Exception:
+    return error.__cause__ if isinstance(error.__cause__, Exception) else error

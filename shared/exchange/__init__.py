@@ -1,0 +1,1 @@
+"""Show, convert, verify and share SAEs: `thresher sae`."""

@@ -1,0 +1,146 @@
+"""The actions of `thresher sae` and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from msgspec import Meta
+
+from ..core.config import Config, parse_arguments, to_config
+from ..core.errors import ConfigError, MissingFileError
+from ..core.paths import user_path
+from ..sae.formats import SaeFormat, walk_saes
+from ..sae.sources import locate_source
+
+FAULTS_FOUND = 1
+
+
+class SourceConfig(Config, frozen=True):
+    """Options of `info` and `verify`."""
+
+    source: Annotated[str, Meta(description="A folder, a file, hf://USER/REPO/path@revision or a release's name.")]
+
+
+class TargetConfig(SourceConfig, frozen=True):
+    """Options of `pull`."""
+
+    folder: Annotated[str, Meta(description="The folder to write, which must not be there yet.")]
+
+
+class ConvertConfig(TargetConfig, frozen=True):
+    """Options of `convert`."""
+
+    format: Annotated[str, Meta(description="The format to write.")]
+    approximate: Annotated[
+        bool,
+        Meta(description="Convert what the format cannot hold as it is, and state what is lost on rows of `store`."),
+    ] = False
+    store: Annotated[str | None, Meta(description="The store whose held-out rows the loss is measured on.")] = None
+    rows: Annotated[int, Meta(ge=1, description="How many rows to measure on.")] = 8192
+
+
+class PushConfig(SourceConfig, frozen=True):
+    """Options of `push`."""
+
+    repo: Annotated[str, Meta(description="The repository, USER/NAME; it is made if there is none.")]
+    evaluation: Annotated[
+        str | None, Meta(description="Output of `thresher evaluate`, for the card (default: beside the SAEs).")
+    ] = None
+    license: Annotated[str, Meta(description="Licence of the SAEs, by its name on the Hub.")] = "mit"
+    private: Annotated[bool, Meta(description="Make a private repository.")] = False
+    dry_run: Annotated[bool, Meta(description="Print the model card and the files, and upload nothing.")] = False
+
+
+C = TypeVar("C", bound=Config)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run `info`, `convert`, `verify`, `push` or `pull`."""
+    action, rest = arguments[0], arguments[1:]
+    actions = {"info": _info, "convert": _convert, "verify": _verify, "push": _push, "pull": _pull}
+    if action not in actions:
+        raise ConfigError(f"no action '{action}'; expected one of: {', '.join(actions)}")
+    return actions[action](rest)
+
+
+def _options(cls: type[C], arguments: list[str], action: str, *names: str) -> C:
+    """Return the configuration of an action, whose first arguments are the values of `names`."""
+    given = arguments[: len(names)]
+    if len(given) < len(names) or any(argument.startswith("-") for argument in given):
+        raise ConfigError(f"`thresher sae {action}` needs {' and '.join(names)} first; see thresher sae --help")
+    other, options = parse_arguments(cls, arguments[len(names) :])
+    if other is not None:
+        raise ConfigError(f"unexpected '{other}'; expected options, --key value")
+    values: dict[str, Any] = dict(zip(names, given, strict=True))
+    return to_config(cls, values | options, "command line")
+
+
+def found_saes(source: str) -> tuple[Path, list[tuple[SaeFormat, Path]]]:
+    """Return where a source is on this machine and the SAEs in it, after a line for each folder not recognised.
+
+    Raises:
+        MissingFileError: there is no SAE.
+    """
+    path = locate_source(source, several=True).path
+    found, notes = walk_saes(path)
+    for note in notes:
+        print(f"note: {note}")
+    if not found:
+        raise MissingFileError(f"no SAE in '{source}'; docs/formats.md lists the files of each format")
+    return path, found
+
+
+def _info(arguments: list[str]) -> int:
+    from .describe import describe
+
+    config = _options(SourceConfig, arguments, "info", "source")
+    root, found = found_saes(config.source)
+    print("\n\n".join("\n".join(describe(fmt, path, root)) for fmt, path in found))
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    from .verify import verify
+
+    config = _options(SourceConfig, arguments, "verify", "source")
+    root, found = found_saes(config.source)
+    n_faults = 0
+    for fmt, path in found:
+        fault = verify(fmt, path)
+        n_faults += fault is not None
+        name = path.relative_to(root) if path != root else path.name
+        print(f"fault  {name}: {fault}" if fault else f"ok     {name}  {fmt.name}")
+    print(f"{len(found)} SAEs, {n_faults} with faults")
+    return FAULTS_FOUND if n_faults else 0
+
+
+def _convert(arguments: list[str]) -> int:
+    from .convert import convert
+
+    config = _options(ConvertConfig, arguments, "convert", "source", "folder")
+    if config.approximate != (config.store is not None):
+        raise ConfigError("--approximate and --store go together: what is lost is measured on the store's rows")
+    root, found = found_saes(config.source)
+    for line in convert(found, root, user_path(config.folder), config.format, config.store, config.rows):
+        print(line)
+    return 0
+
+
+def _push(arguments: list[str]) -> int:
+    from .push import push
+
+    config = _options(PushConfig, arguments, "push", "source")
+    evaluation = user_path(config.evaluation) if config.evaluation else None
+    for line in push(user_path(config.source), config.repo, evaluation, config.license, config.private, config.dry_run):
+        print(line)
+    return 0
+
+
+def _pull(arguments: list[str]) -> int:
+    from .pull import pull
+
+    config = _options(TargetConfig, arguments, "pull", "source", "folder")
+    for line in pull(config.source, user_path(config.folder)):
+        print(line)
+    return 0
