@@ -18,7 +18,7 @@ from .report.write import write_report
 from .results.output import loss_curve, write_rows
 from .results.provenance import footer, logit_effects_note, provenance, report_title
 from .results.results import Results
-from .results.table import metrics_table
+from .results.table import metrics_table, published_lines
 from .saes.names import printable
 from .saes.origin import note_lines
 from .stages import evaluate_in_model, evaluate_offline, index_features, probe, result_digests
@@ -75,6 +75,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         not_evaluated=results.failed | {name: f"diverged: {reason}" for name, reason in prepared.diverged.items()},
     )
     tqdm.write(metrics_table(metrics))
+    for line in published_lines(metrics):
+        tqdm.write(line)
     tqdm.write(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
     if config.export and features:
         dataset = str(prepared.store.metadata.get("dataset") or "")

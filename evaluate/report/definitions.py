@@ -27,6 +27,14 @@ METRICS = (
     Metric("l0_coefficient", "L0 coefficient", "number", "", "Weight of the sparsity penalty, for JumpReLU."),
     Metric("target_l0", "Target L0", "number", "", "The L0 that JumpReLU's penalty aims at, if one was set."),
     Metric("l0", "L0", "number", "lower", "Mean number of latents active per token."),
+    Metric("published_l0", "Published L0", "number", "", "The L0 that the release of the SAE states."),
+    Metric(
+        "published_explained_variance",
+        "Published explained variance",
+        "fraction",
+        "",
+        "The explained variance that the release of the SAE states.",
+    ),
     Metric(
         "explained_variance",
         "Explained variance",

@@ -30,6 +30,19 @@ def metrics_table(metrics: Sequence[Row]) -> str:
     return "\n".join(lines[1:])
 
 
+def published_lines(metrics: Sequence[Row]) -> list[str]:
+    """Return a line per SAE whose release states its L0 or explained variance, beside what was measured here."""
+    lines = []
+    for row in metrics:
+        figures = [
+            f"{title} {row[f'published_{key}']:.{decimals}f}, here {number(row.get(key), decimals)}"
+            for key, title, decimals in (("l0", "L0", 1), ("explained_variance", "explained variance", 4))
+            if row.get(f"published_{key}") is not None
+        ]
+        lines += [f"published  {row['name']}: {'; '.join(figures)}"] if figures else []
+    return lines
+
+
 def _cells(row: Row) -> list[str]:
     interval = (row.get("confidence_95") or {}).get("explained_variance")
     return [

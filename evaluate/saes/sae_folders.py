@@ -67,6 +67,17 @@ class EvaluatedSae:
             "d_in": self.sae.d_in,
             "d_sae": self.sae.d_sae,
             **{key: known.get(key) for key in SPARSITY_KEYS},
+            **{f"published_{key}": value for key, value in self._published().items()},
+        }
+
+    def _published(self) -> dict[str, float]:
+        """Return the figures that the SAE's release states, if it does."""
+        stated = self.sae.metadata.get("published")
+        stated = stated if isinstance(stated, dict) else {}
+        return {
+            key: float(stated[key])
+            for key in ("l0", "explained_variance")
+            if isinstance(stated.get(key), int | float) and not isinstance(stated[key], bool)
         }
 
 

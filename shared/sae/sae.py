@@ -93,7 +93,7 @@ class Sae(nn.Module):
         that SAELens knows, such as `gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`.
 
         Weights are of type `dtype`, or with None of that of the file. On a CPU, those of safetensors are mapped into
-        memory and read when they are used, unless their type changes.
+        memory, so that they may be larger than it, unless their type changes.
 
         Raises:
             MissingFileError: there is no SAE at `path`.

@@ -93,8 +93,8 @@ def find_format(name: str) -> SaeFormat:
 def read_sae(path: str | Path, dtype: torch.dtype | None = torch.float32) -> SaeParts:
     """Read the SAE in a folder or file, whose format its files tell.
 
-    Tensors are of type `dtype`, or with None of that of the files. Those of safetensors stay in the file until they are
-    used, unless their type changes.
+    Tensors are of type `dtype`, or with None of that of the files. Those of safetensors are mapped into memory, unless
+    their type changes: they are read once, to check that they are finite, and again when they are used.
 
     Raises:
         MissingFileError: there is none, or one of its files is missing.
