@@ -43,8 +43,8 @@ from thresher.harvest.progress import Progress
 from thresher.harvest.reuse import identity
 from thresher.harvest.run import open_writer, run_model
 from thresher.harvest.tokens.tokens import batch_contexts, read_contexts
+from thresher.shared.core.compute.cores import single_threaded_operators
 from thresher.shared.core.config import load_config
-from thresher.shared.core.cores import single_threaded_operators
 from thresher.shared.core.interrupt import Interrupt
 from thresher.shared.model.hook_points import find_blocks
 from thresher.shared.store import ActivationStore, ActivationStoreWriter

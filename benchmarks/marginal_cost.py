@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from thresher.shared.core.cores import on_cores
+from thresher.shared.core.compute.cores import on_cores
 from thresher.train.architectures import make_config
 from thresher.train.architectures.parts.latents import encoded_bias
 from thresher.train.kernels import kernels_for

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..shared.core.device import choose_device, make_current
+from ..shared.core.compute.device import choose_device, make_current
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
 from .check_settings import check_settings

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..shared.core.cores import single_threaded_operators
+from ..shared.core.compute.cores import single_threaded_operators
 from ..shared.model.capture import capturing
 from .plan import Plan
 from .tokens.packing import ContextBatch

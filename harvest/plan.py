@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..shared.core.device import choose_device, make_current
+from ..shared.core.compute.device import choose_device, make_current
 from ..shared.core.errors import ConfigError, ModelError
-from ..shared.model.adapters import model_parts
 from ..shared.model.certificate import certificate
-from ..shared.model.context_limit import context_limit
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.model.language_model import load_model, load_tokenizer, resolve_hook_points
+from ..shared.model.loading.adapters import model_parts
+from ..shared.model.loading.context_limit import context_limit
 from ..shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
 from ..shared.store.format.roles import ROLE_NAMES
 from ..shared.store.read.stored_tokenizer import serialise_tokenizer

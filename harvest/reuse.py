@@ -15,9 +15,9 @@ import msgspec
 
 from ..shared.core.errors import DataError, MissingFileError, StoreError
 from ..shared.core.location import StoreUrl
-from ..shared.model.adapters import model_parts
 from ..shared.model.content import describe_files, model_content
 from ..shared.model.hook_points import block_and_kind, unique_canonical
+from ..shared.model.loading.adapters import model_parts
 from ..shared.store.format.layout import MANIFEST, Header
 from ..shared.store.format.manifest import Manifest, read_manifest
 from .config import HarvestConfig

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..shared.core.compute.launcher import n_launched, silence_connection_logs
 from ..shared.core.interrupt import Interrupt
-from ..shared.core.launcher import n_launched, silence_connection_logs
 from ..shared.core.lazy import fast_imports
 from ..shared.core.location import StoreUrl, locate, staging_folder
 from ..shared.store.format.layout import STAGED_FOLDER

@@ -15,7 +15,9 @@ PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
 # From the ground up. An entry is a folder, or a file of a folder whose other files stand elsewhere.
 FLOORS = [
     "shared/core",
+    "shared/core/compute",
     "shared/hub",
+    "shared/model/loading",
     "shared/model/probe",
     "shared/model",
     "shared/sae/formats",
@@ -45,7 +47,7 @@ FLOORS = [
     "train/step",
     "train/sweep",
     "train/checkpoints",
-    "train/warm_start",
+    "train/warm_start.py",
     "train/reporting",
     "train",
     "evaluate/config.py",
@@ -60,7 +62,6 @@ FLOORS = [
 ]
 SAME_FLOOR = {
     "harvest/steps.py": ["estimate", "forward", "plan", "prefetch", "progress", "resume", "reuse"],
-    "train/architectures/contract.py": ["capacity"],
 }
 STAGES = ("harvest", "train", "evaluate")
 
@@ -145,17 +146,20 @@ def test_every_floor_is_there_and_folders_are_of_a_size_to_read():
     crowded = {}
     for package in PACKAGES:
         for folder in {file.parent for file in (ROOT / package).rglob("*.py")}:
-            n = len([file for file in folder.glob("*.py") if file.stem not in ("__init__", "__main__")])
-            if n > 15:
-                crowded[str(folder.relative_to(ROOT))] = n
+            for suffix in ("py", "js", "css"):
+                n = len([file for file in folder.glob(f"*.{suffix}") if file.stem not in ("__init__", "__main__")])
+                if n > 12:
+                    crowded[f"{folder.relative_to(ROOT)}/*.{suffix}"] = n
     assert not crowded
 
 
 def test_no_file_is_too_long_to_read():
-    files = [
-        file
-        for folder in (*PACKAGES, "models", "tests", "benchmarks", "tools")
-        for file in (ROOT / folder).rglob("*.py")
-    ]
-    long = {str(file.relative_to(ROOT)): n for file in files if (n := len(file.read_text().splitlines())) > 500}
+    limits = dict.fromkeys((*PACKAGES, "models", "tools"), 400) | {"tests": 480, "benchmarks": 480}
+    long = {
+        str(file.relative_to(ROOT)): n
+        for folder, limit in limits.items()
+        for suffix in ("py", "js", "css", "html")
+        for file in (ROOT / folder).rglob(f"*.{suffix}")
+        if (n := len(file.read_text().splitlines())) > limit
+    }
     assert not long

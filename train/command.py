@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from ..shared.core.cli import PARTLY_FAILED, asks_for_help, run_guarded, run_stage, stage_help
-from ..shared.core.launcher import is_first_launched, n_launched
+from ..shared.core.compute.launcher import is_first_launched, n_launched
 from ..shared.core.lazy import fast_imports
 from .config import TrainConfig
 

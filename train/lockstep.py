@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..shared.core.cores import on_cores
+from ..shared.core.compute.cores import on_cores
 from ..shared.store import ActivationStore
 from .architectures.contract import SINGLE_PROCESS, Batch, Number
 from .config import TrainConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..shared.core.device import choose_device, describe_device
+from ..shared.core.compute.device import choose_device, describe_device
 from ..shared.core.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
 from .architectures.registry import find_architecture
@@ -20,7 +20,7 @@ from .parallel.layout import most_held
 from .parallel.ranks import TrainRanks
 from .step.sae_trainer import Schedule
 from .sweep.grids import expand_sweep
-from .warm_start.initialise import read_initial, source_of
+from .warm_start import read_initial, source_of
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore

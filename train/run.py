@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..shared.core.device import make_current
+from ..shared.core.compute.device import make_current
 from ..shared.core.disk import check_output
 from ..shared.core.interrupt import Interrupt
 from ..shared.store import ActivationStore
@@ -23,7 +23,7 @@ from .reporting.progress import Progress
 from .run_state import RunState
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
-from .warm_start.initialise import initialise_trainers
+from .warm_start import initialise_trainers
 
 
 class TrainedSaes(list[Path]):

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...shared.core.errors import ModelError, StoreError
-from ...shared.model.adapters import ModelParts
 from ...shared.model.content import model_content
 from ...shared.model.hook_points import ResolvedHookPoint
 from ...shared.model.language_model import load_tokenizer
+from ...shared.model.loading.adapters import ModelParts
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..metrics.held_out import HeldOut

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ...shared.core.device import choose_device, device_among, make_current
+from ...shared.core.compute.device import choose_device, device_among, make_current
+from ...shared.core.compute.launcher import n_launched
+from ...shared.core.compute.processes import Ranks, start_group
 from ...shared.core.errors import ConfigError, RankError
-from ...shared.core.launcher import n_launched
-from ...shared.core.processes import Ranks, start_group
 from ...shared.store.local.liveness import LivenessLock
 
 T = TypeVar("T")

@@ -21,15 +21,15 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..core.device import choose_device
+from ..core.compute.device import choose_device
 from ..core.errors import ModelError, ThresherError, one_line
 from ..core.paths import expand_home
-from .adapters import ModelParts, adapted_base, apply_adapter, model_parts
 from .capture import capture as capture
 from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
-from .checkpoint_keys import check_checkpoint_keys
-from .tokenizer_files import needs_no_vocabulary, vocabulary_files
+from .loading.adapters import ModelParts, adapted_base, apply_adapter, model_parts
+from .loading.checkpoint_keys import check_checkpoint_keys
+from .loading.tokenizer_files import needs_no_vocabulary, vocabulary_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.device import choose_device
+from ..core.compute.device import choose_device
 from .capture import NAMES_A_MODULE
 from .certificate import Findings, measure, measured_in
 from .hook_points import KINDS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import thresher.shared.core.device as device_module
+import thresher.shared.core.compute.device as device_module
 from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.prepare import prepare
 from thresher.harvest.config import HarvestConfig

@@ -5,14 +5,13 @@ from __future__ import annotations
 # Importing an architecture's file registers it.
 from . import batch_topk as batch_topk
 from . import cross_layer as cross_layer
-from . import crosscoder as crosscoder
 from . import gated as gated
 from . import hierarchical_topk as hierarchical_topk
 from . import jumprelu as jumprelu
 from . import matryoshka as matryoshka
+from . import older_names as older_names
 from . import standard as standard
 from . import topk as topk
-from . import transcoder as transcoder
 from .base import Architecture as Architecture
 from .registry import ARCHITECTURES as ARCHITECTURES
 from .registry import architectures_using as architectures_using

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..kernels.backend import Backend
+from ..kernels.capacity import EntryCapacity
 from ..kernels.gradient import Gradient
-from .capacity import EntryCapacity
 
 Parameters = dict[str, Tensor]
 Buffers = dict[str, Tensor]

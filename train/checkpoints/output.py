@@ -15,7 +15,7 @@ from ...shared.core.disk import writing
 from ...shared.core.errors import OutputBusyError, ThresherError
 
 if TYPE_CHECKING:
-    from ...shared.core.processes import Ranks
+    from ...shared.core.compute.processes import Ranks
 
 LOCK_NAME = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

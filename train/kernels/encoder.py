@@ -8,7 +8,7 @@ from functools import cached_property
 from jaxtyping import Float
 from torch import Tensor
 
-from ...shared.core.cores import by_blocks
+from ...shared.core.compute.cores import by_blocks
 
 _LATENTS_AT_ONCE = 2048
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ...shared.core.device import choose_device, device_among
-from ...shared.core.launcher import local_position, n_launched
-from ...shared.core.processes import Ranks, start_group
+from ...shared.core.compute.device import choose_device, device_among
+from ...shared.core.compute.launcher import local_position, n_launched
+from ...shared.core.compute.processes import Ranks, start_group
 
 _STEPS_LAG = 4
 _LOST = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..architectures.capacity import STEPS_BETWEEN, power_of_two
+from ..kernels.capacity import STEPS_BETWEEN, power_of_two
 
 
 class DeadLatentPoll:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...shared.core.cores import on_cores
+from ...shared.core.compute.cores import on_cores
 from ..architectures.base import Architecture
 from ..architectures.contract import SINGLE_PROCESS, Collectives, Parameters
 from ..kernels.gradient import Gradient, whole

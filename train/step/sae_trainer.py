@@ -12,11 +12,11 @@ from torch import Tensor
 from ...shared.sae import Sae
 from ..architectures import make_architecture
 from ..architectures.base import Architecture
-from ..architectures.capacity import EntryCapacity
 from ..architectures.contract import SINGLE_PROCESS, Batch, Collectives, Number, Parameters, StepInput
 from ..architectures.parts.latents import SPARSE_BELOW
 from ..config import SaeConfig
 from ..kernels.backend import Backend
+from ..kernels.capacity import EntryCapacity
 from ..stream.normalization import Normalization
 from .fused_step import FusedStep
 from .host_polls import DeadLatentPoll

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...shared.core.device import choose_device, make_current, numbered
+from ...shared.core.compute.device import choose_device, make_current, numbered
 from ...shared.core.errors import ConfigError, HookPointError, StoreError
 from ...shared.model.hook_points import canonical_hook_point
 from .gpu_windows import Rows, Staging, take_rows, used_here

@@ -142,7 +142,7 @@ def _tokenizer(store: ActivationStore, path: str | None) -> Any:
     from transformers import AutoTokenizer
 
     from ...model.language_model import load_tokenizer
-    from ...model.tokenizer_files import vocabulary_files
+    from ...model.loading.tokenizer_files import vocabulary_files
     from .stored_tokenizer import load_stored_tokenizer
 
     if path is not None:

@@ -23,9 +23,9 @@ from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.core.errors import HookPointError, ModelError, StoreError
-from thresher.shared.model.adapters import ModelParts
 from thresher.shared.model.capture import resolve_hook_points
 from thresher.shared.model.content import model_content
+from thresher.shared.model.loading.adapters import ModelParts
 
 from ...tiny_models import build
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from thresher.shared.core.cores import single_threaded_operators
+from thresher.shared.core.compute.cores import single_threaded_operators
 
 # What on a GPU waits for the device, has a shape that only the device knows, or copies from the host's memory.
 ASKING = {

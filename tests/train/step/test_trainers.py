@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from thresher.shared.core.cores import single_threaded_operators
+from thresher.shared.core.compute.cores import single_threaded_operators
 from thresher.train.architectures import make_config
 from thresher.train.kernels import kernels_for
 from thresher.train.lockstep import prepare, step_all

@@ -18,8 +18,7 @@ from thresher.train.kernels import kernels_for
 from thresher.train.parallel.latents import ShardedBatchTopK, ShardedTopK
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization, normalization_across
-from thresher.train.warm_start.foreign_saes import read_trained_sae
-from thresher.train.warm_start.initialise import initialise_trainers, read_initial
+from thresher.train.warm_start import initialise_trainers, read_initial, read_trained_sae
 
 D_IN, D_SAE, HOOK = 6, 19, "blocks.0.resid_post"
 IN, OUT, OTHER = "blocks.0.mlp_in", "blocks.0.mlp_out", "blocks.1.mlp_in"

@@ -11,7 +11,7 @@ from thresher.shared.core.errors import SaeError
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.stream.normalization import Normalization, normalization_across
-from thresher.train.warm_start.initialise import read_initial
+from thresher.train.warm_start import read_initial
 
 D, N, HOOK, OUT = 6, 19, "blocks.0.resid_post", "blocks.0.mlp_out"
 

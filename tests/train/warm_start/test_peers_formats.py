@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thresher.train.warm_start.foreign_saes import read_trained_sae
+from thresher.train.warm_start import read_trained_sae
 
 pytestmark = pytest.mark.peers
 

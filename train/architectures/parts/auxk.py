@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ....shared.core.cores import even_blocks, on_cores
+from ....shared.core.compute.cores import even_blocks, on_cores
 from ...architectures.contract import SINGLE_PROCESS, Collectives
 from ...kernels.auxk import auxk_of_rows
 from ...kernels.gradient import Gradient, add_rows, whole

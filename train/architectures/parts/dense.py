@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks
+from ....shared.core.compute.cores import by_blocks
 from ..contract import Batch, Parameters
 
 _LATENTS_AT_ONCE = 2048

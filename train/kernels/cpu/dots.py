@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks
+from ....shared.core.compute.cores import by_blocks
 
 
 def dot_products(a: Tensor, b: Tensor, offsets: Tensor, indices: Tensor) -> Float[Tensor, " nnz"]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks, even_blocks, on_cores
+from ....shared.core.compute.cores import by_blocks, even_blocks, on_cores
 from ..entries import Entries
 from .threshold import entries_at_least
 from .topk import n_parts, topk_of_parts

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks, joined
+from ....shared.core.compute.cores import by_blocks, joined
 
 DEVIATIONS = 3.0
 LEVELS = 126.5  # steps from zero to the largest magnitude: with dither, at most 127

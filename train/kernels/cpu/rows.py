@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks
+from ....shared.core.compute.cores import by_blocks
 
 
 def normalise(

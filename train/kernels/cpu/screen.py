@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int8, Int16, Int64
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks, even_blocks, joined, on_cores
+from ....shared.core.compute.cores import by_blocks, even_blocks, joined, on_cores
 from .csc import csc_of
 from .dots import dot_products
 from .int8 import LEVELS, Int8Encoder, multiplies_int8, peaks_of, sizes

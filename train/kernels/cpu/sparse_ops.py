@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ....shared.core.cores import by_blocks
+from ....shared.core.compute.cores import by_blocks
 from .csc import Csc, to_csc
 from .dots import dot_products
 from .gradient import weighted_sums

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ....shared.core.cores import even_blocks, joined, on_cores
+from ....shared.core.compute.cores import even_blocks, joined, on_cores
 from ..entries import Entries
 from .topk import BITS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.shared.core.cores import single_threaded_operators
+from thresher.shared.core.compute.cores import single_threaded_operators
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
 from thresher.train.architectures.parts.latents import largest_of_rows

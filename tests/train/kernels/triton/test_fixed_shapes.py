@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-import thresher.train.architectures.capacity as capacity_module
+import thresher.train.kernels.capacity as capacity_module
 import thresher.train.kernels.triton.select as select_module
 import thresher.train.step.host_polls as polls_module
 import thresher.train.step.sae_trainer as trainer_module
 import thresher.train.step.step_graphs as graphs_module
 from thresher.train.architectures import Architecture, make_architecture, make_config
-from thresher.train.architectures.capacity import EntryCapacity
 from thresher.train.architectures.contract import Batch
 from thresher.train.architectures.parts.latents import SparseLatents
 from thresher.train.kernels import triton as fused
+from thresher.train.kernels.capacity import EntryCapacity
 from thresher.train.kernels.reference import Reference
 from thresher.train.step.host_polls import DeadLatentPoll
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ModelError
+from ...core.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

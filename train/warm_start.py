@@ -1,19 +1,21 @@
-"""Start training from trained SAEs, so that the first step reconstructs what they reconstruct."""
+"""Start training from trained SAEs of any library, so that the first step reconstructs what they reconstruct."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...shared.core.errors import SaeError
-from ...shared.sae import Sae
-from ..architectures import Architecture
-from ..parallel.latents import is_sharded
-from .foreign_saes import read_trained_sae
+from ..shared.core.errors import MissingFileError, SaeError
+from ..shared.sae import Sae
+from ..shared.sae.formats import is_sae
+from ..shared.sae.sources import locate_source
+from .architectures import Architecture
+from .parallel.latents import is_sharded
 
 if TYPE_CHECKING:
-    from ..config import SaeConfig
-    from ..step.sae_trainer import SaeTrainer
+    from .config import SaeConfig
+    from .step.sae_trainer import SaeTrainer
 
 
 def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -> list[tuple[str, str]]:
@@ -72,3 +74,21 @@ def read_initial(config: SaeConfig, init_from: str | None, architecture: Archite
     except SaeError as error:
         raise SaeError(f"SAE '{config.name}' cannot start from '{path}': {error}") from None
     return sae
+
+
+def read_trained_sae(path: str | Path, name: str | None = None) -> Sae:
+    """Return the SAE at a source, or in its sub-folder `name`; it takes raw activations.
+
+    Raises:
+        MissingFileError: there is no SAE.
+        SaeError: the SAE is damaged or of an unsupported kind.
+        HubError: the Hub does not give it.
+    """
+    folder = locate_source(path).path
+    if not is_sae(folder) and name is not None and is_sae(folder / name):
+        folder = folder / name
+    try:
+        return Sae.load(folder)
+    except MissingFileError as error:
+        beside = f" and none in its folder '{name}'" if name is not None else ""
+        raise MissingFileError(f"no SAE to start from at '{path}'{beside}: {error}") from None

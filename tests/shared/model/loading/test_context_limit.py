@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tr
 
-from thresher.shared.model.context_limit import context_limit
+from thresher.shared.model.loading.context_limit import context_limit
 
 N = 12
 SHAPE = dict(vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..core.errors import ModelError, one_line
-from ..core.paths import expand_home
+from ...core.errors import ModelError, one_line
+from ...core.paths import expand_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from thresher.shared.core.errors import ModelError
 from thresher.shared.model.language_model import is_encoder, load_model
 
-from ...tiny_models import TESTED, build
+from ....tiny_models import TESTED, build
 
 SHAPE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 TEXT = SHAPE | dict(vocab_size=37, max_position_embeddings=20, pad_token_id=0, bos_token_id=1, eos_token_id=2)

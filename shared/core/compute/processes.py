@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .errors import RankError
+from ..errors import RankError
 from .launcher import local_position
 
 T = TypeVar("T")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from thresher.shared.core.errors import ModelError
-from thresher.shared.model.adapters import model_parts
 from thresher.shared.model.capture import capture, resolve_hook_points
 from thresher.shared.model.language_model import load_model
+from thresher.shared.model.loading.adapters import model_parts
 
 # PEFT's own warnings, as it makes and saves the adapters of these tests
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 
 def choose_device(device: str) -> str:

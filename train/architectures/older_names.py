@@ -1,4 +1,7 @@
-"""Transcoders by their older names: `standard` from one hook point to another (arXiv 2406.11944; skip, 2501.18823)."""
+"""Older names of `standard` that reads and writes other hook points: transcoders and crosscoders.
+
+Transcoders: arXiv 2406.11944; skip transcoders: 2501.18823; crosscoders: Anthropic, October 2024.
+"""
 
 from __future__ import annotations
 
@@ -43,3 +46,20 @@ class SkipTranscoder(Transcoder[SkipTranscoderConfig]):
     """A transcoder with a linear path from x to y, `y_hat = f W_dec + b_dec + W_skip x`, that starts at zero."""
 
     capturable = True
+
+
+class CrosscoderConfig(L1Config, frozen=True, kw_only=True):
+    """Crosscoder: one set of latents for several hook points (Anthropic, October 2024)."""
+
+    architecture: Literal["crosscoder"] = "crosscoder"
+
+
+@register(CrosscoderConfig)
+class Crosscoder(Standard[CrosscoderConfig]):
+    """`f = ReLU(sum_l W_enc_l x_l + b_enc)`, loss `sum_l ||x_l - x_hat_l||^2 + lambda sum_i f_i sum_l ||W_dec_l_i||`.
+
+    Its rows are those of its hook points, of equal width, one after the other.
+    """
+
+    capturable = True
+    kind_of_wiring = "crosscoder"

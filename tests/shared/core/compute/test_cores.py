@@ -12,8 +12,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from thresher.shared.core import cores
-from thresher.shared.core.cores import even_blocks, on_cores
+from thresher.shared.core.compute import cores
+from thresher.shared.core.compute.cores import even_blocks, on_cores
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_a_process_may_end_at_once_after_work():
     """Cores that are still putting away what they had are waited for."""
     code = """
 import torch
-from thresher.shared.core.cores import on_cores
+from thresher.shared.core.compute.cores import on_cores
 torch.set_num_threads(3)
 on_cores(lambda i: torch.randn(200, 200) @ torch.randn(200, 200), range(64))
 on_cores(lambda i: on_cores(lambda j: torch.randn(50, 50), range(3)), range(3))

@@ -1,0 +1,1 @@
+"""What a run computes with: the device, the cores, and the processes that a launcher started."""

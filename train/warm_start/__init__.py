@@ -1,1 +1,0 @@
-"""Start training from a trained SAE, of Thresher or of another library."""
