@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate demo test test-long test-gpu test-gpu-versions bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate demo test test-long test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -41,6 +41,9 @@ test-long: $(READY)  ## the tests that take minutes
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-check: $(READY)  ## check the kernels, training and their speed on a GPU in ten minutes; prints a page
+	PY=$(BIN)/python bash tools/gpu_check.sh
 
 OLDEST_TRITON := .venv-gpu-versions
 $(OLDEST_TRITON)/.ready: $(READY)

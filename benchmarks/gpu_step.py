@@ -19,9 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "gpu"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gpu_tables
+from interpreter import fit_interpreter
 
 PEERS = ("dense", "sparsify", "dictionary_learning", "sae_lens")
 SECTION_SECONDS = 540
@@ -91,6 +93,35 @@ def replayed(run: Callable[[], object], calls: int = 1) -> float:
         for _ in range(calls):
             run()
     return milliseconds(graph.replay) / calls
+
+
+def profiled(run: Callable[[], object], calls: int = 5) -> dict[str, Any]:
+    """Return how many kernels a call launches, and microseconds and launches of those that take longest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+        for _ in range(calls if cuda else 1):
+            run()
+        if cuda:
+            torch.cuda.synchronize()
+    # Without a GPU, the operators stand for kernels.
+    events = [event for event in found.key_averages() if (event.device_type.name != "CPU") is cuda]
+    rows = [
+        {
+            "kernel": event.key[:60],
+            "us": (event.self_device_time_total if cuda else event.self_cpu_time_total) / calls,
+            "launches": event.count / calls,
+        }
+        for event in events
+    ]
+    rows.sort(key=lambda row: -row["us"])
+    return {
+        "launches": sum(row["launches"] for row in rows),
+        "us": sum(row["us"] for row in rows),
+        "longest": rows[:12],
+    }
 
 
 def make_problem(size: Size, device: Any) -> tuple[dict[str, Any], Any]:
@@ -253,6 +284,7 @@ def step(size: Size, device: Any, options: argparse.Namespace) -> dict[str, Any]
     if cuda:
         result["ms"] = replayed(lambda: whole(x), calls=2)
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    result["by_kernel"] = profiled(lambda: whole(x))
     del whole
     n_dead = max(1, size.d_sae // 64)
     reviving = fused.TopKOptions(size.k, variance, aux_coefficient=1 / 32, k_aux=size.d_in // 2, dead_after_tokens=1)
@@ -400,6 +432,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.rehearse and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        with fit_interpreter():
+            run_all(options)
+    else:
+        run_all(options)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Run the sections at every size, each in a process of its own, and write the tables; or the one that is asked."""
+    import torch
+
     sizes = REHEARSAL if options.rehearse else SIZES
     if options.size is not None:
         print("\n" + json.dumps(run_section(options.sections[0], sizes[options.size], options)))

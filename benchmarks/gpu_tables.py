@@ -19,8 +19,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _failed(name: str, row: dict[str, Any]) -> list[str]:
-    reason = " ".join(str(row["error"]).split()).replace("|", "/")[-160:]
-    return [f"| {name} | failed | {reason} |"]
+    return [f"| {name} | failed | {_cell(row['error'])[-160:]} |"]
+
+
+def _cell(text: object) -> str:
+    """Return text that fits a table's cell."""
+    return " ".join(str(text).split()).replace("|", "/")
 
 
 # What the project aims at: a whole step within this much of its floor, and each peer's step this much longer.
@@ -52,11 +56,19 @@ def _step(row: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     ours, floor = _ours(entry), entry["size"]["floor_ms"]
     tokens = entry["size"]["batch"] / ours * 1e3
     peak = f"{row['peak_bytes'] / 2**30:.2f} GiB at most" if "peak_bytes" in row else "no GPU"
+    found = row.get("by_kernel", {"longest": []})
+    by_kernel = [
+        f"| - {_cell(kernel['kernel'])} | {kernel['us'] / 1e3:.3f} | {kernel['launches']:.0f} launches |"
+        for kernel in found["longest"]
+    ]
+    if by_kernel:
+        by_kernel.insert(0, f"| its kernels, one by one | {found['us'] / 1e3:.3f} | {found['launches']:.0f} launches |")
     return [
         f"| **whole step** | {ours:.3f} | {ours / floor:.2f}x the floor of {floor}"
         f"{_met(ours <= WITHIN_FLOOR * floor, f'{WITHIN_FLOOR}x')}; {tokens:,.0f} tokens/s |",
         f"| without a graph | {row['eager_ms']:.3f} | {peak} |",
         f"| with AuxK, {row['n_dead']} dead | {row['auxk_ms']:.3f} | {row['auxk_ms'] / ours:.2f}x the step without |",
+        *by_kernel,
     ]
 
 

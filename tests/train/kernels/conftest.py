@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,47 +41,13 @@ def device(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patch_language_once_a_launch():
-    """Spare Triton's interpreter its dearest work.
-
-    At every call of a device function it wraps all of `triton.language` anew, 2 ms for each `tl.sum`;
-    once a launch and module is enough.
-    """
-    from triton.runtime import interpreter
-
-    patched: set[int] = set()
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-
-    def patch_once(function):
-        if id(function.__globals__) not in patched:
-            patched.add(id(function.__globals__))
-            return patch(function)
-        return None
-
-    def launch_afresh(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
-    yield
-    monkeypatch.undo()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _index_of_one_element():
-    """Let Triton 3.6's interpreter run with NumPy 2.4, which makes no number of an array that has a dimension."""
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_index_too(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
+def _fit_interpreter():
+    """Let Triton's interpreter run fast, and with NumPy 2.4 and later."""
+    file = Path(__file__).parents[3] / "tools" / "gpu" / "interpreter.py"
+    specification = importlib.util.spec_from_file_location("fit_interpreter", file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    with module.fit_interpreter():
         yield
 
 
