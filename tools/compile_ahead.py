@@ -1,18 +1,24 @@
 """Compile every kernel for given GPUs on a machine that has none, and report what each takes.
 
 `python tools/compile_ahead.py 80 90` prints a JSON line for each kernel, variant and
-target: registers a thread, bytes of stack (spills) and of shared memory, and whether the tensor cores'
+target: registers per thread, bytes of stack (spills) and of shared memory, and whether the tensor cores'
 instructions are there. The tests hold these against what the GPUs have.
+
+`python tools/compile_ahead.py 90 --counts` prints a Markdown table instead, with the machine instructions of each
+variant. `--kernel NAME` limits either to one kernel.
 """
 
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +52,10 @@ FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor"}
 MULTIPLES_OF_16 = {"d_in", "stride", "stride_x", "stride_W", "stride_g", "stride_target", "stride_keys", "n_keys"}
 
 
+# What goes through the pipe of half rate on sm_80 and sm_90.
+HALF_RATE = {"ISETP", "SEL", "IMNMX", "VIMNMX", "VIMNMX3", "FSETP", "FSEL", "FMNMX", "LOP3", "SHF", "PLOP3", "FSET"}
+
+
 class Variant(NamedTuple):
     """A kernel, its compile-time constants and its launch options."""
 
@@ -60,12 +70,12 @@ class Variant(NamedTuple):
 def variants() -> Iterator[Variant]:
     """Yield what the launches use at the sizes that matter."""
     tile = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
-    # All that `select_tiling` may choose, 24,576 latents' choice for k = 32 first.
-    for n_candidates in (8, 4, 2, 16, 32):
+    # Of what `select_tiling` may choose, 24,576 latents' choice for k = 32 first.
+    for n_candidates in (5, 2, 4, 6, 8, 16, 32):
         yield Variant(select.candidates_kernel, {"N_CANDIDATES": n_candidates} | tile, 8, limit_registers=True)
     for k in (32, 64, 128):
         for redo in (False, True):
-            constants = {"N_CANDIDATES": 8, "K_PADDED": k, "CHUNK": select.merge_chunk(4096, k), "REDO": redo}
+            constants = {"N_CANDIDATES": 5, "K_PADDED": k, "CHUNK": select.merge_chunk(4096, k), "REDO": redo}
             yield Variant(select.merge_kernel, constants, select.merge_warps(redo))
         yield Variant(select.recompute_kernel, {"K_PADDED": k} | tile | {"BLOCK_ROWS": 16}, 4)
     for fill in (False, True):
@@ -139,10 +149,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     if variant.limit_registers and capability >= 90:
         options["maxnreg"] = 128
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("Function")[-1]
+    usage = disassembled(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path, "-res-usage").split("Function")[-1]
     fields = dict(part.rsplit(":", 1) for part in usage.split() if ":" in part and part.rsplit(":", 1)[1].isdigit())
     return {
         "kernel": variant.kernel.__name__,
@@ -153,20 +160,86 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         "stack": int(fields["STACK"]) + int(fields["LOCAL"]),
         "shared": compiled.metadata.shared,
         "tensor_cores": any(name in compiled.asm["ptx"] for name in ("wgmma.mma_async", "mma.sync")),
+        "num_warps": variant.num_warps,
+        "cubin": compiled.asm["cubin"],
     }
 
 
-def main(arguments: list[str]) -> None:
-    """Compile for the capabilities given, such as 80 and 90; with `--each-once`, one variant of a kernel."""
-    capabilities = [int(argument) for argument in arguments if argument.isdigit()] or list(CAPABILITIES)
+def disassembled(cubin: bytes, *command: str) -> str:
+    """Return what a tool of the CUDA toolkit, which Triton ships, prints of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def counts(cubin: bytes) -> dict[str, int | str]:
+    """Return a kernel's static instructions: all, by kind, and its loops' bodies; how often a loop runs is not in it.
+
+    Compares, selects, minima, maxima, shifts and logic (`alu`) issue at half the rate of others. A `turn` is a load
+    from global memory behind a store to it: such a load may have to wait for what it could have been issued with.
+    """
+    text = disassembled(cubin, triton.knobs.nvidia.nvdisasm.path, "-c")
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    bodies: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\w+):", line):
+            labels[label[1]] = len(operations)
+        if instruction := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)([^;]*);", line):
+            operations.append(instruction[1])
+            target = re.search(r"\((\.L_x_\w+)\)", instruction[2])
+            if instruction[1] == "BRA" and target and labels.get(target[1], len(operations)) < len(operations) - 1:
+                body = operations[labels[target[1]] :]
+                bodies.append(f"{len(body)} ({sum(one in HALF_RATE for one in body)} alu)")
+    memory = [name for name in operations if name in ("LDG", "STG")]
+    return {
+        "instructions": len(operations),
+        "alu": sum(name in HALF_RATE for name in operations),
+        "shuffles": operations.count("SHFL"),
+        "loads": memory.count("LDG"),
+        "stores": memory.count("STG"),
+        "turns": sum(pair == ("STG", "LDG") for pair in itertools.pairwise(memory)),
+        "loops": ", ".join(bodies),
+    }
+
+
+def print_counts(results: Iterable[dict[str, Any]]) -> None:
+    """Print a row of Markdown for each compiled variant."""
+    columns = ("registers", "stack", "shared", "instructions", "alu", "shuffles", "loads", "stores", "turns", "loops")
+    print(f"| kernel | constants | sm | warps | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 4)}")
+    for result in results:
+        constants = ", ".join(f"{name} {value}" for name, value in result["constants"].items())
+        row = result | counts(result["cubin"])
+        cells = (row["kernel"], constants, row["capability"], row["num_warps"], *(row[name] for name in columns))
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def compiled(capabilities: Iterable[int], kernel: str | None, each_once: bool) -> Iterator[dict[str, Any]]:
+    """Yield what each variant takes on each target: of one kernel if it is named, and one variant of each if asked."""
     for capability in capabilities:
         seen: set[str] = set()
         for variant in variants():
             name = variant.kernel.__name__
-            if "--each-once" in arguments and name in seen:
-                continue
-            seen.add(name)
-            print(json.dumps(compile_variant(variant, capability)), flush=True)
+            if kernel in (None, name) and not (each_once and name in seen):
+                seen.add(name)
+                yield compile_variant(variant, capability)
+
+
+def main(arguments: list[str]) -> None:
+    """Compile for the capabilities given, such as 80 and 90, and print what each variant takes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("capabilities", nargs="*", type=int, default=CAPABILITIES, help="such as 80 and 90")
+    parser.add_argument("--each-once", action="store_true", help="compile the first variant of each kernel alone")
+    parser.add_argument("--kernel", help="compile one kernel alone, such as merge_kernel")
+    parser.add_argument("--counts", action="store_true", help="print a table of machine instructions")
+    options = parser.parse_args(arguments)
+    results = compiled(options.capabilities, options.kernel, options.each_once)
+    if options.counts:
+        print_counts(results)
+    else:
+        for result in results:
+            del result["cubin"]
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
