@@ -36,11 +36,13 @@ class SelectTiling(NamedTuple):
 
 
 MAX_CANDIDATES = 32
+MAX_RECOMPUTED = 1e-3
+"""The share of rows that may be expected to fail the certificate."""
 MAX_K = 128
 
 
 def select_tiling(d_sae: int, k: int, dtype: torch.dtype = torch.bfloat16) -> SelectTiling | None:
-    """Choose as few candidates a tile as keep recomputed rows under one in a thousand, were latents to fire alike.
+    """Choose the fewest candidates per tile for which less than `MAX_RECOMPUTED` of rows fail, if latents fire alike.
 
     A tile then holds Poisson(k * latents / d_sae) of a row's top k. None where a dense selection is cheaper. Float32
     has smaller tiles, for its products are formed in registers, of which larger ones would spill.
@@ -53,9 +55,9 @@ def select_tiling(d_sae: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Se
     n = tiling.n_candidates
     while n <= MAX_CANDIDATES:
         at_least_n = 1.0 - math.exp(-rate) * sum(rate**i / math.factorial(i) for i in range(n))
-        if n_tiles * at_least_n < 1e-3 and n_tiles * n >= padded_k(k):
+        if n_tiles * at_least_n < MAX_RECOMPUTED and n_tiles * n >= padded_k(k):
             break
-        n *= 2
+        n += 1
     if k > MAX_K or n > MAX_CANDIDATES:
         return None
     return tiling._replace(n_candidates=n, redo_latents=max(tiling.redo_latents, padded_k(k)))

@@ -7,6 +7,7 @@ import torch
 
 from thresher.train.kernels import reference
 from thresher.train.kernels.triton.select import (
+    MAX_RECOMPUTED,
     SelectTiling,
     padded_k,
     select_tiling,
@@ -96,6 +97,21 @@ def test_tiling_leaves_room_for_k_and_for_what_is_recomputed(d_sae, k):
         n_tiles = -(-d_sae // tiling.latents)
         assert n_tiles * tiling.n_candidates >= padded_k(k) >= k
         assert tiling.redo_latents >= padded_k(k)
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "k", "expected"),
+    [(24_576, 32, 5), (12_288, 32, 6), (16_384, 32, 5), (49_152, 32, 4), (65_536, 32, 4), (131_072, 64, 4)],
+)
+def test_a_tile_lists_the_fewest_candidates_that_rarely_miss_one(d_sae, k, expected):
+    """One fewer misses too often. P(Poisson(rate) >= n) is the regularised lower incomplete gamma function."""
+    tiling = select_tiling(d_sae, k)
+    assert tiling is not None
+    assert tiling.n_candidates == expected
+    n_tiles = d_sae / tiling.latents
+    n = torch.tensor([expected, expected - 1], dtype=torch.float64)
+    fewest, fewer = (n_tiles * torch.special.gammainc(n, torch.tensor(k / n_tiles).double())).tolist()
+    assert fewest < MAX_RECOMPUTED <= fewer
 
 
 def test_a_k_beyond_the_tiles_is_selected_densely(device):
