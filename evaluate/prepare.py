@@ -24,8 +24,8 @@ from .with_model.store_model import model_name, open_model, open_tokenizer, spli
 class Prepared:
     """The inputs of an evaluation.
 
-    By SAE name, `failed` gives why an SAE cannot be read, `diverged` why training stopped, and `notes` how the SAE's
-    training data differ from the store.
+    By SAE name, `failed` holds why an SAE cannot be read, `diverged` why its training stopped, and `notes` how its
+    training differs from the store.
     """
 
     config: EvaluateConfig
@@ -45,7 +45,7 @@ class Prepared:
 
     @property
     def has_features(self) -> bool:
-        """Whether a feature index is asked for, and the store has the tokens that it shows."""
+        """Whether the settings ask for a feature index and the store contains the tokens that it needs."""
         return self.config.feature_rows > 0 and self.store.has_tokens
 
 

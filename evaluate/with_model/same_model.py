@@ -31,7 +31,7 @@ def harvest_record(store: ActivationStore) -> dict[str, Any]:
 
 
 def harvested_content(store: ActivationStore, what: str) -> str | None:
-    """Return the recorded identity of the harvest's `weights`, `adapter` or `tokenizer`, or None."""
+    """Return the identity that the harvest recorded for its `weights`, `adapter` or `tokenizer`, or None."""
     content = harvest_record(store).get("content")
     return content.get(what) if isinstance(content, dict) else None
 
@@ -43,9 +43,9 @@ def harvested_commit(store: ActivationStore) -> str | None:
 
 
 def check_model_folder(name: str, store: ActivationStore, otherwise: str) -> None:
-    """Raise `ModelError` if the model was a folder that no longer exists, since a hub model may have the same name.
+    """Raise `ModelError` if the model was a folder that no longer exists. A hub model could have the same name.
 
-    `otherwise` completes the error's advice: the setting that avoids the need for the model.
+    `otherwise` completes the error's advice: the setting with which the model is not needed.
     """
     weights = harvested_content(store, "weights") or harvest_record(store).get("weights")
     was_folder = weights is not None and harvested_commit(store) is None
@@ -67,7 +67,7 @@ def check_weights(
 ) -> None:
     """Compare a model's weights with those that the store was harvested with.
 
-    If they differ, print a note where the user asked for this model, and raise `ModelError` otherwise.
+    If they differ, print a note if the user asked for this model, and raise `ModelError` otherwise.
     """
     contents = {"weights": (model.base, revision), "adapter": (model.adapter, None)}
     for what, (name, commit) in contents.items():
@@ -90,7 +90,7 @@ def check_weights(
 
 
 def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> None:
-    """Raise `ModelError` if the model is of another class than the one harvested."""
+    """Raise `ModelError` if the model's class is not that of the model harvested."""
     harvested = store.metadata.get("model_class")
     if harvested is not None and harvested != type(model).__name__:
         raise ModelError(
@@ -106,8 +106,8 @@ def check_embeddings(rows: HeldOut, name: str, model: PreTrainedModel) -> list[i
     for token in (ids[0], ids[-1]):
         if not 0 <= token < len(embeddings.weight):
             raise ModelError(
-                f"store '{rows.store.path}' holds token {token}, '{name}' has {len(embeddings.weight)} embeddings; "
-                "give a model with the vocabulary of the one that was harvested"
+                f"store '{rows.store.path}' contains token {token}, but '{name}' has {len(embeddings.weight)} "
+                "embeddings; give a model with the vocabulary of the one that was harvested"
             )
     return ids
 
@@ -133,8 +133,8 @@ def check_vocabulary(
         first = differing[0]
         raise ModelError(
             f"the tokenizer of '{name}' is not that of store '{store.path}': {len(differing)} of {len(ids)} stored "
-            f"token ids are other tokens there, such as {ids[first]}, {ours[first]!r} in the store and "
-            f"{theirs[first]!r} there; give a model with the vocabulary of the one that was harvested"
+            f"token ids stand for other tokens, such as {ids[first]}, which is {ours[first]!r} in the store and "
+            f"{theirs[first]!r} in '{name}'; give a model with the vocabulary of the one that was harvested"
         )
 
 
@@ -168,7 +168,8 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str | 
 def check_hook_module(store: ActivationStore, model: PreTrainedModel, hook_point: ResolvedHookPoint) -> None:
     """Raise `StoreError` if the hook point's name meant another module or tensor when the store was harvested.
 
-    Before harvests measured hook points, some names stood for other tensors: BLOOM's `mlp_out` was the residual stream.
+    Before harvests checked hook points by measurement, some names stood for the wrong tensor: for BLOOM, `mlp_out` was
+    the residual stream.
     """
     modules = store.metadata.get("hook_modules")
     if not isinstance(modules, dict) or store.metadata.get("model_class") != type(model).__name__:
@@ -179,6 +180,6 @@ def check_hook_module(store: ActivationStore, model: PreTrainedModel, hook_point
     if module is None or (module == hook_point.module_path and raw):
         return
     raise StoreError(
-        f"store '{store.path}' holds what '{module}' gives as '{hook_point.name}', but that is not what the name "
-        f"stands for in {type(model).__name__} ({hook_point.identity}); harvest the store again"
+        f"as '{hook_point.name}', store '{store.path}' contains the activation of '{module}', but in "
+        f"{type(model).__name__} this name stands for {hook_point.identity}; harvest the store again"
     )

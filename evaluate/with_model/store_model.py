@@ -1,4 +1,4 @@
-"""Load the model that the SAEs are spliced into: the store's own model, or the one that the settings name."""
+"""Load the model that the SAEs are spliced into: the store's model, or the one that the settings name."""
 
 from __future__ import annotations
 
@@ -65,17 +65,19 @@ def chosen_adapter(config: EvaluateConfig, store: ActivationStore) -> str | None
 
 
 def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> PreTrainedModel | None:
-    """Load the model; None if the evaluation runs without one. The store's own model is loaded as it was harvested.
+    """Load the model, or return None if the evaluation runs without one.
+
+    The store's own model is loaded as it was for the harvest.
 
     Raises:
-        StoreError: the store holds no tokens to run the model on.
+        StoreError: the store contains no tokens to run the model on.
         ModelError: the model cannot be loaded, predicts no next token, or has changed since the harvest.
     """
     name = model_name(config, store)
     if name is None:
         return None
     if not store.has_tokens:
-        raise StoreError(f"store '{store.path}' holds no tokens, which the model needs; set model = false")
+        raise StoreError(f"the model needs tokens, and store '{store.path}' contains none; set model = false")
     asked_for = is_asked_for(config)
     if not asked_for:
         check_model_folder(name, store, "model = false to evaluate without it")
@@ -93,7 +95,9 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
         attn_implementation=config.attn_implementation or harvest_record(store).get("attn_implementation"),
     )
     if is_encoder(model.config):
-        raise ModelError(f"{type(model).__name__} predicts no next token: it has no CE loss score; set model = false")
+        raise ModelError(
+            f"{type(model).__name__} does not predict the next token, so it has no CE loss score; set model = false"
+        )
     if asked_for:
         check_class(store, name, model)
     return model
@@ -107,7 +111,7 @@ def splice_points(
     Raises:
         HookPointError: the model lacks one, or a reconstruction cannot be spliced in there.
         ModelError: the model's width at a hook point is not the store's.
-        StoreError: the store holds another tensor of the model under the name.
+        StoreError: the store contains another tensor of the model under this name.
     """
     named = {name for sae in saes for group in (sae.hook_point, sae.target) for name in members(group)}
     found = resolve_hook_points(model, sorted(named))

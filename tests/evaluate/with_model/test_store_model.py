@@ -228,8 +228,11 @@ def test_a_damaged_tokenizer_is_named(harvested, elsewhere, capsys):
 def test_a_model_with_another_tokenizer_is_refused(harvested, elsewhere, capsys):
     other = save_model(elsewhere / "other", words=["<s>", "grain", "dust", *WORDS[3:]])
     line = refused(capsys, model=other)
-    assert f"the tokenizer of '{other}' is not that of store 'store': 2 of 6 stored token ids are other tokens" in line
-    assert "such as 1, 'dust' in the store and 'grain' there" in line
+    assert (
+        f"the tokenizer of '{other}' is not that of store 'store': 2 of 6 stored token ids stand for other tokens"
+        in line
+    )
+    assert "such as 1, which is 'dust' in the store and 'grain' in" in line
 
 
 def test_an_older_stores_tokenizer_is_compared_where_it_is_at_hand(harvested, elsewhere, capsys):
@@ -239,7 +242,7 @@ def test_an_older_stores_tokenizer_is_compared_where_it_is_at_hand(harvested, el
     assert f"note: the vocabulary of '{other}' could not be compared with the store's" in capsys.readouterr().err
     shutil.rmtree("out")
     shutil.copytree(harvested / "model", "model")
-    assert "2 of 6 stored token ids are other tokens there" in refused(capsys, model=other)
+    assert "2 of 6 stored token ids stand for other tokens" in refused(capsys, model=other)
 
 
 def test_a_tokenizer_that_differs_in_other_tokens_alone_is_accepted(harvested, elsewhere, capsys):
@@ -287,7 +290,7 @@ def test_a_model_without_an_embedding_for_a_stored_token_is_refused(harvested, e
     rows = held_out(ActivationStore.open("store"))
     assert stored_ids(rows) == [0, 1, 2, 3, 4, 5]
     small = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(5, 1)))
-    with pytest.raises(ModelError, match="holds token 5, 'small' has 5 embeddings"):
+    with pytest.raises(ModelError, match="contains token 5, but 'small' has 5 embeddings"):
         check_vocabulary(rows, "small", small, None)
 
 
@@ -301,7 +304,7 @@ def test_tokens_that_the_stores_own_model_has_no_embedding_for_are_refused(tiny,
     out = tmp_path / "out"
     arguments = ["--store", path, "--saes", sweep, "--output", out, "--feature_rows", 0]
     assert main([str(argument) for argument in arguments]) == 2
-    assert f"holds token {token}, " in capsys.readouterr().err
+    assert f"contains token {token}, " in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -331,7 +334,9 @@ def test_a_store_of_another_tensor_under_the_name_is_refused():
     check_hook_module(store("transformer.h.1.mlp.dense_4h_to_h"), model, found)
     check_hook_module(store("transformer.h.1.mlp", model_class="Another"), model, found)
     check_hook_module(SimpleNamespace(path="s", metadata={}), model, found)
-    with pytest.raises(StoreError, match=r"holds what 'transformer.h.1.mlp' gives as .* harvest the store again"):
+    with pytest.raises(
+        StoreError, match=r"contains the activation of 'transformer.h.1.mlp', .* harvest the store again"
+    ):
         check_hook_module(store("transformer.h.1.mlp"), model, found)
 
 
