@@ -1,1 +1,1 @@
-"""What is measured about a language model before its activations are trusted."""
+"""Load language models, measure their hook points, and read or replace activations."""

@@ -1,4 +1,4 @@
-"""Read activations out of a forward pass that stops after the last of them, or replace one."""
+"""Read activations in a forward pass that stops after the last hook point, or replace an activation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ..core.errors import HookPointError
 from .certificate import measure
 from .hook_points import KINDS, ResolvedHookPoint, block_and_kind, unique_canonical
-from .probe.arguments import activation_of, input_place, with_input, with_output
+from .probe.arguments import activation_of, input_argument, with_input, with_output
 from .probe.blocks import Blocks
 from .probe.finding import Finding
 
-NAMES_A_MODULE = "any module's path names that module's own output"
-"""What there is beside the canonical names."""
+MODULE_PATHS_NOTE = "any module's path names that module's own output"
+"""Note on the names that are valid beside the canonical ones."""
 
 
-class _Enough(BaseException):
-    """Ends a forward pass once every hook point was read; nothing between may catch it."""
+class _AllRead(BaseException):
+    """Ends a forward pass once every hook point has been read. A `BaseException`, so that no model code catches it."""
 
 
 def capture(
@@ -35,8 +35,8 @@ def capture(
 ) -> dict[str, Float[Tensor, "batch context d_in"]]:
     """Return the activation at every hook point, from one forward pass without gradients.
 
-    With `truncate`, nothing after the last hook point runs: later layers, final norm and
-    unembedding cost nothing.
+    With `truncate`, the pass ends at the last hook point, so that later layers, the final norm and the unembedding cost
+    nothing.
     """
     with capturing(model, hook_points, truncate) as read:
         return read(input_ids)
@@ -46,33 +46,33 @@ def capture(
 def capturing(
     model: nn.Module, hook_points: Mapping[str, ResolvedHookPoint], truncate: bool = True
 ) -> Iterator[Callable[[Int[Tensor, "batch context"]], dict[str, Float[Tensor, "batch context d_in"]]]]:
-    """Within this context, give a function that captures; several threads may call it at once.
+    """Register hooks on the model and yield a function that captures; several threads may call it at once.
 
-    The hooks are the model's, the activations they keep the calling thread's.
+    The hooks are shared; each thread gets its own activations.
     """
-    kept = threading.local()
+    captured = threading.local()
 
-    def keep(name: str) -> Callable[[Tensor], None]:
+    def store_as(name: str) -> Callable[[Tensor], None]:
         def reader(activation: Tensor) -> None:
-            activations: dict[str, Tensor] | None = getattr(kept, "activations", None)
+            activations: dict[str, Tensor] | None = getattr(captured, "activations", None)
             if activations is None:
                 return
             activations[name] = activation.detach()
             if truncate and len(activations) == len(hook_points):
-                raise _Enough
+                raise _AllRead
 
         return reader
 
     def read(input_ids: Tensor) -> dict[str, Tensor]:
         activations: dict[str, Tensor] = {}
-        kept.activations = activations
+        captured.activations = activations
         try:
             with torch.inference_mode():
                 _forward(model, input_ids)
-        except _Enough:
+        except _AllRead:
             pass
         finally:
-            kept.activations = None
+            captured.activations = None
         missing = [name for name in hook_points if name not in activations]
         if missing:
             raise HookPointError(f"the forward pass of {type(model).__name__} never reached {', '.join(missing)}")
@@ -80,7 +80,7 @@ def capturing(
 
     with ExitStack() as stack:
         for name, hook_point in hook_points.items():
-            stack.enter_context(reading(model, hook_point, keep(name)))
+            stack.enter_context(reading(model, hook_point, store_as(name)))
         yield read
 
 
@@ -89,20 +89,20 @@ def splice(
     hook_point: ResolvedHookPoint,
     replace: Callable[[Float[Tensor, "batch context d_in"]], Float[Tensor, "batch context d_in"]],
 ) -> AbstractContextManager[None]:
-    """Within this context, the model's forward passes use `replace(activation)` in place of it, in all that follows.
+    """Within this context, replace the activation by `replace(activation)` in the model's forward passes.
 
-    Raises `HookPointError` where that was measured not to be possible.
+    Raises `HookPointError` if the measurement showed that the activation cannot be replaced.
     """
     check_splices(model, hook_point)
     scale, affine = hook_point.scale, hook_point.affine
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        place = input_place(args, kwargs)
-        assert place is not None
-        activation = kwargs[place] if isinstance(place, str) else args[place]
+        argument = input_argument(args, kwargs)
+        assert argument is not None
+        activation = kwargs[argument] if isinstance(argument, str) else args[argument]
         new = replace(activation)
         if hook_point.splice == "replace":
-            return with_input(args, kwargs, place, new)
+            return with_input(args, kwargs, argument, new)
         if new is not activation:
             activation.copy_(new)
         return None
@@ -120,21 +120,21 @@ def splice(
 
 
 def check_splices(model: nn.Module, hook_point: ResolvedHookPoint) -> None:
-    """Raise `HookPointError` for a hook point where no other activation can take the place of the model's."""
+    """Raise `HookPointError` if the model's activation at a hook point cannot be replaced."""
     if not hook_point.splice:
         raise HookPointError(
-            f"nothing can be spliced in at '{hook_point.name}' in {type(model).__name__}: putting another activation "
-            f"into {hook_point.module_path} changes only some, or more, of what the name stands for; "
-            "expected a hook point whose splice `thresher hooks` calls possible"
+            f"nothing can be spliced in at '{hook_point.name}' in {type(model).__name__}: replacing the activation of "
+            f"{hook_point.module_path} changes less or more than what the name stands for; choose a hook point that "
+            "`thresher hooks` does not mark as read-only"
         )
 
 
 def resolve_hook_points(model: nn.Module, names: Iterable[str]) -> dict[str, ResolvedHookPoint]:
     """Find hook points in a model by canonical name, SAELens spelling or module path.
 
-    A few tokens run through the model to measure the identity of each canonical name and each width. Raises
-    `HookPointError`, listing what the model has, for a name it lacks or whose identity does not hold, and for a module
-    whose output is not one `[batch, context, d]` activation a pass.
+    Runs the model on a few tokens to check the identity of each canonical name and to measure each width. Raises
+    `HookPointError`, with the names that the model has, for an unknown name, for a name whose identity does not hold,
+    and for a module whose output is not one `[batch, context, d]` activation per pass.
     """
     wanted = unique_canonical(names)
     inside = {name: found for name in wanted if (found := block_and_kind(name)) is not None}
@@ -159,7 +159,7 @@ def _resolved(
     blocks: Blocks | None,
     findings: Mapping[tuple[int, str], Finding],
 ) -> ResolvedHookPoint:
-    """Return a hook point of a block from what was measured, or raise `HookPointError` with the reason."""
+    """Return a block's hook point from the measured findings, or raise `HookPointError` with the reason."""
     found = findings.get((layer, kind))
     if found is None:
         raise HookPointError(_unknown(model, name, blocks, findings))
@@ -167,7 +167,7 @@ def _resolved(
         assert blocks is not None
         raise HookPointError(
             f"no hook point '{name}' in {type(model).__name__}: {found.reason}; `thresher hooks MODEL` lists those it "
-            f"has, and {NAMES_A_MODULE}, such as '{blocks.path}.{layer}'"
+            f"has, and {MODULE_PATHS_NOTE}, such as '{blocks.path}.{layer}'"
         )
     return ResolvedHookPoint(
         name,
@@ -186,7 +186,7 @@ def _resolved(
 def _module_path(
     model: nn.Module, name: str, blocks: Blocks | None, findings: Mapping[tuple[int, str], Finding]
 ) -> str:
-    """Return the path of a module that is named by it, whole or below the base model."""
+    """Return the full path of the module with this path, given in full or relative to the base model."""
     modules = dict(model.named_modules())
     for path in (name, f"{getattr(model, 'base_model_prefix', '')}.{name}"):
         if path and path in modules:
@@ -210,8 +210,8 @@ def _widths(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
     for name, seen in shapes.items():
         if len(seen) != 1 or len(seen[0]) != 3 or seen[0][:2] != (2, 3):
             raise HookPointError(
-                f"hook point '{name}' ({paths[name]}) must give one activation of shape "
-                f"[2, 3, d] for [2, 3] tokens, got {seen or 'none'}; name a module on the path of the tokens"
+                f"hook point '{name}' ({paths[name]}): expected one activation of shape [2, 3, d] for [2, 3] tokens, "
+                f"got {seen or 'none'}; name a module that processes every token once"
             )
     return {name: seen[0][2] for name, seen in shapes.items()}
 
@@ -238,7 +238,7 @@ def _unknown(model: nn.Module, name: str, blocks: Blocks | None, findings: Mappi
 
 
 def _forward(model: nn.Module, input_ids: Tensor) -> None:
-    """Run the model for its hooks' sake, without the unembedding where it has a base model."""
+    """Run the model so that its hooks are called, without the unembedding if it has a base model."""
     base = getattr(model, "base_model", model)
     config = getattr(base, "config", None)
     base(input_ids=input_ids, **({"use_cache": False} if hasattr(config, "use_cache") else {}))
@@ -250,7 +250,7 @@ def reading(
     """Within this context, the model's forward passes call `reader` with the activation."""
     scale, affine, clone = hook_point.scale, hook_point.affine, hook_point.clone
 
-    def give(activation: Any) -> None:
+    def pass_on(activation: Any) -> None:
         if scale != 1:
             activation = activation * scale
         elif clone:
@@ -258,26 +258,26 @@ def reading(
         reader(activation)
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        give(_input(args, kwargs))
+        pass_on(_input(args, kwargs))
 
     def on_output(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        give(activation_of(output) if affine is None else affine.normalize(_input(args, kwargs)))
+        pass_on(activation_of(output) if affine is None else affine.normalize(_input(args, kwargs)))
 
     return _hooked(model, hook_point, on_input, on_output)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the activation among a module's arguments."""
-    place = input_place(args, kwargs)
-    assert place is not None
-    return kwargs[place] if isinstance(place, str) else args[place]
+    argument = input_argument(args, kwargs)
+    assert argument is not None
+    return kwargs[argument] if isinstance(argument, str) else args[argument]
 
 
 @contextmanager
 def _hooked(
     model: nn.Module, hook_point: ResolvedHookPoint, on_input: Callable[..., Any], on_output: Callable[..., Any]
 ) -> Iterator[None]:
-    """Within this context, call one of the hooks, as the hook point is a module's input or its output."""
+    """Within this context, register the hook for a module's input or for its output, as the hook point requires."""
     module = model.get_submodule(hook_point.module_path)
     if hook_point.kind == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -1,8 +1,8 @@
 """Measure in a model's own forward pass which canonical hook points its blocks have, and where.
 
-A few tokens run through the model while random activations are put in place of what attention and MLP return, so that
-what a block adds to the residual stream is seen whatever the weights are. Each kind of hook point is offered only where
-its identity holds (`Finding.identity`), and otherwise refused with what the tensor there is (`Finding.reason`).
+The model runs on a few tokens while random activations replace the outputs of attention and MLP. This shows what a
+block adds to the residual stream, independently of the weights. A kind of hook point is only offered if its identity
+holds (`Finding.identity`); otherwise it is refused with a reason (`Finding.reason`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from .probe.probe import Place, Record, run
 from .probe.stream import check_stream
 
 FLOAT32_COPY_PARAMETERS = 1 << 28
-"""Largest model that is measured as a copy in float32 too: 1 GiB of it."""
+"""Largest model that is also measured as a float32 copy, of 1 GiB."""
 
 
 def measure(model: nn.Module, layers: Iterable[int] | None = None) -> tuple[Blocks | None, Findings]:
-    """Return the text model's blocks, and what was found of each kind of hook point in the blocks of these layers.
+    """Return the text model's blocks, and the finding for each kind of hook point in the blocks of these layers.
 
-    Identities are measured in float32: in a copy, where the model is of another type and has at most
-    `FLOAT32_COPY_PARAMETERS`. What the model writes into, and what a splice replaces, is measured in the model itself.
+    Identities are measured in float32: in a float32 copy, if the model has another data type and at most
+    `FLOAT32_COPY_PARAMETERS` parameters. Which tensors the model writes into, and what a splice replaces, is measured
+    in the model itself.
     """
     blocks = running_blocks(model)
     if blocks is None:
@@ -49,9 +50,9 @@ def measure(model: nn.Module, layers: Iterable[int] | None = None) -> tuple[Bloc
 
 
 def certificate(model: nn.Module, hook_points: Mapping[str, ResolvedHookPoint]) -> dict[str, Any]:
-    """Return what was measured of these hook points, for a store's metadata: strings and truth values alone.
+    """Return the measurements of these hook points for a store's metadata, as strings and booleans only.
 
-    Numbers would differ between machines, and the metadata of one harvest must not.
+    Measured numbers differ between machines, and the metadata of a harvest must not depend on the machine.
     """
     return {
         "measured_in": measured_in(model),
@@ -76,7 +77,7 @@ def measured_in(model: nn.Module) -> str:
 
 
 def _copies(model: nn.Module) -> bool:
-    """Tell whether a copy of the model in float32 is small enough, and possible: no weights are quantised or away."""
+    """Return whether a float32 copy is possible and small enough: no weights are quantised or offloaded."""
     parameters = list(model.parameters())
     plain = all(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
     return (
@@ -91,21 +92,21 @@ def _in_float32(model: nn.Module) -> nn.Module | None:
 
 
 def _both(found: Finding, exact: Finding) -> Finding:
-    """Return a finding that holds in both measurements: the model's own, of which the exact one agrees."""
+    """Combine the findings in the model's own data type and in float32: return one that holds in both."""
     if found.place is None:
         return found
     if exact.place is None:
         return exact
     if found.place != exact.place or found.scale != exact.scale:
         return Finding(
-            reason=f"in its own data type the model gives it at {found.place.path} times {found.scale:.6g}, "
-            f"in float32 at {exact.place.path} times {exact.scale:.6g}"
+            reason=f"in the model's own data type it is {found.scale:.6g} times the activation at {found.place.path}, "
+            f"in float32 {exact.scale:.6g} times the activation at {exact.place.path}"
         )
     return replace(found, splice=found.splice if exact.splice else "")
 
 
 def running_blocks(model: nn.Module) -> Blocks | None:
-    """Return the first list of blocks, by name and size, all of which a pass over tokens runs through."""
+    """Return the likeliest list of blocks, by name and size, whose blocks all run in a forward pass."""
     lists = list(block_lists(model))
     ran: set[nn.Module] = set()
     with ExitStack() as stack:
@@ -128,7 +129,7 @@ def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
         probes.append(BlockProbe(layer, path, blocks.modules[layer], text_config(model), passes.natural))
     stages = [probe.stages() for probe in probes]
     pending = [(stage, next(stage)) for stage in stages]
-    while pending:  # each pass serves one stage of every block: their inputs are fixed, so blocks do not mix
+    while pending:  # each pass runs one stage of every block; their inputs are fixed, so blocks do not interfere
         record = passes.run([edit for _, edits in pending for edit in edits])
         advanced = []
         for stage, _ in pending:
@@ -145,13 +146,15 @@ def _measure(model: nn.Module, blocks: Blocks, layers: list[int]) -> Findings:
 
 
 def _readable(found: Finding, natural: Record, changed: set[Place]) -> Finding:
-    """Return a finding with what reading it takes, or refuse it where a hook would not read one activation a pass."""
+    """Set whether a finding must be copied; refuse it if a hook would not read one activation per pass."""
     if found.place is None:
         return found
     if found.place in natural.flat:
-        return Finding(reason=f"{found.place.path} holds its tokens in one row, without the batch's dimension")
+        return Finding(
+            reason=f"the activation of {found.place.path} has no batch dimension: it is [batch * context, d]"
+        )
     if found.place in natural.repeated:
-        return Finding(reason=f"{found.place.path} runs more than once in a pass")
+        return Finding(reason=f"{found.place.path} runs more than once per forward pass")
     return replace(found, clone=found.place in changed)
 
 

@@ -8,7 +8,7 @@ from ..core.config import help_text, load_config
 from ..core.errors import ConfigError
 from .hooks_config import HooksConfig
 
-SUMMARY = "List a model's hook points: width, module, and what was measured."
+SUMMARY = "List a model's hook points: width, module, and the identity that was measured."
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         from ..core.lazy import fast_imports
 
         with fast_imports():
-            from .table import print_hook_points  # here, so that --help stays quick
+            from .table import print_hook_points  # imported here to keep --help fast
 
             print_hook_points(config)
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _config(arguments: list[str]) -> HooksConfig:
-    named = not arguments[0].startswith("-")
-    if named and arguments[0].endswith(".toml"):
+    is_model = not arguments[0].startswith("-")
+    if is_model and arguments[0].endswith(".toml"):
         raise ConfigError(f"'{arguments[0]}' is a config file; expected the model itself: thresher hooks MODEL")
-    return load_config(HooksConfig, None, ["--model", *arguments] if named else arguments)
+    return load_config(HooksConfig, None, ["--model", *arguments] if is_model else arguments)

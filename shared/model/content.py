@@ -1,7 +1,7 @@
-"""Digests of everything that files hold, so that a changed text, tokenizer or model is noticed.
+"""Digests of the contents of files, to notice that a text, tokenizer or model has changed.
 
-Every byte is read. The digest of a large file is kept in the user's cache and used again as long as the file's inode,
-size and times are those it was computed for; smaller files are read each time. Needs no PyTorch.
+Every byte is read. The digest of a large file is cached and reused as long as the file's inode, size and times are
+unchanged; smaller files are read every time. This module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..core.errors import MissingFileError
 from ..core.location import cache_folder
 from ..core.progress import progress
 
-KEPT_FOLDER = "digests"
-KEPT_BYTES = 1 << 20
-"""Size from which a file's digest is kept; smaller files are as quick to read as to look up."""
+CACHE_FOLDER = "digests"
+MIN_CACHED_BYTES = 1 << 20
+"""Smallest file whose digest is cached; smaller files are as fast to read as to look up."""
 SETTLED_SECONDS = 2.0
-"""Age that a file's last change must have for its digest to be kept: file systems count time in ticks of up to two
-seconds, and a second change within one tick would leave the same times (Git calls such an entry racily clean)."""
+"""Minimum time since a file's last change for its digest to be cached. File systems record times with a resolution of
+up to two seconds, so a second change soon after might leave the times unchanged (Git's "racily clean" entries)."""
 BLOCK_BYTES = 4 << 20
 MAX_THREADS = 8
 SECONDS_BEFORE_BAR = 2.0
@@ -50,7 +50,7 @@ TOKENIZER_FILES = (
 
 
 def describe_files(files: Mapping[str, Path], cache: str | Path | None = None) -> str:
-    """Return the number, bytes and digest of files, each under the name it counts by.
+    """Describe files, given by name, by their number, total bytes and a digest of their names and contents.
 
     Raises `MissingFileError` for a file that cannot be read.
     """
@@ -67,18 +67,18 @@ def describe_files(files: Mapping[str, Path], cache: str | Path | None = None) -
 
 
 def file_digest(path: Path, cache: str | Path | None = None, count: Callable[[int], object] | None = None) -> str:
-    """Return the BLAKE2b digest of a file's whole content, computed or, for an unchanged large file, kept."""
+    """Return the BLAKE2b digest of a file's content, from the cache if the file is large and unchanged."""
     try:
         with path.open("rb") as file:
             before, now = _fields(file), time.time()
-            if before[1] < KEPT_BYTES:
+            if before[1] < MIN_CACHED_BYTES:
                 return _hash(file, count)
-            kept = cache_folder(cache) / KEPT_FOLDER / _key(path)
-            found = _read_kept(kept, before)
+            entry = cache_folder(cache) / CACHE_FOLDER / _key(path)
+            found = _read_entry(entry, before)
             if found is None:
                 found = _hash(file, count)
                 if _fields(file) == before and now - max(before[2:]) / 1e9 > SETTLED_SECONDS:
-                    _keep(kept, before, found)
+                    _write_entry(entry, before, found)
             elif count is not None:
                 count(before[1])
             return found
@@ -89,7 +89,7 @@ def file_digest(path: Path, cache: str | Path | None = None, count: Callable[[in
 def _hash(file: BinaryIO, count: Callable[[int], object] | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     while block := file.read(BLOCK_BYTES):
-        digest.update(block)  # releases the interpreter's lock
+        digest.update(block)  # releases the GIL
         if count is not None:
             count(len(block))
     return digest.hexdigest()
@@ -103,9 +103,9 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _fields(file: BinaryIO) -> tuple[int, int, int, int]:
-    """Return what changes with a file's content: inode, size, and the times of change of content and of inode.
+    """Return the fields that change with a file's content: inode, size, mtime and ctime.
 
-    The last cannot be set by a program, so a copy that keeps the time of the original is noticed too.
+    A program cannot set the ctime, so a copy that preserves the original's mtime is noticed too.
     """
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -115,33 +115,33 @@ def _key(path: Path) -> str:
     return hashlib.blake2b(os.fsencode(path.resolve()), digest_size=16).hexdigest()
 
 
-def _read_kept(kept: Path, fields: tuple[int, ...]) -> str | None:
+def _read_entry(entry: Path, fields: tuple[int, ...]) -> str | None:
     try:
-        *found, digest = kept.read_text(encoding="ascii").split()
+        *found, digest = entry.read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError, ValueError):
         return None
     return digest if found == [str(field) for field in fields] and len(digest) == 32 else None
 
 
-def _keep(kept: Path, fields: tuple[int, ...], digest: str) -> None:
-    """Write an entry at once or not at all; a cache that cannot be written is no error."""
-    partial = kept.with_name(f"{kept.name}.{os.getpid()}.{os.urandom(4).hex()}")
+def _write_entry(entry: Path, fields: tuple[int, ...], digest: str) -> None:
+    """Write a cache entry atomically; a cache that cannot be written is not an error."""
+    partial = entry.with_name(f"{entry.name}.{os.getpid()}.{os.urandom(4).hex()}")
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        entry.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(" ".join([*map(str, fields), digest]), encoding="ascii")
-        os.replace(partial, kept)
+        os.replace(partial, entry)
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
-    """Return the files of a folder that match any of the patterns, by their path within it."""
+    """Return the files in a folder that match any of the patterns, by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def model_content(model: str, revision: str | None = None, cache: str | Path | None = None) -> dict[str, str | None]:
-    """Return what identifies a model's `weights` and `tokenizer`: the digest of a folder's files, or the hub's commit.
+    """Return what identifies a model's `weights` and `tokenizer`: a digest of the folder's files, or the hub's commit.
 
-    None stands for what is not known: a model that is neither here nor to be reached.
+    A value is None if it is not known, for example because the model is neither a folder nor reachable on the hub.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -152,7 +152,7 @@ def model_content(model: str, revision: str | None = None, cache: str | Path | N
 
 
 def stored_model_content(metadata: Mapping[str, Any]) -> str | None:
-    """Return what identifies the model, and its adapter, of a store with this metadata; None where it does not say."""
+    """Return what identifies the model and adapter of a store with this metadata, or None if it is not recorded."""
     harvest = metadata.get("harvest")
     content = harvest.get("content") if isinstance(harvest, Mapping) else None
     found = [content.get(what) for what in ("weights", "adapter")] if isinstance(content, Mapping) else []
@@ -160,10 +160,10 @@ def stored_model_content(metadata: Mapping[str, Any]) -> str | None:
 
 
 def hub_commit(model: str, revision: str | None = None) -> str | None:
-    """Return the commit that a model id and revision stand for now, from the cache if the hub does not answer."""
+    """Return the commit that a model id and revision currently refer to, from the cache if the hub does not answer."""
     import huggingface_hub
 
-    with suppress(Exception):  # of many kinds: no network, no such name, no access
+    with suppress(Exception):  # for example: no network, unknown name, no access
         return huggingface_hub.HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS).sha
     with suppress(ValueError):
         found = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)

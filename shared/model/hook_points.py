@@ -1,4 +1,4 @@
-"""Name the places in a transformer where activations are read.
+"""Name the points in a transformer where activations are read.
 
 A canonical name is `blocks.N.KIND`, with KIND one of
 
@@ -7,15 +7,15 @@ A canonical name is `blocks.N.KIND`, with KIND one of
     attn_out, mlp_out       what attention and MLP add to the residual stream
     mlp_in                  the MLP's input, after its norm: what a transcoder reads
     mlp_in_normalized       the same before the norm's weight and bias (TransformerLens: ln2.hook_normalized)
-    mlp_branch              the stream as the MLP's norm alone reads it (TransformerLens: hook_mlp_in)
-    attn_z                  the heads' outputs side by side, before the output projection
+    mlp_branch              the stream as only the MLP's norm reads it (TransformerLens: hook_mlp_in)
+    attn_z                  the heads' outputs, concatenated, before the output projection
 
-or any module's path, which means that module's output. In blocks that normalise or scale what a part
-adds (Gemma 2 and 3, OLMo 2, GLM 4; Granite), `attn_out` and `mlp_out` are taken after that, as in
-TransformerLens. In post-norm encoders (BERT) `resid_post` is the block's normalised output, and
-`attn_out` and `mlp_out` are the projections before the residual is added.
+or the path of any module, which stands for that module's output. In blocks that normalise or scale the outputs of
+attention and MLP (Gemma 2 and 3, OLMo 2, GLM 4; Granite), `attn_out` and `mlp_out` are taken after that, as in
+TransformerLens. In post-norm encoders (BERT), `resid_post` is the block's normalised output, and `attn_out` and
+`mlp_out` are the projections before the residual is added.
 
-Which of them a model has is measured in the model itself (`shared/model/certificate.py`).
+Which hook points a model has is measured in the model itself (`shared/model/certificate.py`).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _TRANSFORMER_LENS = {
 class ResolvedHookPoint:
     """Where one activation `[batch, context, d_in]` is read or replaced.
 
-    It is `scale` times what the module reads or returns, or with `affine` that norm's result before its weight and
-    bias. `layer` is the block's index, or None for a module outside the blocks. With `clone` it is copied when it is
-    read, because the model writes into it later. `splice` says how another activation takes its place: "replace" the
-    argument or result, "write" into the tensor that is there, or "" where neither replaces it for all that follows.
-    `identity` is what was measured to hold there, and `derived` how it differs from what the module itself gives.
+    The activation is `scale` times the module's input or output or, with `affine`, the norm's result before its weight
+    and bias. `layer` is the block's index, or None for a module outside the blocks. With `clone`, the activation is
+    copied when it is read, because the model later writes into it. `splice` says how to replace it: "replace" the
+    argument or result, "write" into the existing tensor, or "" if neither replaces it for everything downstream.
+    `identity` is the identity that was measured, and `derived` how the activation differs from the module's own.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ResolvedHookPoint:
 
 
 def canonical_hook_point(name: str) -> str:
-    """Return our spelling of a hook point: `blocks.2.hook_resid_post` -> `blocks.2.resid_post`."""
+    """Return the canonical spelling of a hook point: `blocks.2.hook_resid_post` -> `blocks.2.resid_post`."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None:
         return name
@@ -86,13 +86,13 @@ def canonical_hook_point(name: str) -> str:
 
 
 def block_and_kind(name: str) -> tuple[int, str] | None:
-    """Return the block's index and the kind of a canonical name, or None for a module's path."""
+    """Return the block index and kind of a canonical name, or None for a module's path."""
     match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", name)
     return (int(match[1]), match[2]) if match is not None and match[2] in KINDS else None
 
 
 def unique_canonical(names: Iterable[str]) -> list[str]:
-    """Return the canonical names in order, each once; raise `HookPointError` when there are none."""
+    """Return the canonical names in order, without duplicates; raise `HookPointError` if there are no names."""
     canonical = list(dict.fromkeys(canonical_hook_point(name) for name in names))
     if not canonical:
         raise HookPointError("no hook points given; name at least one, such as 'blocks.0.resid_post'")

@@ -1,4 +1,4 @@
-"""Load language models and tokenizers as Hugging Face stores them."""
+"""Load language models and tokenizers in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EXPECTED = "expected a decoder such as GPT-2 or Llama, or an encoder such as BER
 
 
 def has_fast_bfloat16(device: str | torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 matrices in hardware."""
+    """Return whether the device multiplies bfloat16 matrices in hardware."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -51,11 +51,11 @@ def has_fast_bfloat16(device: str | torch.device) -> bool:
 
 
 def model_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
-    """Return the data type to run a model in; "auto" is bfloat16 where the device has it, else float32."""
+    """Return the data type to run a model in; "auto" is bfloat16 if the hardware supports it, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
-        raise ModelError(f"expected model dtype auto, {', '.join(DTYPES)}; got '{dtype}'")
+        raise ModelError(f"expected model dtype auto, {', '.join(DTYPES)}, got '{dtype}'")
     return DTYPES[dtype]
 
 
@@ -69,12 +69,15 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Load a pretrained model, ready for inference: evaluation mode, no gradients.
+    """Load a pretrained model for inference: in evaluation mode, without gradients.
 
-    Decoders load with their language-modelling head, encoders (the BERT family) bare. An adapter that is named, or
-    that lies in the model's folder, is merged into the weights. Raises `ModelError` when there is no such model, when
-    its weights are not exactly those that its configuration asks for, or when it reads anything but tokens;
-    `ConfigError` when the device is not there.
+    Decoders are loaded with their language-modelling head, encoders (the BERT family) without a head. An adapter,
+    either named or in the model's folder, is merged into the weights.
+
+    Raises:
+        ModelError: the model does not exist, its weights do not match its configuration exactly, or it does not run
+            on tokens alone.
+        ConfigError: the device is not available.
     """
     name_or_path, adapter = expand_home(name_or_path), expand_home(adapter)
     device = choose_device(str(device))
@@ -89,14 +92,14 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if parts.adapter is not None:
-        options["adapter_kwargs"] = {"subfolder": "none"}  # else transformers applies it, its weights unchecked
+        options["adapter_kwargs"] = {"subfolder": "none"}  # otherwise transformers applies it without checking weights
     try:
-        with _few_words():
+        with _only_errors_logged():
             model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 parts.base,
                 dtype=torch_dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # check_checkpoint_keys names them
+                ignore_mismatched_sizes=True,  # check_checkpoint_keys reports them
                 **options,
             )
             partial = loader is AutoModel or type(model.config) is not type(config)
@@ -105,10 +108,10 @@ def load_model(
                 model = apply_adapter(model, parts.adapter, adapter_revision)
             model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
             model.eval().requires_grad_(False)
-            _read_tokens(model, name_or_path)
+            _check_runs_on_tokens(model, name_or_path)
     except ThresherError:
         raise
-    except Exception as error:  # the libraries raise all kinds for files that are not as they expect
+    except Exception as error:  # the libraries raise many kinds of errors for files they do not expect
         raise ModelError(f"cannot load model '{name_or_path}': {_reason(error, config)}") from error
     return model
 
@@ -116,39 +119,39 @@ def load_model(
 def load_model_config(
     name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Load a model's configuration alone, or raise `ModelError`."""
+    """Load only a model's configuration, or raise `ModelError`."""
     name = expand_home(name_or_path)
     if Path(name).is_file():
-        raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds config.json and the weights")
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder with config.json and the weights")
     try:
-        with _few_words():
+        with _only_errors_logged():
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
         raise ModelError(
-            f"no model '{name_or_path}': expected a folder with config.json and weights, or a Hugging Face id "
-            f"that can be reached; {_reason(error)}"
+            f"no model '{name_or_path}': expected a folder with config.json and weights, or the id of a model that "
+            f"Hugging Face serves; {_reason(error)}"
         ) from error
 
 
 def load_tokenizer(
     name_or_path: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer; an adapter without one has that of its base model.
+    """Load a model's tokenizer; for an adapter without a tokenizer, that of its base model.
 
-    Raises `ModelError` when there is none, also where transformers would make up one of a few special tokens.
+    Raises `ModelError` if there is none. In that case transformers may build one from a few special tokens instead.
     """
     name = expand_home(name_or_path)
     if Path(name).is_file():
-        raise ModelError(f"'{name_or_path}' is a file; expected the folder that holds the tokenizer")
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder with the tokenizer")
     parts = _find_parts(name, revision, None)
     if parts.base != name and not _has_tokenizer(name, revision):
         name, revision = parts.base, _revisions(name, revision, parts)[0]
     no_tokenizer = (
-        f"'{name_or_path}' holds no tokenizer: expected a vocabulary such as tokenizer.json beside config.json; "
+        f"'{name_or_path}' contains no tokenizer: expected a vocabulary such as tokenizer.json beside config.json; "
         "save the model's tokenizer there too (tokenizer.save_pretrained)"
     )
     try:
-        with _few_words():
+        with _only_errors_logged():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
         found = vocabulary_files(name, revision) or []
@@ -165,7 +168,7 @@ def load_tokenizer(
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Tell whether a configuration is that of a model without a head for the next token (BERT, RoBERTa, ...)."""
+    """Return whether a configuration belongs to a model that does not predict the next token (BERT, RoBERTa, ...)."""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return False
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or _was_saved_bare(config):
@@ -174,14 +177,14 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 
 def _was_saved_bare(config: PretrainedConfig) -> bool:
-    """Tell whether a decoder was saved without a head, as text embedders are, and has none in its embeddings either."""
+    """Return whether a decoder was saved without a head, like a text embedder, and has no tied embeddings."""
     bare = getattr(MODEL_MAPPING.get(type(config), None), "__name__", None)
     named = getattr(config, "architectures", None) or []
     return bare in named and not getattr(config, "tie_word_embeddings", False)
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:
-    """Tell whether an adapter's folder or id has a tokenizer of its own."""
+    """Return whether an adapter's folder or repository contains a tokenizer."""
     if Path(name).is_dir():
         return bool(vocabulary_files(name))
     try:
@@ -191,21 +194,21 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
 
 
 def _find_parts(name: str, revision: str | None, adapter: str | None) -> ModelParts:
-    """Return base model and adapter, also where a Hugging Face id is that of an adapter."""
+    """Return base model and adapter, also if the name is the Hugging Face id of an adapter."""
     parts = model_parts(name, adapter)
     if parts.adapter is not None or Path(parts.base).exists():
         return parts
     try:
         found = find_adapter_config_file(parts.base, revision=revision)
-    except Exception:  # no such model: loading its configuration says so
+    except Exception:  # no such model: loading its configuration reports this
         found = None
     return parts if found is None else adapted_base(Path(found), parts.base)
 
 
 def _revisions(name: str, revision: str | None, parts: ModelParts) -> tuple[str | None, str | None]:
-    """Return the revisions of base model and adapter: the one asked for is that of what the name stands for.
+    """Return the revisions of base model and adapter; the requested one applies to what the name refers to.
 
-    A folder has no revision: for an adapter's folder, it is that of the base model.
+    A folder has no revision: with an adapter's folder, the requested revision applies to the base model.
     """
     if parts.base == name:
         return revision, None
@@ -215,9 +218,9 @@ def _revisions(name: str, revision: str | None, parts: ModelParts) -> tuple[str 
 
 
 def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
-    """Raise `ModelError` for a kind of model that is not a decoder or an encoder of text."""
+    """Raise `ModelError` if a configuration belongs to neither a decoder nor an encoder of text."""
     if any(str(kind).endswith("ForCausalLM") for kind in getattr(config, "architectures", None) or []):
-        return  # also BartForCausalLM and the like: a decoder saved without its encoder
+        return  # includes decoders saved without their encoder, such as BartForCausalLM
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); {EXPECTED}")
     built = MODEL_MAPPING.get(type(config), None)
@@ -226,7 +229,7 @@ def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
         raise ModelError(f"'{name}' ({config.model_type}) reads {reads}, not tokens; {EXPECTED}")
 
 
-def _read_tokens(model: PreTrainedModel, name: str) -> None:
+def _check_runs_on_tokens(model: PreTrainedModel, name: str) -> None:
     """Raise `ModelError` for a model that cannot run on tokens alone."""
     tokens = torch.zeros(1, 3, dtype=torch.long, device=model.device)
     config = getattr(model.base_model, "config", None)
@@ -244,8 +247,8 @@ def _read_tokens(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _few_words() -> Iterator[None]:
-    """Keep transformers from printing what an error says in one line."""
+def _only_errors_logged() -> Iterator[None]:
+    """Silence transformers' warnings; our errors report the same in one line."""
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -260,14 +263,14 @@ def _quiet_unless_terminal() -> None:
 
 
 def _reason(error: Exception, config: PretrainedConfig | None = None) -> str:
-    """Return what went wrong in one line, and what to do where the library's own words do not fit."""
+    """Return an error's reason in one line, reworded with advice if the library's message does not fit."""
     if "trust_remote_code" in str(error):
-        return "it comes with code of its own; read that code, then set trust_remote_code = true"
-    words = one_line(error)
-    if "Repo id must be" in words:
-        return "there is no such folder, and it is no Hugging Face id"
+        return "it comes with its own code; read that code, then set trust_remote_code = true"
+    message = one_line(error)
+    if "Repo id must be" in message:
+        return "there is no such folder, and it is not a Hugging Face id"
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        return f"it is quantised ({method}); {words}; install what that needs, or give the unquantised model"
-    return words
+        return f"it is quantised ({method}); {message}; install what that needs, or give the unquantised model"
+    return message

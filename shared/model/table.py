@@ -1,9 +1,9 @@
-"""Print what was measured of a model's hook points."""
+"""Print the hook points that were measured in a model."""
 
 from __future__ import annotations
 
 from ..core.compute.device import choose_device
-from .capture import NAMES_A_MODULE
+from .capture import MODULE_PATHS_NOTE
 from .certificate import Findings, measure, measured_in
 from .hook_points import KINDS
 from .hooks_config import HooksConfig
@@ -14,7 +14,7 @@ _WIDEST = max(map(len, KINDS))
 
 
 def print_hook_points(config: HooksConfig) -> None:
-    """Load a model, measure its hook points and print them, blocks that are alike together."""
+    """Load a model, measure its hook points and print them, with equal blocks grouped."""
     model = load_model(
         config.model,
         config.model_dtype,
@@ -26,18 +26,18 @@ def print_hook_points(config: HooksConfig) -> None:
     )
     blocks, findings = measure(model)
     if blocks is None:
-        print(f"{type(model).__name__} has no list of blocks that a pass over tokens runs through; {NAMES_A_MODULE}")
+        print(f"{type(model).__name__} has no list of blocks that all run in a forward pass; {MODULE_PATHS_NOTE}")
         return
     print(f"{type(model).__name__}: {len(blocks.modules)} blocks in {blocks.path}, measured in {measured_in(model)}")
     for layers, lines in group_blocks(blocks.path, len(blocks.modules), findings):
         print(f"\n{layers}")
         for line in lines:
             print(f"  {line}")
-    print(f"\nA hook point is named blocks.N.KIND; {NAMES_A_MODULE}.")
+    print(f"\nA hook point is named blocks.N.KIND; {MODULE_PATHS_NOTE}.")
 
 
 def group_blocks(path: str, n_blocks: int, findings: Findings) -> list[tuple[str, list[str]]]:
-    """Return a heading for each group of blocks whose hook points are alike, such as "blocks 0 to 3", and its lines."""
+    """Return a heading, such as "blocks 0 to 3", and the lines of each group of blocks with the same hook points."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for layer in range(n_blocks):
         lines = (_line(kind, findings[layer, kind]).replace(f"{path}.{layer}", f"{path}.N") for kind in KINDS)
@@ -46,7 +46,7 @@ def group_blocks(path: str, n_blocks: int, findings: Findings) -> list[tuple[str
 
 
 def _heading(layers: list[int]) -> str:
-    """Name layers by their ranges: "blocks 0 to 3, 5"."""
+    """Describe layers by their ranges: "blocks 0 to 3, 5"."""
     ranges: list[list[int]] = []
     for layer in layers:
         if ranges and ranges[-1][-1] == layer - 1:
@@ -66,6 +66,6 @@ def _line(kind: str, found: Finding) -> str:
     if found.clone:
         notes.append("copied, because the model writes into it later")
     if not found.splice:
-        notes.append("can be read, but not be spliced in")
+        notes.append("read-only: nothing can be spliced in")
     side = "input" if found.place.side == "input" else "output"
     return f"{kind:<{_WIDEST}}  {found.d_in:>6}  {found.place.path} ({side})  {'; '.join(notes)}"

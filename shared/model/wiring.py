@@ -1,4 +1,4 @@
-"""Which hook points an SAE reads and which it writes."""
+"""The hook points that an SAE reads and writes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from ..core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Wiring:
-    """What an SAE reads and what it writes: canonical names of hook points, whose rows lie side by side in this order.
+    """The canonical names of the hook points that an SAE reads and writes; their rows are concatenated in this order.
 
-    With `skip` a linear path leads from the rows that are read to those that are written. With `cross_layer` each hook
-    point that is read belongs to the one that is written in the same place, and its latents write to that and to all
-    after it.
+    With `skip`, a linear map from the rows read is added to the rows written. With `cross_layer`, the i-th hook point
+    read is paired with the i-th one written, and its latents write to that one and to all later ones.
 
     Raises:
-        ConfigError: a list is empty or names a hook point twice, a skip path would copy what it is to reconstruct, or
-            the layers of a cross-layer transcoder do not pair.
+        ConfigError: a list is empty or names a hook point twice, a skip path would copy what it should reconstruct, or
+            the layers of a cross-layer transcoder do not pair up.
     """
 
     reads: tuple[str, ...]
@@ -44,7 +43,7 @@ class Wiring:
         if self.cross_layer and (len(self.reads) != len(self.writes) or len(self.reads) < 2):
             raise ConfigError(
                 f"cross_layer = true with {len(self.reads)} hook points to read and {len(self.writes)} to write; "
-                "expected as many of both, at least two, in the order of the model's layers"
+                "expected the same number of both, at least two, in the order of the model's layers"
             )
         if self.cross_layer and self.skip:
             raise ConfigError("a cross-layer transcoder has no skip path; leave skip or cross_layer out")
@@ -57,20 +56,22 @@ class Wiring:
         skip: bool = False,
         cross_layer: bool = False,
     ) -> Wiring:
-        """Return the wiring of hook points given one or several; without `writes` those that are read are written."""
+        """Return the wiring for one or several hook points; by default, `writes` is the same as `reads`."""
         read = (reads,) if isinstance(reads, str) else tuple(reads)
         written = read if writes is None else (writes,) if isinstance(writes, str) else tuple(writes)
         return cls(read, written, skip, cross_layer)
 
     @property
     def hook_points(self) -> tuple[str, ...]:
-        """Return all hook points, each once."""
+        """All hook points, without duplicates."""
         return tuple(dict.fromkeys(self.reads + self.writes))
 
     @property
     def kind(self) -> str:
-        """Return `sae` (writes the hook point that it reads), `transcoder` (writes another), `crosscoder` (reads or
-        writes several) or `cross_layer` (pairs them by layer).
+        """The kind of SAE that these hook points make.
+
+        `sae` writes the hook point that it reads, `transcoder` another one; `crosscoder` reads or writes several;
+        `cross_layer` pairs them by layer.
         """
         if self.cross_layer:
             return "cross_layer"

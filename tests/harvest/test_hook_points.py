@@ -85,6 +85,9 @@ def test_a_name_that_does_not_hold_ends_the_harvest_in_one_line(model_folder, te
     more = ["--hook_points", "blocks.1.attn_out", "--tokens", 256, "--context_size", 16]
     assert main(["harvest", *map(str, arguments + more)]) == 2
     shown = capsys.readouterr().err
-    assert "no hook point 'blocks.1.attn_out' in FalconH1ForCausalLM: what the block adds to the stream is not" in shown
+    assert (
+        "no hook point 'blocks.1.attn_out' in FalconH1ForCausalLM: the block does not add the output of its attention"
+        in shown
+    )
     assert "`thresher hooks MODEL` lists those it has" in shown
     assert not (tmp_path / "store").exists()

@@ -66,7 +66,7 @@ def test_every_stage_accepts_a_gpu_with_or_without_its_number(
     assert current == made_current
     current.clear()
     store = str(tmp_path / "store")
-    with pytest.raises(ModelError, match="holds no tokenizer"):
+    with pytest.raises(ModelError, match="contains no tokenizer"):
         make_plan(HarvestConfig(model=str(tmp_path), dataset="text", hook_points=("x",), store=store, device=device))
     with pytest.raises(MissingFileError, match="no SAE in"):
         prepare(EvaluateConfig(store=store, saes=str(tmp_path), output=str(tmp_path / "out"), device=device))

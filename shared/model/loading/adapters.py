@@ -1,4 +1,4 @@
-"""Find, identify and apply a PEFT adapter: weights, such as LoRA's, that change those of a base model.
+"""Find, identify and apply a PEFT adapter, such as LoRA, which changes the weights of a base model.
 
 Importing this module imports neither PyTorch nor PEFT.
 """
@@ -21,19 +21,19 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index
 
 
 class ModelParts(NamedTuple):
-    """Where a model's weights are, and the adapter that changes them, each a folder or a Hugging Face id."""
+    """A base model and the adapter to merge into it, each a folder or a Hugging Face id."""
 
     base: str
     adapter: str | None
     base_revision: str | None = None
-    """Branch, tag or commit of the base model that the adapter's configuration asks for."""
+    """Branch, tag or commit of the base model, from the adapter's configuration."""
 
 
 def model_parts(model: str, adapter: str | None = None) -> ModelParts:
-    """Tell base model and adapter apart, as far as the local files say.
+    """Split a model into base model and adapter, as far as local files tell.
 
-    A folder with `adapter_config.json` is an adapter of the model in the same folder, or, where that folder has no
-    weights of its own, of the model that the file names. Raises `ModelError` when there are two adapters.
+    A folder with `adapter_config.json` is an adapter of the model in the same folder or, if that folder has no model
+    weights, of the model that the file names. Raises `ModelError` if there are two adapters.
     """
     model = expand_home(model)
     adapter = expand_home(adapter)
@@ -42,15 +42,15 @@ def model_parts(model: str, adapter: str | None = None) -> ModelParts:
         return ModelParts(model, adapter)
     if adapter is not None and Path(adapter).resolve() != folder.resolve():
         raise ModelError(
-            f"expected one adapter, got two: '{model}' holds one, and adapter = '{adapter}' names another; "
-            "give the base model's own folder as model"
+            f"expected one adapter, got two: '{model}' contains one, and adapter = '{adapter}' names another; "
+            "give the base model's folder as model"
         )
     if any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         return ModelParts(model, model)
     parts = adapted_base(folder / ADAPTER_CONFIG, model)
     if (Path(parts.base) / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            f"expected one adapter, got two: '{model}' is one, and the folder of its base model '{parts.base}' holds "
+            f"expected one adapter, got two: '{model}' is one, and the folder of its base model '{parts.base}' has "
             f"another; merge that one into its model first, or move {ADAPTER_CONFIG} out of that folder"
         )
     return parts
@@ -72,22 +72,20 @@ def adapted_base(adapter_config: Path, adapter: str) -> ModelParts:
 
 
 def apply_adapter(model: PreTrainedModel, adapter: str, revision: str | None = None) -> PreTrainedModel:
-    """Return the model with an adapter's weights merged into its own; its modules keep their names.
+    """Merge an adapter's weights into the model and return it; its modules keep their names.
 
-    Raises `ModelError` when PEFT is not installed, when the adapter cannot be merged, or when its weights do not all
-    fit the model.
+    Raises `ModelError` if PEFT is not installed, if the adapter cannot be merged, or if its weights do not all fit the
+    model.
     """
     try:
         from peft import PeftConfig, PeftModel
     except ImportError:
         raise ModelError(
             f"the adapter '{adapter}' needs PEFT, which is not installed: pip install 'thresher[adapters]'; "
-            "or name a model without an adapter"
+            "or give a model without an adapter"
         ) from None
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ModelError(
-            f"the adapter '{adapter}' cannot be merged into a quantised model; give its full-precision one"
-        )
+        raise ModelError(f"the adapter '{adapter}' cannot be merged into a quantised model; give the unquantised model")
     try:
         config = PeftConfig.from_pretrained(adapter, revision=revision)
         if config.is_prompt_learning:
@@ -108,7 +106,7 @@ def apply_adapter(model: PreTrainedModel, adapter: str, revision: str | None = N
             return wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportReturnType, reportCallIssue]
     except ModelError:
         raise
-    except Exception as error:  # whatever PEFT raises for a folder that is not what it expects
+    except Exception as error:  # PEFT raises many kinds of errors for files it does not expect
         raise ModelError(
             f"cannot apply the adapter '{adapter}' to {type(model).__name__}: {one_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Check that a checkpoint's weights are those of the model that was built for it."""
+"""Check that a checkpoint's weights match the model that was built from its configuration."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from ...core.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A pooler is computed from the last hidden states, and nothing that is harvested depends on it.
+# A pooler reads the last hidden states, and no harvested activation depends on it.
 _UNUSED = re.compile(r"(^|\.)pooler\.")
 
-# What checkpoints carry beside the weights: causal masks, position numbers and rotary frequencies that are computed
-# now, and heads on top of the hidden states other than the one that predicts tokens.
-_LEFT_OVER = re.compile(
+# Keys of checkpoints that the model does not use: causal masks, position numbers and rotary frequencies, which it
+# computes, and heads other than the one that predicts tokens.
+_IGNORED = re.compile(
     r"(^|\.)(masked_bias|causal_mask|position_ids|inv_freq|(cos|sin)_cached|num_batches_tracked|version)$"
     r"|(^|\.)(attn|attention|self_attn)\.bias$"
     r"|(^|\.)(pooler|mtp|mtp_layers|score|classifier|qa_outputs|v_head|value_head|reward_head)\."
 )
-_N_NAMED = 3
+_MAX_LISTED = 3
 
 
 def check_checkpoint_keys(model: PreTrainedModel, info: Mapping[str, Iterable[Any]], name: str, partial: bool) -> None:
-    """Raise `ModelError` where weights are missing, of another shape, or have no place in the model.
+    """Raise `ModelError` if weights are missing, have another shape, or do not exist in the model.
 
     Args:
         model: the model as transformers loaded it.
         info: the `output_loading_info` of `from_pretrained(..., ignore_mismatched_sizes=True)`.
         name: the checkpoint, for the message.
-        partial: the model is part of the checkpoint's, such as an encoder without its head: what lies wholly outside
-            its modules is then left out.
+        partial: the model is a part of the checkpoint's model, such as an encoder without its head; weights that are
+            entirely outside its modules are ignored.
     """
     missing = sorted(key for key in info["missing_keys"] if not _UNUSED.search(key))
     shapes = sorted(f"{key} ({list(found)}, expected {list(built)})" for key, found, built in info["mismatched_keys"])
     unexpected = []
-    if getattr(model, "hf_quantizer", None) is None:  # quantised weights come with scales of their own
-        unexpected = sorted(key for key in info["unexpected_keys"] if not _is_left_over(model, key, partial))
+    if getattr(model, "hf_quantizer", None) is None:  # quantised weights come with additional scales
+        unexpected = sorted(key for key in info["unexpected_keys"] if not _is_ignored(model, key, partial))
     faults = [
-        _told(shapes, "of another shape than config.json says"),
-        _told(missing, "missing"),
-        _told(unexpected, "without a place in the model"),
+        _list_keys(shapes, "with another shape than config.json specifies"),
+        _list_keys(missing, "missing"),
+        _list_keys(unexpected, "not in the model"),
     ]
     if any(faults):
         raise ModelError(
             f"the weights of '{name}' do not fit {type(model).__name__}: {'; '.join(filter(None, faults))}. "
-            "Give the config.json and the weights of one model, as its save_pretrained wrote them"
+            "Give the config.json and the weights of the same model, as save_pretrained wrote them"
         )
 
 
-def _is_left_over(model: PreTrainedModel, key: str, partial: bool) -> bool:
-    if _LEFT_OVER.search(key):
+def _is_ignored(model: PreTrainedModel, key: str, partial: bool) -> bool:
+    if _IGNORED.search(key):
         return True
     if not partial:
         return False
@@ -61,8 +61,8 @@ def _is_left_over(model: PreTrainedModel, key: str, partial: bool) -> bool:
     return first not in modules or bool(re.search(r"(^|\.)lm_head\.", key))
 
 
-def _told(keys: list[str], what: str) -> str:
+def _list_keys(keys: list[str], what: str) -> str:
     if not keys:
         return ""
-    more = f" and {len(keys) - _N_NAMED} more" if len(keys) > _N_NAMED else ""
-    return f"{len(keys)} {what}: {', '.join(keys[:_N_NAMED])}{more}"
+    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+    return f"{len(keys)} {what}: {', '.join(keys[:_MAX_LISTED])}{more}"

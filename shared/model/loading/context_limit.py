@@ -1,4 +1,4 @@
-"""How many tokens a model can read at once."""
+"""Determine how many tokens a model can read at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def context_limit(model: PreTrainedModel) -> int | None:
-    """Return the number of positions that the model has, or None when it has no limit.
+    """Return the largest number of tokens that the model can read at once, or None if there is no limit.
 
-    The RoBERTa family counts positions from the one after its padding's, so it reads `padding_idx + 1` tokens fewer
-    than its table has rows.
+    Models of the RoBERTa family number positions from `padding_idx + 1`, so they read that many tokens fewer than their
+    position table has rows.
     """
     config: Any = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)

@@ -1,7 +1,7 @@
-"""Find the vocabulary that a tokenizer was made from.
+"""Find the vocabulary files of a tokenizer.
 
-Where a model comes without one, transformers 5 makes a tokenizer of a few special tokens instead, for most of its
-classes: BERT's then reads every word as `[UNK]`.
+If a model comes without a vocabulary, most tokenizer classes of transformers 5 build a tokenizer from a few special
+tokens instead. BERT's then reads every word as `[UNK]`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-# What transformers converts to the class that it chose, whatever that class's own files are called.
+# Files that transformers can convert to any tokenizer class, whatever that class's own files are called.
 _ANY_CLASS = {"tokenizer.json", "tokenizer.model*", "tiktoken.model", "tekken.json"}
 _OF_SOME_CLASS = {"*.model", "*.spm", "*.tiktoken", "*.codes", "vocab*.json", "vocab.txt", "merges.txt"}
 _NOT_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"}
@@ -22,10 +22,10 @@ _NOT_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_to
 def vocabulary_files(
     name: str, revision: str | None = None, tokenizer_class: type[Any] | None = None
 ) -> list[str] | None:
-    """Return the names of the files with a vocabulary in a model's folder, or in its snapshot in the cache.
+    """Return the names of the vocabulary files in a model's folder, or in its snapshot in the cache.
 
-    With a tokenizer's class, those that it reads; without one, those that some class reads. None where there is
-    neither folder nor snapshot.
+    With `tokenizer_class`, return the files that this class reads; otherwise those that any class reads. Returns None
+    if there is neither a folder nor a snapshot.
     """
     own = dict(getattr(tokenizer_class, "vocab_files_names", None) or {}).values()
     patterns = _ANY_CLASS | (_OF_SOME_CLASS if tokenizer_class is None else set(own) - _NOT_VOCABULARY)
@@ -36,7 +36,7 @@ def vocabulary_files(
 
 
 def needs_no_vocabulary(tokenizer_class: type[Any]) -> bool:
-    """Tell whether a class of tokenizers reads bytes or characters as they are, without any file (CANINE)."""
+    """Return whether a tokenizer class needs no vocabulary file because it reads bytes or characters (CANINE)."""
     return not getattr(tokenizer_class, "vocab_files_names", None)
 
 

@@ -1,1 +1,1 @@
-"""Find the parts of a transformer block by running the model: norms, residual stream, attention and MLP."""
+"""Find the norms, residual stream, attention and MLP of a transformer block by running the model."""

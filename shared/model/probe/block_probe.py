@@ -1,6 +1,6 @@
-"""Measure the identities of one block, pass by pass.
+"""Measure the identities of one block in several forward passes.
 
-The block's input is fixed, so that many blocks can be measured in the same passes of the model.
+The block's input is fixed, so that many blocks can be measured in the same passes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Stages = Generator[list[Edit], Record, None]
 PRE_ATTN_MID = "resid_pre + attn_out = resid_mid"
 MID_MLP_POST = "resid_mid + mlp_out = resid_post"
 PARALLEL = "resid_pre + attn_out + mlp_out = resid_post"
-_NOTHING = 1e-4
-"""Scales below are of parts that the block does not add."""
+_MIN_SCALE = 1e-4
+"""A part with a smaller fitted scale is not added by the block."""
 POST_NORM = "norm(stream + attn_out or mlp_out) = stream"
 
 
 class BlockProbe:
-    """One block, what was found of it so far, and the noise that stands in for its activations."""
+    """One block, the findings so far, and the noise that replaces its activations."""
 
     kinds = (
         "resid_pre",
@@ -64,13 +64,13 @@ class BlockProbe:
         self.gaps: dict[str, str] = {}
 
     def noise(self, number: int, like: Tensor) -> Tensor:
-        """Return noise as large as `like` that depends on the block and the number alone."""
+        """Return noise of the same magnitude as `like`, which depends only on the block and the number."""
         generator = torch.Generator().manual_seed(self.layer * 64 + number)
         size = like.float().nan_to_num(0, 0, 0).square().mean().sqrt().clamp_min(1e-3)
         return (torch.randn(like.shape, generator=generator).to(like.device) * size).to(like.dtype)
 
     def stages(self) -> Stages:
-        """Yield the edits of one pass after the other, receive what each recorded, and fill `findings`."""
+        """Yield the edits of each pass, receive its record, and fill `findings`."""
         start = Edit(Place(self.path, "input"), self.pre)
         plain = yield [start]
         if not bool(plain.values[Place(self.path, "output")].isfinite().all()):
@@ -86,7 +86,7 @@ class BlockProbe:
     # What the parts add
 
     def _find_parts(self, plain: Record, start: Edit) -> Stages:
-        """Find the modules that return what attention and MLP add, by trying the candidates in turn."""
+        """Find the modules whose outputs attention and MLP add to the stream, by trying the candidates in turn."""
         attention = self._candidates(attention_candidates(self.block), plain)
         mlp = self._candidates(mlp_candidates(self.block), plain)
         self.tried = {"attn_out": attention, "mlp_out": mlp}
@@ -97,7 +97,7 @@ class BlockProbe:
             if all(kind in known for kind in places):
                 break
             if any(places.get(kind, place) != place for kind, place in known.items()):
-                continue  # the other part's candidates are tried beside the one that was found
+                continue  # keep the part that was found, and try the other part's candidates with it
             record = yield [start, *(Edit(place, noises[kind]) for kind, place in places.items())]
             self._try_parts(record, places, noises)
 
@@ -139,15 +139,15 @@ class BlockProbe:
             self._try_post_norm(mid, mlp, record, post, noises["mlp_out"])
 
     def _adds(self, kind: str, part: Place, after: Tensor, before: Tensor, noise: Tensor, identity: str) -> bool:
-        """Tell whether `after - before` is the noise put in place of a part, times a scale that is explained."""
+        """Return whether `after - before` is the noise that replaced a part, times a scale that a setting explains."""
         found = fit(after.double() - before.double(), [noise])
-        if found.left > tolerance(noise) or abs(found.scales[0]) < _NOTHING:
+        if found.residual > tolerance(noise) or abs(found.scales[0]) < _MIN_SCALE:
             return False
         if kind in self.findings:
             return True
         exact = explain_scale(found.scales[0], noise.dtype, self.config, self._owners(part))
         if exact is None:
-            self.gaps.setdefault(kind, f"the block adds {found.scales[0]:.4g} times what {part.path} returns")
+            self.gaps.setdefault(kind, f"the block adds {found.scales[0]:.4g} times the output of {part.path}")
             return False
         scale, name = exact
         self.findings[kind] = Finding(part, identity, _times(part, scale, name), scale, self.pre.shape[-1])
@@ -155,15 +155,15 @@ class BlockProbe:
 
     def _try_parallel(self, attn: Place, mlp: Place, post: Tensor, noises: dict[str, Tensor]) -> None:
         found = fit(post.double() - self.pre.double(), [noises["attn_out"], noises["mlp_out"]])
-        if found.left > tolerance(self.pre):
+        if found.residual > tolerance(self.pre):
             return
         exact = [
             explain_scale(scale, self.pre.dtype, self.config, self._owners(part))
             for scale, part in zip(found.scales, (attn, mlp), strict=True)
         ]
         for kind, part, scale, explained in zip(noises, (attn, mlp), found.scales, exact, strict=True):
-            if explained is None and abs(scale) > _NOTHING:
-                self.gaps.setdefault(kind, f"the block adds {scale:.4g} times what {part.path} returns")
+            if explained is None and abs(scale) > _MIN_SCALE:
+                self.gaps.setdefault(kind, f"the block adds {scale:.4g} times the output of {part.path}")
         if exact[0] is None or exact[1] is None:
             return
         for kind, part, explained in zip(noises, (attn, mlp), exact, strict=True):
@@ -172,7 +172,7 @@ class BlockProbe:
         self.parallel = True
 
     def _try_post_norm(self, mid: Place, mlp: Place, record: Record, post: Tensor, noise: Tensor) -> None:
-        """Find an encoder's block: the sum with each part goes through a norm, whose result is the stream."""
+        """Recognise a post-norm block: the sum with each part passes through a norm, whose result is the stream."""
         stream = record.values.get(Place(mid.path, "output"))
         if stream is None:
             return
@@ -186,8 +186,8 @@ class BlockProbe:
                 self.post_norm = True
                 self.findings["attn_out"] = _with_identity(self.findings["attn_out"], POST_NORM)
                 self.findings["resid_mid"] = Finding(
-                    reason=f"the block is post-norm: the sum of resid_pre and attn_out goes through {mid.path}, "
-                    "and only the norm's result is the stream"
+                    reason=f"the block is post-norm: the sum of resid_pre and attn_out passes through {mid.path}, "
+                    "and the result of that norm is the stream"
                 )
                 return
 
@@ -203,7 +203,7 @@ class BlockProbe:
     # What the parts read
 
     def _find_inner(self, plain: Record, start: Edit) -> Stages:
-        """Find the MLP's input and attention's heads, of which alone the parts must be functions."""
+        """Find the MLP's input and attention's heads. Each part's output must depend on nothing else."""
         mlp_in = self._mlp_input(plain)
         z = self._first_input(attention_projections(self.block), plain)
         edits = []
@@ -221,14 +221,14 @@ class BlockProbe:
                 continue
             a, b = one.values[whole.place], two.values[whole.place]
             if not same(a, b) or same(a, plain.values[whole.place]):
-                self.findings[kind] = Finding(reason=f"{part} does not depend on what {place.path} reads alone")
+                self.findings[kind] = Finding(reason=f"{part} is not a function of the input of {place.path} alone")
                 continue
             self.findings[kind] = Finding(
                 place, f"{part} is a function of it alone", d_in=plain.values[place].shape[-1]
             )
 
     def _mlp_input(self, plain: Record) -> Place | None:
-        """Return where the MLP reads, which is after the norm where the MLP's own module begins with it."""
+        """Return where the MLP reads its input: after the norm, if the MLP's module begins with a norm."""
         place = self._first_input(mlp_inputs(self.block), plain)
         if place is None or not same(plain.values[place], self._stream(plain)):
             return place
@@ -252,7 +252,7 @@ class BlockProbe:
     # Splicing between the parts
 
     def _check_mid(self, plain: Record, start: Edit) -> Stages:
-        """Check that writing into `resid_mid` replaces all that comes after, and that the MLP's branch is its own."""
+        """Check that writing into `resid_mid` replaces it for everything downstream; find the MLP's branch."""
         mid, mlp_in, mlp_out = (self.findings.get(kind) for kind in ("resid_mid", "mlp_in", "mlp_out"))
         norm = self._norm_before(mlp_in, plain) if not self.post_norm else None
         value = self.noise(6, self.pre)
@@ -277,12 +277,12 @@ class BlockProbe:
         self.findings["mlp_branch"] = (
             Finding(source, "the stream as the MLP alone reads it", d_in=width)
             if alone
-            else Finding(reason=f"{norm} is not the MLP's alone: attention or the stream reads its result too")
+            else Finding(reason=f"attention or the stream also reads the result of {norm}, not only the MLP")
         )
         affine = affine_of(self._module(norm), plain.values[source], plain.values[result])
         if affine is None:
             self.findings["mlp_in_normalized"] = Finding(
-                reason=f"{norm} is no LayerNorm or RMSNorm whose weight and bias can be read from it"
+                reason=f"{norm} is not a LayerNorm or RMSNorm with a readable weight and bias"
             )
             return
         weight = "(1 + weight)" if affine.offset else "weight"
@@ -295,16 +295,16 @@ class BlockProbe:
         )
 
     def _only_mlp(self, record: Record, plain: Record) -> bool:
-        """Tell whether the block's output changed by what the MLP's did, and by no more."""
+        """Return whether the block's output changed by exactly the change in the MLP's output."""
         mlp_out = self.findings["mlp_out"]
         assert mlp_out.place is not None
         out, post = mlp_out.place, Place(self.path, "output")
         added = (record.values[out].double() - plain.values[out].double()) * mlp_out.scale
         found = fit(record.values[post].double() - plain.values[post].double(), [added])
-        return found.left <= tolerance(self.pre) * 2 and abs(found.scales[0] - 1) <= 2 * tolerance(self.pre)
+        return found.residual <= tolerance(self.pre) * 2 and abs(found.scales[0] - 1) <= 2 * tolerance(self.pre)
 
     def _norm_before(self, mlp_in: Finding | None, plain: Record) -> str | None:
-        """Return the path of the module that turns the stream into the MLP's input."""
+        """Return the path of the norm that maps the stream to the MLP's input."""
         if mlp_in is None or mlp_in.place is None:
             return None
         wanted = plain.values[mlp_in.place]
@@ -325,41 +325,39 @@ class BlockProbe:
         return self.modules[path.removeprefix(f"{self.path}.")]
 
     def _complete(self) -> None:
-        """Offer the stream at both ends, and say of every kind that was not found why."""
+        """Add the stream at both ends, and a reason for every kind that was not found."""
         width = self.pre.shape[-1]
         self.findings["resid_pre"] = Finding(Place(self.path, "input"), "resid_post of the block before", d_in=width)
         self.findings["resid_post"] = Finding(Place(self.path, "output"), "resid_pre of the next block", d_in=width)
         for kind in self.kinds:
             if kind not in self.findings:
-                self.findings[kind] = Finding(reason=self._why_not(kind))
+                self.findings[kind] = Finding(reason=self._reason_missing(kind))
 
-    def _why_not(self, kind: str) -> str:
+    def _reason_missing(self, kind: str) -> str:
         children = ", ".join(name for name, _ in self.block.named_children())
         if kind in ("attn_out", "mlp_out"):
             part = "attention" if kind == "attn_out" else "MLP"
             if kind in self.gaps:
                 return f"{self.gaps[kind]}, which no setting of the model explains"
             if not self.tried[kind]:
-                return f"the block has no {part} under a name known here; it has {children}"
+                return f"the block has no {part} with a known name; its modules are {children}"
             tried = ", ".join(place.path.removeprefix(f"{self.path}.") for place in self.tried[kind])
-            return f"what the block adds to the stream is not what its {part} returns (tried {tried})"
+            return f"the block does not add the output of its {part} to the stream (tried {tried})"
         if kind == "resid_mid":
             if self.parallel:
-                return "attention and MLP are parallel: both read resid_pre, and no stream lies between them"
-            return "no module reads a stream between resid_pre and resid_post that attention or MLP explain"
+                return "attention and MLP are parallel: both read resid_pre, and there is no stream between them"
+            return "no module reads a sum of resid_pre and what attention or MLP add"
         if kind == "attn_z":
-            return "attn_out is not offered, or no output projection that makes it is known"
+            return "attn_out was not found, or its output projection has no known name"
         if self.post_norm:
-            return (
-                "the block is post-norm: its norms come after the sums, and the MLP reads a norm's result as the stream"
-            )
+            return "the block is post-norm: its norms come after the sums, and the MLP reads a norm's result"
         if self.reads_stream:
-            return "the MLP reads the stream itself: no norm comes before it"
-        return "mlp_out is not offered, or no module that makes the MLP's input of the stream is known"
+            return "the MLP reads the stream itself, without a norm before it"
+        return "mlp_out was not found, or no module maps the stream to the MLP's input"
 
 
 def _pairs(first: list[Place], second: list[Place]) -> list[tuple[Place | None, Place | None]]:
-    """Return all pairs of candidates, the likeliest first."""
+    """Return all pairs of candidates, the most likely first."""
     numbered = [(i + j, i, j) for i in range(max(1, len(first))) for j in range(max(1, len(second)))]
     return [(first[i] if first else None, second[j] if second else None) for _, i, j in sorted(numbered)]
 

@@ -1,4 +1,4 @@
-"""Find the blocks of the text model: of several lists of modules, the one that a pass over tokens runs through."""
+"""Find the list of the text model's blocks among the model's lists of modules."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """Return the model's list of blocks by the names and sizes of its modules, or None when there is none.
+    """Return the model's most likely list of blocks, or None if it has no list of modules.
 
-    It is the first list in the text decoder with as many modules as the configuration has layers, else such a list
-    anywhere, else the longest.
+    This is the first list in the text decoder with as many modules as the configuration has layers, else such a list
+    anywhere, else the longest list, with those in the text decoder first.
     """
     return next(block_lists(model), None)
 
 
 def block_lists(model: nn.Module) -> Iterator[Blocks]:
-    """Yield the lists that may be the model's blocks, the likeliest first."""
+    """Yield the lists that may be the model's blocks, the most likely first."""
     n_layers = getattr(text_config(model), "num_hidden_layers", None)
     decoder = _decoder(model)
     inside = {module for module in decoder.modules()} if decoder is not None else set()
@@ -46,7 +46,7 @@ def block_lists(model: nn.Module) -> Iterator[Blocks]:
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:
-    """Return the module of a model that reads text, where the library tells it from others."""
+    """Return the module that reads text, if the model has `get_decoder`; else None."""
     get = getattr(model, "get_decoder", None)
     try:
         found = get() if get is not None else None

@@ -1,4 +1,4 @@
-"""Name the modules of a block that may return what attention and MLP add; measurements decide which of them does."""
+"""List the modules of a block whose outputs may be what attention and MLP add; measurement decides between them."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ _NORMS_AFTER_MLP = (
 
 
 def attention_candidates(block: nn.Module) -> list[str]:
-    """Return the paths inside a block whose output may be what attention adds to the stream, the likeliest first."""
+    """Return the paths in a block whose output may be what attention adds to the stream, the most likely first."""
     names = [*ATTENTION, *_NORMS_AFTER_ATTENTION, *_inside(ATTENTION, _LAST_OF_ATTENTION), "attention.output.dense"]
     return _present(block, names)
 
 
 def attention_projections(block: nn.Module) -> list[str]:
-    """Return the paths inside a block that may be attention's output projection."""
+    """Return the paths in a block that may be attention's output projection."""
     return _present(block, ["attention.output.dense", *_inside(ATTENTION, _LAST_OF_ATTENTION)])
 
 
 def mlp_candidates(block: nn.Module) -> list[str]:
-    """Return the paths inside a block whose output may be what the MLP adds to the stream, the likeliest first."""
+    """Return the paths in a block whose output may be what the MLP adds to the stream, the most likely first."""
     return _present(block, [*MLP, *_NORMS_AFTER_MLP, *_inside(MLP, _LAST_OF_MLP), *_LATER])
 
 
 def mlp_inputs(block: nn.Module) -> list[str]:
-    """Return the paths inside a block whose input may be the MLP's."""
+    """Return the paths in a block whose input may be the MLP's input."""
     return _present(block, _MLP_INPUTS)
 
 

@@ -1,4 +1,4 @@
-"""What was found of one kind of hook point in one block."""
+"""The result of measuring one kind of hook point in one block."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .probe import Place
 
 @dataclass(frozen=True)
 class Finding:
-    """Where one kind of hook point of a block is and the identity that was measured, or why there is none.
+    """Where a kind of hook point is in a block and the identity that was measured, or why the block does not have it.
 
-    The activation is `scale` times what the module at `place` reads or returns, or with `affine` what that norm makes
-    of its input before its weight and bias. `clone` says that the model later writes into the tensor, and `splice` how
-    another activation takes its place: "replace" the argument or result, "write" into the tensor that is there, or ""
-    where that was measured not to replace it for everything downstream.
+    The activation is `scale` times the input or output of the module at `place` or, with `affine`, that norm's result
+    before its weight and bias. `clone` is true if the model later writes into the tensor. `splice` says how to replace
+    the activation: "replace" the argument or result, "write" into the existing tensor, or "" if the measurement showed
+    that neither replaces it for everything downstream.
     """
 
     place: Place | None = None

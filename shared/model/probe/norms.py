@@ -13,21 +13,21 @@ _EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 
 
 class Affine(NamedTuple):
-    """A norm as `normalize(x) * (offset + weight) + bias`, with the mean taken off first where it `centres`."""
+    """A norm of the form `normalize(x) * (offset + weight) + bias`; with `centres`, the mean is subtracted first."""
 
     centres: bool
     offset: float
     eps: float
 
     def normalize(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Return `x` normalised, in float32 inside and of the type of `x`."""
+        """Return `x` normalised, computed in float32 and returned in the data type of `x`."""
         wide = x.float()
         if self.centres:
             wide = wide - wide.mean(dim=-1, keepdim=True)
         return (wide * (wide.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
 
     def apply(self, norm: nn.Module, normalized: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Return what the norm makes of a normalised activation."""
+        """Apply the norm's weight and bias to a normalised activation."""
         weight, bias = parameters_of(norm)
         wide = normalized.float()
         if weight is not None:
@@ -38,7 +38,7 @@ class Affine(NamedTuple):
 
 
 def parameters_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Return a norm's weight and bias, None where it has none."""
+    """Return a norm's weight and bias, each None if it has none."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     return (
         weight if isinstance(weight, Tensor) and weight.ndim == 1 else None,
@@ -47,7 +47,7 @@ def parameters_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def affine_of(norm: nn.Module, x: Float[Tensor, "*batch d"], result: Float[Tensor, "*batch d"]) -> Affine | None:
-    """Return the kind of norm that makes `result` of `x`, or None if it is of no kind known here."""
+    """Return the `Affine` with which `norm` maps `x` to `result`, or None if no known form fits."""
     own = [value for name in _EPSILONS if isinstance(value := getattr(norm, name, None), float)]
     for eps in own or (1e-5, 1e-6):
         for centres in (True, False):

@@ -1,4 +1,4 @@
-"""The passes of a model over a few tokens in which some of its blocks are measured."""
+"""Run the forward passes on a few tokens in which some of a model's blocks are measured."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .scales import same
 
 
 class Passes:
-    """A model, the blocks of it that are measured, and a natural pass.
+    """A model, the blocks to measure, and the record of an unedited pass.
 
-    In later passes the other blocks return what they did in the natural one, without running, if that makes no
-    difference to the measured ones.
+    In later passes, the other blocks do not run and return their outputs of the unedited pass, if this makes no
+    difference to the measured blocks.
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks, layers: list[int]):
@@ -48,16 +48,16 @@ class Passes:
             self._skipped = {}
 
     def run(self, edits: list[Edit]) -> Record:
-        """Run the model with edits and return what the measured blocks and the modules in them read and returned."""
+        """Run the model with edits; record the inputs and outputs of the measured blocks and the modules in them."""
         return run(self.model, self._inside, edits, self._stop, self._skipped)
 
     def run_after(self, edits: list[Edit]) -> Record:
-        """Run the model with edits and return what the blocks and the modules outside them read and returned."""
+        """Run the model with edits; record the inputs and outputs of the blocks and of the modules outside them."""
         after = [(f"{self.blocks.path}.{layer}", block) for layer, block in enumerate(self.blocks.modules) if layer]
         return run(self.model, [*after, *self.outside()], edits, self._stop, self._skipped)
 
     def outside(self) -> list[tuple[str, nn.Module]]:
-        """Return the modules that neither are in the blocks nor hold them."""
+        """Return the modules without children that are not inside the blocks."""
         return [
             (path, module)
             for path, module in self.model.named_modules()
@@ -67,7 +67,7 @@ class Passes:
         ]
 
     def _natural(self, recorded: list[tuple[str, nn.Module]]) -> Record:
-        """Run the model as it is, with its own hidden states where it gives them."""
+        """Run the model unedited, with its own hidden states if it can return them."""
         try:
             return run(self.model, recorded, output_hidden_states=True)
         except (TypeError, ValueError, NotImplementedError):
@@ -76,7 +76,7 @@ class Passes:
     def _skipping_changes_nothing(self) -> bool:
         try:
             skipping = self.run([])
-        except Exception:  # a block may fill what a later one reads from it
+        except Exception:  # a block may provide something that a later block needs
             return False
         places = [place for path, _ in self._inside for place in (Place(path, "input"), Place(path, "output"))]
         natural, now = self.natural.values, skipping.values

@@ -1,4 +1,4 @@
-"""Run a model over a few tokens, replace what some of its modules read or return, and record what the others do."""
+"""Run a model on a few tokens, replace some modules' inputs or outputs, and record those of others."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .arguments import activation_of, input_place, with_input, with_output
+from .arguments import activation_of, input_argument, with_input, with_output
 
 Side = Literal["input", "output"]
 BATCH, CONTEXT = 2, 5
 
 
 class Place(NamedTuple):
-    """The activation that a module reads or returns; `path` is the module's path in the model."""
+    """The activation at a module's input or output; `path` is the module's path in the model."""
 
     path: str
     side: Side
 
 
 class Edit(NamedTuple):
-    """Put `value` in place of what is at `place`; `in_place` writes it into the tensor that is there."""
+    """Replace the activation at `place` by `value`; with `in_place`, write it into the existing tensor."""
 
     place: Place
     value: Tensor
@@ -33,25 +33,25 @@ class Edit(NamedTuple):
 
 
 class Stop(BaseException):
-    """Ends a forward pass that has recorded all it was to; nothing in between may catch it."""
+    """Ends a forward pass once everything is recorded. A `BaseException`, so that no model code catches it."""
 
 
 @dataclass
 class Record:
-    """What the modules of the probed blocks read and returned in one pass, in the order of their calls.
+    """The inputs and outputs of the recorded modules in one pass, in call order.
 
-    `values` holds copies made when the hooks ran. `kept` holds the tensors themselves: where they differ later, the
-    model has written into them. A module that ran more than once is in `repeated`.
+    `values` holds copies made when the hooks ran, and `originals` the tensors themselves: if they differ later, the
+    model has written into them. `repeated` holds the places of modules that ran more than once.
     """
 
     values: dict[Place, Float[Tensor, "batch context d"]] = field(default_factory=dict)
-    kept: dict[Place, Tensor] = field(default_factory=dict)
+    originals: dict[Place, Tensor] = field(default_factory=dict)
     repeated: set[Place] = field(default_factory=set)
     flat: set[Place] = field(default_factory=set)
     output: Any = None
 
     def add(self, place: Place, value: Any) -> None:
-        """Keep a value if it is one activation for each token; those in one row, `[batch * context, d]`, are `flat`."""
+        """Record a value if it is one activation per token; add its place to `flat` if it is `[batch * context, d]`."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return
         if value.shape[:-1] == (BATCH * CONTEXT,):
@@ -62,15 +62,15 @@ class Record:
         if place in self.values:
             self.repeated.add(place)
         self.values[place] = value.detach().clone()
-        self.kept[place] = value.detach()
+        self.originals[place] = value.detach()
 
     def changed(self) -> set[Place]:
-        """Return the places whose tensor the model has written into since it was read."""
-        return {place for place, value in self.values.items() if not torch.equal(value, self.kept[place])}
+        """Return the places whose tensors the model has written into since they were recorded."""
+        return {place for place, value in self.values.items() if not torch.equal(value, self.originals[place])}
 
 
 def probe_tokens(model: nn.Module) -> Int[Tensor, "batch context"]:
-    """Return ordinary tokens, none of which the configuration gives a meaning, such as that of an image."""
+    """Return ordinary tokens, none of which has a special meaning in the configuration, such as an image token."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     special = (
@@ -90,9 +90,9 @@ def run(
     skipped: Mapping[nn.Module, Any] | None = None,
     **arguments: Any,
 ) -> Record:
-    """Run the model without its unembedding, and return what the `recorded` modules read and returned after the edits.
+    """Run the model with edits, without its unembedding, and record the inputs and outputs of the `recorded` modules.
 
-    `stop_before` is a module at which the pass may end. The `skipped` modules do not run, and return what is given.
+    The pass ends at the module `stop_before`. The `skipped` modules do not run, and return the given outputs.
     """
     record = Record()
     base: Any = getattr(model, "base_model", model)
@@ -118,9 +118,9 @@ def run(
 
 
 def _skip(stack: ExitStack, module: nn.Module, output: Any) -> None:
-    """Let a module return copies of an activation that it once returned, until the stack is closed."""
+    """Make a module return copies of an earlier output's activation until the stack is closed."""
     activation: Tensor = activation_of(output)
-    own = module.__dict__.get("forward")  # as libraries that place a model on several devices set it
+    own = module.__dict__.get("forward")  # set by libraries that place a model on several devices
 
     def restore() -> None:
         del module.forward
@@ -149,14 +149,14 @@ def _editor(edit: Edit) -> Callable[[Any], Tensor | None]:
 
 
 def _hook(stack: ExitStack, module: nn.Module, side: Side, act: Callable[[Any], Tensor | None]) -> None:
-    """Call `act` with what the module reads or returns, and put what it returns, if not None, in its place."""
+    """Call `act` with the module's input or output, and replace it by the result unless that is None."""
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        place = input_place(args, kwargs)
-        if place is None:
+        argument = input_argument(args, kwargs)
+        if argument is None:
             return None
-        new = act(kwargs[place] if isinstance(place, str) else args[place])
-        return None if new is None else with_input(args, kwargs, place, new)
+        new = act(kwargs[argument] if isinstance(argument, str) else args[argument])
+        return None if new is None else with_input(args, kwargs, argument, new)
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         new = act(activation_of(output))

@@ -1,4 +1,4 @@
-"""Check that the residual stream runs from block to block: what one returns the next one reads."""
+"""Check that the residual stream runs from block to block: each block reads what the one before it returned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENDS = {"resid_pre": "input", "resid_post": "output"}
 
 
 def check_stream(passes: Passes, probes: list[BlockProbe], findings: Findings) -> None:
-    """Check that a block's output is the next one's input, also when replaced, and the library's hidden state.
+    """Check that each block's output, also when replaced, is the next block's input and the library's hidden state.
 
     Fills in the identities of `resid_pre` and `resid_post`, or the reasons why they are refused.
     """
@@ -26,9 +26,9 @@ def check_stream(passes: Passes, probes: list[BlockProbe], findings: Findings) -
     hidden: Any = getattr(natural.output, "hidden_states", None)
     hidden = hidden if isinstance(hidden, (tuple, list)) and len(hidden) == last + 2 else None
     if any(_foreign_hooks(block) for block in blocks.modules):
-        hidden = None  # the library may list what blocks return before the caller's own hooks change it
+        hidden = None  # the library may collect a block's output before the caller's own hooks change it
     if hidden is not None and all(same(hidden[probe.layer], probe.natural_post) for probe in probes):
-        hidden = None  # Mamba and RWKV list what their blocks return, not what they read
+        hidden = None  # Mamba and RWKV collect their blocks' outputs, not their inputs
     for probe in probes:
         layer = probe.layer
         before, after = Place(f"{blocks.path}.{layer - 1}", "output"), Place(f"{blocks.path}.{layer + 1}", "input")
@@ -52,18 +52,18 @@ def check_stream(passes: Passes, probes: list[BlockProbe], findings: Findings) -
 
 
 def _foreign_hooks(block: nn.Module) -> bool:
-    """Tell whether a block has hooks beside those by which transformers itself lists hidden states."""
+    """Return whether a block has hooks other than those with which transformers collects hidden states."""
     hooks = [*block._forward_hooks.values(), *block._forward_pre_hooks.values()]
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def _holds(record: Record, place: Place, value: torch.Tensor) -> bool:
-    """Tell whether this is what was recorded at a place."""
+    """Return whether the value recorded at a place equals this one."""
     return place in record.values and same(record.values[place], value)
 
 
 def _is_hidden(hidden: Any, probe: BlockProbe, is_last: bool, natural: Record) -> bool:
-    """Tell whether a block's output is the library's hidden state, which of the last block is after the final norm."""
+    """Return whether a block's output is the library's hidden state; the last one may be after the final norm."""
     state = hidden[probe.layer + 1]
     if same(state, probe.natural_post):
         return True
@@ -75,7 +75,7 @@ def _is_hidden(hidden: Any, probe: BlockProbe, is_last: bool, natural: Record) -
 
 
 def _check_replaced_post(passes: Passes, probes: list[BlockProbe], findings: Findings) -> None:
-    """Put noise in place of the blocks' outputs and check that what comes after reads it."""
+    """Replace the blocks' outputs by noise, and check that the modules downstream read it."""
     blocks, last = passes.blocks, passes.last
     edits = {probe.layer: Edit(Place(probe.path, "output"), probe.noise(9, probe.natural_post)) for probe in probes}
     record = passes.run_after(list(edits.values()))

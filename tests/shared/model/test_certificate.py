@@ -204,7 +204,7 @@ def test_a_scale_that_no_setting_explains_is_refused():
         return mid + 0.5 * block.mlp(block.post_attention_layernorm(mid))
 
     model.model.layers[1].forward = halved
-    with pytest.raises(HookPointError, match=r"adds 0\.5 times what model\.layers\.1\.mlp returns, which no setting"):
+    with pytest.raises(HookPointError, match=r"adds 0\.5 times the output of model\.layers\.1\.mlp, which no setting"):
         resolve_hook_points(model, ["blocks.1.mlp_out"])
     model.model.layers[1].forward = plain
     assert resolve_hook_points(model, ["blocks.1.mlp_out"])

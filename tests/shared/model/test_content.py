@@ -18,7 +18,7 @@ def large(tmp_path, monkeypatch):
     """A file that was settled long ago and is large enough to be kept, and the count of how often it is read."""
     path = tmp_path / "large"
     path.write_bytes(bytes(range(256)) * 40)
-    monkeypatch.setattr(content, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(content, "MIN_CACHED_BYTES", 1000)
     monkeypatch.setattr(content, "SETTLED_SECONDS", -1e9)
     probe = tmp_path / "probe"
     while probe.write_bytes(b"") or probe.stat().st_ctime_ns <= path.stat().st_ctime_ns:
@@ -52,7 +52,7 @@ def test_an_unchanged_large_file_is_read_once(large):
 
 
 def test_small_files_are_always_read(large, monkeypatch):
-    monkeypatch.setattr(content, "KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr(content, "MIN_CACHED_BYTES", 1 << 20)
     assert {file_digest(large.path, large.cache) for _ in range(3)} == {blake2b(large.path)}
     assert len(large.reads) == 3
 
@@ -99,7 +99,7 @@ def test_a_change_while_the_file_is_read_is_not_kept(large, monkeypatch):
 @pytest.mark.parametrize("entry", [b"", b"1 2 3 4 abc", b"\xff\xfe", b"0 0 0 0 " + b"0" * 32])
 def test_a_damaged_cache_costs_time_alone(large, entry):
     file_digest(large.path, large.cache)
-    (kept,) = (large.cache / content.KEPT_FOLDER).iterdir()
+    (kept,) = (large.cache / content.CACHE_FOLDER).iterdir()
     kept.write_bytes(entry)
     assert file_digest(large.path, large.cache) == blake2b(large.path)
     assert len(large.reads) == 2

@@ -39,7 +39,7 @@ def test_blocks_that_differ_are_listed_apart(saved, capsys):
     assert main(["hooks", saved("jamba"), "--model-dtype", "bfloat16"]) == 0
     shown = capsys.readouterr().out
     assert "\nblock 0\n" in shown
-    assert "refused: the block has no attention under a name known here; it has mamba" in shown
+    assert "refused: the block has no attention with a known name; its modules are mamba" in shown
 
 
 def test_a_derived_activation_says_how(saved, capsys):

@@ -61,7 +61,7 @@ def test_sample_shows_no_text_of_a_tokenizer_that_is_made_up(
 ) -> None:
     BertConfig().save_pretrained(tmp_path / "bare")  # for which transformers makes a tokenizer of five tokens
     assert main(["sample", str(store), "--tokenizer", str(tmp_path / "bare")]) == 2
-    assert f"'{tmp_path / 'bare'}' holds no tokenizer" in capsys.readouterr().err
+    assert f"'{tmp_path / 'bare'}' contains no tokenizer" in capsys.readouterr().err
     settings = {"metadata": {"tokenizer": str(tmp_path / "bare")}}
     with ActivationStoreWriter(tmp_path / "t", {"h": 1}, 8, **settings) as writer:
         writer.append({"h": torch.ones(1, 8, 1)}, torch.arange(8)[None])

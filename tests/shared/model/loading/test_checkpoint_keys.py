@@ -122,7 +122,7 @@ def test_pythia_s_buffers_are_passed_over(tmp_path):
         pytest.param(
             lambda: tr.LlamaForCausalLM(llama()),
             lambda weights: {f"module.{key}": value for key, value in weights.items()},
-            r"21 missing: lm_head\.weight, .* and 18 more; 21 without a place in the model: module\.lm_head",
+            r"21 missing: lm_head\.weight, .* and 18 more; 21 not in the model: module\.lm_head",
             id="saved by DataParallel",
         ),
         pytest.param(
@@ -140,13 +140,13 @@ def test_pythia_s_buffers_are_passed_over(tmp_path):
         pytest.param(
             lambda: tr.LlamaForCausalLM(llama()),
             lambda weights: weights | {"model.layers.1.mlp.gate.bias": torch.zeros(4)},
-            r"1 without a place in the model: model\.layers\.1\.mlp\.gate\.bias\.",
+            r"1 not in the model: model\.layers\.1\.mlp\.gate\.bias\.",
             id="one weight more",
         ),
         pytest.param(
             lambda: tr.BertForMaskedLM(tr.BertConfig(**TEXT)),
             lambda weights: weights | {"bert.encoder.layer.0.adapters.a.weight": torch.zeros(4)},
-            r"1 without a place in the model: (bert\.)?encoder\.layer\.0\.adapters\.a\.weight\.",
+            r"1 not in the model: (bert\.)?encoder\.layer\.0\.adapters\.a\.weight\.",
             id="one weight more in an encoder",
         ),
         pytest.param(
@@ -166,10 +166,10 @@ def test_weights_that_do_not_match_are_refused(model, change, told, tmp_path, ca
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"intermediate_size": 32}, r"6 of another .*0\.mlp\.down_proj\.weight \(\[16, 24\], expected \[16, 32\]\)"),
-        ({"num_hidden_layers": 1}, r"9 without a place in the model: model\.layers\.1\.input_layernorm\.weight"),
+        ({"intermediate_size": 32}, r"6 with another .*0\.mlp\.down_proj\.weight \(\[16, 24\], expected \[16, 32\]\)"),
+        ({"num_hidden_layers": 1}, r"9 not in the model: model\.layers\.1\.input_layernorm\.weight"),
         ({"num_hidden_layers": 3}, r"9 missing: model\.layers\.2\.input_layernorm\.weight"),
-        ({"vocab_size": 40}, r"2 of another shape .*lm_head\.weight \(\[37, 16\], expected \[40, 16\]\)"),
+        ({"vocab_size": 40}, r"2 with another shape .*lm_head\.weight \(\[37, 16\], expected \[40, 16\]\)"),
         ({"attention_bias": True}, r"8 missing: model\.layers\.0\.self_attn\.k_proj\.bias"),
     ],
 )  # fmt: skip
