@@ -1,4 +1,4 @@
-"""Stage two: a store to shuffled batches to many SAEs."""
+"""Stage two: train many SAEs on shuffled batches of a store."""
 
 from __future__ import annotations
 

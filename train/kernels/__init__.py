@@ -1,10 +1,10 @@
-"""The operations that every architecture trains with, and which device runs which of them.
+"""The operations that all architectures train with, and the backends that provide them.
 
-`backend.py` is their contract.
+`backend.py` is the contract of a backend.
 
 | backend | module | device |
 |---|---|---|
-| reference | `reference.py` | any: plain PyTorch, which the tests hold the others to |
+| reference | `reference.py` | any: plain PyTorch, against which the others are tested |
 | cpu | `cpu/` | CPU: bf16 or int8 GEMM in row blocks, selection by groups, `embedding_bag` |
 | triton | `triton/` | CUDA: hand-written kernels, see docs/kernels.md |
 """
@@ -31,7 +31,7 @@ def kernels_for(device: torch.device | str, backend: str = "auto") -> Backend:
 
         return Cpu()
     if name == "triton":
-        from .triton import Triton  # here, so that other backends work where Triton is not installed
+        from .triton import Triton  # imported here so that other backends work without it
 
         return Triton()
     from .reference import Reference

@@ -22,12 +22,12 @@ def auxk_of_rows(
     only_largest: Callable[[Tensor, int], Tensor] = lambda values, k: values,
     over_latents: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what rows add to the squared error of `e_hat` and to the gradients of `W_dec`, `W_enc` and `b_enc`.
+    """Return the rows' contributions to the squared error of `e_hat` and to the gradients of `W_dec`, `W_enc`, `b_enc`.
 
     `error` is `-e` in the parameters' precision; `x` and the matrices are in the compute dtype. `weight` is the
-    derivative of the loss with respect to half a squared error. A latent whose bias is minus infinity is left out. The
-    gradient of the encoder is that over `x` itself: the caller adds the part that `b_dec` has in it. `topk_of_rows` is
-    the backend's and `squared` sums squares; `only_largest` and `over_latents` include the latents of other ranks.
+    derivative of the loss with respect to half a squared error. Latents whose bias is minus infinity are ignored. The
+    encoder's gradient is with respect to `x`; the caller adds the part from `b_dec`. `topk_of_rows` is the backend's
+    operation, `squared` sums squares, and `only_largest` and `over_latents` include the latents of other ranks.
     """
     pre_acts = torch.addmm(bias.to(x.dtype), x, W_enc.T)
     if len(bias) <= k_aux:

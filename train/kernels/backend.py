@@ -1,8 +1,8 @@
 """The contract of a backend: the operations that training asks of a device.
 
-Latents are CSR by row (see `entries.py`), `W_enc` and `W_dec` have a row per latent. Gradients are written by hand, so
-that no operation needs autograd. `reference.py` computes each operation in plain PyTorch; the tests hold the other
-backends to it.
+Latents are CSR by row (see `entries.py`); `W_enc` and `W_dec` have one row per latent. Gradients are written by hand,
+so no operation needs autograd. `reference.py` computes each operation in plain PyTorch, and the tests compare the other
+backends with it.
 
 | operation | shapes | has a faster form |
 |---|---|---|
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class FixedShapes(Protocol):
-    """Selections into buffers of a given size, and TopK's whole step: the host never waits for the device.
+    """Selections into buffers of a fixed size, and TopK's fused step: the host never waits for the device.
 
-    A step of these operations can be captured in a CUDA graph. `capacity` is the entries that a buffer has room for;
-    entries past it are dropped, and `offsets[-1] > capacity` says so.
+    A step of these operations can be captured in a CUDA graph. `capacity` is the number of entries that a buffer holds;
+    entries beyond it are dropped, which `offsets[-1] > capacity` shows.
     """
 
     @staticmethod
@@ -81,24 +81,24 @@ class FixedShapes(Protocol):
     ) -> tuple[Selection, Float[Tensor, ""], Bool[Tensor, ""]]:
         """Return the `batch * k` largest positive latents, the smallest of them, and whether the result is exact.
 
-        Only latents above `floor` are candidates. The result is exact if they sufficed and fitted in the capacity.
+        Only latents above `floor` are candidates. The result is exact if there were enough of them and all fitted in
+        the capacity.
         """
         ...
 
     @staticmethod
     def topk_step(parameters: Mapping[str, Tensor], options: TopKOptions, compute_dtype: torch.dtype) -> TopKStep:
-        """Return a TopK SAE in training, each of whose steps is a few fused kernels."""
+        """Return the training state of a TopK SAE whose steps run as a few fused kernels."""
         ...
 
 
 class Backend(Protocol):
     """The operations of a device.
 
-    Static methods are primitive: every backend has its own. The others are composed of them here, and a backend
-    overrides those for which it has a faster form.
+    Static methods are primitive, and every backend implements them. The other methods are composed of them here; a
+    backend overrides those that it can do faster.
 
-    `csc` is always optional: it is what `to_csc` returned for the same indices and offsets, to sort once for several
-    operations.
+    `csc` is always optional: pass the result of `to_csc` for the same indices and offsets to sort only once.
     """
 
     name: ClassVar[str]
@@ -177,7 +177,7 @@ class Backend(Protocol):
 
     @staticmethod
     def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int) -> Any:
-        """Return the entries sorted by latent, in a form of the backend's own; None if it never needs them sorted."""
+        """Return the entries sorted by latent, in a backend-specific form; None if the backend does not need this."""
         ...
 
     @staticmethod
@@ -204,7 +204,7 @@ class Backend(Protocol):
         places: Int64[Tensor, " batch"],
         dtype: torch.dtype = torch.bfloat16,
     ) -> Float[Tensor, "batch d_in"]:
-        """Return rows `places` of `scales * values`, as the store itself would read them."""
+        """Return rows `places` of `scales * values`, rounded as the store's reader rounds them."""
         ...
 
     def values_at(
@@ -214,17 +214,17 @@ class Backend(Protocol):
         bias: Float[Tensor, " d_sae"],
         entries: Entries,
     ) -> EntryValues:
-        """Return chosen entries with `W_enc x + bias` computed for them alone, in the precision of `x`."""
+        """Compute `W_enc x + bias` for the chosen entries only, in the precision of `x`."""
         pre_acts = self.grad_values(x, W_enc, entries.indices, entries.offsets)
         return EntryValues(pre_acts.add_(bias.index_select(0, entries.indices)), *entries)
 
     def largest_of_rows(
         self, encoder: Encoder, x: Float[Tensor, "batch d_in"], x_compute: Float[Tensor, "batch d_in"], k: int
     ) -> EntryValues:
-        """Return each row's `k` largest pre-activations, positive or not, `k` entries after `k` entries.
+        """Return each row's `k` largest pre-activations, positive or not, as `k` consecutive entries per row.
 
-        They are chosen from a product in the compute dtype. A faster form may choose them in the precision of `x`; some
-        entries that are not positive may then be zeros of arbitrary latents instead.
+        They are chosen from a product in the compute dtype. A faster form may choose them in the precision of `x`;
+        entries that are not positive may then be replaced by zeros of arbitrary latents.
         """
         _, top = self.select_topk(x_compute, encoder.W_enc_compute, encoder.bias, k)
         offsets = torch.arange(0, len(x) * k + 1, k, device=x.device)
@@ -238,7 +238,7 @@ class Backend(Protocol):
         threshold: Float[Tensor, " d_sae"] | float,
         most: float,
     ) -> Entries | DenseEntries:
-        """Return the entries whose pre-activation is above a threshold, or all if more than a share `most` are."""
+        """Return the entries above a threshold, or all pre-activations if more than a fraction `most` are above it."""
         pre_acts = self.pre_activations(x, W_enc, b_enc)
         if isinstance(threshold, Tensor):
             threshold = threshold.to(pre_acts.dtype)
@@ -247,5 +247,5 @@ class Backend(Protocol):
         return DenseEntries(pre_acts, n_chosen) if n_chosen >= most * chosen.numel() else entries_of(chosen)
 
     def largest_of_batch(self, pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Entries:
-        """Return the batch's `n_kept` largest positive pre-activations, and all that equal the smallest of them."""
+        """Return the batch's `n_kept` largest positive pre-activations, including all ties with the smallest."""
         return entries_of(pre_acts >= batch_threshold(pre_acts, n_kept))

@@ -1,6 +1,6 @@
-"""The entries of a sparse matrix sorted by latent, and the plan that splits the latents with many.
+"""Sort the entries of a sparse matrix by latent, and split latents with many entries into segments.
 
-All of it stays on the device: a stable sort, two binary searches, no count that the host must know.
+Everything stays on the device: a stable sort and two binary searches, without a count that the host would wait for.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ MAX_SEGMENT = 256
 
 
 class Csc(NamedTuple):
-    """Entries by latent: `order[starts[i]:starts[i + 1]]` are latent i's, in the order of their rows.
+    """Entries by latent: those of latent i are `order[starts[i]:starts[i + 1]]`, in the order of their rows.
 
-    A latent with more than `max_segment` entries is hot: it is cut in segments that are summed apart,
-    numbers `segment_starts[i]` to `segment_starts[i + 1]`, and `segment_latents` says whose each is.
+    A latent with more than `max_segment` entries is hot: its entries are split into segments `segment_starts[i]` to
+    `segment_starts[i + 1]`, which are summed separately. `segment_latents` holds the latent of each segment.
     """
 
     order: Int64[Tensor, " nnz"]
@@ -32,13 +32,13 @@ class Csc(NamedTuple):
 def to_csc(
     indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int, max_segment: int = MAX_SEGMENT
 ) -> Csc:
-    """Sort entries by latent; entries from `offsets[-1]` on belong to none.
+    """Sort entries by latent; entries from `offsets[-1]` on belong to no latent.
 
-    There is room for `2 * nnz / max_segment` segments: a hot latent's last is the only one not full.
+    There are at most `2 * nnz / max_segment` segments, because only the last segment of a hot latent is not full.
     """
     nnz, device = len(indices), indices.device
     entries = torch.arange(nnz, device=device)
-    # A radix sort's time goes with the width of its keys.
+    # The time of a radix sort is proportional to the width of its keys.
     latents = torch.where(entries < offsets[-1], indices.int(), d_sae)
     by_latent, order = torch.sort(latents, stable=True)
     starts = torch.searchsorted(by_latent, torch.arange(d_sae + 1, dtype=torch.int32, device=device))

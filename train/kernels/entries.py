@@ -24,7 +24,7 @@ class Entries(NamedTuple):
 
 
 class DenseEntries(NamedTuple):
-    """All pre-activations, in the compute dtype, because too many of them (`n_chosen`) were chosen to list."""
+    """All pre-activations, in the compute dtype; used if too many of them (`n_chosen`) were chosen to list."""
 
     pre_acts: Float[Tensor, "batch d_sae"]
     n_chosen: int
@@ -33,7 +33,7 @@ class DenseEntries(NamedTuple):
 class EntryValues(NamedTuple):
     """Chosen entries and their pre-activations, in the parameters' precision.
 
-    `csc` is the entries' order by latent, as the backend's `to_csc` returns it, if it is known already.
+    `csc` is the entries' order by latent, as the backend's `to_csc` returns it, if it is already known.
     """
 
     pre_acts: Float[Tensor, " nnz"]
@@ -77,10 +77,10 @@ def batch_threshold(
 ) -> Float[Tensor, ""]:
     """Return the `n_kept`-th largest pre-activation of a batch, or the smallest positive one if fewer are positive.
 
-    Infinity is returned if none is positive. Where ranks hold parts of the matrix, `n_slices` is over how many of them
-    its rows are divided, `least` returns the smallest of the ranks' numbers and `all_values` the values of all ranks.
+    Returns infinity if none is positive. If ranks hold parts of the matrix, `n_slices` is the number of ranks that
+    share its rows, `least` returns the minimum over ranks, and `all_values` the values of all ranks.
 
-    A sample gives a bound that is rarely above the result, so that only entries above the bound are ranked.
+    A sample gives a lower bound that rarely fails, so that only entries above the bound are ranked.
     """
     flat = pre_acts.reshape(-1)
     stride = max(1, len(flat) // _SAMPLE)

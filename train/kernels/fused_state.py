@@ -1,4 +1,4 @@
-"""What a whole step of fused kernels is given and holds: options, and parameters with their moments."""
+"""The options and state of a step of fused kernels: parameters with their moments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdamState:
-    """A parameter of the encoder or decoder, its moments, and the copy that products read, bfloat16 by default."""
+    """A parameter of the encoder or decoder, its moments, and its copy for products, bfloat16 by default."""
 
     weight: Float[Tensor, " d_sae *d_in"]
     mean: Float[Tensor, " d_sae *d_in"]
@@ -28,7 +28,7 @@ class AdamState:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Adam's constants, and on the device what changes from step to step, so that a captured graph sees it.
+    """Adam's constants, and the values that change at every step; these are on the device for captured graphs.
 
     `schedule` is [lr, 1 - beta1^t, 1 - beta2^t, clip coefficient].
     """
@@ -40,9 +40,10 @@ class Hyperparameters:
 
 
 class DenseGradients(NamedTuple):
-    """Gradients of a few latents' parameters that are added to those of the sparse entries, as AuxK's are.
+    """Gradients of a few latents' parameters, such as AuxK's, that are added to those of the sparse entries.
 
-    `slots` says which row a latent's are, and -1 for a latent without any; the encoder's are over x, not x - centre.
+    `slots` holds the row of each latent's gradients, or -1 for none. The encoder's gradients are with respect to x, not
+    x - centre.
     """
 
     slots: Int32[Tensor, " d_sae"]
@@ -53,7 +54,7 @@ class DenseGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class TopKOptions:
-    """What a step does. Latents' values are those of the product, in the compute dtype, that chose them."""
+    """The options of a step. Latents take the values of the product that selected them, in the compute dtype."""
 
     k: int
     total_variance: float

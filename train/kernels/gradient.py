@@ -1,7 +1,7 @@
-"""A weight's gradient: a tensor, or a promise of its rows that the optimizer redeems block by block.
+"""A weight's gradient: a tensor, or a deferred gradient whose rows are computed when the optimizer reads them.
 
-Writing a large gradient to memory and reading it again costs a CPU more than computing it does. The cpu backend
-therefore leaves the gradients of `W_enc` and `W_dec` uncomputed until the optimizer asks for a block of their rows.
+On a CPU, writing a large gradient to memory and reading it again costs more than computing it. The cpu backend
+therefore defers the gradients of `W_enc` and `W_dec` until the optimizer reads a block of their rows.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class DeferredGradient(Protocol):
 
 
 class DeferGradient(Protocol):
-    """Makes the gradient `values^T source` of entries that are sorted by latent."""
+    """Creates the deferred gradient `values^T source` of entries that are sorted by latent."""
 
     def __call__(self, csc: Any, values: Float[Tensor, " nnz"], source: Float[Tensor, "batch d"]) -> DeferredGradient:
-        """Return the gradient; its terms have the precision of `source`."""
+        """Return the gradient; its terms are computed in the precision of `source`."""
         ...
 
 
 Gradient = Tensor | DeferredGradient
-"""The gradient of one parameter; `gradient[rows]` are some of its rows either way."""
+"""The gradient of one parameter; `gradient[rows]` returns rows of either kind."""
 
 
 def whole(gradient: Gradient) -> Tensor:
-    """Return all rows of a gradient; those of a deferred one are computed."""
+    """Return all rows of a gradient, computing those of a deferred one."""
     return gradient if isinstance(gradient, Tensor) else gradient[:]
 
 

@@ -1,8 +1,8 @@
-"""The sparse ops in plain PyTorch: what every other backend must compute.
+"""The sparse operations in plain PyTorch: the specification of every other backend.
 
-Ragged sparse latents are CSR by token: `values [nnz]`, `indices [nnz]`, `offsets [batch + 1]`; TopK is
-the case of `k` entries a row. These run on any device, are differentiable where PyTorch is, and
-accumulate in float32 at least; they are written to be read, not to be fast.
+Sparse latents are CSR by row: `values [nnz]`, `indices [nnz]`, `offsets [batch + 1]`; TopK has `k` entries in every
+row. The operations run on any device, are differentiable where PyTorch's are, and accumulate in float32 or wider. They
+are written for clarity, not speed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .fused_state import AdamState, DenseGradients, Hyperparameters
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in the type to accumulate in: float32, or float64 where it is that already."""
+    """Return the tensor in the data type for accumulation: float64 if it is float64, else float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -34,14 +34,14 @@ def rows_of(offsets: Int[Tensor, " batch+1"], nnz: int) -> Int[Tensor, " nnz"]:
 def pre_activations(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "batch d_sae"]:
-    """Return `x W_enc^T + b_enc`; a row of `W_enc` is a latent."""
+    """Return `x W_enc^T + b_enc`; each row of `W_enc` is a latent."""
     return wide(x) @ wide(W_enc).T + wide(b_enc)
 
 
 def select_topk(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], k: int
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return the `k` largest latents of each row, ReLU'd, and which they are."""
+    """Return the `k` largest latents of each row, after ReLU, and their indices."""
     top_acts, top_indices = pre_activations(x, W_enc, b_enc).topk(k, dim=1)
     return top_acts.relu(), top_indices
 
@@ -62,9 +62,9 @@ def select_threshold(
 def select_batch_topk(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], k: int
 ) -> tuple[tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch+1"]], Float[Tensor, ""]]:
-    """Return, as CSR, the `batch * k` largest positive latents of the batch, and their least, 0 where there are fewer.
+    """Return, as CSR, the `batch * k` largest positive latents of the batch, and the smallest of them.
 
-    Ties at the least go to the earlier row, then latent.
+    If fewer are positive, the smallest is returned as 0. Ties with the smallest go to the earlier row, then latent.
     """
     pre_acts = pre_activations(x, W_enc, b_enc)
     wanted = len(x) * k
@@ -168,7 +168,7 @@ def update(
     other_squared_norm: Float[Tensor, ""] | None = None,
     dense: DenseGradients | None = None,
 ) -> Tensor | None:
-    """Update the encoder and the decoder, in place, from a step's sparse entries; return the norm if it is clipped."""
+    """Update encoder and decoder in place from a step's sparse entries; return the gradient norm if it is clipped."""
     n_entries = int(csc.starts[-1])
     order, rows = csc.order[:n_entries], csc.rows[:n_entries].long()
     latents = torch.repeat_interleave(torch.arange(len(csc.starts) - 1, device=x.device), csc.starts.diff())
@@ -184,7 +184,7 @@ def update(
         for total, rows_of_dense in ((by_enc, dense.W_enc), (by_dec, dense.W_dec), (by_bias, dense.b_enc)):
             total[there] += rows_of_dense[dense.slots[there].long()]
     by_enc -= by_bias[:, None] * centre
-    # A decoder row's length is not trained (2406.04093, A.1).
+    # The norm of a decoder row is not trained (2406.04093, A.1).
     along = (by_dec * W_dec.weight).sum(1, keepdim=True) / W_dec.weight.square().sum(1, keepdim=True)
     by_dec -= along * W_dec.weight
     gradients = ((W_enc, by_enc), (b_enc, by_bias), (W_dec, by_dec))
@@ -206,11 +206,11 @@ def update(
 
 
 def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int) -> None:
-    """Return None: the references do not sort entries."""
+    """Return None: the reference does not need sorted entries."""
 
 
 def topk_of_rows(pre_acts: Float[Tensor, "batch n"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return each row's `k` largest entries and their columns, in any order; on a CPU as the cpu backend does."""
+    """Return each row's `k` largest entries and their columns, in any order; on a CPU with the cpu backend's code."""
     return topk.topk_of_rows(pre_acts, k) if pre_acts.is_cpu else torch_topk(pre_acts, k)
 
 
@@ -230,7 +230,7 @@ def normalise(
     factor: float | Float[Tensor, " d_in"],
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
-    """Return `(rows - mean) * factor` in float32, and in the `dtype` that products read."""
+    """Return `(rows - mean) * factor` in float32 and in the `dtype` of products."""
     x = (rows.float() - mean) * factor
     return x, x.to(dtype)
 

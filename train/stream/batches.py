@@ -1,4 +1,4 @@
-"""Shuffled batches from an activation store, the same whatever the timing, and resumable anywhere."""
+"""Shuffled batches from an activation store: independent of timing, and resumable at any position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WINDOWS_IN_MEMORY = 2
 
 
 class Window(NamedTuple):
-    """Decoded chunks, and the order in which their training rows are taken; None if they lie in that order."""
+    """Decoded chunks, and the order of their training rows; None if the rows are already in order."""
 
     rows: dict[str, Rows]
     order: Tensor | None
@@ -38,28 +38,29 @@ class Window(NamedTuple):
 class ShuffledBatches:
     """Iterator over a store's training rows, epoch after epoch.
 
-    Each batch is a dict of hook point to `[batch, d_in]` in the store's dtype; all hook points of a batch
-    carry the same tokens. Held-out contexts and masked tokens never appear, nor rows of other roles than the store
-    was opened with. Batches run across the ends of windows and epochs, so no row is dropped or repeated. The state is
-    the number of rows taken so far; with several ranks, each takes its slice of every batch of the same stream.
+    Each batch is a dict from hook point to `[batch, d_in]` in the store's dtype; all hook points of a batch have the
+    same tokens. Held-out contexts, masked tokens and rows of roles other than those the store was opened with never
+    appear. Batches continue across the ends of windows and epochs, so no row is dropped or repeated. The state is the
+    number of rows taken so far. With several ranks, each takes its slice of every batch of the same stream.
 
-    On the CPU a batch is a view of the rows in memory: copy what is kept for long, and write into none.
+    On the CPU, a batch is a view of its window. Copy rows that you keep for long, because a view keeps the whole
+    window's memory in use, and do not write to a batch.
 
     Args:
         store: the store to read.
-        hook_points: hook points to read; all of the store's when not given.
+        hook_points: hook points to read (default: all).
         batch_size: rows per batch, over all ranks.
         seed: seed of the order.
-        device: device of the batches; on a GPU windows are there too, and rows gathered there.
-        window_bytes: bound on the memory of decoded activations of each hook point; a larger one shuffles
-            better. It is part of what decides the order, but which hook points are read is not.
+        device: device of the batches; with a GPU, windows are kept and rows gathered there.
+        window_bytes: limit on the memory of decoded activations per hook point; a larger window shuffles better. The
+            order depends on it, but not on which hook points are read.
         rank: this process's rank.
         world_size: number of ranks.
-        n_rows: rows of the stream after which it ends, so that none beyond is decoded; it never ends when not given.
+        n_rows: number of rows after which the stream ends, so that nothing beyond is decoded (default: no end).
 
     Raises:
         HookPointError: the store does not have one of the hook points.
-        ConfigError: a number is out of bounds, or the device is not there.
+        ConfigError: a number is out of bounds, or the device is not available.
         StoreError: the store has no training rows.
     """
 
@@ -113,7 +114,7 @@ class ShuffledBatches:
         self._usable = TrainingRowMask(store)
         self._buffers: dict[str, Buffers] = {}
         self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
-        # Pinned memory belongs to the current device, which is a thread's own.
+        # Pinned memory belongs to the current device, which is set per thread.
         self._decoder = ThreadPoolExecutor(1, "decode-window", make_current, (str(self.device),))
         self._orderers = ThreadPoolExecutor(min(os.cpu_count() or 1, 16), thread_name_prefix="order-window")
 
@@ -129,27 +130,27 @@ class ShuffledBatches:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state: rows taken, and what the order depends on, the seed and the version of its computation."""
+        """Return the state: the number of rows taken, the seed, and the version of the order."""
         return {"rows_taken": self._rows_taken, "seed": self.seed, "order": ORDER_VERSION}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place in the stream.
+        """Go to a saved position in the stream.
 
         Raises:
-            ConfigError: the state is of a stream with another seed, or of a release that ordered rows otherwise.
+            ConfigError: the state is from a stream with another seed, or from a release with another order.
         """
         if state["seed"] != self.seed:
             raise ConfigError(f"the saved stream has seed {state['seed']}, this one {self.seed}; use the same")
         version = state.get("order", 1)
         if version != ORDER_VERSION:
             raise ConfigError(
-                f"the saved stream has its rows in order {version}, this release in order {ORDER_VERSION}, so some "
-                "would come twice; resume with the release that saved it, or train again in another output"
+                f"the saved stream has rows in order version {version}, this release uses version {ORDER_VERSION}, so "
+                "some rows would repeat; resume with the release that saved it, or train again in another output"
             )
         self._rows_taken = int(state["rows_taken"])
 
     def close(self) -> None:
-        """Stop decoding ahead."""
+        """Stop the thread that decodes ahead."""
         self._windows.clear()
         self._buffers.clear()
         self._decoder.shutdown(wait=True, cancel_futures=True)
@@ -188,7 +189,7 @@ class ShuffledBatches:
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _window(self, epoch: int, index: int) -> Window:
-        """Return one window; forget all but it and the one after it."""
+        """Return one window, and drop all others except the next one."""
         places = (epoch, index), self._after(epoch, index)
         self._windows = {place: window for place, window in self._windows.items() if place in places}
         if places[0] not in self._windows:
@@ -196,10 +197,10 @@ class ShuffledBatches:
         return self._windows[places[0]].result()
 
     def _decode_ahead(self, epoch: int, index: int) -> None:
-        """Start decoding the window after one.
+        """Start to decode the window after this one.
 
-        Not before its second batch is taken: while the first was, whoever takes them may have held the last batch of
-        the window before, and with it the memory that is now to be used again.
+        This waits until the window's second batch is taken. Until then, the consumer may still hold the last batch of
+        the window before, and thus the memory that is about to be reused.
         """
         after = self._after(epoch, index)
         if after not in self._windows and self._n_wanted(*after):
@@ -209,17 +210,17 @@ class ShuffledBatches:
         return (epoch, index + 1) if index + 1 < self._epoch(epoch).n_windows else (epoch + 1, 0)
 
     def _n_wanted(self, epoch: int, index: int) -> int:
-        """Return how many of a window's rows come before the stream's end."""
+        """Return how many of a window's rows are before the end of the stream."""
         starts = self._epoch(epoch).row_starts
         return int(
             np.clip(self._end - epoch * self.rows_per_epoch - starts[index], 0, starts[index + 1] - starts[index])
         )
 
     def _decode(self, epoch: int, index: int) -> Window:
-        """Read a window: on a GPU its chunks and the order of their rows, on the CPU its rows, put in order.
+        """Read a window: for a GPU, its chunks and the order of their rows; for a CPU, its rows in order.
 
-        There a row is copied once, from the decoded chunk to its place, and batches are views; chunks of which no row
-        comes before the stream's end are left out.
+        On a CPU, each row is copied once, from the decoded chunk to its position, and batches are views. Chunks without
+        rows before the end of the stream are not read.
         """
         chunks = self._epochs[epoch].window(index)
         n_rows = self._rows_per_chunk[chunks]
@@ -241,7 +242,7 @@ class ShuffledBatches:
         return Window({name: self._ordered(name, chunks, places, n) for name in self.hook_points}, None)
 
     def _ordered(self, hook_point: str, chunks: np.ndarray, places: np.ndarray, n_rows: int) -> Tensor:
-        """Return a window's rows of a hook point in the order in which they are taken."""
+        """Return a window's rows of a hook point, in order."""
         d_in = self.store.d_in(hook_point)
         if hook_point not in self._buffers:
             n_chunks = min(self._chunks_per_window(), len(self._rows_per_chunk))
@@ -253,7 +254,7 @@ class ShuffledBatches:
 
 
 def _take(window: Window, part: slice) -> dict[str, Tensor]:
-    """Return rows of a window, in the window's order; as views where they lie in it."""
+    """Return rows of a window in order; views if the window's rows are already in order."""
     if window.order is None:
         return {name: rows[part] for name, rows in window.rows.items() if isinstance(rows, Tensor)}
     for tensor in (*window.rows.values(), window.order):

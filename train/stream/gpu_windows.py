@@ -1,7 +1,7 @@
-"""Bring decoded activations to a GPU while it computes: read into pinned memory, copy on a stream of its own.
+"""Copy decoded activations to a GPU while it computes: through pinned memory, on a separate stream.
 
-An int8 store's windows stay int8 there, with their scales: half the bytes to copy and to hold. Rows are dequantised
-as batches gather them.
+Windows of an int8 store stay int8 on the GPU, with their scales, which halves the bytes to copy and to keep. Rows are
+dequantised when batches gather them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STAGING_BYTES = 64 << 20
 
 
 class QuantisedRows(NamedTuple):
-    """Rows of a window as an int8 store has them; `dtype` is that in which it reads them."""
+    """A window's rows as an int8 store holds them; `dtype` is the data type in which the store returns rows."""
 
     values: Int8[Tensor, "rows d_in"]
     scales: Float32[Tensor, " rows"]
@@ -39,24 +39,24 @@ def take_rows(rows: Rows, places: Int64[Tensor, " batch"]) -> Float[Tensor, "bat
     """Return some of a window's rows, in the store's dtype."""
     if isinstance(rows, Tensor):
         return rows.index_select(0, places)
-    # Triton launches on the current device, which need not be the batches'.
+    # Triton launches on the current device, which may not be the batches' device.
     with torch.cuda.device_of(rows.values):
         return kernels_for(rows.values.device).dequantise(rows.values, rows.scales, places, rows.dtype)
 
 
 def used_here(rows: Rows | Tensor) -> None:
-    """Keep a window's memory from being given away while what this thread's stream has yet to do may read it."""
+    """Keep a window's memory from being reused until the pending work of this thread's stream has read it."""
     for tensor in (rows,) if isinstance(rows, Tensor) else (rows.values, rows.scales):
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Staging:
-    """Two pinned buffers, through which the thread that decodes windows sends their chunks to the device.
+    """Two pinned buffers through which the decoding thread copies chunks to the device.
 
-    While one is copied the other is filled; before it is filled again its copy is waited for. Windows are made, and
-    batches gathered from them, on the device's default stream: a copy begins when what that had been given is done,
-    for the memory may have been another window's until then.
+    One is filled while the other is copied, and a buffer's copy must finish before it is filled again. Windows are
+    allocated, and batches gathered, on the device's default stream. A copy starts after the work already queued there,
+    because the window's memory may have belonged to another window.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Staging:
         self._turn = 0
 
     def read_chunks(self, hook_point: str, chunks: Sequence[int] | np.ndarray) -> Rows:
-        """Return chunks' rows on the device, there in full; only the calling thread waits."""
+        """Copy the rows of some chunks to the device and return them; only the calling thread waits."""
         store, d_in = self.store, self.store.d_in(hook_point)
         dtype = torch.int8 if self.quantised else store.dtype
         rows = torch.empty(len(chunks) * store.chunk_rows, d_in, dtype=dtype, device=self.device)
@@ -104,7 +104,7 @@ class Staging:
         return QuantisedRows(rows, scales, store.dtype) if self.quantised else rows
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor on the device, there in full."""
+        """Copy a tensor to the device, wait for the copy, and return it."""
         target = torch.empty_like(tensor, device=self.device)
         self._after_training()
         staged = self._next_buffer(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
@@ -118,7 +118,7 @@ class Staging:
             self._stream.wait_stream(torch.cuda.default_stream(self.device))
 
     def _next_buffer(self, n_bytes: int) -> Tensor:
-        """Return the other buffer, once what was last copied from it has arrived."""
+        """Switch to the other buffer and return it, once its last copy has finished."""
         self._turn = 1 - self._turn
         copied = self._copied[self._turn]
         if copied is not None:
@@ -128,7 +128,7 @@ class Staging:
         return self._buffers[self._turn][:n_bytes]
 
     def _copy(self, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Start to copy from the buffer whose turn it is."""
+        """Start to copy from the current buffer."""
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             for target, source in pairs:
                 target.copy_(source, non_blocking=self._cuda)

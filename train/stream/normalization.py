@@ -25,9 +25,9 @@ _CHUNKS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Normalization:
-    """`x -> (x - mean) * scale`; `total_variance` is that of what is reconstructed, summed over channels.
+    """`x -> (x - mean) * scale`; `total_variance` is the variance of the target, summed over channels.
 
-    A transcoder's target has a normalisation of its own.
+    A transcoder's target has its own normalisation.
     """
 
     mean: Float[Tensor, " d_in"]
@@ -36,13 +36,13 @@ class Normalization:
     target: Normalization | None = None
 
     def to(self, device: torch.device | str) -> Normalization:
-        """Return the same with its mean on a device, so that applying it copies nothing there."""
+        """Return this normalisation with its mean on a device."""
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         target = self.target.to(device) if self.target else None
         return replace(self, mean=self.mean.to(device), scale=scale, target=target)
 
     def identity(self) -> Normalization:
-        """Return a normalisation of the same widths that changes nothing."""
+        """Return the identity normalisation of the same widths."""
         target = self.target.identity() if self.target else None
         return Normalization(torch.zeros_like(self.mean), 1.0, 1.0, target)
 
@@ -54,15 +54,15 @@ class Normalization:
 def normalization_of(store: ActivationStore, hook_point: str, kind: str) -> Normalization:
     """Return a hook point's normalisation.
 
-    With `expected_average_only_in`, centred rows have a mean norm of sqrt(d_in). The norm is that of *centred* rows: in
-    real models a large mean or a channel with a large offset can dwarf what varies, and a scale taken from raw rows
-    would shrink the variation until a sparsity penalty outweighs it.
+    With `expected_average_only_in`, centred rows have a mean norm of sqrt(d_in). The scale is computed from *centred*
+    rows: in real models, a large mean or a channel with a large offset can be much larger than the variation, and a
+    scale computed from raw rows would shrink the variation until a sparsity penalty outweighs it.
     """
     return normalization_at(store, hook_point, scale_of(store, hook_point, kind))
 
 
 def normalization_at(store: ActivationStore, hook_point: str, scale: float) -> Normalization:
-    """Return a hook point's normalisation with a given scale, such as the one that a run began with."""
+    """Return a hook point's normalisation with a given scale, such as the scale with which a run began."""
     moments = store.moments(hook_point)
     mean = torch.as_tensor(moments.mean).to(torch.float32)
     return Normalization(mean, scale, float(moments.total_variance) * scale**2)
@@ -72,7 +72,7 @@ def scale_of(store: ActivationStore, hook_point: str, kind: str) -> float:
     """Return the factor by which `normalize_activations = kind` scales a hook point's centred rows.
 
     Raises:
-        StoreError: the rows that it is taken from do not vary.
+        StoreError: the rows do not vary.
         NonFiniteError: their norms overflow float32.
     """
     if kind != "expected_average_only_in":
@@ -87,7 +87,7 @@ def scale_of(store: ActivationStore, hook_point: str, kind: str) -> float:
 
 
 def scale_of_raw_norm(store: ActivationStore, hook_point: str, kind: str) -> float:
-    """Return the scale of releases that took the mean norm of rows that were not centred."""
+    """Return the scale that earlier releases computed, from the mean norm of rows that were not centred."""
     scales = kind == "expected_average_only_in"
     return store.d_in(hook_point) ** 0.5 / store.moments(hook_point).mean_norm if scales else 1.0
 
@@ -95,8 +95,8 @@ def scale_of_raw_norm(store: ActivationStore, hook_point: str, kind: str) -> flo
 def mean_centred_norm(store: ActivationStore, hook_point: str, mean: Float[Tensor, " d_in"]) -> float:
     """Return the mean of `||x - mean||` over training rows.
 
-    It is exact for stores of up to 131,072 training rows. For larger ones it is taken over about so many, in chunks
-    spread evenly over the store: always the same ones, because the weights that training gives depend on it.
+    The mean is exact for stores of up to 131,072 training rows. For larger stores it is computed over about as many, in
+    evenly spaced chunks, which are always the same because the trained weights depend on it.
     """
     rows_per_chunk = store.training_rows_per_chunk()
     chunks = np.flatnonzero(rows_per_chunk)
@@ -108,14 +108,14 @@ def mean_centred_norm(store: ActivationStore, hook_point: str, mean: Float[Tenso
         some = chunks[start : start + _CHUNKS_AT_ONCE]
         mask = torch.from_numpy(usable.of(some).reshape(-1))
         rows = store.read_chunks(hook_point, some)[mask].to(torch.float32).sub_(mean)
-        # NumPy sums in one thread: PyTorch's sum would differ with the number of threads.
+        # NumPy sums single-threaded; PyTorch's sum would depend on the number of threads.
         total += float(torch.linalg.vector_norm(rows, dim=1).numpy().sum(dtype=np.float64))
         count += len(rows)
     return total / count
 
 
 def normalization_across(sae: SaeConfig, by_hook: Mapping[str, Normalization]) -> Normalization:
-    """Return the normalisation of what an SAE reads, with that of what it writes where that is something else."""
+    """Return the normalisation of an SAE's input, and of its target if that differs."""
     source = _side_by_side([by_hook[name] for name in sae.wiring.reads])
     if sae.wiring.writes == sae.wiring.reads:
         return source

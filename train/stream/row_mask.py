@@ -1,4 +1,4 @@
-"""Which rows of a store's chunks may be trained on, remembered as one bit a row once it is known."""
+"""Which rows of a store's chunks are training rows, cached as one bit per row."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from ...shared.store import ActivationStore
 
 _BLOCK_ROWS = 64 << 10
-"""Rows looked up at once: about a chunk of the store's tokens, which a few rows would also have to decode."""
+"""Rows looked up at a time: about one chunk of the store's tokens, which must be decoded even for a few rows."""
 
 
 class TrainingRowMask:
-    """Look up rows of chunks; a billion rows take 125 MB once all of them were looked up."""
+    """Look up which rows are training rows. The cache takes at most 125 MB for a billion rows."""
 
     def __init__(self, store: ActivationStore) -> None:
         self._store = store
@@ -23,7 +23,7 @@ class TrainingRowMask:
         self._blocks: dict[int, np.ndarray] = {}
 
     def of(self, chunks: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, "n chunk_rows"]:
-        """Tell of every row of some chunks whether it may be trained on; rows beyond the store's last may not."""
+        """Return for every row of some chunks whether it is a training row; rows beyond the store's end are not."""
         found = np.empty((len(chunks), self._store.chunk_rows), dtype=bool)
         blocks, within = np.divmod(chunks, self._per_block)
         for block in np.unique(blocks).tolist():
@@ -33,7 +33,7 @@ class TrainingRowMask:
         return found
 
     def _block(self, block: int) -> np.ndarray:
-        """Return a block's chunks as packed bits, a chunk a line."""
+        """Return a block's chunks as packed bits, one line per chunk."""
         if block not in self._blocks:
             usable = np.zeros((self._per_block, self._store.chunk_rows), dtype=bool)
             start = block * usable.size

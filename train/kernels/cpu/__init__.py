@@ -20,7 +20,7 @@ from .topk import topk_of_rows
 
 
 class Cpu(Backend):
-    """The operations of a CPU; those that compute chosen entries sort them by latent once, for all that follow."""
+    """The operations on a CPU. Entries are sorted by latent when they are computed, once for all later operations."""
 
     name = "cpu"
     deferred_gradient = WeightGradient
@@ -43,7 +43,7 @@ class Cpu(Backend):
         bias: Float[Tensor, " d_sae"],
         entries: Entries,
     ) -> EntryValues:
-        """Return chosen entries with `W_enc x + bias` computed for them alone, sorted by latent."""
+        """Compute `W_enc x + bias` for the chosen entries only, sorted by latent."""
         csc = self.to_csc(*entries, len(bias))
         pre_acts = self.grad_values(x, W_enc, *entries, csc)
         return EntryValues(pre_acts.add_(bias.index_select(0, entries.indices)), *entries, csc)
@@ -51,7 +51,7 @@ class Cpu(Backend):
     def largest_of_rows(
         self, encoder: Encoder, x: Float[Tensor, "batch d_in"], x_compute: Float[Tensor, "batch d_in"], k: int
     ) -> EntryValues:
-        """Return each row's `k` largest pre-activations, screened by an int8 product where that takes less time."""
+        """Return each row's `k` largest pre-activations, screened by an int8 product if that is faster."""
         found = None
         if x_compute.dtype is not x.dtype:
             found = screened_topk(x, encoder.W_enc, encoder.b_enc, encoder.b_dec, k)
@@ -69,11 +69,11 @@ class Cpu(Backend):
         threshold: Float[Tensor, " d_sae"] | float,
         most: float,
     ) -> Entries | DenseEntries:
-        """Return the entries above a threshold, in no order within a row, or all if more than a share `most` are."""
+        """Return the entries above a threshold, unsorted within a row, or all if more than a fraction `most` are."""
         found = search_above(x, W_enc, b_enc, threshold, most)
         return super().entries_above(x, W_enc, b_enc, threshold, most) if found is None else found
 
     def largest_of_batch(self, pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Entries:
-        """Return the batch's `n_kept` largest positive pre-activations, in no order within a row."""
+        """Return the batch's `n_kept` largest positive pre-activations, unsorted within a row."""
         found = largest_of_batch(pre_acts, n_kept)
         return super().largest_of_batch(pre_acts, n_kept) if found is None else found

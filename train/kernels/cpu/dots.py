@@ -30,7 +30,7 @@ def dot_products(a: Tensor, b: Tensor, offsets: Tensor, indices: Tensor) -> Floa
 
 @cache
 def _accept_sparse_tensors() -> None:
-    """Make PyTorch's first sparse matrix, at which it says once that they are in beta."""
+    """Create a first sparse matrix, so that PyTorch's one-time beta warning is suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

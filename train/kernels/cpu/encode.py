@@ -1,6 +1,6 @@
-"""The encoder on a CPU: one product in row blocks, with a selection in each block while it is in cache.
+"""The encoder on a CPU: a product in row blocks, with the selection in each block while it is in cache.
 
-Operations follow the dtype of their inputs: the product runs in bfloat16 where it is given bfloat16 copies.
+Operations use the dtype of their inputs: the product runs in bfloat16 if it is given bfloat16 copies.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ def search_above(
     threshold: Float[Tensor, " d_sae"] | float,
     most: float,
 ) -> Entries | None:
-    """Return the entries whose pre-activation is above a threshold, in no order within a row.
+    """Return the entries whose pre-activation is above a threshold, unsorted within a row.
 
-    The search gives up, and returns None, if more than a share `most` of a block of rows is above, or if the latents
-    cannot be grouped.
+    Returns None if more than a fraction `most` of a block of rows is above it, or if the latents cannot be grouped.
     """
     bias = (b_enc - threshold).to(x.dtype)
     smallest = torch.finfo(x.dtype).smallest_normal
@@ -88,19 +87,19 @@ def search_above(
 
 
 def row_blocks(n_rows: int, d_sae: int) -> list[slice]:
-    """Return blocks of rows: enough for the product to be fast, and few enough for cores to share them."""
+    """Return blocks of rows, large enough for a fast product and small enough to keep all cores busy."""
     return even_blocks(n_rows, max(_LEAST_ROWS, min(_MOST_ROWS, _BLOCK_ENTRIES // d_sae)))
 
 
 def _linear(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
-    """Return `x W^T + bias`; in bfloat16 by the operator that adds the bias as it goes, to equal bits."""
+    """Return `x W^T + bias`; in bfloat16 by the operator that fuses the bias, which gives the same bits."""
     if x.dtype is torch.bfloat16 and _multiplies_bfloat16():
         return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
     return F.linear(x, W, bias)
 
 
 def _packed(weights: Sequence[Tensor], n_rows: int) -> Sequence[Tensor]:
-    """Return weights laid out once as the product wants them, for several blocks of rows, where they are large."""
+    """Return large weights packed once into the product's layout, for use with several blocks of rows."""
     if weights[0].dtype is not torch.bfloat16 or not _multiplies_bfloat16():
         return weights
     if sum(W.nbytes for W in weights) < _WORTH_PACKING:

@@ -1,6 +1,6 @@
-"""A weight matrix's gradient on a CPU, computed a block of latents at a time as the optimizer asks for it.
+"""A weight matrix's gradient on a CPU, computed one block of latents at a time when the optimizer reads it.
 
-A block is used while it is in cache and never written to memory, which would cost more than the sums themselves.
+A block is used while it is in cache and is never written to memory, which would cost more than the sums themselves.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .csc import Csc
 
 
 class WeightGradient:
-    """`values^T source` and what is added to it: an outer product and rows of some latents.
+    """`values^T source`, plus an outer product and rows of some latents.
 
-    The sums run over entries in order of their latent, in order of row; their terms have `source`'s precision
-    and they are float32 or wider. Indexing by a slice of latents returns new rows, which may be changed.
+    Each latent's sum is over its entries in order of row, with terms in the precision of `source`, accumulated in
+    float32 or wider. Indexing with a slice of latents returns new rows, which the caller may change.
     """
 
     def __init__(self, csc: Csc, values: Float[Tensor, " nnz"], source: Float[Tensor, "batch d"]):
@@ -32,11 +32,11 @@ class WeightGradient:
         return self.shape[0]
 
     def add_outer(self, by_latent: Float[Tensor, " d_sae"], direction: Float[Tensor, " d"], alpha: float) -> None:
-        """Add `alpha by_latent direction^T`; both are copied, for the optimizer changes parameters as it goes."""
+        """Add `alpha by_latent direction^T`; both are copied, because the optimizer changes parameters meanwhile."""
         self._outer.append((by_latent * alpha, direction.clone()))
 
     def add_rows(self, latents: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
-        """Add rows to the latents named, which ascend."""
+        """Add a row to each of some latents, given in ascending order."""
         self._rows.append((latents, rows))
 
     def __getitem__(self, latents: slice) -> Float[Tensor, "n d"]:
@@ -57,7 +57,7 @@ def weighted_sums(
     offsets: Int64[Tensor, " n_plus_1"],
     weights: Float[Tensor, " nnz"],
 ) -> Float[Tensor, "n d"]:
-    """Return sums of weighted rows of `source`, of the entries between each offset and the next."""
+    """Return the sums of weighted rows of `source` over the entries between consecutive offsets."""
     first, last = int(offsets[0]), int(offsets[-1])
     return F.embedding_bag(
         indices[first:last],

@@ -1,4 +1,4 @@
-"""Rows of activations as training reads them, made block by block on a CPU."""
+"""Prepare rows of activations for training, block by block on a CPU."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def dequantise(
     places: Int64[Tensor, " batch"],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "batch d_in"]:
-    """Return rows `places` of `scales * values`, as the store itself would read them."""
+    """Return rows `places` of `scales * values`, rounded as the store's reader rounds them."""
     return (values[places].float() * scales[places, None]).to(dtype)

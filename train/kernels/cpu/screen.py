@@ -1,12 +1,12 @@
 """The k largest pre-activations of each row on a CPU: screened by an int8 product, chosen in full precision.
 
 An int8 product takes half the time of a bfloat16 one. Its error has a known bound, so every pre-activation has an
-upper and a lower bound, and only entries whose upper bound reaches what k entries' lower bounds reach may be among the
-k largest. These, half as many again as k, are computed in full precision, and the k largest of them are those of all:
-near ties too, which pre-activations in bfloat16 decide by chance.
+upper and a lower bound, and only entries whose upper bound is at least the k-th largest lower bound can be among the k
+largest. These candidates, about 1.5 k, are computed in full precision, and the k largest of them are returned. This
+also decides near ties correctly, which bfloat16 pre-activations decide by chance.
 
-The bounds are of three standard deviations: one of the k largest is lost only to an entry whose error differs from its
-own by six of them and by what the two entries differ, which of near ties befalls about one in 100,000.
+The bounds are three standard deviations. A true top-k entry is lost only if its error and a competitor's differ by six
+standard deviations plus the gap between the values: about one near tie in 100,000.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOST_CROWDED = 1 / 16
 
 
 class _Found(NamedTuple):
-    """Entries row by row: the rows, how many entries each has, their latents, and rows with too many to list."""
+    """Entries by row: the rows, the number of entries in each, their latents, and rows with too many to list."""
 
     rows: Int64[Tensor, " n_rows"]
     counts: Int64[Tensor, " n_rows"]
@@ -52,9 +52,9 @@ def screened_topk(
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]] | None:
     """Return the k largest of each row of `W_enc (x - b_dec) + b_enc`, unsorted, and their latents.
 
-    In place of those that are not positive a row may have zeros, of any latents, the same ones twice. None is returned
-    where a product in bfloat16 is the better way: without the instructions, for small weights or large k, where in
-    many rows too many entries are too near to the k-th largest, and for numbers that are not finite.
+    Entries that are not positive may be replaced by zeros of arbitrary latents, with repetitions. Returns None if a
+    bfloat16 product is better: if the CPU lacks the instructions, for small weights or large k, if in many rows too
+    many entries are close to the k-th largest, and for numbers that are not finite.
     """
     parts = n_parts(torch.bfloat16, len(W_enc), k)
     if parts == 1 or k > _MOST_K or W_enc.numel() < LEAST_WEIGHTS or not multiplies_int8():
@@ -63,7 +63,7 @@ def screened_topk(
         return None
     centred = torch.empty_like(x)
     by_column = by_blocks(lambda rows: peaks_of(torch.sub(x[rows], b_dec, out=centred[rows]).T), len(x))
-    # One step serves a whole row, so columns of large entries are made smaller and what multiplies them larger.
+    # A row has a single step, so columns with large entries are scaled down and the matching weights scaled up.
     columns = torch.stack(by_column).amax(0).sqrt_()
     encoder = Int8Encoder.of(W_enc, columns)
     peaks, norms = joined(by_blocks(lambda rows: sizes(centred[rows] / columns), len(x)))
@@ -111,7 +111,8 @@ def _upper_bounds(
 ) -> Int16[Tensor, "n width"]:
     """Write the bits of `x W^T scale + offset` in bfloat16, part by part, and return the maxima of the parts.
 
-    Half the memory stays in cache, and integers are compared fast; the order of those below zero is left open.
+    In bfloat16, half as much memory needs to stay in cache, and comparing bits as integers is fast. The order of
+    negative numbers is undefined.
     """
     maxima = torch.empty(0)
     sums = torch.empty(out.shape[1:], dtype=torch.int32)
@@ -125,10 +126,10 @@ def _upper_bounds(
 
 
 def _floor(maxima: Int16[Tensor, "n width"], k: int, errors: Float[Tensor, " d_sae"]) -> Int16[Tensor, " n"]:
-    """Return what the upper bounds of each row's k largest entries reach, by bits, or 0 if they are not positive.
+    """Return a floor, as bits, that the upper bounds of each row's k largest entries reach; 0 if it is not positive.
 
-    That is the k-th largest of the lower bounds of large groups' maxima, which are at least k entries. A lower bound
-    is what is left of an upper one without the largest error in the group and that of rounding to bfloat16.
+    The floor is the k-th largest lower bound of the groups' maxima. A lower bound is the upper bound minus the largest
+    error in the group and the error of rounding to bfloat16.
     """
     size = max(1, maxima.shape[1] // (_GROUPS_PER_K * k))
     width = maxima.shape[1] // size
@@ -146,7 +147,7 @@ def _reaching(
     ids: Int64[Tensor, " n"],
     k: int,
 ) -> _Found:
-    """Return the entries that reach their row's least; a row in which far too many groups do is crowded."""
+    """Return the entries that reach their row's floor; a row in which too many groups reach it is crowded."""
     n_rows, width = maxima.shape
     groups = _places(maxima >= least[:, None])
     counts = torch.searchsorted(groups, torch.arange(0, maxima.numel() + 1, width)).diff()
@@ -163,7 +164,7 @@ def _reaching(
 
 
 def _places(mask: Bool[Tensor, ...]) -> Int64[Tensor, " n"]:
-    """Return where a mask is true, as places in memory; NumPy finds them in a third of PyTorch's time."""
+    """Return the flat indices where a mask is true; NumPy takes a third of PyTorch's time."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
@@ -172,7 +173,7 @@ def _choose(
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     """Return the k largest of the entries found in each row by their pre-activations in full precision.
 
-    A row of fewer has pre-activations of zero besides, of any latents.
+    A row with fewer entries is filled with pre-activations of zero, of arbitrary latents.
     """
     csc = csc_of(found.latents, torch.repeat_interleave(found.rows, found.counts), len(W_enc))
     products = dot_products(W_enc, x, csc.offsets, csc.rows)

@@ -1,7 +1,7 @@
 """Products of sparse latents and dense matrices on a CPU, by `embedding_bag` and sampled products.
 
-Latents are CSR by row: `values [nnz]`, `indices [nnz]` (int64) and `offsets [batch+1]`; TopK is the case of k entries
-in every row. Operations follow the dtype of their inputs; gradients are checked in float64.
+Latents are CSR by row: `values [nnz]`, `indices [nnz]` (int64) and `offsets [batch+1]`; TopK has k entries in every
+row. Operations use the dtype of their inputs; gradients are tested in float64.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def grad_values(
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry.
 
-    The rows of the smaller matrix are gathered, those of the other gone through in order; but for rows of `W_dec` that
-    fit the cache nothing is sorted. Pass `csc` from `to_csc` to sort once for several calls.
+    The rows of the smaller matrix are gathered while those of the other are read in order. If `W_dec` fits in the
+    cache, nothing is sorted. Pass `csc` from `to_csc` to sort once for several calls.
     """
     if W_dec.nbytes <= (g.nbytes if csc is not None else max(_CACHE_BYTES, g.nbytes)):
         return dot_products(g, W_dec, offsets, indices)
@@ -83,7 +83,7 @@ def sum_by_latent(
     d_sae: int,
     csc: Csc | None = None,
 ) -> Float[Tensor, " d_sae"]:
-    """Return the sum of each latent's values, added in order of row; nothing needs sorting for that here."""
+    """Return the sum of each latent's values, added in order of row; this needs no sorting."""
     return values.new_zeros(d_sae).index_add_(0, indices, values)
 
 

@@ -1,7 +1,7 @@
-"""Which entries of a batch's pre-activations are above a threshold, on a CPU: looked for group by group.
+"""Find the entries of a batch's pre-activations that are above a threshold, on a CPU, by the maxima of groups.
 
-Going through all entries for the few that are above costs 2 ns for each. Maxima of groups cost a tenth of that, and
-only groups whose maximum is above are gone through. Entries come row by row, in no order within a row.
+Checking every entry costs 2 ns per entry. The maxima of groups cost a tenth of that, and only groups whose maximum is
+above the threshold are searched. Entries are returned by row, unsorted within a row.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def entries_at_least(
 ) -> Entries | None:
     """Return indices and offsets of the entries that are at least `floor`, which is positive.
 
-    None is returned where more than `most_hits` of the groups have one, or where the latents do not group.
+    Returns None if more than a fraction `most_hits` of the groups have one, or if the latents cannot be grouped.
     """
     found = _search(pre_acts, floor, most_hits)
     return None if found is None else _csr(*found[:2], len(pre_acts))
 
 
 def largest_of_batch(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Entries | None:
-    """Return indices and offsets of the batch's `n_kept` largest positive entries, ties with the least included.
+    """Return indices and offsets of the batch's `n_kept` largest positive entries, including ties with the smallest.
 
-    A sample gives a bound that rarely fails to lie below the least of them. None is returned as above.
+    A sample gives a lower bound that rarely fails. Returns None in the cases of `entries_at_least`.
     """
     flat = pre_acts.reshape(-1)
     stride = max(1, len(flat) // _SAMPLE)

@@ -1,9 +1,9 @@
-"""The k largest of each row on a CPU, by maxima of groups and NumPy's vectorised partition.
+"""The k largest entries of each row on a CPU, by maxima of groups and NumPy's vectorised partition.
 
-`torch.topk` spends 2 to 10 ns on an entry. Here a row's entries are first compared in groups: the k groups with
-the largest maxima hold k largest entries, and groups of groups are found in the same way. What is left are a few
-hundred candidates a row; each becomes one integer, its value above its position, and NumPy partitions integers
-with the processor's vector instructions.
+`torch.topk` takes 2 to 10 ns per entry. Here a row's entries are first compared in groups: the k groups with the
+largest maxima contain k largest entries, and the same is done with groups of groups. This leaves a few hundred
+candidates per row. Each is packed into an integer, with its value above its position, and NumPy partitions integers
+with vector instructions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _MOST_CANDIDATES = 1 << 16
 def topk_of_rows(
     pre_acts: Float[Tensor, "batch d_sae"], k: int
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-    """Return each row's k largest entries, unsorted, and their columns; which entries below zero is left open.
+    """Return each row's k largest entries, unsorted, and their columns; entries below zero are arbitrary.
 
-    Positive floats are ordered as the integers of their bits are, and the negative ones come after: that suffices
-    where ReLU follows, and integers are compared ten times as fast as bfloat16.
+    Positive floats are ordered like their bits as integers, and negative ones come after them. This is enough if ReLU
+    follows, and integers are compared ten times as fast as bfloat16.
     """
     if pre_acts.dtype not in BITS or k > _MOST_CANDIDATES // 8:
         return torch.topk(pre_acts, k, dim=1, sorted=False)
@@ -36,7 +36,7 @@ def topk_of_rows(
 
 
 def n_parts(dtype: torch.dtype, d_sae: int, k: int) -> int:
-    """Return the number of equal parts in which rows of `d_sae` entries are best made for `topk_of_parts`."""
+    """Return the best number of equal parts for `topk_of_parts`, for rows of `d_sae` entries."""
     size = _group_size(d_sae, k) if dtype in BITS and k <= _MOST_CANDIDATES // 8 else 1
     return size if d_sae % size == 0 else 1
 
@@ -44,9 +44,9 @@ def n_parts(dtype: torch.dtype, d_sae: int, k: int) -> int:
 def topk_of_parts(
     parts: Sequence[Float[Tensor, "batch width"]], k: int
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-    """Do as `topk_of_rows` on rows that are given as `n_parts` parts, one after the other.
+    """Do the same as `topk_of_rows` for rows that are given as `n_parts` consecutive parts.
 
-    A group then has an entry of each part, and to compare groups is to compare whole parts.
+    Each group has one entry from each part, so that comparing groups means comparing whole parts.
     """
     if len(parts) == 1:
         return topk_of_rows(parts[0], k)
@@ -64,7 +64,7 @@ def _largest(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k
     size = _group_size(n, k)
     if size == 1:
         return _partition(bits, k) if n <= _MOST_CANDIDATES else torch.topk(bits, k, dim=1, sorted=False)
-    # A group is `size` entries that are `stride` apart, so that comparing them is comparing whole runs.
+    # A group consists of `size` entries that are `stride` apart, so that groups are compared as whole runs.
     stride = n // size
     whole = stride * size
     runs = bits[:, :whole].unflatten(1, (size, stride))
@@ -75,7 +75,7 @@ def _largest(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch k
 def _largest_of_groups(
     runs: Sequence[Int[Tensor, "batch stride"]], groups: Int64[Tensor, "batch k"], rest: Int[Tensor, "batch n_rest"]
 ) -> tuple[Int[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-    """Return the k largest among k groups, whose entries stand at the same place of each run, and the rest."""
+    """Return the k largest among the entries of k groups, which are at the same index of each run, and of the rest."""
     k, stride = groups.shape[1], runs[0].shape[1]
     values, places = _partition(torch.cat([*(run.gather(1, groups) for run in runs), rest], 1), k)
     which = places // k
@@ -87,7 +87,7 @@ def _largest_of_groups(
 
 
 def _group_size(n: int, k: int) -> int:
-    """Return how many of a row's n entries to compare at once; 1 if the row is short enough."""
+    """Return the group size for rows of n entries; 1 if the row is short enough."""
     if n <= _FEW * k:
         return 1
     return 8 if n >= _MANY * k and k <= _MANY else 4
@@ -103,7 +103,7 @@ def _partition(bits: Int[Tensor, "batch n"], k: int) -> tuple[Int[Tensor, "batch
 
 
 def _above_places(bits: Int[Tensor, "batch n"]) -> Int[Tensor, "batch n"]:
-    """Return integers of twice the bytes: the given ones above their places in the row."""
+    """Return integers of twice the width: the given ones in the upper half, their column in the lower half."""
     n = bits.shape[1]
     if bits.dtype is torch.int16:  # to widen bfloat16 is to put zeros behind it, whatever the bits are
         return bits.view(torch.bfloat16).float().view(torch.int32).add_(torch.arange(n, dtype=torch.int32))

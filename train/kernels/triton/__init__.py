@@ -1,4 +1,4 @@
-"""The CUDA backend: the sparse ops, and the fused ones that a whole step is made of."""
+"""The CUDA backend: the sparse operations, and the fused operations of a whole step."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ __all__ = [
 def pre_activations(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "batch d_sae"]:
-    """Return all of `x W_enc^T + b_enc` in the dtype of `x`: for architectures that need them dense."""
+    """Return all of `x W_enc^T + b_enc` in the dtype of `x`, for architectures that need it dense."""
     return torch.nn.functional.linear(x, W_enc, b_enc.to(x.dtype))
 
 
 class TritonFixedShapes:
-    """What a step is made of that never waits for the device."""
+    """The operations of steps that never wait for the device."""
 
     select_threshold = staticmethod(select_threshold)
     batch_floor = staticmethod(batch_floor)
