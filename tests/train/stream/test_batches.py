@@ -115,7 +115,7 @@ def test_errors_say_what_to_do(numbered):
         ShuffledBatches(numbered(), batch_size=10, world_size=3)
     with ShuffledBatches(numbered(), seed=1) as batches, pytest.raises(ConfigError, match="seed 0"):
         batches.load_state_dict({"rows_taken": 0, "seed": 0})
-    with ShuffledBatches(numbered(), seed=1) as batches, pytest.raises(ConfigError, match=r"order version 1, .* version 2"):
+    with ShuffledBatches(numbered(), seed=1) as batches, pytest.raises(ConfigError, match=r"version 1, .* version 2"):
         batches.load_state_dict({"rows_taken": 0, "seed": 1})
 
 
