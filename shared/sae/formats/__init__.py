@@ -33,6 +33,8 @@ FORMATS = (
 """The formats, in the order in which they are asked: the first that finds an SAE reads it."""
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+_NOT_SAES = ("checkpoints",)
+"""Folders of training state, which may hold weights in files of their own."""
 _WEIGHTS = (*_PICKLES, ".safetensors", ".npz")
 
 
@@ -62,7 +64,7 @@ def walk_saes(path: str | Path) -> tuple[list[tuple[SaeFormat, Path]], list[str]
     if weights:
         notes.append(f"'{path}' has {weights[0]}, which no known format has")
     for entry in entries:
-        if entry.is_dir() and not entry.name.startswith("."):
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in _NOT_SAES:
             inside, unknown = walk_saes(entry)
             found, notes = found + inside, notes + unknown
     return found, notes
