@@ -28,6 +28,7 @@ FLOORS = [
     "shared/store/remote",
     "shared/store/write",
     "shared/store/read",
+    "shared/store/share",
     "shared/store",
     "shared/exchange",
     "shared",

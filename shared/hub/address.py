@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..core.errors import HubError
 
-_ADDRESS = re.compile(r"hf:/{1,2}(datasets/)?([\w.-]+/[\w.-]+)((?:/[^@]*)?)(?:@([^@]+))?")
+_ADDRESS = re.compile(r"hf:/{1,2}(datasets/)?((?!datasets/)[\w.-]+/[\w.-]+)((?:/[^@]*)?)(?:@([^@]+))?")
 """A `Path` keeps only one of the two slashes."""
 
 

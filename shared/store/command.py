@@ -1,19 +1,22 @@
-"""The `thresher store` subcommand: describe, verify or sample a store."""
+"""The `thresher store` subcommand: describe, verify, sample, upload or download a store."""
 
 from __future__ import annotations
 
-SUMMARY = "Show, verify or sample an activation store."
+SUMMARY = "Show, verify, sample, upload or download an activation store."
 USAGE = """usage: thresher store info PATH
        thresher store verify PATH
        thresher store sample PATH [--contexts N] [--seed N] [--tokenizer PATH]
+       thresher store push FOLDER --repo USER/NAME [--license NAME] [--private]
+       thresher store pull hf://datasets/USER/NAME@revision FOLDER
 
-Show what a store holds; check every checksum in it; print some contexts with the norms of their rows.
+Show what a store holds; check every checksum in it; print some contexts with the norms of their rows; upload it to the
+Hugging Face Hub or download one, which the same command resumes after an interruption.
 PATH is a folder, or a URL such as s3://bucket/prefix (docs/object-stores.md).
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Run `info`, `verify` or `sample` and return the exit code."""
+    """Run an action and return the exit code."""
     from ..core.cli import run_guarded
 
     if not arguments or "--help" in arguments or "-h" in arguments:
@@ -21,6 +24,10 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
 
     def run() -> int:
+        if arguments[0] in ("push", "pull"):
+            from .share.actions import run_command as run_on_hub
+
+            return run_on_hub(arguments)
         from .read.inspect import run_command  # here, so that --help stays quick
 
         return run_command(arguments)

@@ -37,7 +37,7 @@ def run_command(arguments: list[str]) -> int:
     action, rest = arguments[0], arguments[1:]
     known: dict[str, type[StoreConfig]] = {"info": StoreConfig, "verify": StoreConfig, "sample": SampleConfig}
     if action not in known:
-        raise ConfigError(f"no action '{action}'; expected one of: {', '.join(known)}")
+        raise ConfigError(f"no action '{action}'; expected one of: {', '.join(known)}, push, pull")
     if not rest or rest[0].startswith("-"):
         raise ConfigError(f"`thresher store {action}` needs the path of a store")
     other, options = parse_arguments(known[action], rest[1:])
