@@ -23,6 +23,7 @@ FLOORS = [
     "shared/sae/formats",
     "shared/sae/sources",
     "shared/sae",
+    "shared/intervene",
     "shared/store/format",
     "shared/store/local",
     "shared/store/remote",

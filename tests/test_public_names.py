@@ -34,6 +34,9 @@ def test_every_public_name_is_what_its_module_defines():
     from thresher.evaluate.config import EvaluateConfig
     from thresher.harvest.config import HarvestConfig
     from thresher.shared.core.errors import ThresherError
+    from thresher.shared.intervene.edits import Ablate, Add, Clamp, Fires, Orthogonal, ProjectionCap, Scale
+    from thresher.shared.intervene.metrics import KLDivergence, LogitDifference, LogProbability
+    from thresher.shared.intervene.sae_model import SaeModel
     from thresher.shared.sae import Sae
     from thresher.shared.store import ActivationStore, ActivationStoreWriter
     from thresher.train.config import TrainConfig
@@ -45,9 +48,12 @@ def test_every_public_name_is_what_its_module_defines():
         EvaluateConfig,
         HarvestConfig,
         Sae,
+        SaeModel,
         ShuffledBatches,
         ThresherError,
         TrainConfig,
+        *(Ablate, Add, Clamp, Fires, Orthogonal, ProjectionCap, Scale),
+        *(KLDivergence, LogitDifference, LogProbability),
     )
     for cls in classes:
         assert getattr(thresher, cls.__name__) is cls

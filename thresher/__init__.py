@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from thresher.harvest import HarvestConfig as HarvestConfig
     from thresher.harvest import harvest as harvest
     from thresher.shared.core.errors import ThresherError as ThresherError
+    from thresher.shared.intervene.edits import Ablate as Ablate
+    from thresher.shared.intervene.edits import Add as Add
+    from thresher.shared.intervene.edits import Clamp as Clamp
+    from thresher.shared.intervene.edits import Fires as Fires
+    from thresher.shared.intervene.edits import Orthogonal as Orthogonal
+    from thresher.shared.intervene.edits import ProjectionCap as ProjectionCap
+    from thresher.shared.intervene.edits import Scale as Scale
+    from thresher.shared.intervene.metrics import KLDivergence as KLDivergence
+    from thresher.shared.intervene.metrics import LogitDifference as LogitDifference
+    from thresher.shared.intervene.metrics import LogProbability as LogProbability
+    from thresher.shared.intervene.sae_model import SaeModel as SaeModel
     from thresher.shared.sae import Sae as Sae
     from thresher.shared.store import ActivationStore as ActivationStore
     from thresher.shared.store import ActivationStoreWriter as ActivationStoreWriter
@@ -25,11 +36,22 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "Ablate": "shared.intervene.edits",
     "ActivationStore": "shared.store",
     "ActivationStoreWriter": "shared.store",
+    "Add": "shared.intervene.edits",
+    "Clamp": "shared.intervene.edits",
     "EvaluateConfig": "evaluate",
+    "Fires": "shared.intervene.edits",
     "HarvestConfig": "harvest",
+    "KLDivergence": "shared.intervene.metrics",
+    "LogProbability": "shared.intervene.metrics",
+    "LogitDifference": "shared.intervene.metrics",
+    "Orthogonal": "shared.intervene.edits",
+    "ProjectionCap": "shared.intervene.edits",
     "Sae": "shared.sae",
+    "SaeModel": "shared.intervene.sae_model",
+    "Scale": "shared.intervene.edits",
     "ShuffledBatches": "train",
     "ThresherError": "shared.core.errors",
     "TrainConfig": "train",
@@ -37,11 +59,22 @@ _MODULES = {
 _STAGES = ("harvest", "train", "evaluate")
 
 __all__ = [
+    "Ablate",
     "ActivationStore",
     "ActivationStoreWriter",
+    "Add",
+    "Clamp",
     "EvaluateConfig",
+    "Fires",
     "HarvestConfig",
+    "KLDivergence",
+    "LogProbability",
+    "LogitDifference",
+    "Orthogonal",
+    "ProjectionCap",
     "Sae",
+    "SaeModel",
+    "Scale",
     "ShuffledBatches",
     "ThresherError",
     "TrainConfig",

@@ -71,6 +71,10 @@ class SaeError(ThresherError, ValueError):
     """An SAE on disk is damaged, unsupported, or does not fit the store."""
 
 
+class InterventionError(ThresherError, ValueError):
+    """An edit, a metric or a text does not fit the model or the SAEs in it."""
+
+
 def one_line(error: Exception, width: int = 300) -> str:
     """Return a library's error as one line, preceded by its class name if the message alone is unclear."""
     words = " ".join(str(error).split())

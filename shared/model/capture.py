@@ -108,13 +108,17 @@ def splice(
         return None
 
     def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if affine is not None:
-            new = affine.apply(module, replace(affine.normalize(_input(args, kwargs))))
-        elif scale != 1:
-            new = replace(activation_of(output) * scale) / scale
-        else:
-            new = replace(activation_of(output))
-        return with_output(output, new)
+        given = activation_of(output)
+        if affine is None and scale == 1:
+            return with_output(output, replace(given))
+        activation = given * scale if affine is None else affine.normalize(_input(args, kwargs))
+        new = replace(activation)
+        if new is activation:
+            return None
+        back = new / scale if affine is None else affine.apply(module, new)
+        if not new.requires_grad:  # rows that were left alone keep the bits that the module gave them
+            back = torch.where((new == activation).all(dim=-1, keepdim=True), given, back)
+        return with_output(output, back)
 
     return _hooked(model, hook_point, on_input, on_output)
 

@@ -1,0 +1,1 @@
+"""Steer, ablate and attribute: a language model with SAEs in it."""
