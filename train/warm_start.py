@@ -84,7 +84,7 @@ def read_trained_sae(path: str | Path, name: str | None = None) -> Sae:
         SaeError: the SAE is damaged or of an unsupported kind.
         HubError: the Hub does not give it.
     """
-    folder = locate_source(path).path
+    folder = locate_source(path, several=name is not None).path
     if not is_sae(folder) and name is not None and is_sae(folder / name):
         folder = folder / name
     try:

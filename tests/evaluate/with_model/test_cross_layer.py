@@ -19,7 +19,7 @@ READS = tuple(f"blocks.{i}.mlp_in" for i in range(N))
 WRITES = tuple(f"blocks.{i}.mlp_out" for i in range(N))
 
 
-def transcoder(activation, seed, reads=READS, writes=WRITES, **config):
+def transcoder(activation, seed, reads=READS, writes=WRITES, skip=False, **config):
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for i in range(N):
@@ -29,6 +29,8 @@ def transcoder(activation, seed, reads=READS, writes=WRITES, **config):
         tensors[f"b_dec_{i}"] = torch.randn(D, generator=generator)
         if activation == "jumprelu":
             tensors[f"threshold_{i}"] = 2 * torch.rand(D_SAE, generator=generator)
+        if skip:
+            tensors[f"W_skip_{i}"] = 0.2 * torch.randn(D, D, generator=generator)
     keys = {"reads": reads, "writes": writes, "activation": activation}
     return CrossLayerTranscoder(tensors, config=keys | config)
 
@@ -37,6 +39,7 @@ SAES = {
     "relu": transcoder("relu", 1),
     "jumprelu": transcoder("jumprelu", 2),
     "topk_layer": transcoder("topk", 3, k=4, select_over="layer"),
+    "skip": transcoder("relu", 5, skip=True),
     "topk_all": transcoder("topk", 4, k=12, select_over="all"),
 }
 
@@ -89,11 +92,13 @@ def encode(sae, layer, x):
     return np.maximum(z, 0)
 
 
-def written(sae, acts, target):
-    """Return what the latents of all layers up to a target write there."""
+def written(sae, acts, target, x):
+    """Return what the latents of all layers up to a target write there, and its skip path of what its layer reads."""
     y_hat = sae.get_parameter(f"b_dec_{target}").double().numpy()
     for layer in range(target + 1):
         y_hat = y_hat + acts[layer] @ sae.get_parameter(f"W_dec_{layer}").double().numpy()[:, target - layer]
+    if f"W_skip_{target}" in dict(sae.named_parameters()):
+        y_hat = y_hat + x @ sae.get_parameter(f"W_skip_{target}").double().numpy().T
     return y_hat
 
 
@@ -107,11 +112,12 @@ def check(row, y, y_hat):
     assert row["explained_variance"] == pytest.approx(1 - mse / y.var(axis=0).sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu", "topk_layer"])
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "topk_layer", "skip"])
 def test_every_target_is_judged_and_all_together(model_store, result, name):
     row, sae = result[0][name], SAES[name]
-    acts = [encode(sae, i, rows_of(model_store, hook)) for i, hook in enumerate(READS)]
-    y_hat = [written(sae, acts, target) for target in range(N)]
+    x = [rows_of(model_store, hook) for hook in READS]
+    acts = [encode(sae, i, rows) for i, rows in enumerate(x)]
+    y_hat = [written(sae, acts, target, x[target]) for target in range(N)]
     y = [rows_of(model_store, hook) for hook in WRITES]
     check(row, np.concatenate(y, axis=1), np.concatenate(y_hat, axis=1))
     assert (row["hook_point"], row["target_hook_point"]) == (" + ".join(READS), " + ".join(WRITES))
@@ -137,18 +143,19 @@ def losses_by_hand(model_store, sae):
     """
     tokens = torch.from_numpy(model_store.tokens)
     usable = torch.from_numpy(model_store.tokens != 0)
-    acts = {}
+    acts, x = {}, {}
 
     def before(layer):
         def hook(_, inputs):
-            acts[layer] = encode(sae, layer, inputs[0][usable].double().numpy())
+            x[layer] = inputs[0][usable].double().numpy()
+            acts[layer] = encode(sae, layer, x[layer])
 
         return hook
 
     def after(target):
         def hook(_, __, output):
             output = output.clone()
-            output[usable] = torch.from_numpy(written(sae, acts, target)).float()
+            output[usable] = torch.from_numpy(written(sae, acts, target, x[target])).float()
             return output
 
         return hook
@@ -168,7 +175,7 @@ def losses_by_hand(model_store, sae):
     return clean, spliced, loss([mlp.register_forward_hook(lambda _, __, out: torch.zeros_like(out)) for mlp in mlps])
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu", "topk_layer"])
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "topk_layer", "skip"])
 def test_all_mlps_are_replaced_in_one_pass(model_store, result, name):
     clean, spliced, zero = losses_by_hand(model_store, SAES[name])
     row = result[0][name]
@@ -177,18 +184,19 @@ def test_all_mlps_are_replaced_in_one_pass(model_store, result, name):
     assert row["ce_zero"] == pytest.approx(zero, rel=1e-5)
     assert row["ce_loss_score"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
     # Reading the clean model's activations instead would give another loss.
-    from_clean = [encode(SAES[name], i, rows_of(model_store, hook)) for i, hook in enumerate(READS)]
-    assert abs(spliced_from(model_store, SAES[name], from_clean) - spliced) > 1e-3
+    x = [rows_of(model_store, hook) for hook in READS]
+    from_clean = [encode(SAES[name], i, rows) for i, rows in enumerate(x)]
+    assert abs(spliced_from(model_store, SAES[name], from_clean, x) - spliced) > 1e-3
 
 
-def spliced_from(model_store, sae, acts):
-    """Return the loss where latents are given rather than computed in the changed model."""
+def spliced_from(model_store, sae, acts, x):
+    """Return the loss where latents, and what skip paths read, are given rather than those of the changed model."""
     usable, tokens = torch.from_numpy(model_store.tokens != 0), torch.from_numpy(model_store.tokens)
 
     def after(target):
         def hook(_, __, output):
             output = output.clone()
-            output[usable] = torch.from_numpy(written(sae, acts, target)).float()
+            output[usable] = torch.from_numpy(written(sae, acts, target, x[target])).float()
             return output
 
         return hook

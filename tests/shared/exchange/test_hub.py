@@ -7,9 +7,11 @@ import pytest
 import torch
 import yaml
 
+from thresher.evaluate.saes.sae_folders import sae_folders
 from thresher.shared.core.errors import HubError, MissingFileError, SaeError
 from thresher.shared.exchange.command import main
 from thresher.shared.sae import Sae
+from thresher.train.warm_start import read_trained_sae
 
 # What `huggingface_hub` calls its HTTP client with.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -197,3 +199,12 @@ def test_what_cannot_be_pushed_is_refused(sweep, hub, token, tmp_path, capsys):
     assert hub.repositories == {}
     with pytest.raises(MissingFileError):
         Sae.load(Path("hf_no_such_folder"))
+
+
+def test_stages_take_what_is_on_the_hub(sweep, hub):
+    published(hub, sweep)
+    assert [path.name for path in sae_folders("hf://me/demo")] == ["topk-k2", "topk-k10"]
+    assert [path.name for path in sae_folders(["hf://me/demo/topk-k10"])] == ["topk-k10"]
+    expected = Sae.load(sweep / "topk-k10").W_enc
+    assert torch.equal(read_trained_sae("hf://me/demo", "topk-k10").W_enc, expected)
+    assert torch.equal(read_trained_sae("hf://me/demo/topk-k10", "another").W_enc, expected)
