@@ -302,8 +302,9 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
     from thresher.train.architectures import make_config
     from thresher.train.architectures.contract import Batch
     from thresher.train.kernels import triton as fused
-    from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+    from thresher.train.step.sae_trainer import SaeTrainer, Schedule
     from thresher.train.step.step_graphs import capture_on_cuda
+    from thresher.train.step.step_numbers import read_metrics
     from thresher.train.stream.normalization import Normalization
 
     _, x = make_problem(size, device)
@@ -324,7 +325,13 @@ def architectures(size: Size, device: Any, options: argparse.Namespace) -> dict[
         schedule = Schedule(1000, size.batch, 1, 0.0)
         try:
             trainer = SaeTrainer(
-                config, size.d_in, normalization, schedule, fused.Triton(), device=device, capture=capture
+                config=config,
+                d_in=size.d_in,
+                normalization=normalization,
+                schedule=schedule,
+                kernels=fused.Triton(),
+                device=device,
+                capture=capture,
             )
             if options.rehearse and name not in REHEARSED:
                 continue

@@ -38,15 +38,15 @@ class Grouped:
     """A group's selections by one product for all encoders, a block of rows at a time that stays in cache."""
 
     def __init__(self, trainers: list[SaeTrainer]):
-        d_sae, d_in = trainers[0].W_enc_compute.shape
-        self.W_enc = torch.empty(len(trainers) * d_sae, d_in, dtype=trainers[0].W_enc_compute.dtype)
+        d_sae, d_in = trainers[0].mode.W_enc_compute.shape
+        self.W_enc = torch.empty(len(trainers) * d_sae, d_in, dtype=trainers[0].mode.W_enc_compute.dtype)
         self.trainers = trainers
         self.parts = [slice(start, start + d_sae) for start in range(0, len(self.W_enc), d_sae)]
         self.chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, trainer in enumerate(trainers):
             own = self.W_enc[self.parts[index]]
-            own.copy_(trainer.W_enc_compute)
-            trainer.W_enc_compute = trainer.optimizer.copies["W_enc"] = own
+            own.copy_(trainer.mode.W_enc_compute)
+            trainer.mode.W_enc_compute = trainer.mode.optimizer.copies["W_enc"] = own
             trainer.kernels.select_topk = partial(self.select_topk, index)  # type: ignore[method-assign]
 
     def encode(self, x: torch.Tensor, k: int) -> None:
@@ -74,7 +74,17 @@ def trainers_for(options: argparse.Namespace, n: int, dtype: torch.dtype = torch
     normalization = Normalization(torch.zeros(options.d_in), 1.0, float(options.d_in))
     keys = {"hook_point": "h", "d_sae": options.d_sae, "k": options.k, "lr": 1e-3}
     configs = [make_config(**keys, seed=seed, name=str(seed)) for seed in range(n)]
-    return [SaeTrainer(c, options.d_in, normalization, schedule, kernels_for("cpu"), dtype) for c in configs]
+    return [
+        SaeTrainer(
+            config=config,
+            d_in=options.d_in,
+            normalization=normalization,
+            schedule=schedule,
+            kernels=kernels_for("cpu"),
+            compute_dtype=dtype,
+        )
+        for config in configs
+    ]
 
 
 def step(trainers: list[SaeTrainer], group: Grouped | None, rows: torch.Tensor) -> list[dict[str, Any]]:

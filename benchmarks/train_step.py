@@ -90,9 +90,13 @@ def check_gradients(options: argparse.Namespace) -> None:
     gradients = []
     for backend in ("cpu", "reference"):
         trainer = Thresher(options.architecture, 64, sizes, torch.float32).trainer
-        by_blocks = trainer.W_dec_compute if backend == "cpu" else None
+        by_blocks = trainer.mode.W_dec_compute if backend == "cpu" else None
         step = StepInput(
-            kernels_for("cpu", backend), trainer.W_enc_compute, 64.0, buffers=trainer.buffers, W_dec_compute=by_blocks
+            kernels_for("cpu", backend),
+            trainer.mode.W_enc_compute,
+            64.0,
+            buffers=trainer.buffers,
+            W_dec_compute=by_blocks,
         )
         gradients.append(trainer.architecture.step(trainer.parameters, Batch(x, x), step).gradients)
     for name, gradient in gradients[0].items():

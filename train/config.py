@@ -110,6 +110,8 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     """The end of the default name, after `{architecture}-{hook_point}-{d_sae}`."""
     unused: ClassVar[tuple[str, ...]] = ("hook_point_out",)
     """Keys of this class that the architecture does not use."""
+    always_skips: ClassVar[bool] = False
+    """Whether the architecture has a skip path without `skip = true`."""
 
     @property
     def n_latents(self) -> int:
@@ -121,7 +123,7 @@ class SaeConfig(Config, frozen=True, kw_only=True):
         """Return what is read and what is written, in whichever way the table spells it."""
         reads = self.hook_points if self.reads is None else self.reads
         writes = self.hook_point_out if self.writes is None else self.writes
-        skip = self.skip is True or self.architecture == "skip_transcoder"
+        skip = self.skip is True or self.always_skips
         return Wiring.of(self.hook_point if reads is None else reads, writes, skip, self.cross_layer is True)
 
 

@@ -38,10 +38,20 @@ def make_trainers(
         scales = {hook: scale_of(store, hook, config.normalize_activations) for hook in hooks}
     kinds = {hook: normalization_at(store, hook, scales[hook]).to(config.device) for hook in hooks}
     dtype = getattr(torch, config.compute_dtype)
-    across = layout.across
     capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None
     return [
-        SaeTrainer(sae, len(kind.mean), kind, plan.schedule, kernels, dtype, config.device, True, across, capture)
+        SaeTrainer(
+            config=sae,
+            d_in=len(kind.mean),
+            normalization=kind,
+            schedule=plan.schedule,
+            kernels=kernels,
+            compute_dtype=dtype,
+            device=config.device,
+            across=layout.across,
+            shard=layout.shard,
+            capture=capture,
+        )
         for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in saes)
     ]
 
@@ -91,7 +101,7 @@ def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
         reads, writes = key = _key(trainer)
         if key not in prepared:
             rows = _side_by_side(batch, reads)
-            dtype, normalization = trainer.W_enc_compute.dtype, trainer.normalization
+            dtype, normalization = trainer.mode.compute_dtype, trainer.normalization
             x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
             target = trainer.normalization.target
             y = None if target is None else target.apply(_side_by_side(batch, writes))

@@ -22,7 +22,7 @@ from ..shared.sae.formats.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
 from .checkpoints.checkpoint import fault_of, load_state, remove_states, save_state, state_path
 from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
 from .config import SaeConfig, TrainConfig
-from .parallel.latents import is_sharded
+from .parallel.latents import is_per_latent
 from .parallel.layout import Layout
 from .parallel.ranks import TrainRanks
 from .plan import Plan
@@ -236,7 +236,7 @@ class RunState:
             trainer.diverged = checkpoint.diverged.get(trainer.name)
             if trainer.diverged is None:
                 rows = self.layout.latents_here(trainer.config.d_sae)
-                state = load_state(self.output, trainer.name, self.step, rows, is_sharded)
+                state = load_state(self.output, trainer.name, self.step, rows, is_per_latent)
                 try:
                     trainer.load_state_dict(state)
                 except (KeyError, RuntimeError) as error:

@@ -11,7 +11,6 @@ from ..shared.sae import Sae
 from ..shared.sae.formats import is_sae
 from ..shared.sae.sources import locate_source
 from .architectures import Architecture
-from .parallel.latents import is_sharded
 
 if TYPE_CHECKING:
     from .config import SaeConfig
@@ -36,9 +35,7 @@ def initialise_trainers(trainers: Sequence[SaeTrainer], init_from: str | None) -
             found = trainer.architecture.differences(sae, normalization)
             source = source_of(trainer.config, init_from)
             notes += [(trainer.name, f"SAE '{trainer.name}' starts from '{source}', but {text}") for text in found]
-            rows = getattr(trainer.architecture, "latents_here", slice(None))
-            parameters = {name: t[rows] if is_sharded(name) else t for name, t in parameters.items()}
-            trainer.initialise(parameters, buffers)
+            trainer.initialise(trainer.architecture.part_here(parameters), buffers)
     return notes
 
 

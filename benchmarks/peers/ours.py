@@ -13,6 +13,7 @@ from thresher.train.kernels import kernels_for
 from thresher.train.kernels.backend import Backend
 from thresher.train.lockstep import prepare, step_all
 from thresher.train.memory import keep_freed_memory
+from thresher.train.step.op_by_op import OpByOp
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
 
@@ -43,9 +44,17 @@ class Thresher:
         normalization = Normalization(torch.zeros(d_in), 1.0, float(d_in))
         schedule = Schedule(1_000_000, options.batch_size, 1, 0.0)
         keep_freed_memory()  # as `thresher train` does
-        self.trainer = SaeTrainer(config, d_in, normalization, schedule, self._timed(kernels_for("cpu")), dtype)
-        step = self.trainer.optimizer.step
-        self.trainer.optimizer.step = self._timing("optimizer", step)  # type: ignore[method-assign]
+        self.trainer = SaeTrainer(
+            config=config,
+            d_in=d_in,
+            normalization=normalization,
+            schedule=schedule,
+            kernels=self._timed(kernels_for("cpu")),
+            compute_dtype=dtype,
+        )
+        assert isinstance(self.trainer.mode, OpByOp)
+        optimizer = self.trainer.mode.optimizer
+        optimizer.step = self._timing("optimizer", optimizer.step)  # type: ignore[method-assign]
 
     def _timed(self, kernels: Backend) -> Backend:
         for name in OPERATIONS:

@@ -9,14 +9,16 @@ import torch
 
 import thresher.train.reporting.metrics as metrics_module
 import thresher.train.run as run_module
-import thresher.train.step.sae_trainer as trainer_module
+import thresher.train.step.host_polls as polls_module
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.kernels import triton as fused
-from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.step.fused_step import FusedStep
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.step.step_graphs import capture_on_cuda
+from thresher.train.step.step_numbers import read_metrics
 from thresher.train.stream.normalization import Normalization
 
 pytestmark = pytest.mark.gpu
@@ -132,19 +134,29 @@ def test_a_step_waits_for_the_device_only_to_look(table, capture):
     config = make_config(**table, dead_after_tokens=128)
     normalization = Normalization(torch.zeros(32), 1.0, 32.0)
     schedule = Schedule(1000, 128, 1, 0.5)
-    trainer = SaeTrainer(config, 32, normalization, schedule, fused.Triton(), device="cuda", capture=capture)
+    trainer = SaeTrainer(
+        config=config,
+        d_in=32,
+        normalization=normalization,
+        schedule=schedule,
+        kernels=fused.Triton(),
+        device="cuda",
+        capture=capture,
+    )
     x = torch.randn(128, 32, device="cuda")
     batch = Batch(x, x.to(torch.bfloat16))
     steps = 0
     # A ReLU SAE this young fires everywhere, which is dense; that entries are few is for the test to say.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "SPARSE_BELOW", 1.1)
+        patch.setattr(polls_module, "SPARSE_BELOW", 1.1)
         while steps < 40:
             trainer.step(batch)
             steps += 1
-        for look in (trainer.dead_poll, trainer.room):
-            if look is not None:
-                look.look_at = 1 << 60
+        mode = trainer.mode
+        polls = [mode.dead] if isinstance(mode, FusedStep) else [mode.parts.polls.dead, mode.parts.polls.room]
+        for poll in polls:
+            if poll is not None:
+                poll.look_at = 1 << 60
         for _ in range(5):
             trainer.step(batch)
         torch.cuda.synchronize()

@@ -57,10 +57,10 @@ def test_the_plan_counts_what_trainers_hold(store, config):
     plan = plan_run(config, store, store.n_rows)
     held = gradients = 0
     for trainer in make_trainers(config, plan, store, Layout()):
-        optimizer = trainer.optimizer
+        optimizer = trainer.mode.optimizer
         groups = (trainer.parameters, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.copies, trainer.averages)
         tensors = [tensor for group in (*groups, trainer.buffers) for tensor in group.values()]
-        held += bytes_of([*tensors, trainer.tokens_since_fired])
+        held += bytes_of([*tensors, trainer.mode.tokens_since_fired])
         gradients += bytes_of(trainer.parameters.values())
         assert plan.n_parameters[trainer.name] == sum(map(torch.numel, trainer.parameters.values()))
     window = 2 * min(WINDOW, 512 * 16 * 2)

@@ -324,7 +324,13 @@ def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_pat
     opened = ActivationStore.open(store)
     (sae,) = expand_sweep([table])
     normalization = normalization_of(opened, "h", "expected_average_only_in")
-    trainer = SaeTrainer(sae, 32, normalization, Schedule(30, BATCH, 5, 0.2), kernels_for("cpu"))
+    trainer = SaeTrainer(
+        config=sae,
+        d_in=32,
+        normalization=normalization,
+        schedule=Schedule(30, BATCH, 5, 0.2),
+        kernels=kernels_for("cpu"),
+    )
     with ShuffledBatches(opened, ["h"], BATCH, window_bytes=1 << 16) as batches:
         for step in range(70):
             trainer.schedule = Schedule(30 if step < 30 else 70, BATCH, 5, 0.2)

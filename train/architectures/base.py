@@ -8,8 +8,9 @@ latent as in `W_dec`, which is the layout of the sparse operations.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from copy import copy
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,9 @@ from ...shared.sae import Sae
 from ...shared.sae.formats.files import saelens_hook_name
 from ...shared.sae.formats.kinds import Kind
 from ..config import SaeConfig
+from ..kernels.fused_state import TopKOptions
 from ..stream.normalization import Normalization
-from .contract import Batch, Buffers, Parameters, StepInput, StepOutput
+from .contract import Batch, Buffers, Parameters, StepInput, StepOutput, is_per_latent
 from .parts.decoder_norms import DecoderNorms, are_unit_norms, fold_decoder_norms
 from .parts.raw_units import in_order, to_normalized, to_raw
 
@@ -38,8 +40,12 @@ class Architecture(Generic[C]):
     step supports, or None for all but cross-layer ones. If `folds_norms`, decoder norms are folded into the encoder on
     saving.
 
-    Set `capturable = True` (it is not inherited) only if a step with `room` never synchronises with the device and
-    always launches the same kernels, except where `decided_at` changes.
+    A class declares what only its own step is known to do; these are not inherited (see `declares`):
+
+    - `capturable`: a step with `room` never synchronises with the device and always launches the same kernels, except
+      where `decided_at` changes.
+    - `shardable`: a step needs of the latents only what `StepInput.across` gives, so that ranks may share them.
+    - `fusable`: the step is the one that `fused_options` describes.
     """
 
     saved_as: ClassVar[str]
@@ -50,6 +56,9 @@ class Architecture(Generic[C]):
     folds_norms: ClassVar[bool] = False
     first_norm: ClassVar[float] = 1.0
     capturable: ClassVar[bool] = False
+    shardable: ClassVar[bool] = False
+    fusable: ClassVar[bool] = False
+    latents_here: slice | None = None
     resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "unit_norm_decoder")
 
     def __init__(self, config: C, d_in: int, d_out: int | None = None):
@@ -66,6 +75,33 @@ class Architecture(Generic[C]):
     def revives_dead(self) -> bool:
         """Whether the loss depends on which latents are dead; if not, `dead` of a step is None."""
         return False
+
+    @classmethod
+    def declares(cls, name: str) -> bool:
+        """Return whether this class itself, not a parent whose step it may override, sets an attribute to true."""
+        return bool(vars(cls).get(name, False))
+
+    @property
+    def needs_all_latents(self) -> str | None:
+        """What prevents ranks from sharing the latents, in words; None if nothing does."""
+        return None if self.declares("shardable") else f"architecture '{self.config.architecture}'"
+
+    def sharded(self, latents: slice) -> Self:
+        """Return the architecture that trains only some of the latents."""
+        some = copy(self)
+        some.latents_here = latents
+        return some
+
+    def part_here(self, parameters: Parameters) -> Parameters:
+        """Return the rows of the latents that are trained here, of all latents' parameters."""
+        rows = self.latents_here
+        if rows is None:
+            return parameters
+        return {name: tensor[rows].clone() if is_per_latent(name) else tensor for name, tensor in parameters.items()}
+
+    def fused_options(self, total_variance: float, dead_after_tokens: int) -> TopKOptions | None:
+        """Return the options of the fused kernels that take this step whole; None if there are none."""
+        return None
 
     @property
     def schedules(self) -> dict[str, tuple[int | None, str]]:

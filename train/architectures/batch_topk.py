@@ -39,6 +39,7 @@ class BatchTopK(TopK[L]):
 
     saved_as = "jumprelu"
     capturable = True
+    shardable = True
     betas = (0.9, 0.99)
     default_lr = 3e-4
 

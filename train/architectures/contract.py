@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -17,6 +16,16 @@ from ..kernels.gradient import Gradient
 Parameters = dict[str, Tensor]
 Buffers = dict[str, Tensor]
 Number = float | Tensor
+
+_PER_LATENT = {"W_enc", "b_enc", "W_dec", "tokens_since_fired"}
+
+
+def is_per_latent(name: str) -> bool:
+    """Return whether a tensor of the state of an SAE that ranks may share has a row per latent, unless it is a number.
+
+    Names may have prefixes, as in checkpoints.
+    """
+    return name.split(".")[-1] in _PER_LATENT
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,6 @@ class Collectives:
     def combine(self, output: StepOutput) -> StepOutput:
         """Return the whole batch's step from that of the rows here."""
         return output
-
-    def shard(self, architecture: Any) -> Any:
-        """Return the architecture that trains the latents here."""
-        return architecture
 
     def over_latents(self, total: Tensor) -> Tensor:
         """Return the sum, over all latents, of a total over the latents here."""

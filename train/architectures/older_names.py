@@ -25,6 +25,7 @@ class SkipTranscoderConfig(L1Config, frozen=True, kw_only=True):
     architecture: Literal["skip_transcoder"] = "skip_transcoder"
 
     unused: ClassVar[tuple[str, ...]] = ()
+    always_skips: ClassVar[bool] = True
 
 
 D = TypeVar("D", bound=L1Config)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...shared.core.errors import ConfigError, SaeError
 from ...shared.sae import Sae
 from ..config import SaeConfig
+from ..kernels.fused_state import TopKOptions
 from ..kernels.gradient import Gradient
 from ..stream.normalization import Normalization
 from .base import Architecture, check_number_of_latents
@@ -19,7 +20,14 @@ from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.auxk import add_auxk
 from .parts.decoder_norms import are_unit_norms
 from .parts.dense import error_of, squared
-from .parts.latents import SparseLatents, count, gradients_of, largest_of_rows, scaled_gradients_of
+from .parts.latents import (
+    SparseLatents,
+    count,
+    gradients_of,
+    largest_of_all_ranks,
+    largest_of_rows,
+    scaled_gradients_of,
+)
 from .registry import register
 
 _WIDER = 4
@@ -99,6 +107,8 @@ class TopK(Architecture[L]):
     saved_as = "topk"
     kind_of_wiring = None
     capturable = True
+    shardable = True
+    fusable = True
     resolved = (*Architecture.resolved, "aux_coefficient", "k_aux")
 
     @property
@@ -122,8 +132,29 @@ class TopK(Architecture[L]):
         return self.config.k_aux or max(1, self.d_out // 2)
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
-        """Return the chosen entries, positive or not."""
-        return largest_of_rows(step, parameters, batch, int(self.config.k or 0), self.centred)
+        """Return the chosen entries, positive or not; where ranks share the latents, only the positive ones here."""
+        k = int(self.config.k or 0)
+        if self.latents_here is None:
+            return largest_of_rows(step, parameters, batch, k, self.centred)
+        return largest_of_all_ranks(step, parameters, batch, k, self.centred)
+
+    def fused_options(self, total_variance: float, dead_after_tokens: int) -> TopKOptions | None:
+        """Return the options of the fused step, which holds decoder rows at unit norm."""
+        fuses = self.declares("fusable") and self.centred and self.unit_norm_decoder and not self.config.weight_decay
+        if not fuses:
+            return None
+        beta1, beta2 = self.adam_betas
+        return TopKOptions(
+            k=int(self.config.k or 0),
+            total_variance=total_variance,
+            beta1=beta1,
+            beta2=beta2,
+            eps=self.eps,
+            max_norm=self.config.clip_grad_norm,
+            aux_coefficient=self.aux_coefficient,
+            k_aux=self.k_aux,
+            dead_after_tokens=dead_after_tokens,
+        )
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
@@ -201,6 +232,11 @@ class AnnealedTopK(TopK[TopKConfig]):
     """TopK with k-annealing, linear from d_in to k, and Multi-TopK, which adds `c L(4 k)` to the loss `L(k)`."""
 
     capturable = True
+
+    @property
+    def needs_all_latents(self) -> str | None:
+        """Ranks select the same k latents in every step, once."""
+        return "its k or loss"
 
     @property
     def schedules(self) -> dict[str, tuple[int | None, str]]:

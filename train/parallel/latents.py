@@ -15,26 +15,13 @@ from torch import Tensor
 
 from ...shared.core.errors import ConfigError
 from ..architectures.base import Architecture
-from ..architectures.batch_topk import BatchTopK
-from ..architectures.contract import Batch, Parameters, StepInput
-from ..architectures.parts.latents import SparseLatents, encoded_bias, sparse_at
-from ..architectures.topk import TopK
+from ..architectures.contract import Parameters, is_per_latent
 from ..config import SaeConfig
-from ..kernels.entries import Entries, entries_of
 from .collectives import RankCollectives
-
-_SHARDED = {"W_enc", "b_enc", "W_dec", "tokens_since_fired"}
 
 
 class LatentShards(RankCollectives):
     """The latents are cut into one part per rank, in order."""
-
-    def shard(self, architecture: Architecture) -> Architecture:
-        """Return the architecture that trains the latents here."""
-        kind = {TopK: ShardedTopK, BatchTopK: ShardedBatchTopK}[type(architecture)]
-        sharded = kind(architecture.config, architecture.d_in, architecture.d_out)
-        sharded.latents_here = self.ranks.part(architecture.d_sae)
-        return sharded
 
     def over_latents(self, total: Tensor) -> Tensor:
         """Return the sum over all ranks."""
@@ -63,27 +50,21 @@ class LatentShards(RankCollectives):
     def gradient_norm(self, gradients: Parameters) -> Tensor:
         """Return the norm of all gradients together, those on other ranks included."""
         squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
-        there = self.over_latents(torch.stack([square for name, square in squares.items() if is_sharded(name)]).sum())
-        return torch.stack([there, *(square for name, square in squares.items() if not is_sharded(name))]).sum().sqrt()
+        here = torch.stack([square for name, square in squares.items() if is_per_latent(name)]).sum()
+        shared = [square for name, square in squares.items() if not is_per_latent(name)]
+        return torch.stack([self.over_latents(here), *shared]).sum().sqrt()
 
     def whole(self, tensors: Mapping[str, Tensor], d_sae: int, to: int) -> dict[str, Tensor]:
         """Return, on rank `to`, a state's tensors of all latents, in the host's memory; on others, nothing."""
-        sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(name) and tensor.dim()}
+        sharded = {name: tensor for name, tensor in tensors.items() if is_per_latent(name) and tensor.dim()}
         joined = self.ranks.join(sharded, d_sae, to)
         return {name: joined.get(name, tensor) for name, tensor in tensors.items()} if self.ranks.rank == to else {}
 
 
-def is_sharded(name: str) -> bool:
-    """Return whether a tensor of an SAE's state, unless it is a number, has one row for each latent."""
-    return name.split(".")[-1] in _SHARDED
-
-
 def check_can_be_sharded(sae: SaeConfig, architecture: Architecture) -> None:
     """Raise `ConfigError` for an SAE that can only be trained with all its latents in one place."""
-    if type(architecture) not in (TopK, BatchTopK):
-        what = "its k or loss" if isinstance(architecture, TopK) else f"architecture '{sae.architecture}'"
-        if sae.cross_layer:
-            what = "cross-layer transcoders"
+    what = architecture.needs_all_latents
+    if what is not None:
         raise ConfigError(
             f"SAE '{sae.name}': parallel = 'latents' trains plain topk and batch_topk, but not {what}; "
             "use 'spread' or 'data'"
@@ -93,35 +74,3 @@ def check_can_be_sharded(sae: SaeConfig, architecture: Architecture) -> None:
             f"SAE '{sae.name}': parallel = 'latents' cannot resample dead latents; "
             "leave resample_every_tokens out, or use 'spread' or 'data'"
         )
-
-
-class ShardedTopK(TopK):
-    """TopK over the latents of all ranks; parameters are those of `latents_here`."""
-
-    latents_here: slice
-
-    def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return this rank's part of the whole SAE's initial parameters."""
-        return _part_of(super().initial_parameters(generator), self.latents_here)
-
-    def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
-        """Return the chosen entries that are here: the positive ones of the k largest of all ranks."""
-        bias, k = encoded_bias(parameters, self.centred), int(self.config.k or 0)
-        acts, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, min(k, len(bias)))
-        columns, offsets = entries_of(step.across.only_largest(acts, k) > 0)
-        rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())
-        return sparse_at(step, parameters, batch.x, bias, Entries(top[rows, columns], offsets))
-
-
-class ShardedBatchTopK(BatchTopK):
-    """BatchTopK over the latents of all ranks; parameters are those of `latents_here`."""
-
-    latents_here: slice
-
-    def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return this rank's part of the whole SAE's initial parameters."""
-        return _part_of(super().initial_parameters(generator), self.latents_here)
-
-
-def _part_of(parameters: Parameters, rows: slice) -> Parameters:
-    return {name: tensor[rows].clone() if is_sharded(name) else tensor for name, tensor in parameters.items()}

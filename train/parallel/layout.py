@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ...shared.core.errors import ConfigError
+from ..architectures.base import Architecture
 from ..architectures.contract import SINGLE_PROCESS, Collectives
 from .data import DataParallel
 from .latents import LatentShards
@@ -74,6 +75,11 @@ class Layout:
         if self.ranks.n == 1 or self.parallel == "spread":
             return SINGLE_PROCESS
         return DataParallel(self.ranks) if self.parallel == "data" else LatentShards(self.ranks)
+
+    def shard(self, architecture: Architecture[Any]) -> Architecture[Any]:
+        """Return the architecture that trains the latents here: as it is, unless ranks share them."""
+        latents = self.latents_here(architecture.d_sae)
+        return architecture if latents is None else architecture.sharded(latents)
 
     def saves(self, name: str) -> bool:
         """Return whether this rank writes an SAE's files."""

@@ -1,73 +1,70 @@
-"""TopK's whole step of fused kernels inside the trainer: when it is to be had, and what it returns."""
+"""Steps taken whole by fused kernels, for TopK."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..architectures.base import Architecture
-from ..architectures.contract import Number, Parameters
-from ..architectures.topk import TopK
-from ..kernels.backend import Backend
-from ..kernels.fused_state import TopKOptions
+from ..architectures.contract import Batch, Number
+from .host_polls import DEAD_STATE, DeadLatentPoll
+from .step_numbers import StepNumbers
 
 if TYPE_CHECKING:
     from ..kernels.triton.topk_step import TopKStep
 
 
 class FusedStep:
-    """A `TopKStep` that tells what a trainer's step does."""
+    """One SAE whose steps are those of a `TopKStep`, which owns its weights and moments."""
 
-    def __init__(self, step: TopKStep):
+    def __init__(self, step: TopKStep, numbers: StepNumbers):
         self.step = step
-        self.has_auxk = step.options.aux_coefficient > 0 and step.options.k_aux > 0
+        self.numbers = numbers
+        self.parameters = step.parameters()
+        self.exp_avg, self.exp_avg_sq = step.moments()
+        self.tokens_since_fired = step.tokens_since_fired
+        self.compute_dtype: torch.dtype = step.W_enc.shadow.dtype
+        has_auxk = step.options.aux_coefficient > 0 and step.options.k_aux > 0
+        self.dead = DeadLatentPoll(step.options.dead_after_tokens) if has_auxk else None
 
-    @classmethod
-    def of(
-        cls,
-        kernels: Backend,
-        architecture: Architecture,
-        parameters: Parameters,
-        total_variance: float,
-        dead_after_tokens: int,
-        compute_dtype: torch.dtype,
-    ) -> FusedStep | None:
-        """Return the fused step, where kernels and architecture have one."""
-        if kernels.fixed_shapes is None or type(architecture) is not TopK or not architecture.centred:
-            return None
-        if not architecture.unit_norm_decoder:
-            return None
-        config, (beta1, beta2) = architecture.config, architecture.adam_betas
-        options = TopKOptions(
-            k=int(config.k or 0),
-            total_variance=total_variance,
-            beta1=beta1,
-            beta2=beta2,
-            eps=architecture.eps,
-            max_norm=config.clip_grad_norm,
-            aux_coefficient=architecture.aux_coefficient,
-            k_aux=architecture.k_aux,
-            dead_after_tokens=dead_after_tokens,
-        )
-        return cls(kernels.fixed_shapes.topk_step(parameters, options, compute_dtype))
+    def needed(self, batch: Batch) -> Batch:
+        """Return the rows in the compute dtype: the kernels read nothing else."""
+        return Batch(batch.x_compute, batch.x_compute)
 
-    def __call__(self, x_compute: Tensor, n_dead: int) -> dict[str, Number]:
-        """Take a step, with AuxK for at most `n_dead` dead latents; return its numbers, on the device."""
-        mse, l0, auxiliary = self.step(x_compute, n_dead).double().unbind()
+    def before(self, batch: Batch, steps_done: int, lr: float) -> Hashable | None:
+        """Set the learning rate, poll the device where it is time to, and return what fixes the step's shapes."""
+        self.step.set_lr(lr)
+        n_dead = self.dead.before(steps_done, len(batch.x), self.tokens_since_fired) if self.dead else 0
+        return len(batch.x), n_dead
+
+    def take(
+        self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
+    ) -> dict[str, Number]:
+        """Take a step, with AuxK for at most as many dead latents as polled; return its numbers, on the device."""
+        room = self.dead.n_dead if self.dead else 0
+        mse, l0, auxiliary = self.step(batch.x_compute, room).double().unbind()
         terms: dict[str, Number] = {"mse_loss": mse / self.step.options.total_variance}
-        if n_dead and self.has_auxk:
+        if room:
             terms["auxk_loss"] = auxiliary
         if self.step.grad_norm is not None:
             terms["grad_norm"] = self.step.grad_norm
-        return {"loss": terms["mse_loss"] + auxiliary, "mse": mse, "l0": l0, **terms}
+        loss = terms["mse_loss"] + auxiliary
+        self.numbers.note(loss, mse)
+        return {"loss": loss, "mse": mse, "l0": l0, **terms}
+
+    def refresh(self) -> None:
+        """Copy the weights to where products read them."""
+        self.step.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the step's state, by the trainer's names."""
-        return self.step.state_dict()
+        """Return all that a later step depends on."""
+        return self.step.state_dict() | ({DEAD_STATE: self.dead.state()} if self.dead else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a saved state."""
+        """Restore a saved state."""
+        if self.dead is not None:
+            self.dead.load(state.get(DEAD_STATE))
         self.step.load_state_dict(state)

@@ -7,13 +7,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..architectures.contract import Parameters
-from .optimizer import Optimizer
+from .step_mode import Weights
 
 _ENCODER_SHARE = 0.2
 
 
 def resample_dead_latents(
-    optimizer: Optimizer,
+    weights: Weights,
     initial: Parameters,
     dead: Bool[Tensor, " d_sae"],
     x: Float[Tensor, "batch d_in"],
@@ -21,18 +21,18 @@ def resample_dead_latents(
     error: Float[Tensor, "batch d_out"],
     generator: torch.Generator,
 ) -> int:
-    """Start dead latents anew in the optimizer's parameters and moments; return how many.
+    """Reset dead latents in parameters and moments; return how many.
 
     Inputs are drawn with probability proportional to their squared loss, without repetition while they last.
     A latent's decoder row becomes the direction of the input's target from `b_dec`, at the mean norm of the living;
     its encoder row that of the input, at a fifth of theirs; everything else about it is as `initial` has it.
     """
-    parameters, latents = optimizer.parameters, dead.nonzero().squeeze(1)
-    weights = error.square().sum(1).square().double().cpu()
-    if not len(latents) or not float(weights.sum()) > 0:
+    parameters, latents = weights.parameters, dead.nonzero().squeeze(1)
+    losses = error.square().sum(1).square().double().cpu()
+    if not len(latents) or not float(losses.sum()) > 0:
         return 0
-    few = int(torch.count_nonzero(weights)) < len(latents)
-    rows = torch.multinomial(weights, len(latents), replacement=few, generator=generator).to(x.device)
+    few = int(torch.count_nonzero(losses)) < len(latents)
+    rows = torch.multinomial(losses, len(latents), replacement=few, generator=generator).to(x.device)
     starts = {"W_enc": x[rows] - parameters["b_dec"] if target is x else x[rows]}
     starts["W_dec"] = target[rows] - parameters["b_dec"]
     for name, tensor in parameters.items():
@@ -44,6 +44,6 @@ def resample_dead_latents(
             tensor[latents] = torch.nn.functional.normalize(starts[name], dim=1) * (living.norm(dim=1).mean() * share)
         else:
             tensor[latents] = initial[name].to(tensor.device)[latents]
-        optimizer.exp_avg[name][latents] = 0
-        optimizer.exp_avg_sq[name][latents] = 0
+        weights.exp_avg[name][latents] = 0
+        weights.exp_avg_sq[name][latents] = 0
     return len(latents)

@@ -281,7 +281,14 @@ def trainer():
     x = torch.randn(24, D_IN, generator=torch.Generator().manual_seed(3)).double()
     normalization = Normalization(torch.zeros(D_IN), 1.0, float(x.var(0).sum()))
     config = sae_config(architecture="batch_topk", k=1, dead_after_tokens=30, resample_every_tokens=120, lr=0.02)
-    return SaeTrainer(config, D_IN, normalization, Schedule(20, 24, 3, 0.2), kernels_for("cpu"), torch.float32)
+    return SaeTrainer(
+        config=config,
+        d_in=D_IN,
+        normalization=normalization,
+        schedule=Schedule(20, 24, 3, 0.2),
+        kernels=kernels_for("cpu"),
+        compute_dtype=torch.float32,
+    )
 
 
 def train_on(sae_trainer, steps):

@@ -8,6 +8,7 @@ from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
 from thresher.train.kernels import kernels_for
 from thresher.train.kernels.triton import Triton
+from thresher.train.step.fused_step import FusedStep
 from thresher.train.step.optimizer import Optimizer
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
@@ -88,7 +89,14 @@ def test_p_annealing_gradients(bias):
 
 def train_steps(config, n=12):
     kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
-    trainer = SaeTrainer(config, D_IN, kind, Schedule(n, 32, 2, 0.2), kernels_for("cpu"), torch.float32)
+    trainer = SaeTrainer(
+        config=config,
+        d_in=D_IN,
+        normalization=kind,
+        schedule=Schedule(n, 32, 2, 0.2),
+        kernels=kernels_for("cpu"),
+        compute_dtype=torch.float32,
+    )
     history = []
     for i in range(n):
         x = torch.randn(32, D_IN, generator=torch.Generator().manual_seed(i))
@@ -129,8 +137,15 @@ def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
     kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
     for decay, fuses in ((0.0, True), (0.1, False)):
         config = make_config(hook_point="h", d_sae=D_SAE, k=2, weight_decay=decay)
-        trainer = SaeTrainer(config, D_IN, kind, Schedule(9, 32, 2, 0.2), Triton(), torch.float32)
-        assert (trainer.fused_step is not None) == fuses
+        trainer = SaeTrainer(
+            config=config,
+            d_in=D_IN,
+            normalization=kind,
+            schedule=Schedule(9, 32, 2, 0.2),
+            kernels=Triton(),
+            compute_dtype=torch.float32,
+        )
+        assert isinstance(trainer.mode, FusedStep) == fuses
 
 
 @pytest.mark.parametrize(

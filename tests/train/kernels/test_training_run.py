@@ -14,7 +14,10 @@ from thresher.train.architectures.topk import TopK
 from thresher.train.checkpoints.checkpoint import load_state, save_state
 from thresher.train.kernels.reference import Reference
 from thresher.train.kernels.triton import Triton
-from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.step.fused_step import FusedStep
+from thresher.train.step.op_by_op import OpByOp
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
+from thresher.train.step.step_numbers import read_metrics
 from thresher.train.stream.normalization import Normalization
 
 D_IN, BATCH, N_STEPS = 24, 4, 4
@@ -33,7 +36,16 @@ def make_trainer(kernels, device, fuse=True, dtype=torch.float32):
     config = make_config(
         hook_point="x", d_sae=17, k=2, lr=1e-2, clip_grad_norm=1.0, k_aux=3, dead_after_tokens=BATCH, aux_coefficient=1
     )
-    return SaeTrainer(config, D_IN, NORMALIZATION, Schedule(N_STEPS, BATCH, 1, 0.5), kernels, dtype, device, fuse)
+    return SaeTrainer(
+        config=config,
+        d_in=D_IN,
+        normalization=NORMALIZATION,
+        schedule=Schedule(N_STEPS, BATCH, 1, 0.5),
+        kernels=kernels,
+        compute_dtype=dtype,
+        device=device,
+        fuse=fuse,
+    )
 
 
 def train(trainer, n_steps=N_STEPS):
@@ -41,7 +53,7 @@ def train(trainer, n_steps=N_STEPS):
     while trainer.steps_done < n_steps:
         generator = torch.Generator().manual_seed(trainer.steps_done)
         x = torch.randn(BATCH, D_IN, generator=generator).to(trainer.device)
-        metrics = read_metrics(trainer.step(Batch(x, x.to(trainer.W_enc_compute.dtype))))
+        metrics = read_metrics(trainer.step(Batch(x, x.to(trainer.mode.compute_dtype))))
     trainer.check()
     assert trainer.diverged is None
     return metrics
@@ -53,13 +65,13 @@ def states(trainer):
 
 def test_every_path_trains_the_same_and_the_fused_step_resumes_in_every_bit(device, tmp_path):
     expected = make_trainer(REFERENCE, device)
-    assert expected.fused_step is None
+    assert isinstance(expected.mode, OpByOp)
     expected_metrics = train(expected)
     assert expected_metrics["auxk_loss"] > 0
     ops = make_trainer(FUSED, device, fuse=False)
-    assert ops.fused_step is None
+    assert isinstance(ops.mode, OpByOp)
     whole = make_trainer(FUSED, device)
-    assert whole.fused_step is not None
+    assert isinstance(whole.mode, FusedStep)
     train(whole, 2)
     save_state(tmp_path, "sae", 2, whole.state_dict())
     for trainer in (ops, whole):
@@ -117,11 +129,12 @@ def test_a_trainers_memory_is_freed_with_it(device, fuse):
     """Without a cycle that only the garbage collector would find: a GPU's memory is full long before it runs."""
     trainer = make_trainer(FUSED, device, fuse)
     train(trainer, 2)
-    freed = [weakref.ref(thing) for thing in (trainer, trainer.parameters["W_dec"], trainer.W_enc_compute)]
+    copy = trainer.mode.step.W_enc.shadow if fuse else trainer.mode.W_enc_compute
+    freed = [weakref.ref(thing) for thing in (trainer, trainer.parameters["W_dec"], copy)]
     gc.collect()
     gc.disable()
     try:
-        del trainer
+        del trainer, copy
         assert [reference() for reference in freed] == [None] * 3
     finally:
         gc.enable()
@@ -133,5 +146,5 @@ def test_the_fused_step_holds_each_matrix_in_bfloat16_once(device):
     shape = trainer.parameters["W_enc"].shape
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     held = {tensor.data_ptr() for tensor in tensors if (tensor.dtype, tensor.shape) == (torch.bfloat16, shape)}
-    decoders = {trainer.fused_step.step.W_dec.shadow, trainer.W_dec_compute}  # the latter is a CPU's
-    assert held - {copy.data_ptr() for copy in decoders if copy is not None} == {trainer.W_enc_compute.data_ptr()}
+    step = trainer.mode.step
+    assert held == {step.W_enc.shadow.data_ptr(), step.W_dec.shadow.data_ptr()}

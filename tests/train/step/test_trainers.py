@@ -18,11 +18,11 @@ def test_steps_that_took_longest_come_first_and_are_told_in_the_order_of_the_swe
     monkeypatch.setattr(SaeTrainer, "step", lambda self, batch: taken.append(self.name) or step(self, batch))
     trainers = [
         SaeTrainer(
-            make_config(name=name, hook_point="h", architecture="topk", d_sae=12, k=2),
-            6,
-            Normalization(torch.zeros(6), 1.0, 6.0),
-            Schedule(10, 8, 0, 0.0),
-            kernels_for("cpu"),
+            config=make_config(name=name, hook_point="h", architecture="topk", d_sae=12, k=2),
+            d_in=6,
+            normalization=Normalization(torch.zeros(6), 1.0, 6.0),
+            schedule=Schedule(10, 8, 0, 0.0),
+            kernels=kernels_for("cpu"),
         )
         for name in ("a", "b", "c")
     ]

@@ -15,7 +15,6 @@ from thresher.train import TrainConfig, train
 from thresher.train.architectures import ARCHITECTURES, make_architecture, make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.kernels import kernels_for
-from thresher.train.parallel.latents import ShardedBatchTopK, ShardedTopK
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization, normalization_across
 from thresher.train.warm_start import initialise_trainers, read_initial, read_trained_sae
@@ -92,7 +91,14 @@ def test_the_first_step_reconstructs_what_the_sae_did(name, ema_decay, tmp_path)
     kind = normalization(config, 1, 0.2)
     sae = trained(config, normalization(config, 0, 1.7))
     sae.save(tmp_path / name)
-    trainer = SaeTrainer(config, len(kind.mean), kind, Schedule(9, 64, 1, 0.0), kernels_for("cpu"), torch.float32)
+    trainer = SaeTrainer(
+        config=config,
+        d_in=len(kind.mean),
+        normalization=kind,
+        schedule=Schedule(9, 64, 1, 0.0),
+        kernels=kernels_for("cpu"),
+        compute_dtype=torch.float32,
+    )
     initialise_trainers([trainer], None)
     rows, targets = torch.randn(64, len(kind.mean)) * 2, torch.randn(64, D_IN)
     x = kind.apply(rows)
@@ -103,8 +109,8 @@ def test_the_first_step_reconstructs_what_the_sae_did(name, ema_decay, tmp_path)
     assert trainer.step(Batch(x, x, y))["explained_variance"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "sharded"), [("topk", ShardedTopK), ("batch_topk", ShardedBatchTopK)])
-def test_ranks_that_shard_an_sae_each_take_their_latents(name, sharded, tmp_path):
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_ranks_that_shard_an_sae_each_take_their_latents(name, tmp_path):
     """They take rows of the encoder, its bias and the decoder, and all of `b_dec`, which is as long here."""
     config = msgspec.structs.replace(sae_config(name), d_sae=D_IN, init_from=str(tmp_path))
     kind = normalization(config, 1, 0.2)
@@ -112,8 +118,7 @@ def test_ranks_that_shard_an_sae_each_take_their_latents(name, sharded, tmp_path
     sae.save(tmp_path)
     taken = []
     for rows in (slice(0, 4), slice(4, D_IN)):
-        architecture = sharded(config, D_IN)
-        architecture.latents_here = rows
+        architecture = make_architecture(config, D_IN).sharded(rows)
         keep = SimpleNamespace(config=config, name="x", normalization=kind, architecture=architecture)
         keep.initialise = lambda parameters, buffers: taken.append(parameters)
         initialise_trainers([keep], None)

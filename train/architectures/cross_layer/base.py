@@ -49,6 +49,11 @@ class CrossLayer(Architecture[C]):
         self.d_sae = n * config.d_sae
 
     @property
+    def needs_all_latents(self) -> str | None:
+        """Its latents are those of several layers."""
+        return "cross-layer transcoders"
+
+    @property
     def saved_name(self) -> str:
         """The `architecture` in the saved transcoder's `cfg.json`."""
         return self.saved_as

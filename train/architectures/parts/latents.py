@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...kernels.backend import Backend
 from ...kernels.encoder import Encoder, subtract_encoded
-from ...kernels.entries import DenseEntries, Entries, EntryValues, Selection
+from ...kernels.entries import DenseEntries, Entries, EntryValues, Selection, entries_of
 from ...kernels.gradient import Gradient
 from ..contract import Batch, Parameters, StepInput
 from .dense import cast, encoder_transpose_times, product, sum_of_rows
@@ -175,6 +175,15 @@ def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: in
     encoder = encoder_of(step, parameters, centred)
     found = step.kernels.largest_of_rows(encoder, batch.x, batch.x_compute, k)
     return SparseLatents.of(step.kernels, found, len(encoder.b_enc))
+
+
+def largest_of_all_ranks(step: StepInput, parameters: Parameters, batch: Batch, k: int, centred: bool) -> SparseLatents:
+    """Return the entries here, of the latents of this rank, that are positive and among each row's k largest of all."""
+    bias = encoded_bias(parameters, centred)
+    acts, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, min(k, len(bias)))
+    columns, offsets = entries_of(step.across.only_largest(acts, k) > 0)
+    rows = torch.repeat_interleave(torch.arange(len(top), device=top.device), offsets.diff())
+    return sparse_at(step, parameters, batch.x, bias, Entries(top[rows, columns], offsets))
 
 
 def sparse_within(

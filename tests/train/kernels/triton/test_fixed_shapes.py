@@ -8,7 +8,6 @@ import torch
 import thresher.train.kernels.capacity as capacity_module
 import thresher.train.kernels.triton.select as select_module
 import thresher.train.step.host_polls as polls_module
-import thresher.train.step.sae_trainer as trainer_module
 import thresher.train.step.step_graphs as graphs_module
 from thresher.train.architectures import Architecture, make_architecture, make_config
 from thresher.train.architectures.contract import Batch
@@ -17,7 +16,8 @@ from thresher.train.kernels import triton as fused
 from thresher.train.kernels.capacity import EntryCapacity
 from thresher.train.kernels.reference import Reference
 from thresher.train.step.host_polls import DeadLatentPoll
-from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
+from thresher.train.step.step_numbers import DeviceNumbers, read_metrics
 from thresher.train.stream.normalization import Normalization
 
 D_IN, D_SAE, BATCH, N_STEPS = 12, 24, 4, 7
@@ -47,12 +47,12 @@ def _seldom_used_sizes(monkeypatch):
     for module in (capacity_module, polls_module):
         monkeypatch.setattr(module, "STEPS_BETWEEN", 2)
     monkeypatch.setattr(capacity_module, "_LEAST_CAPACITY", 16)
-    monkeypatch.setattr(trainer_module, "SPARSE_BELOW", 1.1)
+    monkeypatch.setattr(polls_module, "SPARSE_BELOW", 1.1)
     monkeypatch.setattr(graphs_module, "_EAGER_STEPS", 1)
     monkeypatch.setattr(select_module, "MAX_K", 4)
 
 
-def make_trainer(name, kernels, capture=None, **changes):
+def make_trainer(name, kernels, capture=None, numbers=None, **changes):
     table = {
         "hook_point": "x",
         "architecture": name,
@@ -66,7 +66,16 @@ def make_trainer(name, kernels, capture=None, **changes):
     out = Normalization(torch.zeros(D_IN), 1.0, float(D_IN)) if "hook_point_out" in RECIPES[name] else None
     normalization = Normalization(torch.zeros(D_IN), 1.0, float(D_IN), out)
     schedule = Schedule(N_STEPS, BATCH, 1, 0.5)
-    return SaeTrainer(config, D_IN, normalization, schedule, kernels, torch.float32, "cpu", capture=capture)
+    return SaeTrainer(
+        config=config,
+        d_in=D_IN,
+        normalization=normalization,
+        schedule=schedule,
+        kernels=kernels,
+        compute_dtype=torch.float32,
+        capture=capture,
+        numbers=numbers,
+    )
 
 
 def batch_at(step, name="topk"):
@@ -95,8 +104,8 @@ def _large_eps(monkeypatch):
 def test_replayed_steps_ask_for_nothing_and_train_what_the_references_do(taped, name):
     expected = make_trainer(name, Reference())
     train(expected, name)
-    trainer = make_trainer(name, fused.Triton(), taped.capture)
-    trainer.waits = False
+    numbers = DeviceNumbers(float(D_IN), torch.device("cpu"))
+    trainer = make_trainer(name, fused.Triton(), taped.capture, numbers)
     metrics = train(trainer, name)
     trainer.check()
     assert trainer.diverged is None
@@ -123,7 +132,7 @@ def test_a_resumed_run_looks_where_the_whole_one_did_and_ends_in_the_same_bits()
     train(whole, "jumprelu", 2)
     saved = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     train(whole, "jumprelu", 4)
-    assert whole.room.capacity
+    assert whole.mode.parts.polls.room.capacity
     resumed = make_trainer("jumprelu", fused.Triton())
     resumed.load_state_dict(saved)
     train(resumed, "jumprelu", 4)
@@ -139,10 +148,11 @@ def test_a_step_that_is_not_certified_changes_no_weight_and_the_next_look_is_exa
     assert [metrics["skipped_steps"] for metrics in train(trainer, "batch_topk", 2)] == [1, 2]
     for name, tensor in before.items():
         torch.testing.assert_close(trainer.parameters[name], tensor, rtol=1e-6, atol=0, msg=name)
-    assert trainer.optimizer.steps["W_enc"] == 0
+    optimizer, room = trainer.mode.optimizer, trainer.mode.parts.polls.room
+    assert optimizer.steps["W_enc"] == 0
     train(trainer, "batch_topk", 3)
-    assert (trainer.room.exact, trainer.room.margin) == (True, 2)
-    assert trainer.optimizer.steps["W_enc"] == 1
+    assert (room.exact, room.margin) == (True, 2)
+    assert optimizer.steps["W_enc"] == 1
     assert not torch.equal(trainer.parameters["W_enc"], before["W_enc"])
 
 

@@ -1,0 +1,168 @@
+"""A step's numbers on the host or on the device: the learning rate, schedules, and whether training has diverged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..architectures.contract import Number
+
+_EXPLOSION = 1e4
+
+
+def read_metrics(metrics: Mapping[str, Number]) -> dict[str, float]:
+    """Return the numbers, those on a device in one transfer."""
+    names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
+    read = torch.stack([torch.as_tensor(metrics[name]).double() for name in names]).tolist() if names else []
+    there = dict(zip(names, read, strict=True))
+    return {name: there[name] if name in there else float(value) for name, value in metrics.items()}
+
+
+class StepNumbers(Protocol):
+    """What changes from step to step, and where it is kept.
+
+    `diverged` says why training stopped early, if it did.
+    """
+
+    diverged: str | None
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The step's learning rate."""
+        ...
+
+    @property
+    def sparsity_scale(self) -> Number:
+        """The factor of the sparsity penalty."""
+        ...
+
+    @property
+    def step_number(self) -> Float[Tensor, ""] | None:
+        """The steps done before this one, on the device; None where only the host knows them."""
+        ...
+
+    def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
+        """Set the numbers of the step that follows."""
+        ...
+
+    def resume(self, steps_done: int) -> None:
+        """Continue after a number of steps."""
+        ...
+
+    def begin(self) -> None:
+        """Count a step; this and what follows may be captured."""
+        ...
+
+    def note(self, loss: Number, mse: Number) -> None:
+        """Note a step's loss and error, which say whether it diverged."""
+        ...
+
+    def check(self) -> None:
+        """Set `diverged` if a step has diverged."""
+        ...
+
+    def read(self, metrics: dict[str, Number]) -> dict[str, Number]:
+        """Return a step's metrics as its caller gets them."""
+        ...
+
+
+class HostNumbers:
+    """Numbers of a CPU's steps: they are read at once, and divergence stops the step that diverges."""
+
+    step_number: Float[Tensor, ""] | None = None
+
+    def __init__(self, total_variance: float):
+        self.diverged: str | None = None
+        self.lr = 0.0
+        self.sparsity_scale = 1.0
+        self._limit = _EXPLOSION * total_variance
+        self._steps_done = 0
+
+    def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
+        """Set the numbers of the step that follows."""
+        self._steps_done, self.lr, self.sparsity_scale = steps_done, lr, sparsity_scale
+
+    def resume(self, steps_done: int) -> None:
+        """Do nothing: `set` gives the number of every step."""
+
+    def begin(self) -> None:
+        """Do nothing: `set` gives the number of every step."""
+
+    def note(self, loss: Number, mse: Number) -> None:
+        """Set `diverged` if the loss is not finite, or the error too large."""
+        if not math.isfinite(loss) or mse > self._limit:
+            self.diverged = _failure(self._steps_done + 1, float(loss), float(mse))
+
+    def check(self) -> None:
+        """Do nothing: `note` has noticed."""
+
+    def read(self, metrics: dict[str, Number]) -> dict[str, Number]:
+        """Return the metrics as numbers."""
+        return {**read_metrics(metrics)}
+
+
+class DeviceNumbers:
+    """Numbers of a GPU's steps, which captured steps read from the device and for which none waits."""
+
+    def __init__(self, total_variance: float, device: torch.device):
+        self.diverged: str | None = None
+        self._limit = _EXPLOSION * total_variance
+        # The steps that are done, the learning rate, and the sparsity penalty's factor.
+        self._now = torch.zeros(3, dtype=torch.float64, device=device)
+        self._failure = torch.zeros(3, dtype=torch.float64, device=device)
+
+    @property
+    def lr(self) -> Float[Tensor, ""]:
+        """The step's learning rate."""
+        return self._now[1].float()
+
+    @property
+    def sparsity_scale(self) -> Float[Tensor, ""]:
+        """The factor of the sparsity penalty."""
+        return self._now[2]
+
+    @property
+    def step_number(self) -> Float[Tensor, ""] | None:
+        """The steps done before this one."""
+        return self._now[0] - 1
+
+    def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
+        """Set the numbers of the step that follows, except its number, which `begin` counts."""
+        self._now[1].fill_(lr)
+        self._now[2].fill_(sparsity_scale)
+
+    def resume(self, steps_done: int) -> None:
+        """Continue after a number of steps."""
+        self._now[0].fill_(steps_done)
+
+    def begin(self) -> None:
+        """Count a step; this and what follows may be captured."""
+        self._now[0].add_(1)
+
+    def note(self, loss: Number, mse: Number) -> None:
+        """Keep the first step that diverged, on the device, until `check` reads it."""
+        loss, mse = (
+            number.double() if isinstance(number, Tensor) else self._failure.new_full((), number)
+            for number in (loss, mse)
+        )
+        bad = ~(torch.isfinite(loss) & (mse <= self._limit)) & (self._failure[0] == 0)
+        self._failure.copy_(torch.where(bad, torch.stack([self._now[0], loss, mse]), self._failure))
+
+    def check(self) -> None:
+        """Set `diverged` if a step has diverged; this waits for the device."""
+        step, loss, mse = self._failure.tolist()
+        if step and self.diverged is None:
+            self.diverged = _failure(int(step), loss, mse)
+
+    def read(self, metrics: dict[str, Number]) -> dict[str, Number]:
+        """Return the metrics where they are."""
+        return metrics
+
+
+def _failure(step: int, loss: float, mse: float) -> str:
+    return f"loss {loss} and mse {mse} at step {step}"
