@@ -95,10 +95,13 @@ class Attached:
             return self.sae.get_parameter(f"b_dec_{write}")
         return self.sae.b_dec.chunk(len(self.writes))[write]
 
-    def skip(self, write: int, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"] | None:
-        """Return what a skip path writes to a hook point, or None if there is none."""
+    def skip(self, write: int, reads: Mapping[int, Float[Tensor, "rows d"]]) -> Float[Tensor, "rows d_out"] | None:
+        """Return what a skip path writes to a hook point, from the rows of what is read, or None if there is none."""
+        if isinstance(self.sae, CrossLayerTranscoder):
+            return self.sae.skip_layer(write, reads[write])
         if "W_skip" not in self.sae._parameters:
             return None
+        x = torch.cat([reads[read] for read in sorted(reads)], dim=1)
         return x.to(self.sae.W_skip.dtype) @ self.sae.W_skip.chunk(len(self.writes), dim=0)[write].T
 
     def decode(self, codes: Mapping[int, Codes], write: int) -> Float[Tensor, "rows d_out"]:

@@ -103,10 +103,8 @@ class Run:
         parts = []
         for at, rows in sorted(recorded.writes.items()):
             x_hat = one.decode(recorded.clean, at)
-            if "W_skip" in one.sae._parameters:
-                skip = one.skip(at, torch.cat([recorded.reads[read] for read in sorted(recorded.reads)], dim=1))
-                assert skip is not None
-                x_hat = x_hat + skip
+            skipped = one.skip(at, recorded.reads)
+            x_hat = x_hat if skipped is None else x_hat + skipped
             error = rows.to(x_hat.dtype) - x_hat
             whole = error.new_zeros(*self.tokens.shape, error.shape[1])
             whole[self.usable.to(error.device)] = error

@@ -306,11 +306,8 @@ class Splicer:
         """Return the activation with the reconstruction in its place at every token that the SAE reads."""
         one, recorded = self.attached[site], self.sites[site]
         x_hat = one.decode(recorded.codes, at)
-        if "W_skip" in one.sae._parameters:
-            parts = [recorded.reads[read] for read in sorted(recorded.reads)]
-            skipped = one.skip(at, torch.cat(parts, dim=1))
-            assert skipped is not None
-            x_hat = x_hat + skipped
+        skipped = one.skip(at, recorded.reads)
+        x_hat = x_hat if skipped is None else x_hat + skipped
         new = activation.clone()
         new[self.usable.to(new.device)] = x_hat.to(new)
         return new

@@ -45,13 +45,14 @@ def make():
 def make_cross_layer():
     """The function that makes a cross-layer transcoder of random weights in float64 over a model's MLPs."""
 
-    def transcoder(n=4, d_sae=20, seed=0):
+    def transcoder(n=4, d_sae=20, seed=0, skip=False):
         generator = torch.Generator().manual_seed(seed)
         draw = lambda *shape: 0.2 * torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
         tensors = {}
         for i in range(n):
             tensors |= {f"W_enc_{i}": draw(d_sae, WIDTH), f"b_enc_{i}": draw(d_sae), f"b_dec_{i}": draw(WIDTH)}
             tensors[f"W_dec_{i}"] = draw(d_sae, n - i, WIDTH)
+            tensors |= {f"W_skip_{i}": draw(WIDTH, WIDTH)} if skip else {}
         config = {
             "reads": [f"blocks.{i}.mlp_in" for i in range(n)],
             "writes": [f"blocks.{i}.mlp_out" for i in range(n)],

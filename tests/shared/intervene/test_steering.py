@@ -193,9 +193,10 @@ def test_a_crosscoder_acts_at_all_its_hook_points(gpt2, make, tokens):
     assert cached == sequence[:, tokens.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @torch.no_grad()
-def test_a_cross_layer_transcoder_writes_to_all_later_layers(gpt2, make_cross_layer, tokens):
-    sae = make_cross_layer()
+def test_a_cross_layer_transcoder_writes_to_all_later_layers(gpt2, make_cross_layer, tokens, skip):
+    sae = make_cross_layer(skip=skip)
     lm = SaeModel.open(gpt2, [sae])
     (name,) = lm.saes
     assert torch.equal(lm.run(tokens).logits, gpt2(input_ids=tokens, use_cache=False).logits)
@@ -214,10 +215,10 @@ def test_a_cross_layer_transcoder_writes_to_all_later_layers(gpt2, make_cross_la
         mlp = gpt2.transformer.h[i].mlp
         handles.append(mlp.register_forward_pre_hook(lambda _, a, i=i: seen.__setitem__(i, sae.encode_layer(i, a[0]))))
 
-        def write(_, __, y, i=i):
-            return sum(seen[j] @ getattr(sae, f"W_dec_{j}")[:, i - j] for j in range(i + 1)) + getattr(
-                sae, f"b_dec_{i}"
-            )
+        def write(_, arguments, y, i=i):
+            skipped = arguments[0] @ getattr(sae, f"W_skip_{i}").T if skip else 0
+            decoded = sum(seen[j] @ getattr(sae, f"W_dec_{j}")[:, i - j] for j in range(i + 1))
+            return decoded + getattr(sae, f"b_dec_{i}") + skipped
 
         handles.append(mlp.register_forward_hook(write))
     expected = gpt2(input_ids=tokens, use_cache=False).logits
