@@ -17,6 +17,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(config: HarvestConfig) -> Any:
-    from .run import harvest  # here, so that --help stays quick
+    from .run import harvest  # imported here to keep --help fast
 
     return harvest(config)

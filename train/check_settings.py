@@ -1,4 +1,4 @@
-"""Refuse, before any work, a run that cannot do what its configuration says, and note what a user may not expect."""
+"""Refuse a run that cannot do what its configuration says, before any work, and print notes on surprising effects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .step.sae_trainer import Schedule
 
 _LEAST_RELATIVE_VARIANCE = 1e-12
-"""Below this share of the mean's squared norm, what varies in float32 rows is their rounding."""
+"""If the variance is a smaller fraction of the mean's squared norm, float32 rows vary only by rounding."""
 
 
 def check_activations(store: ActivationStore, saes: Sequence[SaeConfig]) -> None:
@@ -60,7 +60,7 @@ def check_schedules(architecture: Architecture[Any], schedule: Schedule) -> None
 
 
 def notes_of(architectures: Sequence[Architecture[Any]], schedule: Schedule, rows_per_epoch: int) -> tuple[str, ...]:
-    """Return sentences about what a run does that its configuration does not suggest."""
+    """Return notes on effects of the configuration that a user may not expect."""
     saes = [architecture.config for architecture in architectures]
     n_tokens = schedule.n_steps * schedule.batch_size
     notes = list(_warmup_notes(saes, schedule))

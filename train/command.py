@@ -48,7 +48,7 @@ def _run(config: TrainConfig) -> Any:
 
     code = report_failure_once(code_of_training)
     if code:
-        # Not `sys.exit`: the threads of a process group that has lost a member never end.
+        # Not `sys.exit`, which waits for threads: those of a process group that has lost a member never end.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

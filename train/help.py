@@ -1,4 +1,4 @@
-"""What `thresher train --help` prints: the run's keys, those of every `[[sae]]` table, and the architectures."""
+"""The help of `thresher train`: the run's keys, the keys of every `[[sae]]` table, and the architectures."""
 
 from __future__ import annotations
 

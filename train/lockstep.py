@@ -1,4 +1,4 @@
-"""A sweep's trainers, and what they share of each batch."""
+"""The trainers of a sweep, and the batches that they share."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def make_trainers(
     layout: Layout,
     scales: Mapping[str, float] | None = None,
 ) -> list[SaeTrainer]:
-    """Return the trainers of the sweep's SAEs that are trained here, at step zero.
+    """Return the trainers, at step zero, of the SAEs that this process trains.
 
-    `scales` are the run's by hook point; those of the configuration if not given.
+    `scales` are the run's normalisation factors by hook point (default: those of the configuration).
     """
     saes = layout.saes_here(plan.saes)
     kernels = kernels_for(config.device, config.kernels)
@@ -61,10 +61,10 @@ Prepared = dict[tuple[tuple[str, ...], tuple[str, ...]], Batch]
 
 
 def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
-    """Let every SAE that has not diverged take a step; return their metrics by name.
+    """Take a step with every SAE that has not diverged; return their metrics by name.
 
-    On a CPU steps go side by side, those that took longest last time first, so that cores end together; except where
-    several processes train an SAE together: those meet within each step, and so take the SAEs in order.
+    On a CPU, steps run in parallel, those that took longest last time first, so that all cores finish at about the same
+    time. If several processes train an SAE together, they synchronise within each step and take the SAEs in order.
     """
     taken: dict[str, dict[str, Number]] = {}
 

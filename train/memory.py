@@ -86,5 +86,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    if mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):  # older versions refuse it, and without it the next does harm
+    if mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):  # older versions reject it, and then the next does harm
         mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)

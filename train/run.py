@@ -99,7 +99,7 @@ def _divergence_line(diverged: Mapping[str, str], n_trained: int) -> str:
     reasons = "; ".join(f"'{name}' with {reason}" for name, reason in diverged.items())
     return (
         f"warning: {len(diverged)} of {len(diverged) + n_trained} SAEs diverged and have no weights: {reasons}; "
-        "change their tables (a lower lr, another seed) and start again to train them alone"
+        "change their tables (a lower lr, another seed) and run again to train only these"
     )
 
 

@@ -174,7 +174,7 @@ class RunState:
         )
 
     def _retry(self, names: tuple[str, ...]) -> None:
-        """Begin to train the SAEs that diverged in a finished run again, without the others."""
+        """Start to train again the SAEs that diverged in a finished run, without the others."""
         record = self._record
         final = record.checkpoints[0].files if record.checkpoints else {}
         now = {str(sae.name) for sae in self._saes}
@@ -185,7 +185,7 @@ class RunState:
         self._tell(f"training again what diverged: {', '.join(names)}; the other SAEs stay as they are")
 
     def _remove_leftovers(self, retried: tuple[str, ...]) -> None:
-        """Remove the files of an earlier try of SAEs that are trained again, and the notes on SAEs that are gone."""
+        """Remove earlier files of SAEs that are trained again, and notes on SAEs that are no longer in the sweep."""
         for name in retried:
             remove_states(self.output, name, keep=())
             (self.output / name / DIVERGED_NAME).unlink(missing_ok=True)
@@ -289,7 +289,7 @@ class RunState:
         """Return the error that all SAEs diverged."""
         last = next(name for name in reversed([str(sae.name) for sae in self._saes]) if name in self._record.diverged)
         return ConfigError(
-            f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates and start again"
+            f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates and run again"
         )
 
     def finish(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:

@@ -161,7 +161,7 @@ def complete(
         if time.monotonic() > visible_until:
             raise StoreError(
                 f"the ranks are done, but only {n_contexts} of {text.n_contexts} contexts are visible in "
-                f"'{writer.path}'; start the same command again to resume"
+                f"'{writer.path}'; run the same command again to resume"
             )
         time.sleep(POLL_SECONDS)
     check_text()

@@ -27,7 +27,7 @@ from ...shared.store.local.liveness import LivenessLock
 T = TypeVar("T")
 SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_TO_READ = 5.0
-_RESUME = "what was harvested is kept: start the same command again to resume"
+_RESUME = "what was harvested is kept: run the same command again to resume"
 _group_numbers = count()
 
 

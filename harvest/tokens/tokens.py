@@ -123,9 +123,9 @@ def batch_contexts(
 ) -> Iterator[ContextBatch]:
     """Yield batches from number `first_batch` on, without stacking those before it, or that are not wanted.
 
-    The batches are always the same ones, since a forward pass may round differently in other
-    company: a resumed harvest runs whole batches again and drops the rows it has. `wanted` is asked
-    with the numbers of a batch's first context and of the one after its last.
+    The batches always contain the same contexts, because a row of a forward pass may round differently in another
+    batch: a resumed harvest runs whole batches again and drops the rows that are already stored. `wanted` is called
+    with the number of a batch's first context and of the one after its last.
     """
     first = first_batch * batch_size
     for _ in islice(contexts, first):

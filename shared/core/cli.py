@@ -66,7 +66,7 @@ def run_guarded(action: Callable[[], Any]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to resume", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -42,10 +42,10 @@ def writing(path: str | Path) -> Iterator[None]:
             raise
         if code in FULL:
             raise DiskSpaceError(
-                f"the disk is full: cannot write '{path}'; make room and start the same command again"
+                f"the disk is full: cannot write '{path}'; make room and run the same command again"
             ) from error
         raise OutputError(
-            f"cannot write '{path}': {os.strerror(code)}; make it writable, or choose another place"
+            f"cannot write '{path}': {os.strerror(code)}; make it writable, or choose another path"
         ) from error
 
 
@@ -124,10 +124,10 @@ def _partial(path: Path) -> Path:
 
 
 def check_output(output: Path, store: object) -> None:
-    """Refuse an output that is not a folder of its own, outside the store at the path or URL `store`; write nothing.
+    """Refuse an output folder that is not writable or is inside the store at the path or URL `store`; write nothing.
 
     Raises:
-        OutputError: what `check_writable` raises.
+        OutputError: the errors of `check_writable`.
         ConfigError: it is in the store.
     """
     check_writable(output)
@@ -137,10 +137,10 @@ def check_output(output: Path, store: object) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder, there or yet to be made, in which nothing can be written; write nothing.
+    """Refuse a folder, existing or to be created, in which no files can be written; write nothing.
 
     Raises:
-        OutputError: it is a URL, a part of the path is a file, or the folder that is there refuses new files.
+        OutputError: it is a URL, a part of the path is a file, or the existing folder is not writable.
     """
     if _SCHEME.fullmatch(folder.parts[0] if folder.parts else ""):
         raise OutputError(
@@ -148,6 +148,6 @@ def check_writable(folder: Path) -> None:
         )
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise OutputError(f"expected '{folder}' to be a folder, but '{there}' is a file; choose another place")
+        raise OutputError(f"expected '{folder}' to be a folder, but '{there}' is a file; choose another path")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write in '{there}'; make it writable, or choose another place than '{folder}'")
+        raise OutputError(f"cannot write in '{there}'; make it writable, or choose another path than '{folder}'")

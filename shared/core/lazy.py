@@ -32,7 +32,7 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], An
 def make_callable(package: str, name: str) -> None:
     """Make a package callable as its function `name`.
 
-    `thresher.train` is a package, but users expect `from thresher import train` to give the function: it is both.
+    `thresher.train` is a package, but users expect `from thresher import train` to return the function; it is both.
     """
 
     class Stage(ModuleType):

@@ -137,7 +137,7 @@ def _fetch(address: HubAddress, commit: str, file: HubFile) -> Path:
         blob.unlink(missing_ok=True)
         raise HubError(
             f"'{address.at(file.path)}' does not match the checksum that the Hub states, and was removed from the "
-            "cache; start the same command again"
+            "cache; run the same command again"
         )
     return path
 

@@ -1,8 +1,7 @@
-"""The k largest pre-activations of each row on a CPU, by way of the maxima of groups of latents.
+"""The k largest pre-activations of each row on a CPU, by the maxima of groups of latents.
 
-`torch.topk` partitions whole rows, which costs nearly as much as the encoder's product. The k-th
-largest of 2k group maxima is a floor that at least k entries reach: one comparison then leaves about
-1.4 k candidates a row to choose from.
+`torch.topk` partitions whole rows, which costs nearly as much as the encoder's product. The k-th largest of 2k group
+maxima is a floor that at least k entries reach. One comparison with it leaves about 1.4 k candidates per row.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 GROUPS_PER_K = 2
 LATENTS_PER_GROUP = 4
-"""Below so many latents a group, `torch.topk` over the row is as quick."""
+"""Smallest group size; with smaller groups, `torch.topk` over the row is as fast."""
 
 
 def largest(
@@ -22,8 +21,8 @@ def largest(
 ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     """Return the k largest entries of each row and their latents, as `torch.topk(sorted=False)` does.
 
-    Which of several equal entries come last into the k is not defined. Where the rows are too short
-    for groups, hold NaN or are not on a CPU, `torch.topk` is called.
+    Ties with the k-th largest entry are broken arbitrarily. `torch.topk` is called if the rows are too short for
+    groups, contain NaN, or are not on a CPU.
     """
     batch, d_sae = pre_acts.shape
     n_groups = GROUPS_PER_K * k

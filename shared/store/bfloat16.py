@@ -1,7 +1,7 @@
-"""Zarr's registered `bfloat16` extension data type, which zarr-python does not know by itself.
+"""Zarr's registered `bfloat16` extension data type, which zarr-python does not include.
 
-Call `register_bfloat16()` before `zarr.open`: zarr-python 3.1.6 collects data types from the entry points
-of installed packages, but never loads what it collected. tensorstore needs nothing.
+Call `register_bfloat16()` before `zarr.open`: zarr-python 3.1.6 collects data types from the entry points of installed
+packages, but never loads them. tensorstore supports bfloat16 without this.
 https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/bfloat16
 """
 
@@ -44,5 +44,5 @@ class BFloat16(BaseFloat[Any, Any]):
 
 
 def register_bfloat16() -> None:
-    """Teach zarr-python the data type, for this process."""
+    """Register the data type with zarr-python in this process."""
     data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
             from .share.actions import run_command as run_on_hub
 
             return run_on_hub(arguments)
-        from .read.inspect import run_command  # here, so that --help stays quick
+        from .read.inspect import run_command  # imported here to keep --help fast
 
         return run_command(arguments)
 

@@ -1,4 +1,4 @@
-"""The architectures that can be trained: one file each, which registers its configuration and what makes it."""
+"""The architectures that can be trained. Each has one file, which registers its configuration and its class."""
 
 from __future__ import annotations
 

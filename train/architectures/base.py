@@ -35,10 +35,9 @@ P = TypeVar("P", bound="PenaltyConfig")
 class Architecture(Generic[C]):
     """Base of the architectures: `config` holds the keys of its `[[sae]]` table.
 
-    A subclass states in `saved_as` how the SAE that `exported` gives chooses its latents, and in `resolved` its
-    properties that depend on what the configuration leaves open. `kind_of_wiring` is the only kind of `Wiring` that its
-    step supports, or None for all but cross-layer ones. If `folds_norms`, decoder norms are folded into the encoder on
-    saving.
+    A subclass sets `saved_as` to the selection of the SAE that `exported` returns, and `resolved` to the names of
+    properties whose values have defaults. `kind_of_wiring` is the only kind of `Wiring` that its step supports, or None
+    for all except cross-layer ones. If `folds_norms`, decoder norms are folded into the encoder on saving.
 
     A class declares what only its own step is known to do; these are not inherited (see `declares`):
 
@@ -73,7 +72,7 @@ class Architecture(Generic[C]):
 
     @property
     def revives_dead(self) -> bool:
-        """Whether the loss depends on which latents are dead; if not, `dead` of a step is None."""
+        """Whether the loss depends on which latents are dead; if not, `StepInput.dead` is None."""
         return False
 
     @classmethod
@@ -105,12 +104,12 @@ class Architecture(Generic[C]):
 
     @property
     def schedules(self) -> dict[str, tuple[int | None, str]]:
-        """Keys with a number of steps that the run must have: their values, and what fails in a shorter run."""
+        """Keys whose number of steps must not exceed the run: their values, and the effect of a shorter run."""
         return {}
 
     @property
     def note(self) -> str | None:
-        """A sentence for the plan about the meaning of the metrics, with `{}` in place of the SAEs' names."""
+        """A sentence for the plan on how to read the metrics, with `{}` for the SAEs' names."""
         return None
 
     def sparsity_warmup_steps(self, n_steps: int) -> int:
@@ -133,7 +132,7 @@ class Architecture(Generic[C]):
     def recipe(self) -> dict[str, Any]:
         """Return the effective values of the properties in `resolved`, which have defaults.
 
-        A run that resumes compares them, because another release may have other defaults.
+        A run that resumes compares them, because the defaults may differ between releases.
         """
         return {name: getattr(self, name) for name in self.resolved}
 
@@ -144,7 +143,7 @@ class Architecture(Generic[C]):
 
     @cached_property
     def centred(self) -> bool:
-        """Whether the encoder subtracts `b_dec`: only where one hook point is both read and written."""
+        """Whether the encoder subtracts `b_dec`: only if a single hook point is both read and written."""
         return self.config.wiring.kind == "sae"
 
     def decoder_norms(self, W_dec: Float[Tensor, "d_sae d_out"]) -> DecoderNorms:
@@ -152,13 +151,13 @@ class Architecture(Generic[C]):
         return DecoderNorms.of(W_dec, len(self.config.wiring.writes))
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return decoder rows of norm `first_norm` in random directions, the encoder their transpose, and zero biases.
+        """Return random decoder rows of norm `first_norm`, the encoder as their transpose, and zero biases.
 
-        Where what is read and written differ in width, the encoder has random directions as well. A skip path is zero.
+        If the widths read and written differ, the encoder's rows are random as well. A skip path starts at zero.
         """
         W_dec = torch.randn(self.d_sae, self.d_out, generator=generator)
         norms = W_dec.norm(dim=1, keepdim=True)
-        # Both round otherwise; each is as it was in earlier releases, so that weights stay the same.
+        # The two round differently; each is kept as in earlier releases, so that weights stay the same.
         W_dec = (W_dec / norms).mul_(self.first_norm) if self.centred else W_dec * (self.first_norm / norms)
         W_enc = W_dec.clone()
         if self.d_in != self.d_out:
@@ -178,9 +177,9 @@ class Architecture(Generic[C]):
         return {}
 
     def decided_at(self, steps_done: int) -> Hashable | None:
-        """Return what the host decides about a step; a captured step is replayed only if this is the same.
+        """Return the host's decisions about a step. A captured step is replayed only if they are the same.
 
-        Return None while it changes too often for captures to pay off.
+        Returns None while they change too often for captures to pay off.
         """
         return ()
 
@@ -192,9 +191,10 @@ class Architecture(Generic[C]):
         raise NotImplementedError
 
     def latent_unit(self, normalization: Normalization) -> float:
-        """Return what latents are divided by on saving: 1 where decoder norms are then folded into them anyway.
+        """Return the factor that latents are divided by on saving; 1 if decoder norms are folded into them afterwards.
 
-        Where what is written is not what is read, decoders of norm one keep that norm; with several targets, nearly.
+        If other hook points are written than read, decoder rows of norm one keep that norm; with several targets, only
+        approximately.
         """
         if self.centred:
             return float(normalization.scale)
@@ -204,8 +204,8 @@ class Architecture(Generic[C]):
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Return the saved SAE's tensors, in raw activation units.
 
-        Where an SAE reads what it writes, latents scale with the input: the encoder's weights stay, its bias is divided
-        by the scale, and the decoder keeps its norms.
+        If an SAE reads what it writes, latents scale with the input: the encoder's weights are unchanged, its bias is
+        divided by the scale, and the decoder keeps its norms.
         """
         if not self.centred:
             return to_raw(parameters, normalization, self.latent_unit(normalization))
@@ -223,11 +223,11 @@ class Architecture(Generic[C]):
     def imported(self, sae: Sae, normalization: Normalization) -> tuple[Parameters, Buffers]:
         """Return the parameters and buffers with which training starts from an SAE: the inverse of `exported`.
 
-        The SAE is of the kind `saved_name` and of this architecture's sizes. Latents and reconstructions stay, except
-        for what `differences` says.
+        The SAE must be of the kind `saved_name` and have this architecture's sizes. Latents and reconstructions stay
+        the same, except for what `differences` returns.
 
         Raises:
-            SaeError: the architecture cannot hold what the SAE computes.
+            SaeError: the architecture cannot represent what the SAE computes.
         """
         tensors = self.held(sae, normalization)
         return {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip") if name in tensors}, (
@@ -237,7 +237,7 @@ class Architecture(Generic[C]):
     def held(self, sae: Sae, normalization: Normalization) -> dict[str, Tensor]:
         """Return an SAE's tensors in training's units and layout.
 
-        Decoder norms are folded into the encoder where training holds them at one.
+        Decoder norms are folded into the encoder if training holds them at one.
         """
         if self.centred:
             return self._held_centred(sae, normalization)
@@ -256,7 +256,7 @@ class Architecture(Generic[C]):
             if name in tensors:
                 found[name] = bias_of_centred(sae, tensors[name], W_enc) * scale
         if "b_mag" in tensors:
-            # Magnitudes are scaled before their bias, which includes what is not subtracted.
+            # Magnitudes are scaled before their bias is added, and the bias includes the term that is not subtracted.
             b_gate = bias_of_centred(sae, tensors["b_gate"], W_enc)
             b_mag = tensors["b_mag"] + (b_gate - tensors["b_gate"]) * tensors["r_mag"].exp()
             found |= {"b_mag": b_mag * scale, "r_mag": tensors["r_mag"]}
@@ -277,7 +277,7 @@ class Architecture(Generic[C]):
         in_order(sae, self.config.wiring)
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:
-        """Return how the first step differs from what an SAE computes or is used for, each as a line for the user."""
+        """Return lines for the user on how the first step differs from the SAE's computation or use."""
         wiring = self.config.wiring
         found = [
             f"it is of a model loaded with {name} = true, this one of the model as it is"
@@ -305,7 +305,7 @@ class Architecture(Generic[C]):
         return self._describe()
 
     def _describe(self, *keys: str, **resolved: Any) -> dict[str, Any]:
-        """Return the shared hyperparameters, those of `keys` that are given, and `resolved` values."""
+        """Return the shared hyperparameters, those in `keys` that are set, and the `resolved` values."""
         values = {key: getattr(self.config, key) for key in ("architecture", "d_sae", *keys, "seed")}
         return {key: value for key, value in values.items() if value is not None} | resolved | {"lr": self.lr}
 
@@ -317,7 +317,7 @@ class Architecture(Generic[C]):
     def to_sae(
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization, metadata: dict[str, Any]
     ) -> Sae:
-        """Return the SAE for inference on raw activations, which says what it reads and writes."""
+        """Return the SAE for inference on raw activations, with the names of what it reads and writes."""
         tensors, wiring = self.exported(parameters, buffers, normalization), self.config.wiring
         config, places = self.hyperparameters(), {}
         if wiring.kind == "crosscoder":
@@ -336,12 +336,12 @@ class Architecture(Generic[C]):
 
 
 def bias_of_centred(sae: Sae, bias: Tensor, W_enc: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
-    """Return an SAE's encoder bias for inputs less `b_dec`, which not every SAE subtracts."""
+    """Return an SAE's encoder bias for inputs from which `b_dec` is subtracted, as not every SAE does."""
     return bias if sae.apply_b_dec_to_input else bias + W_enc @ sae.b_dec.detach()
 
 
 def unused_start(**given: float | None) -> list[str]:
-    """Return a line for each key that is given and that says where training starts, where an SAE says it instead."""
+    """Return a line for each key that sets initial values and is not used, because training starts from an SAE."""
     return [
         f"{key} = {value:g} is not used: thresholds and biases start at the SAE's"
         for key, value in given.items()

@@ -93,10 +93,10 @@ def largest_of_all_ranks(step: StepInput, pre_acts: Float[Tensor, "batch d_sae"]
 def within_room(
     step: StepInput, parameters: Parameters, batch: Batch, bias: Float[Tensor, " d_sae"], k: int
 ) -> SparseLatents | None:
-    """Return the batch's largest latents found without waiting for the device, or None where they are not to be.
+    """Return the batch's largest latents without waiting for the device, or None if that is not possible.
 
-    Candidates are those above a value that a sample of rows gives. Where they do not suffice, or do not fit, the step
-    is not certified, and its room keeps it from changing anything.
+    Candidates are the entries above a value estimated from a sample of rows. If they are too few, or do not fit, the
+    step is not certified, and `room` suppresses its update.
     """
     room, fixed_shapes, rows = step.room, step.kernels.fixed_shapes, len(batch.x)
     if room is None or room.exact or fixed_shapes is None:

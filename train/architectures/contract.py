@@ -1,4 +1,4 @@
-"""What a step is given and what it returns, and what it asks of the other processes of its run."""
+"""The contract of a step: its inputs, its outputs, and the reductions that it may request from other processes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def is_per_latent(name: str) -> bool:
 class Batch:
     """A normalised batch, shared by the SAEs that read and write the same hook points.
 
-    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default. `target` is what is reconstructed,
-    or None where that is `x`.
+    `x_compute` is the copy that the encoder multiplies, in bfloat16 by default. `target` is the tensor to reconstruct,
+    or None if that is `x`.
     """
 
     x: Float[Tensor, "batch d_in"]
@@ -42,52 +42,52 @@ class Batch:
 
     @property
     def y(self) -> Float[Tensor, "batch d_out"]:
-        """Return what is reconstructed."""
+        """The tensor to reconstruct."""
         return self.x if self.target is None else self.target
 
 
 class Collectives:
-    """Reductions over the ranks that train one SAE together; this one is for a rank that trains it alone.
+    """Reductions over the ranks that train one SAE together. This base class is for a single rank.
 
-    An architecture writes its losses as means over the rows of its batch, whose gradients `combine` averages over
-    ranks. What is not linear in such means (a ratio, a square, a selection over the batch) it takes from `mean`,
-    `least` and `all_values`. Ranks that share one batch but not the latents use `over_latents`.
+    An architecture writes its losses as means over the rows of its batch, and `combine` averages their gradients over
+    ranks. For anything that is not linear in such means (a ratio, a square, a selection over the batch), it calls
+    `mean`, `least` and `all_values`. Ranks that share the batch but divide the latents use `over_latents`.
     """
 
     def rows(self, n_rows: int) -> int:
-        """Return the rows of the whole batch, of which `n_rows` are here."""
+        """Return the number of rows of the whole batch, of which this rank has `n_rows`."""
         return n_rows
 
     def mean(self, number: Tensor) -> Tensor:
-        """Return the mean over ranks of a number that is a mean or sum over rows."""
+        """Return the mean over ranks of a number, which is a mean or sum over rows."""
         return number
 
     def least(self, number: Tensor) -> Tensor:
-        """Return the least of the ranks' numbers."""
+        """Return the minimum of a number over ranks."""
         return number
 
     def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
-        """Return all ranks' values, in order of rank; each may have another number of them."""
+        """Return all ranks' values, concatenated in order of rank; their lengths may differ."""
         return values
 
     def combine(self, output: StepOutput) -> StepOutput:
-        """Return the whole batch's step from that of the rows here."""
+        """Return the whole batch's output from the output for this rank's rows."""
         return output
 
     def over_latents(self, total: Tensor) -> Tensor:
-        """Return the sum, over all latents, of a total over the latents here."""
+        """Return the sum over all latents, given the total over this rank's latents."""
         return total
 
     def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
-        """Return the candidates with -inf for those that are not among their row's k largest over all latents."""
+        """Set candidates to -inf unless they are among their row's k largest over all latents."""
         return values
 
     def room_for_dead(self, dead: Bool[Tensor, " latents_here"]) -> int | None:
-        """Return for how many dead latents here AuxK makes room; None where it counts them itself."""
+        """Return the number of this rank's dead latents that AuxK allocates for; None if it counts them itself."""
         return None
 
     def gradient_norm(self, gradients: Parameters) -> Tensor:
-        """Return the norm of all gradients together."""
+        """Return the global norm of all gradients."""
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
 
 
@@ -96,13 +96,13 @@ SINGLE_PROCESS = Collectives()
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a step depends on besides the parameters and the batch; `buffers` it may change in place.
+    """The inputs of a step besides the parameters and the batch. The step may change `buffers` in place.
 
-    What is not a mean over the batch's rows goes through `across`, for they may be on several ranks. With `room`,
-    selections find their entries without waiting for the device, in as much memory as that says; with `n_dead`, at
-    most so many latents are dead. With `W_dec_compute`, sums over few latents may be in its precision, and
-    weights' gradients left for the optimizer to compute by blocks. `step_number` is `steps_done` on the device, where
-    a step may be captured: the host's is then that of the capture.
+    Anything that is not a mean over the batch's rows must be reduced with `across`, because the rows may be on several
+    ranks. With `room`, selections write to buffers of that capacity and do not wait for the device. `n_dead` is an
+    upper bound on the number of dead latents. With `W_dec_compute`, sums over few latents may be in its precision, and
+    the gradients of the weights may be deferred to the optimizer. `step_number` is `steps_done` on the device, for
+    steps that may be captured: the host's value would be that of the capture.
     """
 
     kernels: Backend
@@ -123,9 +123,9 @@ class StepInput:
 class StepOutput:
     """A step's gradients, the latents that fired, and its loss terms.
 
-    On a CPU, the gradients of `W_enc` and `W_dec` may be deferred (see `kernels/gradient.py`).
-    `mse` is the mean over rows of the squared error; `loss` is what the gradients are of. Numbers may be
-    float64 tensors of no dimensions, which the host then reads only when it needs to.
+    On a CPU, the gradients of `W_enc` and `W_dec` may be deferred (see `kernels/gradient.py`). `loss` is the value that
+    the gradients belong to, and `mse` the mean over rows of the squared error. Numbers may be zero-dimensional float64
+    tensors, which the host reads only when it needs them.
     """
 
     gradients: Mapping[str, Gradient]

@@ -17,7 +17,7 @@ from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
 
-# At full size half of all random latents would fire at first, and a short run would spend its time undoing that.
+# At full scale, half of all random latents would fire at first, and a short run would spend its time undoing that.
 _ENCODER_SCALE = 0.1
 
 

@@ -36,7 +36,7 @@ class HierarchicalTopK(TopK[HierarchicalTopKConfig]):
         return replace(latents, pre_acts=pre_acts, indices=indices, csc=None)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
-        """Return the loss and its gradients: latent j's is by the sum of the residuals from the j-th on."""
+        """Return the loss and its gradients; the gradient of latent j uses the sum of the residuals from j on."""
         x, latents, W_dec = batch.x, self.select(parameters, batch, step), parameters["W_dec"]
         values = latents.pre_acts.relu().view(len(x), -1)
         indices = latents.indices.view_as(values)

@@ -20,7 +20,7 @@ from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .registry import register
 
 _BANDWIDTH = 0.001
-# After a start at a given L0: about a third of a threshold that few latents of unit norm exceed.
+# The bandwidth after a start at a given L0: about a third of a threshold that few latents of unit norm exceed.
 _WIDE_BANDWIDTH = 0.5
 _FAST_LR_SCALE = 4.0
 SMALLEST_THRESHOLD = 1e-3
@@ -138,7 +138,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     @property
     def width(self) -> int:
-        """The width of the rows that are read, with whose norm the published lengths are scaled."""
+        """The width of the rows that are read, by which the published lengths are scaled."""
         return self.d_in
 
     @property
@@ -161,7 +161,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """Return the factor of the thresholds' learning rate, where it is not one."""
+        """Return the factor of the thresholds' learning rate, if it is not one."""
         default = 1.0 if self._first_l0 is None else _FAST_LR_SCALE
         scale = self.config.threshold_lr_scale or default
         return {} if scale == 1.0 else {"log_threshold": scale}
@@ -172,7 +172,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return super().initial_parameters(generator) | {"log_threshold": log_threshold}
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
-        """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, where an L0 is given."""
+        """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, if an L0 is given."""
         if self._first_l0 is None or self.config.initial_threshold is not None:
             return
         n_active = round(len(batch.x) * self._first_l0 / self.config.d_sae)
@@ -202,14 +202,14 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
     def _penalty(self, l0: Number, scale: Number) -> tuple[Number, Number]:
-        """Return the sparsity loss and its derivative by L0."""
+        """Return the sparsity loss and its derivative with respect to L0."""
         weight, target = (self.config.l0_coefficient or 0.0) * scale, self.config.target_l0
         if target is None:
             return weight * l0, weight
         return weight * (l0 / target - 1) ** 2, 2 * weight * (l0 / target - 1) / target
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
-        """Add the thresholds, in raw activation units."""
+        """Also return the thresholds, in raw activation units."""
         threshold = parameters["log_threshold"].exp() / self.latent_unit(normalization)
         return super().exported(parameters, buffers, normalization) | {"threshold": threshold}
 
@@ -242,10 +242,10 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 class TanhJumpReLU(JumpReLU):
     """`||x - x_hat||^2 + lambda sum_i tanh(c f_i ||W_dec_i||) + lambda_P sum_i ReLU(theta_i - z_i) ||W_dec_i||`.
 
-    `f = z H(z - theta)`. The penalty's gradient reaches all parameters, the thresholds through the rectangle's
-    estimate by their logarithm t, `df/dt = -(exp(t) / epsilon) [|z - exp(t)| < epsilon / 2]`. The last term pulls the
-    pre-activations below their threshold up; as it is linear there, its gradient is that of all entries less that of
-    the active ones, and costs no dense product. Decoder norms are free and folded on saving.
+    `f = z H(z - theta)`. The penalty's gradient reaches all parameters. Thresholds receive it through the rectangle's
+    estimate for their logarithm t, `df/dt = -(exp(t) / epsilon) [|z - exp(t)| < epsilon / 2]`. The last term raises
+    pre-activations that are below their threshold. It is linear there, so its gradient is that of all entries minus
+    that of the active ones, and needs no dense product. Decoder norms are unconstrained, and folded on saving.
     """
 
     capturable = True
@@ -257,7 +257,7 @@ class TanhJumpReLU(JumpReLU):
 
     @property
     def unit_norm_decoder(self) -> bool:
-        """Decoder norms are free, because the penalty depends on them."""
+        """Decoder norms are not constrained, because the penalty depends on them."""
         return False
 
     @property
@@ -271,9 +271,9 @@ class TanhJumpReLU(JumpReLU):
         return self.config.initial_threshold or _FIRST_THRESHOLD
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return decoder entries uniform within 1 / sqrt(d_out), and d_in / d_sae times them as the encoder.
+        """Return decoder entries that are uniform within 1 / sqrt(d_out); the encoder is d_in / d_sae times them.
 
-        Where what is read and written differ in width, the encoder starts from entries within 1 / sqrt(d_in).
+        If the widths read and written differ, the encoder's entries are drawn separately, within 1 / sqrt(d_in).
         """
         W_dec = (torch.rand(self.d_sae, self.d_out, generator=generator) * 2 - 1) / math.sqrt(self.d_out)
         W_enc = W_dec

@@ -55,7 +55,7 @@ class MatryoshkaBatchTopK(BatchTopK[MatryoshkaBatchTopKConfig]):
         return self.config.prefixes
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
-        """Return the loss and its gradients; a latent's is by the sum of the residuals that it is part of."""
+        """Return the loss and its gradients; a latent's gradient uses the sum of the residuals that it is part of."""
         x, latents = batch.x, self.select(parameters, batch, step)
         groups = [latents.columns(*bounds)[0] for bounds in zip([0, *self.prefixes[:-1]], self.prefixes, strict=True)]
         rows = [slice(lo, hi) for lo, hi in zip([0, *self.prefixes[:-1]], self.prefixes, strict=True)]
@@ -74,7 +74,7 @@ class MatryoshkaBatchTopK(BatchTopK[MatryoshkaBatchTopKConfig]):
             own = {"W_enc": parameters["W_enc"][part], "b_dec": parameters["b_dec"]}
             by_pre_acts = torch.where(values > 0, group.grad_values(g, parameters["W_dec"][part]), 0)
             parts.insert(0, gradients_of(own, group, x, g, values, by_pre_acts, self.centred))
-            # Each part counts the bias once as the decoder's; only the first's, by all residuals, is that.
+            # Each part includes the decoder's term g.sum(0), which counts only once: below, from all residuals.
             if self.centred:
                 by_bias += parts[0]["b_dec"] - g.sum(0)
         gradients = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec")}

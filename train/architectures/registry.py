@@ -19,7 +19,7 @@ Make = TypeVar("Make", bound=Callable[..., Architecture[Any]])
 
 
 class Registered(NamedTuple):
-    """An architecture's configuration, and what makes it from one: its class, or a function that chooses a class."""
+    """An architecture's configuration class, and its class or a function that chooses one."""
 
     config: type[SaeConfig]
     make: Callable[..., Architecture[Any]]
@@ -31,14 +31,14 @@ class Registered(NamedTuple):
 
     @property
     def required(self) -> tuple[str, ...]:
-        """Return the keys that must be given for this architecture, besides those that all need."""
+        """Return the keys that this architecture requires, besides those that all require."""
         fields = msgspec.structs.fields(self.config)
         return tuple(f.name for f in fields if f.required and f.name not in SaeConfig.__struct_fields__)
 
 
 ARCHITECTURES: dict[str, Registered] = {}
 CROSS_LAYER: dict[str, Callable[..., Architecture[Any]]] = {}
-"""What makes an architecture's cross-layer transcoders, by its name."""
+"""The classes of cross-layer transcoders, by the architecture's name."""
 
 
 def register(config: type[SaeConfig], cross_layer: bool = False) -> Callable[[Make], Make]:

@@ -53,7 +53,7 @@ S = TypeVar("S", bound=L1Config)
 class Standard(PenaltyArchitecture[S]):
     """`f = ReLU(W_enc (x - b_dec) + b_enc)`, loss `||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||`.
 
-    Decoder norms are free while training and folded into the encoder on saving.
+    Decoder norms are not constrained in training, and are folded into the encoder on saving.
     """
 
     saved_as = "standard"
@@ -65,7 +65,7 @@ class Standard(PenaltyArchitecture[S]):
 
     @property
     def unit_norm_decoder(self) -> bool:
-        """Decoder norms are free, because the penalty depends on them."""
+        """Decoder norms are not constrained, because the penalty depends on them."""
         return False
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
@@ -100,8 +100,8 @@ class Standard(PenaltyArchitecture[S]):
 class PAnnealed(Standard[StandardConfig]):
     """Standard with the penalty `lambda s sum_i (f_i ||W_dec_i||)^p`, p falling linearly from 1 to `p_final`.
 
-    Whenever p changes, s is multiplied by the ratio of the old penalty to the new one, so that only its shape changes.
-    Powers are `(a + 0.001)^p - 0.001^p`, whose slope at zero is finite.
+    Whenever p changes, s is multiplied by the ratio of the old penalty to the new one, so that only the penalty's shape
+    changes. Powers are computed as `(a + 0.001)^p - 0.001^p`, whose slope at zero is finite.
     """
 
     capturable = True

@@ -61,7 +61,7 @@ class LargestConfig(SaeConfig, frozen=True, kw_only=True):
 
 
 class CompetingConfig(LargestConfig, frozen=True, kw_only=True):
-    """Configuration of an architecture whose latents may compete across the layers of a cross-layer transcoder."""
+    """Configuration of an architecture that can choose latents among all layers of a cross-layer transcoder."""
 
     select_over: Annotated[
         Literal["all", "layer"] | None,
@@ -72,7 +72,7 @@ class CompetingConfig(LargestConfig, frozen=True, kw_only=True):
     ] = None
 
     def __post_init__(self) -> None:
-        """Check that layers have k latents where each keeps k."""
+        """Check that `select_over` applies, and that each layer has k latents if it keeps k."""
         super().__post_init__()
         if self.select_over is not None and not self.cross_layer:
             raise ConfigError("'select_over' is given, but only a table with cross_layer = true uses it; leave it out")
@@ -100,8 +100,8 @@ L = TypeVar("L", bound=LargestConfig)
 class TopK(Architecture[L]):
     """`f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, loss `||x - x_hat||^2 / Var(x)` and AuxK.
 
-    The k latents of a row are chosen from a product in the compute dtype, their values then computed in the
-    parameters' own precision; or both in that precision, where that takes less time (see `largest_of_rows`).
+    The k latents of a row are chosen from a product in the compute dtype, and their values are then computed in the
+    parameters' precision. If it is faster, both are done in the parameters' precision (see `largest_of_rows`).
     """
 
     saved_as = "topk"
@@ -183,7 +183,7 @@ class TopK(Architecture[L]):
         terms: dict[str, Number],
         mse: Number,
     ) -> StepOutput:
-        """Add AuxK where latents are dead, and note which latents fired."""
+        """Add AuxK if latents are dead, and record which latents fired."""
         if step.dead is not None and self.aux_coefficient > 0:
             terms["auxk_loss"] = add_auxk(
                 gradients,
@@ -240,7 +240,7 @@ class AnnealedTopK(TopK[TopKConfig]):
 
     @property
     def schedules(self) -> dict[str, tuple[int | None, str]]:
-        """The steps over which k falls."""
+        """The number of steps over which k falls."""
         return {"k_anneal_steps": (self.config.k_anneal_steps, f"k would not reach {self.config.k}")}
 
     @property

@@ -27,7 +27,7 @@ class EntryCapacity:
         self.capacity: int | None = None
         self.margin = 1
         self.exact = False
-        self.look_at = STEPS_BETWEEN
+        self.next_poll = STEPS_BETWEEN
         self.asked = False
         self.waited = False
         self.failed = torch.zeros((), device=device)
@@ -38,14 +38,14 @@ class EntryCapacity:
     def before(self, step: int, sparse_entries: float) -> None:
         """Poll the device if it is time to, before a step; from `sparse_entries` on, dense products are cheaper."""
         self.waited = False
-        if step >= self.look_at:
-            self._look(step, sparse_entries)
+        if step >= self.next_poll:
+            self._poll(step, sparse_entries)
         if self.exact or self.capacity is None:
             # A step that waits certifies nothing, so it would leave an earlier failure.
             self.failed.zero_()
 
-    def _look(self, step: int, sparse_entries: float) -> None:
-        self.look_at = step + STEPS_BETWEEN
+    def _poll(self, step: int, sparse_entries: float) -> None:
+        self.next_poll = step + STEPS_BETWEEN
         if not self.asked:
             return
         most, skipped = torch.stack([self._most, self.skipped]).tolist()
@@ -80,13 +80,13 @@ class EntryCapacity:
 
     def state(self) -> Tensor:
         """Return the state that later steps depend on."""
-        numbers = [self.asked, self.capacity or 0, self.margin, self.exact, self.look_at, self._skipped_before]
+        numbers = [self.asked, self.capacity or 0, self.margin, self.exact, self.next_poll, self._skipped_before]
         return torch.tensor([*numbers, *torch.stack([self._most, self.skipped]).tolist()])
 
     def load(self, state: Tensor | None) -> None:
         """Restore a saved state, or the initial one if another code path saved none."""
         saved = state.tolist() if state is not None else [0, 0, 1, 0, 0, 0, -1, 0]
         self.asked, self.capacity, self.margin, self.exact = bool(saved[0]), saved[1] or None, saved[2], bool(saved[3])
-        self.look_at, self._skipped_before = saved[4:6]
+        self.next_poll, self._skipped_before = saved[4:6]
         self._most.fill_(saved[6])
         self.skipped.fill_(saved[7])

@@ -1,4 +1,4 @@
-"""Reductions over the ranks that train one SAE together, however they share the work."""
+"""The reductions that all ways of sharing one SAE's training over ranks have in common."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .ranks import TrainRanks
 
 
 class RankCollectives(Collectives):
-    """The reductions that are the same however ranks share the work."""
+    """The reductions that do not depend on how ranks share the work."""
 
     def __init__(self, ranks: TrainRanks):
         self.ranks = ranks
 
     def least(self, number: Tensor) -> Tensor:
-        """Return the least of the ranks' numbers; in float32, which every backend can compare."""
+        """Return the minimum of a number over ranks; in float32, which every backend supports."""
         found = number.float().clone()
         self.ranks.least(found)
         return found.to(number.dtype)

@@ -1,4 +1,4 @@
-"""Data-parallel training of one SAE: each rank takes its slice of every batch, and what they find is combined."""
+"""Data-parallel training of one SAE: each rank takes its slice of every batch, and gradients are averaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .collectives import RankCollectives
 
 
 class DataParallel(RankCollectives):
-    """The ranks' slices are of one size, so that the mean of their gradients is the whole batch's."""
+    """The ranks' slices have equal sizes, so that the mean of their gradients is the whole batch's gradient."""
 
     def rows(self, n_rows: int) -> int:
         """Return the rows of the whole batch."""
@@ -26,7 +26,7 @@ class DataParallel(RankCollectives):
         return number / self.ranks.n
 
     def combine(self, output: StepOutput) -> StepOutput:
-        """Return the mean of the ranks' gradients and numbers, and what fired on any of them."""
+        """Return the mean of the ranks' gradients and numbers, and which latents fired on any rank."""
         numbers = {"loss": output.loss, "mse": output.mse, "l0": output.l0, **output.terms}
         device = output.fired.device
         packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers.values()])

@@ -1,4 +1,4 @@
-"""One line for a run of many processes that ends with an error: the first to notice says why, the others nothing."""
+"""Report a failure of several processes once: the first process to fail prints the error, the others print nothing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PATIENCE = timedelta(seconds=5)
 
 
 def report_failure_once(action: Callable[[], Any]) -> int:
-    """Run `action` as `run_guarded` does, but print a user's error only where no other process has.
+    """Run `action` as `run_guarded` does, but print a user's error only if no other process has printed one.
 
-    `torchrun` ends all processes as soon as it sees that one has died; what they have to say, they say first.
+    `torchrun` ends all processes as soon as it notices that one has died, so the error is printed before the exit.
     """
     with Interrupt():
         return run_guarded(lambda: _quiet_unless_first(action))
@@ -35,7 +35,7 @@ def _quiet_unless_first(action: Callable[[], Any]) -> Any:
 
 
 def _is_first() -> bool:
-    """Ask the launcher's store, which outlives the processes; without one, everyone is."""
+    """Return whether this process is the first to fail, by the launcher's store; without a store, return True."""
     try:
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_PATIENCE, wait_for_workers=False

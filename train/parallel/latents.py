@@ -1,8 +1,8 @@
 """One SAE sharded over its latents: each rank holds some rows of `W_enc` and `W_dec` and sees every batch whole.
 
-Plain collectives on ordinary tensors, not DTensor: the selection gives every rank another number of latents in each
-row, and no DTensor placement describes such a matrix. Of a step the ranks exchange the candidates of the selection,
-`[n, batch, k]`, and the partial reconstructions, `[batch, d_in]`; gradients and Adam's moments stay where they are.
+This uses plain collectives on ordinary tensors, not DTensor: the selection leaves a different number of latents per row
+on every rank, and no DTensor placement describes such a matrix. In each step, ranks exchange the candidates of the
+selection, `[n, batch, k]`, and the partial reconstructions, `[batch, d_in]`. Gradients and Adam's moments stay local.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .collectives import RankCollectives
 
 
 class LatentShards(RankCollectives):
-    """The latents are cut into one part per rank, in order."""
+    """Reductions for latents that are divided into one part per rank, in order."""
 
     def over_latents(self, total: Tensor) -> Tensor:
         """Return the sum over all ranks."""
@@ -30,9 +30,9 @@ class LatentShards(RankCollectives):
         return total
 
     def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
-        """Keep what is among the k largest of all ranks' candidates in each row, and put -inf for the rest.
+        """Keep the candidates that are among each row's k largest over all ranks, and set the others to -inf.
 
-        Of equal ones those on lower ranks are kept, so that every rank decides alike.
+        Ties go to the lower rank, so that all ranks decide the same.
         """
         infinity = torch.full_like(values[:, :1], -torch.inf)
         candidates = torch.cat([values, infinity.expand(-1, k - values.shape[1])], 1)
@@ -44,25 +44,25 @@ class LatentShards(RankCollectives):
         return values.where(here, infinity)
 
     def room_for_dead(self, dead: Bool[Tensor, " latents_here"]) -> int | None:
-        """Return how many are dead, but one where none is: every rank takes part in the selection."""
+        """Return the number of dead latents, at least one, because every rank takes part in the selection."""
         return max(1, int(torch.count_nonzero(dead)))
 
     def gradient_norm(self, gradients: Parameters) -> Tensor:
-        """Return the norm of all gradients together, those on other ranks included."""
+        """Return the global norm of all gradients, including those on other ranks."""
         squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
         here = torch.stack([square for name, square in squares.items() if is_per_latent(name)]).sum()
         shared = [square for name, square in squares.items() if not is_per_latent(name)]
         return torch.stack([self.over_latents(here), *shared]).sum().sqrt()
 
     def whole(self, tensors: Mapping[str, Tensor], d_sae: int, to: int) -> dict[str, Tensor]:
-        """Return, on rank `to`, a state's tensors of all latents, in the host's memory; on others, nothing."""
+        """Return a state's tensors of all latents in host memory on rank `to`; on other ranks, return nothing."""
         sharded = {name: tensor for name, tensor in tensors.items() if is_per_latent(name) and tensor.dim()}
         joined = self.ranks.join(sharded, d_sae, to)
         return {name: joined.get(name, tensor) for name, tensor in tensors.items()} if self.ranks.rank == to else {}
 
 
 def check_can_be_sharded(sae: SaeConfig, architecture: Architecture) -> None:
-    """Raise `ConfigError` for an SAE that can only be trained with all its latents in one place."""
+    """Raise `ConfigError` for an SAE whose latents cannot be divided over ranks."""
     what = architecture.needs_all_latents
     if what is not None:
         raise ConfigError(

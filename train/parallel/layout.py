@@ -1,8 +1,8 @@
-"""Who trains what: the SAEs of a sweep on a rank, the rows it takes of each batch, and the SAEs it saves.
+"""The distribution of a sweep over ranks: which SAEs a rank trains, on which rows of each batch, and which it saves.
 
 | `parallel` | a rank trains | on | and exchanges |
 |---|---|---|---|
-| `spread` | whole SAEs, those it was given | every batch | nothing |
+| `spread` | some whole SAEs | every batch | nothing |
 | `data` | every SAE | its slice of every batch | gradients |
 | `latents` | some latents of every SAE | every batch | candidates and partial reconstructions |
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def spread(costs: Sequence[int], n_ranks: int) -> list[int]:
-    """Return the rank of each SAE: the costliest first, each to the rank that has least to do."""
+    """Assign each SAE to a rank: in order of decreasing cost, each to the rank with the lowest total so far."""
     loads, owners = [0] * n_ranks, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[index] = loads.index(min(loads))
@@ -37,7 +37,7 @@ def spread(costs: Sequence[int], n_ranks: int) -> list[int]:
 
 
 def most_held(parallel: str, costs: Sequence[int], held: Sequence[int], n_ranks: int) -> int:
-    """Return, of what each SAE holds, the total on the rank that has most, when they are spread by their costs."""
+    """Return the largest total of `held` on any rank, where `spread` distributes SAEs by their costs."""
     if parallel == "data":
         return sum(held)
     if parallel == "latents":
@@ -48,10 +48,10 @@ def most_held(parallel: str, costs: Sequence[int], held: Sequence[int], n_ranks:
 
 @dataclass(frozen=True)
 class Layout:
-    """A rank's share of a sweep; `savers` says by which rank each SAE is saved.
+    """A rank's share of a sweep; `savers` holds the rank that saves each SAE.
 
     Raises:
-        ConfigError: some rank would have nothing to do.
+        ConfigError: some rank would have nothing to train.
     """
 
     ranks: TrainRanks = field(default_factory=TrainRanks)
@@ -60,7 +60,7 @@ class Layout:
 
     @classmethod
     def of(cls, parallel: str, n_parameters: Mapping[str, int], ranks: TrainRanks) -> Layout:
-        """Lay a sweep out over ranks, by the parameters of its SAEs."""
+        """Distribute a sweep over ranks by its SAEs' numbers of parameters."""
         if parallel == "spread" and len(n_parameters) < ranks.n:
             raise ConfigError(
                 f"{ranks.n} processes have {len(n_parameters)} SAEs to train; start as many at most, "
@@ -71,7 +71,7 @@ class Layout:
 
     @cached_property
     def across(self) -> Collectives:
-        """Return what joins this rank's steps to the others'."""
+        """Return the reductions that combine this rank's steps with those of the others."""
         if self.ranks.n == 1 or self.parallel == "spread":
             return SINGLE_PROCESS
         return DataParallel(self.ranks) if self.parallel == "data" else LatentShards(self.ranks)
@@ -86,20 +86,20 @@ class Layout:
         return self.savers.get(name, 0) == self.ranks.rank
 
     def saes_here(self, saes: Sequence[SaeConfig]) -> list[SaeConfig]:
-        """Return the SAEs that this rank trains, or trains a part of."""
+        """Return the SAEs that this rank trains, entirely or in part."""
         return [sae for sae in saes if self.parallel != "spread" or self.saves(str(sae.name))]
 
     @property
     def batch_slice(self) -> tuple[int, int]:
-        """Return which of how many slices of every batch this rank reads."""
+        """Return (i, n): this rank reads slice i of the n slices of every batch."""
         return (self.ranks.rank, self.ranks.n) if self.parallel == "data" else (0, 1)
 
     def whole(self, name: str, tensors: Mapping[str, Tensor], d_sae: int) -> Mapping[str, Tensor]:
-        """Return, on the rank that saves an SAE, its tensors in full; to be called by all ranks that train it."""
+        """Return an SAE's full tensors on the rank that saves it; all ranks that train it must call this."""
         if isinstance(self.across, LatentShards):
             return self.across.whole(tensors, d_sae, self.savers[name])
         return tensors
 
     def latents_here(self, d_sae: int) -> slice | None:
-        """Return the latents that this rank trains of an SAE, if not all."""
+        """Return the latents of an SAE that this rank trains, or None for all."""
         return self.ranks.part(d_sae) if isinstance(self.across, LatentShards) else None

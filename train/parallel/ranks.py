@@ -23,7 +23,7 @@ from ...shared.core.compute.processes import Ranks, start_group
 _STEPS_LAG = 4
 _LOST = (
     "another process of this run stopped or cannot be reached; "
-    "start the same command again to resume from the last checkpoint"
+    "run the same command again to resume from the last checkpoint"
 )
 
 
@@ -82,7 +82,7 @@ class TrainRanks(Ranks):
         return torch.cat([every[:length] for every, length in zip(self.stack(padded), lengths, strict=True)])
 
     def join(self, parts: Mapping[str, Tensor], length: int, to: int) -> dict[str, Tensor]:
-        """Return, on rank `to`, the whole tensors of `length` rows of which each rank holds `part`; else nothing."""
+        """Return the whole tensors of `length` rows, of which each rank holds `part`, on rank `to`; else nothing."""
         joined = {}
         with self.reaching():
             for name in sorted(parts):
@@ -99,7 +99,7 @@ class TrainRanks(Ranks):
 
 
 class Decision(NamedTuple):
-    """What all ranks do after a step: stop, or end because no rank has an SAE left to train."""
+    """The decision of all ranks after a step: stop, or end because no rank has an SAE left to train."""
 
     stop: bool
     all_diverged: bool
@@ -108,7 +108,7 @@ class Decision(NamedTuple):
 class Agreement:
     """Lets all ranks act after the same step without waiting for each other at every step.
 
-    What a rank asks for at a step is acted on `_STEPS_LAG` steps later, when every rank's flags have arrived.
+    A rank's request takes effect `_STEPS_LAG` steps later, when the flags of all ranks have arrived.
     """
 
     def __init__(self, ranks: TrainRanks):
@@ -116,7 +116,7 @@ class Agreement:
         self._asked: deque[tuple[Tensor, dist.Work | None]] = deque()
 
     def ask(self, stop: bool, trains: bool) -> Decision:
-        """Share whether this rank should stop and whether it still trains an SAE; return what all ranks do now."""
+        """Share whether this rank should stop and whether it still trains an SAE; return the decision of all ranks."""
         if self._ranks.n == 1:
             return Decision(stop, not trains)
         flags = torch.tensor([stop, trains], dtype=torch.uint8)
@@ -139,13 +139,13 @@ class Agreement:
 
 @contextmanager
 def open_ranks(device: str) -> Iterator[TrainRanks]:
-    """Join the processes that `torchrun`, or a launcher with its environment variables, started; alone without one.
+    """Join the processes started by `torchrun` or a compatible launcher; without a launcher, return a single rank.
 
-    A process group that the caller has made is used and not destroyed.
+    A process group that the caller has created is used and not destroyed.
 
     Raises:
-        ConfigError: there is no such device, or not one for each process.
-        RankError: the processes cannot meet.
+        ConfigError: the device does not exist, or there are fewer devices than processes.
+        RankError: the processes cannot connect.
     """
     if not dist.is_initialized() and n_launched() == 1:
         yield TrainRanks(choose_device(device))

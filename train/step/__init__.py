@@ -1,1 +1,1 @@
-"""One step of one SAE: trainer, fused step, graphs, optimizer and schedules."""
+"""The training of one SAE, step by step: trainer, fused step, CUDA graphs, optimizer and schedules."""

@@ -1,7 +1,7 @@
-"""What the host must know of the device so that a step's shapes are fixed, and the few steps at which it looks.
+"""Values that the host reads back from the GPU to fix a step's tensor shapes, and the steps at which it polls them.
 
-Where the looks fall is decided by what they see and saved with the rest of the state, never by when lines are
-logged: a run that was resumed looks where the whole one did.
+The steps of the polls follow from the values read, and are saved with the rest of the state. They do not depend on when
+metrics are logged, so a run that resumes polls at the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ DEAD_STATE, _ROOM_STATE = "looks.dead", "looks.room"
 
 
 class DeadLatentPoll:
-    """For how many dead latents AuxK must have room.
+    """An upper bound on the number of dead latents, for which AuxK must allocate.
 
-    From the longest silence of any latent follows for how many steps none can be dead, and AuxK has no work. While
-    some may be, the host looks every 16 steps how many can be before it looks again.
+    The largest number of tokens since any latent fired gives a number of steps during which no latent can be dead and
+    AuxK has nothing to do. While some latents may be dead, the host polls every 16 steps how many can be dead before
+    the next poll.
     """
 
     def __init__(self, dead_after_tokens: int):
         self.dead_after_tokens = dead_after_tokens
         self.n_dead = 0
-        self.look_at = 0
+        self.next_poll = 0
 
     def before(self, step: int, batch_size: int, tokens_since_fired: Tensor) -> int:
-        """Return the room that this step needs, 0 where no latent can be dead; steps count from 0."""
-        if step >= self.look_at:
+        """Return the bound for this step, 0 if no latent can be dead; steps count from 0."""
+        if step >= self.next_poll:
             soon = tokens_since_fired >= self.dead_after_tokens - STEPS_BETWEEN * batch_size
             longest, count = torch.stack([tokens_since_fired.max(), torch.count_nonzero(soon)]).tolist()
             left = self.dead_after_tokens - longest
             self.n_dead = min(power_of_two(count), len(tokens_since_fired)) if left <= 0 else 0
-            self.look_at = step + (STEPS_BETWEEN if left <= 0 else -(-left // batch_size))
+            self.next_poll = step + (STEPS_BETWEEN if left <= 0 else -(-left // batch_size))
         return self.n_dead
 
     def state(self) -> Tensor:
-        """Return what a later step depends on."""
-        return torch.tensor([self.n_dead, self.look_at])
+        """Return the state that later steps depend on."""
+        return torch.tensor([self.n_dead, self.next_poll])
 
     def load(self, state: Tensor | None) -> None:
-        """Go back to a saved state; where another path saved none, look first."""
-        self.n_dead, self.look_at = state.tolist() if state is not None else (0, 0)
+        """Restore a saved state; if another code path saved none, poll at the next step."""
+        self.n_dead, self.next_poll = state.tolist() if state is not None else (0, 0)
 
 
 class Polls(Protocol):

@@ -18,11 +18,11 @@ _BLOCK_ELEMENTS = 1 << 18
 class Optimizer:
     """Fused Adam over an SAE's parameters; with `weight_decay`, AdamW (arXiv 1711.05101) over its matrices.
 
-    Biases and thresholds are not decayed: zero is the mean of the inputs and no better a threshold than another.
+    Biases and thresholds are not decayed, because zero is the mean of the inputs and not a preferred threshold.
 
-    Where the architecture has a unit-norm decoder, the gradient parallel to each decoder row is
-    removed before the step and the rows are normalised after it (arXiv 2406.04093, A.1). `copies` are of
-    parameters, in the type that products read them in, and follow every step.
+    If the architecture has a unit-norm decoder, the gradient parallel to each decoder row is removed before the step,
+    and the rows are normalised after it (arXiv 2406.04093, A.1). `copies` are copies of parameters in the compute
+    dtype, and are updated after every step.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Optimizer:
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
     def step(self, gradients: Mapping[str, Gradient], lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
-        """Change the parameters in place; return the gradient's norm where it is clipped.
+        """Update the parameters in place; return the gradient's norm if it is clipped.
 
-        Where `skip`, on the device, is 1, nothing is changed.
+        If `skip`, on the device, is 1, nothing changes.
 
-        Large matrices go a block of rows at a time, so that on a CPU a block stays in cache from its gradient,
-        which may be computed only then, to normalisation and the copy in `copies`.
+        Large matrices are updated one block of rows at a time. On a CPU, a block then stays in cache from its gradient,
+        which may be computed only then, to its normalisation and its copy in `copies`.
         """
         norm = None
         if self.clip_grad_norm:
@@ -86,7 +86,7 @@ class Optimizer:
             self.copies[name][rows].copy_(changed)
 
     def copy(self) -> None:
-        """Bring the copies up to date after something other than a step has changed the parameters."""
+        """Update the copies after something other than a step has changed the parameters."""
         for name, copy in self.copies.items():
             copy.copy_(self.parameters[name])
 

@@ -1,4 +1,4 @@
-"""Resampling of dead latents: they start again at inputs that are reconstructed badly (Anthropic, 2023)."""
+"""Resampling of dead latents: they restart at inputs that are reconstructed badly (Anthropic, 2023)."""
 
 from __future__ import annotations
 

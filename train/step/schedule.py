@@ -11,9 +11,9 @@ def lr_factor(
 ) -> float:
     """Return the learning rate's factor at a step, counted from 0: linear warm-up, constant, decay to zero.
 
-    The decay takes the last `decay_fraction` of the steps: none for 0, and all after the warm-up for 1. Its shape is a
-    line or half a cosine (arXiv 1608.03983 without restarts). A warm-up longer than the time before the decay is cut
-    short, but where the decay leaves none it is kept and multiplies the decay.
+    The decay covers the last `decay_fraction` of the steps: none for 0, and everything after the warm-up for 1. Its
+    shape is a line or half a cosine (arXiv 1608.03983 without restarts). A warm-up that is longer than the time before
+    the decay is cut short; if the decay leaves no time before it, the warm-up is kept and multiplies the decay.
     """
     n_decay = round(n_steps * decay_fraction)
     if n_decay < n_steps:

@@ -30,11 +30,11 @@ class _Captured:
 
 
 class StepGraphs:
-    """A step that runs as it is until its key has been the same for three steps, and from then on as a graph.
+    """Runs a step normally until its key has been the same for three steps, and then as a captured graph.
 
-    The key says all that fixes a step's launches: its shapes, and whatever else the host decides. What changes
-    from step to step besides the batch must be read from the device, and state be changed in place. Kernels are
-    compiled by the steps before the capture. Where `capture` is None steps are never captured.
+    The key contains everything that determines a step's launches: its shapes, and whatever else the host decides. All
+    that changes between steps besides the batch must be read from the device, and state must be changed in place. The
+    steps before the capture compile the kernels. If `capture` is None, steps are never captured.
     """
 
     def __init__(self, capture: Capture | None):
@@ -44,10 +44,10 @@ class StepGraphs:
         self._steps_alike = 0
 
     def __call__(self, run: Run, batch: Batch, key: Hashable | None) -> dict[str, Number]:
-        """Take a step by `run` and return its numbers, which later steps do not change.
+        """Take a step with `run` and return its metrics, which later steps do not change.
 
-        A key of None is never captured. After a capture that failed steps run as they are, and raise what was not the
-        capture's fault.
+        A key of None is never captured. If a capture fails, this and later steps run normally, and raise errors that
+        were not caused by the capture.
         """
         if key not in self._graphs and (self._capture is None or key is None or not self._settled(key)):
             return run(batch)
@@ -67,7 +67,7 @@ class StepGraphs:
         return dict(zip(captured.names, captured.numbers[0].clone().unbind(), strict=True))
 
     def _settled(self, key: Hashable) -> bool:
-        """Return whether enough steps of this key have run, so that all that they compile is compiled."""
+        """Return whether enough steps with this key have run to compile everything that they need."""
         self._steps_alike = self._steps_alike + 1 if key == self._key else 0
         self._key = key
         return self._steps_alike >= _EAGER_STEPS
@@ -101,17 +101,17 @@ def _on_device(number: Number, device: torch.device) -> Tensor:
 
 
 def capture_on_cuda(run: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that repeats, as one graph, what `run` launches.
+    """Capture what `run` launches, and return a function that replays it as one graph.
 
-    The thread that decodes windows keeps copying meanwhile, so only this thread's unsafe calls are refused. All
-    graphs share one pool of memory: each leaves nothing there that is read after another has run.
+    The decoding thread continues to copy during the capture, so only this thread's unsafe calls are refused. All graphs
+    share one memory pool, because no graph leaves anything in it that is read after another graph has run.
     """
     graph, pool, stream = torch.cuda.CUDAGraph(), _pool(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             run()
     except BaseException:
-        # Where ending the capture fails too, PyTorch leaves its stream current and new memory coming from the pool.
+        # If ending the capture fails too, PyTorch leaves its stream current and keeps allocating from the pool.
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)

@@ -1,1 +1,1 @@
-"""The bytes of a store and the values that they stand for (docs/FORMAT.md); no effects."""
+"""Encode and decode the bytes of a store (docs/FORMAT.md), without side effects."""

@@ -61,7 +61,7 @@ def float64_blocks(bits: np.ndarray, dtype: str) -> Iterator[np.ndarray]:
 
 
 def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return this thread's uint32 and float64 buffers: allocating them anew would cost more than the conversion."""
+    """Return this thread's uint32 and float64 buffers: allocating new ones would cost more than the conversion."""
     found: tuple[np.ndarray, np.ndarray] | None = getattr(_local, "buffers", None)
     if found is None or len(found[0]) < size:
         found = _local.buffers = np.empty(size, np.uint32), np.empty(size)

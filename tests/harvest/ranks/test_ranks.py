@@ -36,7 +36,7 @@ def test_any_number_of_ranks_leaves_the_bytes_of_one_process(toml: Path, play_ra
     for world, made in ((2, two), (3, three)):
         pairs = sorted(tuple(map(int, line.split())) for line in made.splitlines())
         assert pairs == sorted((shard % world, shard) for shard in range(N_SHARDS))
-    assert "error: rank 1 is gone; what was harvested is kept: start the same command again" in rank_killed
+    assert "error: rank 1 is gone; what was harvested is kept: run the same command again" in rank_killed
     assert "error: rank 1 stops: another rank ended or cannot be reached; what was harvested" in first_killed
 
 

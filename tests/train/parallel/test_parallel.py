@@ -189,7 +189,7 @@ def test_a_rank_that_dies_stops_the_run_with_one_line_and_it_resumes(configs, tm
     assert codes == [2, -signal.SIGKILL]
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert "another process of this run stopped" in error
-    assert "start the same command again" in error
+    assert "run the same command again" in error
     assert "Traceback" not in said
     assert json.loads((tmp_path / "died" / "checkpoint.json").read_text())["step"] == 12
     for folder in train(config):
@@ -202,7 +202,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(configs, tmp_path):
     path = save(config, tmp_path / "stopped")
     codes, said = run_ranks(2, "SIGTERM", path)
     assert sorted(codes) == [2, 128 + signal.SIGINT]
-    assert said.count("interrupted; start the same command again to resume") == 1
+    assert said.count("interrupted; run the same command again to resume") == 1
     step = json.loads((tmp_path / "stopped" / "checkpoint.json").read_text())["step"]
     assert 17 <= step < 24
     assert {len(numbers(tmp_path / "stopped" / str(sae.name))) for sae in config.sae} == {step}

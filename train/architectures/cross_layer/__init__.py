@@ -1,7 +1,7 @@
 """Cross-layer transcoders: the latents of a layer write to the targets of that layer and of all later ones.
 
-`base` has what they share and `layers` where each layer's part of the parameters lies; the other files have one rule
-each by which latents are chosen.
+`base` has what they share, and `layers` describes where each layer's parameters are stored. Each of the other files has
+one rule for choosing latents.
 """
 
 from . import jumprelu as jumprelu

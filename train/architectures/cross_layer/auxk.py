@@ -1,4 +1,4 @@
-"""AuxK across layers: dead latents learn to reconstruct what the others leave of every target that they write.
+"""AuxK across layers: dead latents learn to reconstruct the residuals of all targets that they write.
 
 With the residuals `e_m = y_m - y_hat_m` held constant, the largest `k_aux` dead latents of each row, of all layers
 together, decode without `b_dec` to `e_hat_m`, and `sum_m ||e_m - e_hat_m||^2 / sum_m ||e_m||^2` is added
@@ -33,8 +33,8 @@ def add_auxk_across(
 ) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
-    `errors` are the residuals' opposites. Products are dense over the dead latents, in the compute dtype, a block of
-    rows at a time.
+    `errors` are the negative residuals. Products are dense over the dead latents, in the compute dtype, for one block
+    of rows at a time.
     """
     latents = dead.nonzero().squeeze(1)
     if not len(latents):
@@ -46,7 +46,7 @@ def add_auxk_across(
     weight = torch.where(scale > 0, 2 * coefficient / scale, 0)
     W_enc = [one.W_enc_compute[part] for one, part in zip(inputs, by_layer, strict=True)]
     b_enc = [one.b_enc[part].to(compute) for one, part in zip(inputs, by_layer, strict=True)]
-    # Of each target: the rows of W_dec through which dead latents write it; the latents are the first so many.
+    # For each target: the rows of W_dec with which dead latents write it. They belong to the first of the dead latents.
     rows_of = [
         torch.cat([part + layers.decoder(layer, target).start for layer, part in enumerate(by_layer[: target + 1])])
         for target in range(layers.n)

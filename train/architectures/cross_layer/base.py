@@ -1,4 +1,4 @@
-"""What all cross-layer transcoders share, whatever chooses their latents (Anthropic, "Circuit Tracing", March 2025)."""
+"""The base of cross-layer transcoders (Anthropic, "Circuit Tracing", March 2025)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FIRST_NORM = 0.1
 class CrossLayer(Architecture[C]):
     """Base: `f_l` from `W_enc_l x_l + b_enc_l`, and `y_hat_m = sum_{l <= m} f_l W_dec[l -> m] + b_dec_m`.
 
-    `b_dec` starts at the targets' means; encoders do not subtract it. Decoder norms are free while training. The norm
-    of a latent is that of its decoders for all targets, one after another.
+    `b_dec` starts at the targets' means; encoders do not subtract it. Decoder norms are unconstrained in training. A
+    latent's norm is the norm of its decoders for all targets, concatenated.
 
-    A subclass also inherits from the architecture whose rule and keys it uses. `activation` is the rule of the saved
-    transcoder, `folds` says whether norms are folded into the encoder on saving, and `refused` are keys of the table
-    that have no meaning across layers.
+    A subclass also inherits from the architecture whose selection and keys it uses. `activation` is the activation of
+    the saved transcoder, `folds` says whether norms are folded into the encoder on saving, and `refused` lists keys of
+    the table that do not apply across layers.
     """
 
     saved_as = "cross_layer_transcoder"
@@ -60,14 +60,14 @@ class CrossLayer(Architecture[C]):
 
     @property
     def unit_norm_decoder(self) -> bool:
-        """Decoder norms are free."""
+        """Decoder norms are not constrained."""
         return False
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return random decoders, of norm 0.1 over all targets, and an encoder.
+        """Return random decoders, of norm 0.1 over all targets, and an encoder with rows of norm 0.1.
 
-        Encoder rows are the directions of the decoder for the latents' own layer where widths agree, and otherwise
-        random; their norm is 0.1.
+        Encoder rows have the directions of the decoders for the same layer if the widths are equal; otherwise they are
+        random.
         """
         layers = self.layers
         W_dec = torch.randn(layers.n_pairs * layers.d_sae, layers.d_out, generator=generator)
@@ -83,11 +83,11 @@ class CrossLayer(Architecture[C]):
         }
 
     def thresholds(self, parameters: Parameters, buffers: Buffers) -> Float[Tensor, " all_latents"] | None:
-        """Return what a latent must exceed to fire, where the saved transcoder has thresholds."""
+        """Return the thresholds that latents must exceed to fire, if the saved transcoder has thresholds."""
         return None
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
-        """Return each layer's tensors for raw inputs and targets, each of which has its own mean and scale."""
+        """Return each layer's tensors for raw inputs and targets; each hook point has its own mean and scale."""
         layers, target = self.layers, normalization.target or normalization
         mean, scale = _by_layer(normalization, layers.n)
         target_mean, target_scale = _by_layer(target, layers.n)
@@ -111,7 +111,7 @@ class CrossLayer(Architecture[C]):
     def imported(self, sae: Any, normalization: Normalization) -> tuple[Parameters, Buffers]:
         """Return the parameters with which training starts from a transcoder: the inverse of `exported`.
 
-        Where norms are folded on saving, decoders start at norm one on normalised targets.
+        If norms are folded on saving, decoders start at norm one on normalised targets.
         """
         self.check_source(sae)
         layers, target = self.layers, normalization.target or normalization
@@ -141,11 +141,11 @@ class CrossLayer(Architecture[C]):
     def with_thresholds(
         self, parameters: Parameters, threshold: Float[Tensor, " all_latents"] | None
     ) -> tuple[Parameters, Buffers]:
-        """Return parameters and buffers that hold thresholds, where the rule has any."""
+        """Return the parameters and buffers that hold thresholds, if there are any."""
         return parameters, self.initial_buffers()
 
     def check_source(self, sae: Any) -> None:
-        """Raise `SaeError` if the transcoder has another rule, other sizes, or other hook points."""
+        """Raise `SaeError` if the transcoder has another activation, other sizes, or other hook points."""
         if not isinstance(sae, CrossLayerTranscoder):
             raise SaeError(f"expected a cross-layer transcoder, got a '{sae.architecture}' SAE")
         layers, wiring = self.layers, self.config.wiring
@@ -158,14 +158,14 @@ class CrossLayer(Architecture[C]):
                 raise SaeError(f"{what} {_shown(a)}; expected {_shown(b)}")
 
     def differences(self, sae: Any, normalization: Normalization) -> list[str]:
-        """Return how the first step differs from what a transcoder computes, each as a line for the user."""
+        """Return lines for the user on how the first step differs from what the transcoder computes."""
         return [
             f"it is of a model loaded with {name} = true, this one of the model as it is"
             for name in sae.model_processing
         ]
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Add what the saved transcoder reads and writes, and its rule."""
+        """Also return the hook points that the saved transcoder reads and writes, and its activation."""
         wiring = self.config.wiring
         own = {"reads": list(wiring.reads), "writes": list(wiring.writes), "activation": self.activation}
         return super().hyperparameters() | own
@@ -173,7 +173,7 @@ class CrossLayer(Architecture[C]):
     def to_sae(
         self, parameters: Parameters, buffers: Buffers, normalization: Normalization, metadata: dict[str, Any]
     ) -> CrossLayerTranscoder:
-        """Return the transcoder for inference on raw rows, those of all layers side by side."""
+        """Return the transcoder for inference on raw rows, with the rows of all layers concatenated."""
         tensors = self.exported(parameters, buffers, normalization)
         return CrossLayerTranscoder(
             {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
@@ -189,7 +189,7 @@ def _by_layer(normalization: Normalization, n: int) -> tuple[Float[Tensor, "n d"
 
 
 def _with_folded_norms(tensors: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Return tensors whose latents took the norms of their decoders."""
+    """Return tensors with decoder norms folded into the latents."""
     folded = dict(tensors)
     for i in range(n):
         norms = torch.linalg.vector_norm(tensors[f"W_dec_{i}"], dim=(1, 2)).clamp_min(1e-8)

@@ -24,24 +24,24 @@ from .layers import LayerInput, entries_above, squared_errors
 class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
     """`f_l = z_l H(z_l - theta_l)`, loss `sum_m ||y_m - y_hat_m||^2 / d_out + lambda L0`, or with a target L0.
 
-    L0 is that of all layers' latents together, and `d_out` the width of one target, so that a layer weighs as much as a
-    transcoder of its own. Thresholds learn as those of `JumpReLU` do.
+    L0 counts the latents of all layers, and `d_out` is the width of one target, so that a layer has the same weight as
+    in a separate transcoder. Thresholds are trained as in `JumpReLU`.
     """
 
     activation = "jumprelu"
 
     @property
     def width(self) -> int:
-        """The width of what a layer reads, which the published bandwidth and first threshold are scaled by."""
+        """The width of a layer's input, by which the published bandwidth and initial threshold are scaled."""
         return self.layers.d_in
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Add the thresholds' logarithms."""
+        """Also return the thresholds' logarithms."""
         log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
         return super().initial_parameters(generator) | {"log_threshold": log_threshold}
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
-        """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, where an L0 is given."""
+        """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, if an L0 is given."""
         if self._first_l0 is None or self.config.initial_threshold is not None:
             return
         n_active = round(len(batch.x) * self._first_l0 / self.d_sae)
@@ -49,7 +49,7 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
         parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
 
     def _exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
-        """Return for each latent the value that `W_enc_l x_l` exceeds in so many rows."""
+        """Return for each latent the value that `W_enc_l x_l` exceeds in the given number of rows."""
         return torch.cat(
             [
                 exceeded_by({"W_enc": parameters["W_enc"][self.layers.latents(i)]}, x, n_rows, centred=False)
@@ -64,12 +64,12 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
     def with_thresholds(
         self, parameters: Parameters, threshold: Float[Tensor, " all_latents"] | None
     ) -> tuple[Parameters, Buffers]:
-        """Add the thresholds' logarithms; thresholds that have none start just above zero."""
+        """Also return the thresholds' logarithms; thresholds of zero or less start just above zero."""
         assert threshold is not None
         return parameters | {"log_threshold": threshold.clamp_min(LEAST_IMPORTED_THRESHOLD).log()}, {}
 
     def differences(self, sae: Any, normalization: Normalization) -> list[str]:
-        """Add keys that are not used."""
+        """Also report keys that are not used."""
         config = self.config
         unused = unused_start(initial_l0=config.initial_l0, initial_threshold=config.initial_threshold)
         return super().differences(sae, normalization) + unused
@@ -116,12 +116,12 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
 class CrossLayerTanhJumpReLU(CrossLayerJumpReLU, TanhJumpReLU):
     """The loss of "Circuit Tracing", `sum_m ||y_m - y_hat_m||^2 + lambda sum_i tanh(c f_i ||W_dec_i||)`.
 
-    `W_dec_i` are a latent's decoders for all its targets, one after another. The pre-activation loss of `TanhJumpReLU`,
-    `lambda_P sum_i ReLU(theta_i - z_i) ||W_dec_i||`, is added; the thresholds' gradients are also those given there.
+    `W_dec_i` are a latent's decoders for all its targets, concatenated. The pre-activation loss of `TanhJumpReLU`,
+    `lambda_P sum_i ReLU(theta_i - z_i) ||W_dec_i||`, is added; the thresholds' gradients are also described there.
     """
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
-        """Set the encoders' biases so that 10,000 latents in all fire on a row of the first batch, at most half."""
+        """Set the biases so that 10,000 latents of all layers, at most half, fire per row of the first batch."""
         lowest = self._exceeded_by(parameters, batch, self.n_first_rows(len(batch.x)))
         parameters["b_enc"].copy_(parameters["log_threshold"].exp() - lowest)
 
@@ -149,7 +149,7 @@ class CrossLayerTanhJumpReLU(CrossLayerJumpReLU, TanhJumpReLU):
             by_log_threshold.append(-some.sum(by_values * near) * theta[own] / epsilon)
             by_norms.append(some.sum(slope * acts))
             by_pre_acts.append((by_values + weights * pull) * active)
-            # Each latent's terms below its threshold are those of all rows less those of the rows where it is active.
+            # The terms below a threshold are those of all rows minus those of the rows where the latent is active.
             sum_x = inputs[i].x.sum(0)
             every = rows * (theta[own] - parameters["b_enc"][own]) - parameters["W_enc"][own] @ sum_x
             below.append(every + some.sum(distance * active))

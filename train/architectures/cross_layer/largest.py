@@ -28,15 +28,15 @@ L = TypeVar("L", bound=CompetingConfig)
 class CrossLayerLargest(CrossLayer[L], TopK[L]):
     """Loss `sum_m ||y_m - y_hat_m||^2 / sum_m Var(y_m)` and AuxK.
 
-    With `select_over = "all"` latents of all layers compete for the same k places of a row; with `"layer"` each layer
-    keeps k. Latents are chosen by their values, whatever the norms of their decoders, so norms are kept on saving.
+    With `select_over = "all"`, the k largest latents of a row are chosen among all layers; with `"layer"`, k in each
+    layer. Latents are chosen by their values, independently of their decoders' norms, so norms are kept on saving.
     """
 
     folds = False
 
     @property
     def over_all(self) -> bool:
-        """Whether the latents of all layers compete."""
+        """Whether latents are chosen among all layers."""
         return self.config.select_over != "layer"
 
     def choose(self, inputs: Sequence[LayerInput], step: StepInput) -> list[SparseLatents]:
@@ -68,20 +68,20 @@ class CrossLayerLargest(CrossLayer[L], TopK[L]):
         return StepOutput(gradients, fired, sum(terms.values()), mse, l0, terms)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Add what latents competed with."""
+        """Also return `select_over`."""
         return super().hyperparameters() | {"select_over": "all" if self.over_all else "layer"}
 
 
 @register(TopKConfig, cross_layer=True)
 class CrossLayerTopK(CrossLayerLargest[TopKConfig]):
-    """The k largest of each row's latents, of all layers or of each."""
+    """TopK: the k largest latents of each row, among all layers or in each layer."""
 
     activation = "topk"
     refused = (*CrossLayer.refused, "k_anneal_steps", "multi_topk_coefficient")
 
     @property
     def note(self) -> str | None:
-        """That a model cannot be run with the choice among all layers' latents."""
+        """A note if latents are chosen among all layers, because the model cannot be run with such a transcoder."""
         if not self.over_all:
             return None
         return (
@@ -109,9 +109,9 @@ class CrossLayerTopK(CrossLayerLargest[TopKConfig]):
 
 @register(BatchTopKConfig, cross_layer=True)
 class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTopKConfig]):
-    """The `batch * k` largest latents of a batch, of all layers or of each.
+    """BatchTopK: the `batch * k` largest latents of a batch, among all layers or in each layer.
 
-    Saved with thresholds, one for all latents or for each layer's: running means of each batch's smallest kept latent.
+    Saved with one threshold for all latents, or one per layer: the running mean of each batch's smallest kept latent.
     """
 
     activation = "jumprelu"
@@ -138,7 +138,7 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
         return by_layer.repeat_interleave(self.layers.d_sae)
 
     def differences(self, sae: Any, normalization: Normalization) -> list[str]:
-        """Add thresholds that are averaged."""
+        """Also report thresholds that are averaged."""
         found = super().differences(sae, normalization)
         thresholds = torch.cat([sae.get_parameter(f"threshold_{i}") for i in range(self.layers.n)])
         by_layer = thresholds.view(1 if self.over_all else self.layers.n, -1)
@@ -154,13 +154,13 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
     def with_thresholds(
         self, parameters: Parameters, threshold: Float[Tensor, " all_latents"] | None
     ) -> tuple[Parameters, Buffers]:
-        """Return the means of thresholds, of all latents or of each layer's, as running thresholds."""
+        """Return the mean of the thresholds, over all latents or per layer, as running thresholds."""
         assert threshold is not None
         by_layer = threshold.view(1 if self.over_all else self.layers.n, -1)
         return parameters, {"threshold": by_layer.mean(1)}
 
 
 def _smallest_positive(pre_acts: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
-    """Return the least positive value, infinity where there is none."""
+    """Return the smallest positive value, or infinity if there is none."""
     positive = pre_acts.where(pre_acts > 0, torch.inf).float()
     return positive.amin() if len(positive) else positive.new_full((), torch.inf)

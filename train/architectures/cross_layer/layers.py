@@ -1,8 +1,7 @@
-"""The sizes of a cross-layer transcoder, and where each layer's part of its parameters lies.
+"""The sizes of a cross-layer transcoder, and where each layer's parameters are stored.
 
-Latents are numbered layer after layer. `W_dec` has a block of `d_sae` rows for each pair of a layer and a target that
-it writes: those of the first layer by target, then those of the second, and so on. Targets before a layer take no
-memory.
+Latents are numbered layer by layer. `W_dec` has a block of `d_sae` rows for each pair of a layer and a target that it
+writes: the first layer's blocks by target, then the second layer's, and so on. Targets before a layer take no memory.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..parts.latents import Latents, above_threshold
 
 
 class LayerInput(NamedTuple):
-    """What a layer's latents are computed from."""
+    """The tensors from which a layer's latents are computed."""
 
     x: Float[Tensor, "batch d_in"]
     x_compute: Float[Tensor, "batch d_in"]
@@ -49,7 +48,7 @@ class Layers:
         return slice(layer * self.d_sae, (layer + 1) * self.d_sae)
 
     def decoder(self, layer: int, target: int) -> slice:
-        """Return the rows of `W_dec` through which a layer's latents write a target."""
+        """Return the rows of `W_dec` with which a layer's latents write a target."""
         pair = layer * self.n - layer * (layer - 1) // 2 + target - layer
         return slice(pair * self.d_sae, (pair + 1) * self.d_sae)
 
@@ -59,7 +58,7 @@ class Layers:
         return W_dec[rows].view(self.n - layer, self.d_sae, -1)
 
     def decoder_norms(self, W_dec: Float[Tensor, "rows d_out"]) -> Float[Tensor, " all_latents"]:
-        """Return the norm of each latent's decoders for all its targets, one after another."""
+        """Return the norm of each latent's decoders for all its targets, concatenated."""
         return torch.cat([torch.linalg.vector_norm(self.decoders(W_dec, i), dim=(0, 2)) for i in range(self.n)])
 
     def scale_decoders(
@@ -70,7 +69,7 @@ class Layers:
         return torch.cat([part.reshape(-1, self.d_out) for part in parts])
 
     def inputs(self, parameters: Parameters, batch: Batch, step: StepInput) -> list[LayerInput]:
-        """Return each layer's input; rows are copied, because the sparse operations read them in one piece."""
+        """Return each layer's input; rows are copied, because the sparse operations need them contiguous."""
 
         def split(rows: Tensor) -> list[Tensor]:
             return [part.contiguous() for part in rows.chunk(self.n, dim=1)]
@@ -88,7 +87,7 @@ class Layers:
         b_dec: Float[Tensor, " all_d_out"],
         y: Float[Tensor, "batch all_d_out"],
     ) -> list[Float[Tensor, "batch d_out"]]:
-        """Return, for each target, its reconstruction from the latents of all layers up to it, less the target."""
+        """Return, for each target, its reconstruction from the latents of all layers up to it, minus the target."""
         errors = []
         for target, (bias, part) in enumerate(zip(b_dec.chunk(self.n), y.chunk(self.n, dim=1), strict=True)):
             error = bias - part
@@ -104,7 +103,7 @@ class Layers:
         g: Sequence[Float[Tensor, "batch d_out"]],
         W_dec: Float[Tensor, "rows d_out"],
     ) -> Tensor:
-        """Return the gradient by each value of a layer's latents, where `g` are those by the reconstructions."""
+        """Return the gradient with respect to a layer's latents from those with respect to the reconstructions, `g`."""
         total = latents.grad_values(g[layer], W_dec[self.decoder(layer, layer)])
         for target in range(layer + 1, self.n):
             total += latents.grad_values(g[target], W_dec[self.decoder(layer, target)])
@@ -122,7 +121,8 @@ class Layers:
     ) -> Parameters:
         """Return the gradients of all parameters.
 
-        `scale g` are the loss's gradients by the reconstructions, `by_pre_acts` those by the pre-activations.
+        `scale g` are the loss's gradients with respect to the reconstructions, and `by_pre_acts` those with respect to
+        the pre-activations.
         """
         names = ("W_enc", "b_enc", "W_dec")
         gradients = {name: torch.empty_like(parameters[name]) for name in names}
@@ -142,7 +142,7 @@ def squared_errors(errors: Sequence[Float[Tensor, "batch d_out"]]) -> Float[Tens
 
 
 def entries_above(one: LayerInput, step: StepInput, threshold: Float[Tensor, " d_sae"] | float = 0.0) -> Latents:
-    """Return the pre-activations of a layer above a threshold, sparse if few are, or else all of them."""
-    # Room for entries is of the whole step's; several selections in a step would each overwrite its certificate.
+    """Return a layer's pre-activations above a threshold: sparse if they are few, otherwise all of them, dense."""
+    # The capacity is for a whole step: several selections in one step would overwrite each other's certificates.
     own = replace(step, W_enc_compute=one.W_enc_compute, room=None)
     return above_threshold(own, {"W_enc": one.W_enc}, Batch(one.x, one.x_compute), one.b_enc, threshold)

@@ -1,4 +1,4 @@
-"""The largest entries of a batch over several layers, found with one layer's pre-activations in memory at a time."""
+"""Find a batch's largest entries over several layers, with one layer's pre-activations in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MARGIN = 1.5
 
 
 def largest_of_batch(inputs: Sequence[LayerInput], step: StepInput, k: int) -> list[SparseLatents]:
-    """Return, by layer, the `rows * k` largest positive entries of all layers together, fewer where there are fewer.
+    """Return, by layer, the `rows * k` largest positive entries of all layers, or all positive ones if they are fewer.
 
-    A sample of rows gives a bound that rarely fails to lie below the least of them. Entries above it are computed in
-    the parameters' precision, and the largest of those are kept, with all that equal the least.
+    A sample of rows gives a lower bound that rarely fails. Entries above it are computed in the parameters' precision,
+    and the largest of these are kept, including ties with the smallest.
     """
     n_kept = k * step.across.rows(len(inputs[0].x))
     floor = step.across.least(_bound(inputs, step, k))
@@ -43,7 +43,7 @@ def entries_at(
 
 
 def _bound(inputs: Sequence[LayerInput], step: StepInput, k: int) -> Float[Tensor, ""]:
-    """Return a value, zero at least, that somewhat more than k entries a row exceed in a sample of rows."""
+    """Return a value, at least zero, that slightly more than k entries per row exceed in a sample of rows."""
     n_rows, n_latents = len(inputs[0].x), sum(len(one.b_enc) for one in inputs)
     stride = max(1, n_rows // min(_SAMPLE_ROWS, max(1, _SAMPLE_ENTRIES // n_latents)))
     parts = []

@@ -17,8 +17,8 @@ from .layers import entries_above, squared_errors
 class CrossLayerStandard(CrossLayer[StandardConfig], Standard[StandardConfig]):
     """`f_l = ReLU(W_enc_l x_l + b_enc_l)`, loss `sum_m ||y_m - y_hat_m||^2 + lambda sum_i f_i ||W_dec_i||`.
 
-    The sums over latents are over those of all layers, and `||W_dec_i||` is the norm of a latent's decoders for all its
-    targets, one after another, as in the penalty of "Circuit Tracing".
+    Sums over latents include all layers, and `||W_dec_i||` is the norm of a latent's decoders for all its targets,
+    concatenated, as in the penalty of "Circuit Tracing".
     """
 
     activation = "relu"

@@ -1,1 +1,1 @@
-"""What several architectures share: sparse and dense latents, the auxiliary loss, dense products."""
+"""Parts that several architectures share: sparse and dense latents, the auxiliary loss, dense products."""

@@ -1,4 +1,4 @@
-"""The auxiliary loss that revives dead latents: they learn to reconstruct what the others leave.
+"""The auxiliary loss that revives dead latents: they learn to reconstruct the residual.
 
 AuxK (arXiv 2406.04093, A.2): with the residual `e = x - x_hat` held constant, the largest `k_aux`
 dead latents of each row decode, without `b_dec`, to `e_hat`, and `||e - e_hat||^2 / ||e||^2` is added.
@@ -38,10 +38,10 @@ def add_auxk(
 ) -> Number:
     """Add the auxiliary loss's gradients to `gradients` in place and return the loss, times its coefficient.
 
-    `error` is `x_hat - x`, the negative of the residual, or `y_hat - y` where other hook points are written.
-    `topk_of_rows` is the backend's. `centred` says whether the encoder subtracts `b_dec`.
-    The products are dense over the dead latents, in the compute dtype, a block of rows at a time. With `n_dead`, which
-    must be at least the number of dead latents, shapes follow from it and nothing waits for the device.
+    `error` is `x_hat - x`, the negative residual, or `y_hat - y` if other hook points are written. `topk_of_rows` is
+    the backend's operation, and `centred` says whether the encoder subtracts `b_dec`. The products are dense over the
+    dead latents, in the compute dtype, for one block of rows at a time. With `n_dead`, which must be at least the
+    number of dead latents, shapes depend only on it and nothing waits for the device.
     """
     latents = dead.nonzero().squeeze(1) if n_dead is None else torch.argsort((~dead).byte(), stable=True)[:n_dead]
     if not len(latents):

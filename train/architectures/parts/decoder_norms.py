@@ -1,4 +1,4 @@
-"""The norms of decoder rows: what penalties weigh latents by, and how they are folded into the encoder."""
+"""The norms of decoder rows: the weights of latents in penalties, and how to fold them into the encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 NORM_TOLERANCE = 1e-3
-"""Decoder rows have unit norm if their norms differ from 1 by at most this."""
+"""Largest difference from 1 of the norm of a decoder row that counts as a unit norm."""
 
 
 def are_unit_norms(norms: Float[Tensor, " d_sae"]) -> bool:
@@ -17,9 +17,9 @@ def are_unit_norms(norms: Float[Tensor, " d_sae"]) -> bool:
 
 
 def fold_decoder_norms(tensors: dict[str, Tensor], n_targets: int = 1) -> dict[str, Tensor]:
-    """Return saved tensors whose decoder rows have unit norm and whose latents took the norms.
+    """Return saved tensors with the norms of decoder rows folded into the latents, so that rows have unit norm.
 
-    With several targets a row's norm is the sum of its norms for them.
+    With several targets, a row's norm is the sum of its norms for them.
     """
     norms = DecoderNorms.of(tensors["W_dec"], n_targets).sums.clamp_min(1e-8)
     by_latent = ("W_enc", "b_enc", "threshold", "b_gate", "b_mag")
@@ -29,7 +29,7 @@ def fold_decoder_norms(tensors: dict[str, Tensor], n_targets: int = 1) -> dict[s
 
 @dataclass(frozen=True)
 class DecoderNorms:
-    """The norms by which penalties weigh latents: those of a row at each hook point that is written, and their sum.
+    """The norms that weight latents in penalties: those of a row at each hook point that is written, and their sum.
 
     The sum, not the norm of the whole row, is the penalty of crosscoders (Anthropic, "Sparse crosscoders", 2024).
     """
@@ -39,17 +39,17 @@ class DecoderNorms:
 
     @classmethod
     def of(cls, W_dec: Float[Tensor, "d_sae d_out"], n_targets: int) -> DecoderNorms:
-        """Return the norms of decoder rows that lie side by side by target."""
+        """Return the norms of decoder rows, which are concatenated by target."""
         by_target = W_dec.reshape(len(W_dec), n_targets, -1).norm(dim=2)
         return cls(by_target, by_target.sum(1))
 
     def add_gradient(
         self, gradient: Float[Tensor, "d_sae d_out"], W_dec: Float[Tensor, "d_sae d_out"], by_sums: Tensor, fused: bool
     ) -> None:
-        """Add to the decoder's gradient what follows from a gradient by the sums.
+        """Add to the decoder's gradient the contribution of a gradient with respect to the sums.
 
-        `fused` rounds once for a product and a sum. SAEs and transcoders differ in it, so that neither's weights change
-        from release to release.
+        `fused` rounds a product and a sum only once. SAEs and transcoders differ in this, as in earlier releases, so
+        that the weights of neither change.
         """
         shape = (*self.by_target.shape, -1)
         factors = (by_sums[:, None] / self.by_target.clamp_min(1e-12))[:, :, None]

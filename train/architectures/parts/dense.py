@@ -1,4 +1,4 @@
-"""Dense work on a batch or on weights: on a CPU block by block on cores, elsewhere by one operator."""
+"""Dense operations on a batch or on weights: on a CPU in blocks on all cores, elsewhere with one operator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m d"]) -> Float[Tensor, "
 def encoder_transpose_times(
     W_enc: Float[Tensor, "d_sae d_in"], by_latent: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, " d_in"]:
-    """Return `W_enc^T by_latent`; by blocks it is the sum of their sums."""
+    """Return `W_enc^T by_latent`; on a CPU, as the sum over blocks."""
     if not W_enc.is_cpu:
         return W_enc.T @ by_latent
     return torch.stack(by_blocks(lambda part: W_enc[part].T @ by_latent[part], len(W_enc), _LATENTS_AT_ONCE)).sum(0)
@@ -33,7 +33,7 @@ def encoder_transpose_times(
 def error_of(
     decoded: Float[Tensor, "batch d_out"], parameters: Parameters, batch: Batch
 ) -> Float[Tensor, "batch d_out"]:
-    """Return `decoded + b_dec - y`, with the skip path `W_skip x` if there is one, in the memory of `decoded`."""
+    """Return `decoded + b_dec - y`, plus `W_skip x` if there is a skip path, in the memory of `decoded`."""
     b_dec, W_skip = parameters["b_dec"], parameters.get("W_skip")
 
     def subtract(rows: slice) -> None:
@@ -55,7 +55,7 @@ def error_of_nothing(parameters: Parameters, batch: Batch) -> Float[Tensor, "bat
 
 
 def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    """Return the sum of squares, on the device, in float64 as a Python number would be."""
+    """Return the sum of squares on the device, in float64 like a Python number."""
     if not error.is_cpu:
         return error.square().sum().double()
     norms = by_blocks(lambda rows: torch.linalg.vector_norm(error[rows], dim=1), len(error))
@@ -63,14 +63,14 @@ def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
 
 
 def sum_of_rows(g: Float[Tensor, "batch d"]) -> Float[Tensor, " d"]:
-    """Return the sum of all rows; by blocks it is the sum of their sums."""
+    """Return the sum of all rows; on a CPU, as the sum over blocks."""
     if not g.is_cpu:
         return g.sum(0)
     return torch.stack(by_blocks(lambda rows: g[rows].sum(0), len(g))).sum(0)
 
 
 def cast(x: Float[Tensor, "batch d"], dtype: torch.dtype) -> Float[Tensor, "batch d"]:
-    """Return a copy in another precision, or what is given if it has it."""
+    """Return a copy in another precision, or the tensor itself if it already has it."""
     if not x.is_cpu or x.dtype is dtype:
         return x.to(dtype)
     copy = torch.empty(x.shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Start latents at a given sparsity by what the first batch shows."""
+"""Choose initial thresholds or biases from the first batch, so that latents start at a given sparsity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def exceeded_by(
 ) -> Float[Tensor, " d_sae"]:
     """Return for each latent the value that its product with the input exceeds in `n_rows` rows.
 
-    At least one row exceeds it, and not all do. The encoder multiplies `x - b_dec` where it is `centred`, or else `x`.
+    At least one row exceeds it, but not all. The encoder multiplies `x - b_dec` if it is `centred`, otherwise `x`.
     """
     inputs, n_rows = x - parameters["b_dec"] if centred else x, min(max(1, n_rows), len(x) - 1)
     blocks = parameters["W_enc"].split(_LATENT_BLOCK)

@@ -1,8 +1,8 @@
 """A batch's latents as a sparse or a dense matrix, with the same operations on both.
 
-An architecture is written once over entries: elementwise work on `pre_acts` and values made from
-them, and these methods for what crosses rows and latents. Sparse entries go through the four sparse
-operations; dense ones, for young SAEs that fire nearly everywhere, through matrix products.
+An architecture is written once in terms of entries: elementwise operations on `pre_acts`, and these methods for sums
+over rows or latents. Sparse entries use the four sparse operations. Dense ones, for SAEs early in training whose
+latents fire nearly everywhere, use matrix products.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..contract import Batch, Parameters, StepInput
 from .dense import cast, encoder_transpose_times, product, sum_of_rows
 
 SPARSE_BELOW = 1 / 16
-# Where there is room for more entries than there are, this is below every threshold and yet a number.
+# The pre-activation of unused entries in a buffer: below every threshold, but finite.
 _NO_ENTRY = -1e20
 
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """Entries in CSR by row; `pre_acts` are theirs, in the parameters' precision.
+    """Entries in CSR by row, with their `pre_acts` in the parameters' precision.
 
-    From `offsets[-1]` on there may be room that no entry takes: `fixed` then says that shapes are to stay as they are.
+    Entries from `offsets[-1]` on may be unused; `fixed` then says that shapes must not change.
     """
 
     kernels: Backend
@@ -49,11 +49,11 @@ class SparseLatents:
 
     @cached_property
     def by_latent(self) -> Any:
-        """The entries' order by latent, as `Backend.to_csc` returns it, found once for all sums."""
+        """The entries' order by latent, as `Backend.to_csc` returns it, computed once for all sums."""
         return self.kernels.to_csc(self.indices, self.offsets, self.d_sae) if self.csc is None else self.csc
 
     def spread(self, by_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
-        """Return each entry's latent's value."""
+        """Return, for each entry, the value of its latent."""
         return by_latent.index_select(0, self.indices)
 
     def sum(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
@@ -65,7 +65,7 @@ class SparseLatents:
         return self.kernels.decode(values, self.indices, self.offsets, W_dec)
 
     def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
-        """Return the gradient by each entry's value."""
+        """Return the gradient with respect to each entry's value."""
         return self.kernels.grad_values(g, W_dec, self.indices, self.offsets, self.csc)
 
     def grad_weights(self, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
@@ -79,12 +79,12 @@ class SparseLatents:
         return self.kernels.grad_weights_and_bias(values, self.indices, self.offsets, g, self.d_sae, self.by_latent)
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
-        """Return which latents have a positive entry, without asking the device how many."""
+        """Return which latents have a positive entry, without waiting for the device."""
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.indices.device)
         return fired.index_fill_(0, self.indices.long().where(self.pre_acts > 0, self.d_sae), True)[: self.d_sae]
 
     def columns(self, start: int, stop: int) -> tuple[SparseLatents, Tensor]:
-        """Return the entries of latents [start, stop), renumbered from 0, and which entries they are."""
+        """Return the entries of latents [start, stop), renumbered from 0, and the indices of these entries."""
         if self.fixed:
             return self._columns_within(start, stop)
         chosen = ((self.indices >= start) & (self.indices < stop)).nonzero().squeeze(1)
@@ -93,12 +93,12 @@ class SparseLatents:
         return part, chosen
 
     def _columns_within(self, start: int, stop: int) -> tuple[SparseLatents, Tensor]:
-        """Do as `columns`, in as much room as all entries have; the rest of it is said to be of an entry past it."""
+        """Do the same as `columns` in buffers for all entries; the indices of unused entries are past the end."""
         n = len(self.indices)
         entries = torch.arange(n, device=self.indices.device)
         inside = (self.indices >= start) & (self.indices < stop) & (entries < self.offsets[-1])
         before = torch.nn.functional.pad(inside.cumsum(0), (1, 0))
-        # Entries inside keep their order; the others all land in one place past the end.
+        # Entries inside keep their order; all others are written to one index past the end.
         target = torch.where(inside, before[:-1], n)
         chosen = entries.new_full((n + 1,), n).scatter_(0, target, entries)[:n]
         pre_acts = self.pre_acts.new_full((n + 1,), _NO_ENTRY).scatter_(0, target, self.pre_acts)[:n]
@@ -127,7 +127,7 @@ class DenseLatents:
         return product(values, W_dec.to(values.dtype)).to(self.precise)
 
     def grad_values(self, g: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"]) -> Tensor:
-        """Return the gradient by each entry's value."""
+        """Return the gradient with respect to each entry's value."""
         return product(g.to(self.pre_acts.dtype), W_dec.to(self.pre_acts.dtype).T)
 
     def grad_weights(self, values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d"]) -> Tensor:
@@ -152,9 +152,9 @@ def encoder_of(step: StepInput, parameters: Parameters, centred: bool) -> Encode
 
 
 def encoded_bias(parameters: Parameters, centred: bool, bias: str = "b_enc") -> Float[Tensor, " d_sae"]:
-    """Return the bias that makes pre-activations of `W_enc x`.
+    """Return the bias to add to `W_enc x` for pre-activations.
 
-    Where the encoder is `centred` they are `W_enc (x - b_dec) + b_enc`, or else `W_enc x + b_enc`.
+    They are `W_enc (x - b_dec) + b_enc` if the encoder is `centred`, otherwise `W_enc x + b_enc`.
     """
     return subtract_encoded(parameters[bias], parameters["W_enc"], parameters["b_dec"]) if centred else parameters[bias]
 
@@ -207,9 +207,9 @@ def above_threshold(
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"] | float = 0.0,
 ) -> Latents:
-    """Return the pre-activations above a threshold, sparse if few are, or else all of them, dense.
+    """Return the pre-activations above a threshold: sparse if they are few, otherwise all of them, dense.
 
-    Counting them waits for the device, unless the step has a capacity for them.
+    Counting them waits for the device, unless the step has a capacity for entries.
     """
     room, fixed_shapes = step.room, step.kernels.fixed_shapes
     x, W_enc = batch.x_compute, step.W_enc_compute
@@ -236,7 +236,7 @@ def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: 
 
 
 def count(mask: Tensor) -> Float[Tensor, ""]:
-    """Return how many are true, on the device."""
+    """Return the number of true entries, on the device."""
     return torch.count_nonzero(mask).double()
 
 
@@ -249,7 +249,7 @@ def gradients_of(
     by_pre_acts: Tensor,
     centred: bool,
 ) -> Parameters:
-    """Return the gradients of all parameters; where the encoder is `centred`, also those through `x - b_dec`.
+    """Return the gradients of all parameters; if the encoder is `centred`, including those through `x - b_dec`.
 
     `g` is the loss's gradient with respect to the reconstruction, `by_pre_acts` that with respect to the
     pre-activations.
@@ -275,10 +275,10 @@ def scaled_gradients_of(
     scale: float,
     centred: bool,
 ) -> dict[str, Gradient]:
-    """Return `gradients_of` where `g` is `scale * error`, without forming that product.
+    """Return `gradients_of` for `g = scale * error`, without forming that product.
 
-    With `step.W_dec_compute`, a backend that can leaves the gradients of `W_enc` and `W_dec` to be computed when the
-    optimizer reads them, from terms in the compute dtype. Latents may be on several ranks.
+    With `step.W_dec_compute`, a backend that supports it defers the gradients of `W_enc` and `W_dec` until the
+    optimizer reads them, and computes them from terms in the compute dtype. Latents may be on several ranks.
     """
     values, b_dec = values * scale, parameters["b_dec"]
     by_b_dec = sum_of_rows(error) * scale

@@ -1,7 +1,7 @@
-"""From normalised rows to raw ones and back, where what is written is not what is read.
+"""Convert tensors between normalised and raw rows, for SAEs that write other hook points than they read.
 
-Rows that are read and rows that are written are then normalised each in its own way, so that latents keep their size
-when the encoder's scale changes. Tensors have the layout of an `Sae`.
+Inputs and targets then have separate normalisations, so that latents keep their size when the encoder's scale changes.
+Tensors have the layout of an `Sae`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def to_normalized(sae: Sae, wiring: Wiring, normalization: Normalization, unit: 
     found["b_dec"] = b_dec * target.scale
     for name in ("b_enc", "b_gate", "b_mag", "threshold"):
         if name in tensors:
-            # A gated SAE scales its magnitudes before their bias.
+            # A gated SAE scales its magnitudes before it adds their bias.
             moved = shift * tensors["r_mag"].exp() if name == "b_mag" else 0.0 if name == "threshold" else shift
             found[name] = (tensors[name] + moved) * unit
     return found | ({"r_mag": tensors["r_mag"]} if "r_mag" in tensors else {})
@@ -65,10 +65,10 @@ def _column(scale: float | Tensor) -> float | Tensor:
 
 
 def in_order(sae: Sae, wiring: Wiring) -> dict[str, Tensor]:
-    """Return an SAE's tensors with its hook points, which are matched by name, in a wiring's order.
+    """Return an SAE's tensors with its hook points in a wiring's order, matched by name.
 
     Raises:
-        SaeError: it is of other hook points, or a transcoder that does not say what it reconstructs.
+        SaeError: the SAE has other hook points, or is a transcoder that does not name its output.
     """
     if wiring.kind == "transcoder":
         _ = sae.target_hook_point

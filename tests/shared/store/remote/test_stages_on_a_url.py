@@ -109,7 +109,7 @@ def held_to_plain(result, tmp_path, objects):
 def test_ranks_leave_the_objects_of_one_process_on_a_url(play):
     first_killed, other_killed = play("quick-url")
     assert "error: rank 1 stops: another rank ended or cannot be reached; what was harvested" in first_killed
-    assert "error: rank 1 is gone; what was harvested is kept: start the same command again" in other_killed
+    assert "error: rank 1 is gone; what was harvested is kept: run the same command again" in other_killed
 
 
 @pytest.mark.long

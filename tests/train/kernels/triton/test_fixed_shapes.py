@@ -156,20 +156,20 @@ def test_a_step_that_is_not_certified_changes_no_weight_and_the_next_look_is_exa
     assert not torch.equal(trainer.parameters["W_enc"], before["W_enc"])
 
 
-def test_dead_latents_are_looked_for_only_when_there_can_be_some():
-    since, look = torch.tensor([0, 3, 10, -500, -500]), DeadLatentPoll(dead_after_tokens=45)
+def test_dead_latents_are_polled_only_when_there_can_be_some():
+    since, poll = torch.tensor([0, 3, 10, -500, -500]), DeadLatentPoll(dead_after_tokens=45)
     found = []
     for step in range(8):
-        was = look.look_at
-        found.append(look.before(step, 10, since + 10 * step))
-        assert (look.look_at != was) is (step in (0, 4, 6)), step
+        was = poll.next_poll
+        found.append(poll.before(step, 10, since + 10 * step))
+        assert (poll.next_poll != was) is (step in (0, 4, 6)), step
     # At step 4 the third is dead and before step 6 the first two may be: three, of which a power of two is made.
     assert found == [0] * 4 + [4] * 4
     again = DeadLatentPoll(45)
-    again.load(look.state())
-    assert (again.n_dead, again.look_at) == (4, 8)
+    again.load(poll.state())
+    assert (again.n_dead, again.next_poll) == (4, 8)
     again.load(None)
-    assert (again.n_dead, again.look_at) == (0, 0)
+    assert (again.n_dead, again.next_poll) == (0, 0)
 
 
 def test_room_grows_with_what_is_found_and_is_given_up_where_dense_is_cheaper():
