@@ -156,7 +156,7 @@ def test_a_step_waits_for_the_device_only_to_look(table, capture):
         polls = [mode.dead] if isinstance(mode, FusedStep) else [mode.parts.polls.dead, mode.parts.polls.room]
         for poll in polls:
             if poll is not None:
-                poll.look_at = 1 << 60
+                poll.next_poll = 1 << 60
         for _ in range(5):
             trainer.step(batch)
         torch.cuda.synchronize()

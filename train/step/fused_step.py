@@ -1,4 +1,4 @@
-"""Steps taken whole by fused kernels, for TopK."""
+"""TopK's steps as a few fused kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FusedStep:
-    """One SAE whose steps are those of a `TopKStep`, which owns its weights and moments."""
+    """One SAE that is trained by a `TopKStep`, which owns its weights and moments."""
 
     def __init__(self, step: TopKStep, numbers: StepNumbers):
         self.step = step
@@ -31,11 +31,11 @@ class FusedStep:
         self.dead = DeadLatentPoll(step.options.dead_after_tokens) if has_auxk else None
 
     def needed(self, batch: Batch) -> Batch:
-        """Return the rows in the compute dtype: the kernels read nothing else."""
+        """Return the rows in the compute dtype, the only part of the batch that the kernels read."""
         return Batch(batch.x_compute, batch.x_compute)
 
     def before(self, batch: Batch, steps_done: int, lr: float) -> Hashable | None:
-        """Set the learning rate, poll the device where it is time to, and return what fixes the step's shapes."""
+        """Set the learning rate, poll the device if a poll is due, and return what determines the step's shapes."""
         self.step.set_lr(lr)
         n_dead = self.dead.before(steps_done, len(batch.x), self.tokens_since_fired) if self.dead else 0
         return len(batch.x), n_dead
@@ -43,7 +43,7 @@ class FusedStep:
     def take(
         self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
     ) -> dict[str, Number]:
-        """Take a step, with AuxK for at most as many dead latents as polled; return its numbers, on the device."""
+        """Take a step, with AuxK for as many dead latents as the last poll allows; return its metrics."""
         room = self.dead.n_dead if self.dead else 0
         mse, l0, auxiliary = self.step(batch.x_compute, room).double().unbind()
         terms: dict[str, Number] = {"mse_loss": mse / self.step.options.total_variance}
@@ -56,11 +56,11 @@ class FusedStep:
         return {"loss": loss, "mse": mse, "l0": l0, **terms}
 
     def refresh(self) -> None:
-        """Copy the weights to where products read them."""
+        """Update the copies of the weights that products read."""
         self.step.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a later step depends on."""
+        """Return everything that later steps depend on."""
         return self.step.state_dict() | ({DEAD_STATE: self.dead.state()} if self.dead else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

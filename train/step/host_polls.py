@@ -55,15 +55,15 @@ class DeadLatentPoll:
 
 
 class Polls(Protocol):
-    """What steps taken operation by operation know of the device, by `Polled` or `Unpolled`.
+    """How an `OpByOp` step learns values that are on the device: `Polled` or `Unpolled`.
 
-    `room` is the memory for a step's entries where the host must not wait to count them.
+    `room` is the capacity for a step's entries if the host must not wait to count them.
     """
 
     room: EntryCapacity | None
 
     def before(self, step: int, batch_size: int, tokens_since_fired: Int64[Tensor, " d_sae"]) -> Hashable | None:
-        """Return what a step's launches follow from, as `StepMode.before` does."""
+        """Return what determines a step's launches, as `StepMode.before` does."""
         ...
 
     def any_dead(self, step: int, batch_size: int, n_dead: Float[Tensor, ""]) -> bool:
@@ -71,7 +71,7 @@ class Polls(Protocol):
         ...
 
     def room_for_dead(self, dead: Bool[Tensor, " d_sae"]) -> int | None:
-        """Return for how many dead latents AuxK makes room; None where it counts them itself."""
+        """Return the number of dead latents that AuxK allocates for; None if it counts them itself."""
         ...
 
     def metrics(self) -> dict[str, Number]:
@@ -79,7 +79,7 @@ class Polls(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a later step depends on."""
+        """Return the state that later steps depend on."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -88,7 +88,7 @@ class Polls(Protocol):
 
 
 class Unpolled:
-    """Steps that ask the device whenever they need to know: shapes follow from the data."""
+    """Steps that read values from the device whenever they need them: their shapes depend on the data."""
 
     room: EntryCapacity | None = None
 
@@ -99,16 +99,16 @@ class Unpolled:
         self._across = across
 
     def before(self, step: int, batch_size: int, tokens_since_fired: Int64[Tensor, " d_sae"]) -> Hashable | None:
-        """Return None: such a step may wait for the device."""
+        """Return None, because such a step may wait for the device."""
         return None
 
     def any_dead(self, step: int, batch_size: int, n_dead: Float[Tensor, ""]) -> bool:
-        """Return whether any latent is dead; while too few tokens have been seen for that, do not ask the device."""
+        """Return whether any latent is dead, without reading the device while too few tokens have been seen."""
         can_be_dead = step * max(self._batch_size, batch_size) >= self._dead_after_tokens
         return self._revives_dead and can_be_dead and bool(n_dead > 0)
 
     def room_for_dead(self, dead: Bool[Tensor, " d_sae"]) -> int | None:
-        """Return what ranks that share the latents need; alone, AuxK counts the dead itself."""
+        """Return the number for ranks that share the latents; with a single rank, AuxK counts dead latents itself."""
         return self._across.room_for_dead(dead)
 
     def metrics(self) -> dict[str, Number]:
@@ -116,7 +116,7 @@ class Unpolled:
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: no later step depends on a poll."""
+        """Return nothing, because no later step depends on a poll."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -124,7 +124,7 @@ class Unpolled:
 
 
 class Polled:
-    """Steps of fixed shapes: the host knows from earlier polls how many latents are dead and entries to expect."""
+    """Steps with fixed shapes: the host knows from earlier polls how many latents are dead and how many entries fit."""
 
     def __init__(self, architecture: Architecture, dead_after_tokens: int, device: torch.device):
         self.room: EntryCapacity | None = EntryCapacity(device)
@@ -133,7 +133,7 @@ class Polled:
         self.dead = DeadLatentPoll(dead_after_tokens) if architecture.revives_dead else None
 
     def before(self, step: int, batch_size: int, tokens_since_fired: Int64[Tensor, " d_sae"]) -> Hashable | None:
-        """Poll the device where it is time to, and return all that fixes the step's shapes."""
+        """Poll the device if a poll is due, and return everything that determines the step's shapes."""
         n_dead = self.dead.before(step, batch_size, tokens_since_fired) if self.dead else 0
         waited = self._room.waited
         self._room.before(step, SPARSE_BELOW * batch_size * self._architecture.d_sae)
@@ -142,7 +142,7 @@ class Polled:
         return None if waited or self._room.exact or decided is None else key
 
     def any_dead(self, step: int, batch_size: int, n_dead: Float[Tensor, ""]) -> bool:
-        """Return whether any latent can be dead, by the last poll."""
+        """Return whether any latent can be dead, according to the last poll."""
         return self.dead is not None and self.dead.n_dead > 0
 
     def room_for_dead(self, dead: Bool[Tensor, " d_sae"]) -> int | None:
@@ -154,11 +154,11 @@ class Polled:
         return {"skipped_steps": self._room.skipped.double()} if self._room.asked else {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a later step depends on."""
+        """Return the state that later steps depend on."""
         return ({DEAD_STATE: self.dead.state()} if self.dead else {}) | {_ROOM_STATE: self._room.state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a saved state, or the initial one where another mode saved none."""
+        """Restore a saved state, or the initial one if another mode saved none."""
         if self.dead is not None:
             self.dead.load(state.get(DEAD_STATE))
         self._room.load(state.get(_ROOM_STATE))

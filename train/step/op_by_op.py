@@ -21,7 +21,7 @@ _OPTIMIZER = "optimizer."
 
 @dataclass(frozen=True)
 class OpByOpParts:
-    """What an SAE's steps are made of, besides its weights; `copies_decoder` as `StepInput.W_dec_compute` says."""
+    """The parts of an SAE's steps besides its weights. For `copies_decoder`, see `StepInput.W_dec_compute`."""
 
     architecture: Architecture
     kernels: Backend
@@ -34,7 +34,7 @@ class OpByOpParts:
 
 
 class OpByOp:
-    """One SAE whose steps are operations of a backend, on any device, alone or `across` ranks."""
+    """One SAE whose steps are operations of a backend, on any device, on one rank or `across` several."""
 
     def __init__(self, parts: OpByOpParts, parameters: Parameters, buffers: Buffers):
         self.parts = parts
@@ -57,17 +57,17 @@ class OpByOp:
         )
 
     def needed(self, batch: Batch) -> Batch:
-        """Return the batch: an architecture may read all of it."""
+        """Return the whole batch, because an architecture may read all of it."""
         return batch
 
     def before(self, batch: Batch, steps_done: int, lr: float) -> Hashable | None:
-        """Poll the device where it is time to, and return what the step's launches follow from."""
+        """Poll the device if a poll is due, and return what determines the step's launches."""
         return self.parts.polls.before(steps_done, len(batch.x), self.tokens_since_fired)
 
     def take(
         self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
     ) -> dict[str, Number]:
-        """Take a step and return its numbers."""
+        """Take a step and return its metrics."""
         parts, numbers, polls = self.parts, self.parts.numbers, self.parts.polls
         output = parts.architecture.step(
             self.parameters,
@@ -100,11 +100,11 @@ class OpByOp:
         return taken | polls.metrics()
 
     def refresh(self) -> None:
-        """Bring the copies that products read up to date."""
+        """Update the copies of the weights that products read."""
         self.optimizer.copy()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a later step depends on."""
+        """Return everything that later steps depend on."""
         return {
             **self.parts.polls.state_dict(),
             **{f"parameters.{name}": tensor for name, tensor in self.parameters.items()},

@@ -66,7 +66,7 @@ class Optimizer:
         def step_block(block: tuple[str, slice]) -> None:
             self._step_block(*block, gradients, lr, skip)
 
-        # A GPU's launches stay in this thread, whose device and stream are the batch's and which may be capturing.
+        # On a GPU, launches stay in this thread, which has the batch's device and stream and may be capturing.
         run = on_cores if self.parameters["W_dec"].is_cpu else map
         list(run(step_block, [(name, rows) for name in self.parameters for rows in self._row_blocks(name)]))
         return norm

@@ -21,11 +21,12 @@ def resample_dead_latents(
     error: Float[Tensor, "batch d_out"],
     generator: torch.Generator,
 ) -> int:
-    """Reset dead latents in parameters and moments; return how many.
+    """Reinitialise dead latents in parameters and moments; return how many there were.
 
-    Inputs are drawn with probability proportional to their squared loss, without repetition while they last.
-    A latent's decoder row becomes the direction of the input's target from `b_dec`, at the mean norm of the living;
-    its encoder row that of the input, at a fifth of theirs; everything else about it is as `initial` has it.
+    Inputs are drawn with probability proportional to their squared loss, without replacement while there are enough. A
+    latent's decoder row becomes the direction of the input's target from `b_dec`, with the mean norm of live latents'
+    decoder rows. Its encoder row becomes the direction of the input, with a fifth of the mean norm of live latents'
+    encoder rows. Everything else is taken from `initial`.
     """
     parameters, latents = weights.parameters, dead.nonzero().squeeze(1)
     losses = error.square().sum(1).square().double().cpu()

@@ -30,9 +30,9 @@ _MOST_DEAD_AFTER_TOKENS = 10_000_000
 class Schedule(NamedTuple):
     """How long a run is, and how its learning rates rise and fall.
 
-    A run that was continued to more steps has in `earlier_n_steps` the lengths that it had before. Its learning rate at
-    a step is that of a run of the length that it had then; what else grows or counts over a share of the run is by the
-    first length.
+    If a run was continued to more steps, `earlier_n_steps` holds its earlier lengths. Its learning rate at a step is
+    that of a run with the length that it had at that step; everything else that depends on the length uses the first
+    one.
     """
 
     n_steps: int
@@ -48,7 +48,7 @@ class Schedule(NamedTuple):
         return self.earlier_n_steps[0] if self.earlier_n_steps else self.n_steps
 
     def lr_factor(self, step: int, config: SaeConfig) -> float:
-        """Return the factor of an SAE's peak learning rate at a step; what it leaves open is the run's."""
+        """Return the factor of an SAE's peak learning rate at a step; the run's settings are its defaults."""
         fraction = self.decay_fraction if config.decay_fraction is None else config.decay_fraction
         n_steps = next((n for n in self.earlier_n_steps if step < n), self.n_steps)
         return lr_factor(step, n_steps, self.warmup_steps, fraction, config.lr_decay or self.lr_decay)
@@ -57,14 +57,14 @@ class Schedule(NamedTuple):
 class SaeTrainer:
     """One SAE in training. Nothing in it depends on the other SAEs of its sweep.
 
-    `mode` owns the weights and takes the steps: TopK's in fused kernels where the backend has them, unless `fuse` is
-    false, and others operation by operation. With such a backend shapes are fixed between polls, and with `capture`
-    steps whose shapes have settled are replayed as graphs. `shard` gives the architecture that trains the latents
-    here, where ranks share them.
+    `mode` owns the weights and takes the steps: TopK's with fused kernels if the backend has them, unless `fuse` is
+    false, and others operation by operation. With such a backend, shapes are fixed between polls, and with `capture`,
+    steps whose shapes have settled are replayed as graphs. If ranks share the latents, `shard` returns the architecture
+    that trains this rank's latents.
 
-    `numbers` are those of the device if not given. On a GPU a step does not wait for it: the metrics are read, and
-    divergence is noticed, when the run asks for them by `read_metrics` and `check`. `diverged` says why training
-    stopped early, if it did; `seconds` what the last step took by its caller's clock.
+    `numbers` defaults to the device's implementation. On a GPU, a step does not wait for the device: metrics are read,
+    and divergence is noticed, when the run calls `read_metrics` and `check`. `diverged` says why training stopped
+    early, if it did; `seconds` is the duration of the last step by its caller's clock.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class SaeTrainer:
         return self.kernels.fixed_shapes is not None and self.across is SINGLE_PROCESS
 
     def _make_mode(self, compute_dtype: torch.dtype, fuse: bool) -> StepMode:
-        """Return the mode that device, backend, architecture and ranks allow, with initial weights."""
+        """Return the mode for this device, backend, architecture and ranks, with initial weights."""
         architecture, variance = self.architecture, self.normalization.total_variance
         initial = architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
         initial = architecture.part_here(initial)
@@ -151,7 +151,7 @@ class SaeTrainer:
     def step(self, batch: Batch) -> dict[str, Number]:
         """Train on one batch and return the step's metrics.
 
-        On divergence a CPU's step changes nothing and sets `diverged`; a GPU's leaves it to `check`.
+        If training diverges, a step on a CPU changes nothing and sets `diverged`; on a GPU, `check` does this later.
         """
         done = self.steps_done
         if done == 0 and not self._initialised:
@@ -185,14 +185,14 @@ class SaeTrainer:
         self.numbers.check()
 
     def _start(self, batch: Batch) -> None:
-        """Let the architecture see the first batch, of all ranks, before the first step."""
+        """Adapt the initial parameters to the first batch of all ranks, before the first step."""
         if type(self.architecture).start is not Architecture.start:
             x = self.across.all_values(batch.x)
             self.architecture.start(self.parameters, Batch(x, x))
             self.mode.refresh()
 
     def initialise(self, parameters: Parameters, buffers: Mapping[str, Tensor]) -> None:
-        """Start from an SAE's parameters, in normalised units, and buffers rather than from random ones."""
+        """Start from an SAE's parameters, in normalised units, and buffers instead of random ones."""
         for own, given in ((self.parameters, parameters), (self.averages, parameters), (self.buffers, buffers)):
             for name, tensor in own.items():
                 tensor.copy_(given[name])
@@ -200,7 +200,7 @@ class SaeTrainer:
         self._initialised = True
 
     def _resample(self, batch: Batch) -> None:
-        """Start dead latents anew where it is time to: at intervals in the first half of the run."""
+        """Resample dead latents if it is time to: at intervals in the first half of the run."""
         every, done = self.config.resample_every_tokens, self.steps_done
         if not every or 2 * done > self.schedule.n_steps_at_first:
             return
@@ -219,14 +219,14 @@ class SaeTrainer:
         self.mode.tokens_since_fired[dead] = 0
 
     def _average(self) -> None:
-        """Move the running means of the weights, at first faster, so that the initial weights are soon forgotten."""
+        """Update the running means of the weights, faster at first, so that the initial weights are soon forgotten."""
         done = self.steps_done
         for name, mean in self.averages.items():
             decay = min(self.config.ema_decay or 0.0, (1 + done) / (10 + done))
             mean.lerp_(self.parameters[name].to(mean.dtype), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a later step depends on; names are the same in every mode, so one resumes from another."""
+        """Return everything that later steps depend on, under the same names in every mode."""
         averages = {f"averages.{name}": tensor for name, tensor in self.averages.items()}
         return {**averages, **self.mode.state_dict(), "steps_done": torch.tensor(self.steps_done)}
 
@@ -240,11 +240,11 @@ class SaeTrainer:
 
     @property
     def trained_parameters(self) -> Parameters:
-        """Return the parameters that are saved: their running means where there are any."""
+        """Return the parameters to save: their running means, if there are any."""
         return self.averages or self.parameters
 
     def to_sae(self, metadata: dict[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Sae:
-        """Return the SAE as it is now, for inference on raw activations; `parameters` are all ranks' joined."""
+        """Return the current SAE for inference on raw activations; `parameters` are those of all ranks combined."""
         parameters = dict(parameters or self.trained_parameters)
         buffers = {name: tensor.to(parameters["W_enc"].device) for name, tensor in self.buffers.items()}
         normalization = self.normalization.to(parameters["W_enc"].device)

@@ -54,7 +54,7 @@ class StepGraphs:
         if key not in self._graphs:
             try:
                 self._graphs[key] = _capture_step(run, batch, self._capture)
-            except Exception as error:  # Triton's errors are no RuntimeErrors
+            except Exception as error:  # Triton's errors are not RuntimeErrors
                 self._capture = None
                 print(f"warning: steps are not captured in a CUDA graph: {error}"[:300], file=sys.stderr)
                 return run(batch)

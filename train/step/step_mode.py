@@ -1,4 +1,4 @@
-"""The protocol of a mode of stepping: it owns an SAE's weights and moments, and takes steps with them."""
+"""The protocol of a step mode, which owns an SAE's weights and moments and takes steps with them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Weights(Protocol):
 class StepMode(Weights, Protocol):
     """How one SAE takes its steps: operation by operation (`OpByOp`), or in fused kernels (`FusedStep`).
 
-    Both give their state the same names, so that a run may resume in the other mode.
+    Both save their state under the same names, so that a run may resume in the other mode.
     """
 
     tokens_since_fired: Int64[Tensor, " d_sae"]
     compute_dtype: torch.dtype
 
     def needed(self, batch: Batch) -> Batch:
-        """Return what a step reads of a batch; a captured step copies all of it."""
+        """Return the part of a batch that a step reads; a captured step copies all of it."""
         ...
 
     def before(self, batch: Batch, steps_done: int, lr: float) -> Hashable | None:
-        """Prepare a step on the host, and return all that its launches follow from besides what is on the device.
+        """Prepare a step on the host, and return everything that determines its launches, besides values on the device.
 
-        Return None where the step must wait for the device, or the last one has waited.
+        Returns None if the step must wait for the device, or if the last one waited.
         """
         ...
 
@@ -45,17 +45,17 @@ class StepMode(Weights, Protocol):
     ) -> dict[str, Number]:
         """Take a step and return its `loss`, `mse`, `l0` and other numbers; all of it may be captured.
 
-        `dead` are the dead latents here, `n_dead` their number over all ranks. A step that diverges where the host
-        notices at once changes nothing.
+        `dead` marks this rank's dead latents, and `n_dead` is their number over all ranks. A step that diverges changes
+        nothing if the host notices at once.
         """
         ...
 
     def refresh(self) -> None:
-        """Copy the weights to where products read them, after something other than a step has changed them."""
+        """Update the copies of the weights that products read, after anything other than a step changed them."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a later step depends on."""
+        """Return everything that later steps depend on."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

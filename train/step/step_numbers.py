@@ -1,4 +1,4 @@
-"""A step's numbers on the host or on the device: the learning rate, schedules, and whether training has diverged."""
+"""A step's numbers, on the host or on the device: the learning rate, schedules, and whether training has diverged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_metrics(metrics: Mapping[str, Number]) -> dict[str, float]:
 
 
 class StepNumbers(Protocol):
-    """What changes from step to step, and where it is kept.
+    """The numbers that change at every step, kept on the host or on the device.
 
     `diverged` says why training stopped early, if it did.
     """
@@ -43,11 +43,11 @@ class StepNumbers(Protocol):
 
     @property
     def step_number(self) -> Float[Tensor, ""] | None:
-        """The steps done before this one, on the device; None where only the host knows them."""
+        """The number of steps before this one, on the device; None if only the host knows it."""
         ...
 
     def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
-        """Set the numbers of the step that follows."""
+        """Set the numbers of the next step."""
         ...
 
     def resume(self, steps_done: int) -> None:
@@ -59,7 +59,7 @@ class StepNumbers(Protocol):
         ...
 
     def note(self, loss: Number, mse: Number) -> None:
-        """Note a step's loss and error, which say whether it diverged."""
+        """Record a step's loss and error, which show whether it diverged."""
         ...
 
     def check(self) -> None:
@@ -67,12 +67,12 @@ class StepNumbers(Protocol):
         ...
 
     def read(self, metrics: dict[str, Number]) -> dict[str, Number]:
-        """Return a step's metrics as its caller gets them."""
+        """Return a step's metrics in the form that its caller gets."""
         ...
 
 
 class HostNumbers:
-    """Numbers of a CPU's steps: they are read at once, and divergence stops the step that diverges."""
+    """Numbers of steps on a CPU: they are read at once, and a step that diverges has no effect."""
 
     step_number: Float[Tensor, ""] | None = None
 
@@ -84,14 +84,14 @@ class HostNumbers:
         self._steps_done = 0
 
     def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
-        """Set the numbers of the step that follows."""
+        """Set the numbers of the next step."""
         self._steps_done, self.lr, self.sparsity_scale = steps_done, lr, sparsity_scale
 
     def resume(self, steps_done: int) -> None:
-        """Do nothing: `set` gives the number of every step."""
+        """Do nothing, because `set` receives the number of every step."""
 
     def begin(self) -> None:
-        """Do nothing: `set` gives the number of every step."""
+        """Do nothing, because `set` receives the number of every step."""
 
     def note(self, loss: Number, mse: Number) -> None:
         """Set `diverged` if the loss is not finite, or the error too large."""
@@ -99,7 +99,7 @@ class HostNumbers:
             self.diverged = _failure(self._steps_done + 1, float(loss), float(mse))
 
     def check(self) -> None:
-        """Do nothing: `note` has noticed."""
+        """Do nothing, because `note` has already checked."""
 
     def read(self, metrics: dict[str, Number]) -> dict[str, Number]:
         """Return the metrics as numbers."""
@@ -107,12 +107,12 @@ class HostNumbers:
 
 
 class DeviceNumbers:
-    """Numbers of a GPU's steps, which captured steps read from the device and for which none waits."""
+    """Numbers of steps on a GPU: captured steps read them from the device, and no step waits for them."""
 
     def __init__(self, total_variance: float, device: torch.device):
         self.diverged: str | None = None
         self._limit = _EXPLOSION * total_variance
-        # The steps that are done, the learning rate, and the sparsity penalty's factor.
+        # [number of steps done, learning rate, factor of the sparsity penalty]
         self._now = torch.zeros(3, dtype=torch.float64, device=device)
         self._failure = torch.zeros(3, dtype=torch.float64, device=device)
 
@@ -132,7 +132,7 @@ class DeviceNumbers:
         return self._now[0] - 1
 
     def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
-        """Set the numbers of the step that follows, except its number, which `begin` counts."""
+        """Set the numbers of the next step, except its number, which `begin` counts."""
         self._now[1].fill_(lr)
         self._now[2].fill_(sparsity_scale)
 
@@ -145,7 +145,7 @@ class DeviceNumbers:
         self._now[0].add_(1)
 
     def note(self, loss: Number, mse: Number) -> None:
-        """Keep the first step that diverged, on the device, until `check` reads it."""
+        """Record the first step that diverged on the device, until `check` reads it."""
         loss, mse = (
             number.double() if isinstance(number, Tensor) else self._failure.new_full((), number)
             for number in (loss, mse)
@@ -160,7 +160,7 @@ class DeviceNumbers:
             self.diverged = _failure(int(step), loss, mse)
 
     def read(self, metrics: dict[str, Number]) -> dict[str, Number]:
-        """Return the metrics where they are."""
+        """Return the metrics, still on the device."""
         return metrics
 
 
