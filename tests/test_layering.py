@@ -59,6 +59,7 @@ FLOORS = [
     "evaluate/features",
     "evaluate/results",
     "evaluate/report",
+    "evaluate/causal",
     "evaluate",
     "thresher",
 ]

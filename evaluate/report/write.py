@@ -52,7 +52,7 @@ def write_report(
     }
     table = columns(rows)
     page = (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             title=title,
@@ -70,8 +70,8 @@ def write_report(
             format_value=format_value,
             interval=_interval,
             sort_key=_sort_key,
-            style=_asset("report.css"),
-            script=Markup("\n".join(_asset(name) for name in scripts)),
+            style=asset("report.css"),
+            script=Markup("\n".join(asset(name) for name in scripts)),
             blocks=packed.inline if packed else [],
             has_features=packed is not None,
             has_folder=packed is not None and packed.folder is not None,
@@ -151,12 +151,14 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {str(row["name"]): "; ".join(row["notes"]) for row in rows if row.get("notes")}
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
+    """Return a file of the report, to be put into a page as it is."""
     return Markup(resources.files(__package__ or __name__).joinpath(name).read_text(encoding="utf-8"))
 
 
-def _environment() -> jinja2.Environment:
-    loader = jinja2.FunctionLoader(lambda name: str(_asset(name)))
+def environment() -> jinja2.Environment:
+    """Return the environment of pages' templates."""
+    loader = jinja2.FunctionLoader(lambda name: str(asset(name)))
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

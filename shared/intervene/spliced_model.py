@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -82,7 +82,7 @@ class SplicedModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         error: ErrorTerm = "keep",
         skip_first_token: bool = True,
-        dtype: str = "auto",
+        dtype: str = "float32",
         device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -93,6 +93,7 @@ class SplicedModel:
         A crosscoder's name is that of its hook points joined by ` + `. With `error="drop"`, reconstructions replace
         the activations, and a transcoder its MLP; by default the difference is kept. SAEs leave alone the token that
         begins a text (BOS), which they were not trained on, unless `skip_first_token` is false.
+        The model is loaded in float32: bfloat16 rounds logits so coarsely that small effects vanish.
 
         Raises:
             HookPointError: the model lacks a hook point, or nothing can be spliced in there.
@@ -126,12 +127,13 @@ class SplicedModel:
         return token_lists(prompts, self.tokenizer, self._first, context_limit(self.model))
 
     @torch.no_grad()
-    def run(self, prompts: Prompts, continuation: str | Sequence[str] | None = None) -> Run:
+    def run(self, prompts: Prompts, continuation: Prompts | None = None) -> Run:
         """Run one text or a batch through the model, with the edits of the `steer` that it is within.
 
         Args:
             prompts: texts, or token ids.
-            continuation: what follows each prompt, whose probability `LogProbability` measures.
+            continuation: what follows all prompts, or each: texts or token ids, whose probability `LogProbability`
+                measures.
 
         Raises:
             InterventionError: a text is empty, or longer than the model's context.
@@ -148,11 +150,11 @@ class SplicedModel:
             tokens, lengths, logits, splicer.usable, self.attached, splicer.sites, prompt_lengths, self.tokenizer
         )
 
-    def _continued(self, lists: list[list[int]], continuation: str | Sequence[str]) -> list[list[int]]:
-        texts = [continuation] * len(lists) if isinstance(continuation, str) else list(continuation)
-        if len(texts) != len(lists):
-            raise InterventionError(f"{len(texts)} continuations were given for {len(lists)} texts; give one for each")
-        following = token_lists(texts, self.tokenizer, None, None)
+    def _continued(self, lists: list[list[int]], continuation: Prompts) -> list[list[int]]:
+        following = token_lists(continuation, self.tokenizer, None, None)
+        following = following * len(lists) if len(following) == 1 else following
+        if len(following) != len(lists):
+            raise InterventionError(f"{len(following)} continuations were given for {len(lists)} texts; give as many")
         return self.tokens([ids + more for ids, more in zip(lists, following, strict=True)])
 
     def forward(

@@ -1,0 +1,41 @@
+"""The commands' pages: one HTML file each that needs no network, in the report's style."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from markupsafe import Markup
+
+from ...shared.core.disk import write_file
+from ...shared.core.version import thresher_version
+from ..report.write import asset, environment, json_for_script
+
+Kind = Literal["steering", "attribution", "contrast"]
+REPORT_SCRIPTS = ("dom.js", "axes.js")
+
+
+def write_page(path: Path, kind: Kind, title: str, model: str, found: Mapping[str, Any]) -> Path:
+    """Write the page of a command's results, and return its path."""
+    page = (
+        environment()
+        .from_string(_own("page.html"))
+        .render(
+            kind=kind,
+            title=title,
+            model=model,
+            found=found,
+            version=thresher_version(),
+            style=asset("report.css") + Markup(_own("page.css")),
+            script=Markup("\n").join([*map(asset, REPORT_SCRIPTS), Markup(_own(f"{kind}.js"))]),
+            data=json_for_script(found),
+        )
+    )
+    write_file(path, page.encode())
+    return path
+
+
+def _own(name: str) -> str:
+    return resources.files(__package__ or __name__).joinpath(name).read_text(encoding="utf-8")
