@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -117,3 +117,14 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, WithoutDevice():
             yield mode
+
+
+def to_gpu(module: nn.Module) -> nn.Module:
+    """Give a module parameters and buffers on `DEVICE`; what it holds beside them stays where it is."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            fake = torch.empty_like(parameter, device=DEVICE)
+            part._parameters[name] = nn.Parameter(fake, requires_grad=False)
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = torch.empty_like(buffer, device=DEVICE)
+    return module

@@ -34,11 +34,9 @@ class LatentSums:
         """Add rows of latents given as values and indices; a value of zero is padding."""
         self.n_rows += len(top_acts)
         values, indices = top_acts.reshape(-1), top_indices.reshape(-1)
-        d_sae = len(self._firings)
-        self._firings += torch.bincount(indices, weights=(values != 0).to(torch.float64), minlength=d_sae).to(
-            torch.int64
-        )
-        self._sum += torch.bincount(indices, weights=values.to(torch.float64), minlength=d_sae)
+        self._firings.index_add_(0, indices, (values != 0).to(torch.int64))
+        # Not `bincount`, which on a GPU waits for the largest index.
+        self._sum += torch.zeros_like(self._sum).index_add_(0, indices, values.to(torch.float64))
         self._max.scatter_reduce_(0, indices, values, "amax")
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,12 +22,14 @@ from ...shared.sae import CrossLayerTranscoder
 from ..metrics.encoding import rows_at_a_time
 
 Activation = Float[Tensor, "batch context d"]
+Positions = tuple[Int64[Tensor, " positions"], Int64[Tensor, " positions"]]
+"""Contexts of a batch and places within them, by which an activation is indexed."""
 
 
 class _Written:
     """The sums of what latents have written so far in a forward pass, by target, at the usable positions."""
 
-    def __init__(self, sae: CrossLayerTranscoder, usable: Bool[Tensor, "batch context"]):
+    def __init__(self, sae: CrossLayerTranscoder, usable: Positions):
         self.sae, self.usable = sae, usable
         self.layers_done = 0
         self.totals: dict[int, Tensor] = {}
@@ -70,7 +72,7 @@ def replacing_all(
     model: PreTrainedModel,
     hook_points: Mapping[str, ResolvedHookPoint],
     sae: CrossLayerTranscoder,
-    usable: Bool[Tensor, "batch context"],
+    usable: Positions,
 ) -> Iterator[None]:
     """Within this context, replace all the transcoder's targets by its estimates at every usable position.
 

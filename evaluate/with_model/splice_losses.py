@@ -28,7 +28,7 @@ from ..metrics.encoding import reconstruct_in_parts
 from ..metrics.held_out import HeldOut
 from ..saes.hook_group import concatenate, members
 from ..saes.sae_folders import EvaluatedSae
-from .cross_layer_splice import replacing_all
+from .cross_layer_splice import Positions, replacing_all
 
 Activation = Float[Tensor, "batch context d"]
 VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -39,19 +39,28 @@ LOSSES = {"ce": "ce", "ce_saelens": "ce", "kl": "kl", "agree": "agree"}
 
 
 def counted(
-    usable: Bool[Tensor, "batch context"], unmasked: Bool[Tensor, "batch context"] | None = None
-) -> dict[str, Bool[Tensor, "batch context"]]:
+    usable: Bool[np.ndarray, "batch context"], unmasked: Bool[np.ndarray, "batch context"] | None = None
+) -> dict[str, Bool[np.ndarray, "batch context"]]:
     """Return the positions that each of `LOSSES` counts.
 
     `kl` and `agree` count every usable position. `ce` counts usable positions whose next token is not masked;
     `unmasked` gives the unmasked positions where `usable` is limited to some roles. `ce_saelens` counts every usable
     position that has a next token.
     """
-    has_next = usable.clone()
+    has_next = usable.copy()
     has_next[:, -1] = False
-    predicts_text = has_next.clone()
+    predicts_text = has_next.copy()
     predicts_text[:, :-1] &= (usable if unmasked is None else unmasked)[:, 1:]
     return {"ce": predicts_text, "ce_saelens": has_next, "kl": usable, "agree": usable}
+
+
+def positions_of(mask: Bool[np.ndarray, "batch context"], device: str) -> Positions:
+    """Return the positions where a mask is true, on a device.
+
+    They index as the mask does, but a GPU is not waited for, because their number is known.
+    """
+    contexts, places = np.nonzero(mask)
+    return torch.from_numpy(contexts).to(device), torch.from_numpy(places).to(device)
 
 
 class LossSums:
@@ -60,8 +69,8 @@ class LossSums:
     def __init__(self, n_groups: int, device: str = "cpu"):
         self._sums = {name: torch.zeros(n_groups, dtype=torch.float64, device=device) for name in LOSSES}
 
-    def add(self, losses: Mapping[str, Float[Tensor, "batch context"]], count: Mapping[str, Tensor], group: Tensor):
-        """Add a batch's losses at the positions where `count` is true."""
+    def add(self, losses: Mapping[str, Float[Tensor, "batch context"]], count: Mapping[str, Positions], group: Tensor):
+        """Add a batch's losses at the positions in `count`."""
         for name, loss in LOSSES.items():
             where = count[name]
             self._sums[name].index_add_(0, group[where], losses[loss][where].to(torch.float64))
@@ -131,9 +140,7 @@ def read_at(
         yield seen
 
 
-def replacement(
-    x_hat: Float[Tensor, "rows d"], usable: Bool[Tensor, "batch context"]
-) -> Callable[[Activation], Activation]:
+def replacement(x_hat: Float[Tensor, "rows d"], usable: Positions) -> Callable[[Activation], Activation]:
     """Return a function that replaces the activation at every usable position with the rows of a reconstruction."""
 
     def replace(activation: Activation) -> Activation:
@@ -151,7 +158,9 @@ def run_name(sae: EvaluatedSae, hook_point: str) -> str:
 
 def ablation(value: Float[Tensor, " d"] | float) -> Callable[[Activation], Activation]:
     """Return a function that replaces every position's activation with `value`."""
-    return lambda activation: torch.zeros_like(activation) + torch.as_tensor(value).to(activation)
+    return lambda activation: (
+        torch.zeros_like(activation) + (value.to(activation) if isinstance(value, Tensor) else value)
+    )
 
 
 @torch.inference_mode()
@@ -174,7 +183,8 @@ def accumulate_losses(
     targets = list(dict.fromkeys(name for sae in saes for name in sae.spliced_at))
     points = list(dict.fromkeys(point for target in targets for point in members(target)))
     zeros = {point: ablation(0.0) for point in points}
-    means = {point: ablation(torch.from_numpy(np.asarray(held_out.store.moments(point).mean))) for point in points}
+    mean_of = {point: torch.from_numpy(np.asarray(held_out.store.moments(point).mean)) for point in points}
+    means = {point: ablation(mean.to(device)) for point, mean in mean_of.items()}
     ablations = {("zero", target): zeros for target in targets} | {("mean", target): means for target in targets}
     spliced = {run_name(sae, target): target for sae in saes for target in sae.spliced_at}
     runs = [("clean", ""), *ablations, *(("sae", name) for name in spliced)]
@@ -184,10 +194,10 @@ def accumulate_losses(
     with show_progress(total=total, unit="token", unit_scale=True, desc="splice") as progress:
         for cpu_tokens, part in held_out.token_batches(batch_size):
             tokens = cpu_tokens.to(device)
-            usable = torch.from_numpy(held_out.usable[part]).to(device)
             group = torch.from_numpy(held_out.group[part]).to(device)
-            unmasked = None if held_out.unmasked is None else torch.from_numpy(held_out.unmasked[part]).to(device)
-            count = counted(usable, unmasked)
+            masks = counted(held_out.usable[part], None if held_out.unmasked is None else held_out.unmasked[part])
+            count = {name: positions_of(mask, device) for name, mask in masks.items()}
+            usable = count["kl"]
             for name, where in count.items():
                 counts[name].index_add_(0, group[where], torch.ones_like(group[where], dtype=torch.float64))
             with read_at(model, hook_points, inputs) as seen:
