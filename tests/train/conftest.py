@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,3 +98,21 @@ def train_killed(monkeypatch):
                 train(config)
 
     return train_until
+
+
+@pytest.fixture
+def refusing_waits():
+    """The context within which what waits for the GPU is an error, and after which, whatever happens, it is not."""
+
+    @contextmanager
+    def refusing():
+        with warnings.catch_warnings():
+            # PyTorch warns, after it has set the mode, that it is a prototype.
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    return refusing

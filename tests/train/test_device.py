@@ -1,5 +1,10 @@
 """Where and by which operations a run trains is chosen by the configuration, and the plan says so."""
 
+import threading
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,7 +15,8 @@ from thresher.harvest.config import HarvestConfig
 from thresher.harvest.plan import make_plan
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError, MissingFileError, ModelError
-from thresher.train import TrainConfig, train
+from thresher.train import ShuffledBatches, TrainConfig, train
+from thresher.train.stream.gpu_windows import QuantisedRows, used_here
 
 
 @pytest.fixture
@@ -71,6 +77,49 @@ def test_every_stage_accepts_a_gpu_with_or_without_its_number(
     with pytest.raises(MissingFileError, match="no SAE in"):
         prepare(EvaluateConfig(store=store, saes=str(tmp_path), output=str(tmp_path / "out"), device=device))
     assert current == 2 * made_current
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda", 2)])
+def test_windows_are_decoded_with_the_batches_gpu_current(array_store, monkeypatch, device, number):
+    """Pinned memory belongs to the current device, which each thread has of its own."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    set_device = lambda n: chosen.append((n, threading.current_thread().name))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", set_device, raising=False)
+    store = array_store({"x": torch.randn(64, 8)})
+    store.codec = "none"
+    with ShuffledBatches(store, device=device, batch_size=8) as batches:
+        batches._decoder.submit(lambda: None).result()
+    assert [n for n, _ in chosen] == [number]
+    assert chosen[0][1].startswith("decode-window")
+
+
+def test_a_gpu_reads_a_window_on_the_stream_that_trains(monkeypatch):
+    """Its memory is the default stream's, and is not reused before what another stream has yet to do with it."""
+    on, recorded = SimpleNamespace(name="training"), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: on)
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:0", record_stream=recorded.append)
+    used_here(QuantisedRows(tensor, tensor, torch.bfloat16))
+    assert recorded == [on, on]
+    used_here(torch.zeros(3))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("it waited")])
+def test_after_a_test_that_refuses_waits_they_are_allowed(monkeypatch, refusing_waits, error):
+    """Else one failure would break every later test that needs a GPU."""
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with nullcontext() if error is None else pytest.raises(RuntimeError, match="it waited"), refusing_waits():
+        if error is not None:
+            raise error
+    assert modes == ["error", "default"]
 
 
 @pytest.mark.parametrize(("kernels", "said"), [("auto", "cpu"), ("reference", "reference")])

@@ -127,10 +127,9 @@ def test_lines_of_metrics_are_those_of_a_run_that_reads_each(config, tmp_path, m
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("table", tables_of(SWEEP + ANNEALED), ids=lambda table: table["architecture"])
 @pytest.mark.parametrize("capture", [None, capture_on_cuda])
-def test_a_step_waits_for_the_device_only_to_look(table, capture):
+def test_a_step_waits_for_the_device_only_to_look(table, capture, refusing_waits):
     config = make_config(**table, dead_after_tokens=128)
     normalization = Normalization(torch.zeros(32), 1.0, 32.0)
     schedule = Schedule(1000, 128, 1, 0.5)
@@ -160,11 +159,8 @@ def test_a_step_waits_for_the_device_only_to_look(table, capture):
         for _ in range(5):
             trainer.step(batch)
         torch.cuda.synchronize()
-        try:
-            torch.cuda.set_sync_debug_mode("error")
+        with refusing_waits():
             metrics = trainer.step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     trainer.check()
     assert trainer.diverged is None
     assert read_metrics(metrics)["loss"] > 0
@@ -177,3 +173,12 @@ def test_an_int8_store_trains_on_a_gpu_what_it_does_on_a_cpu(config, tmp_path, s
     config = msgspec.structs.replace(config, store=str(tmp_path / "int8"), sae=[TOPK])
     gpu, cpu = train(config), train(to(config, tmp_path, "cpu", device="cpu"))
     assert explained(gpu[0]) == pytest.approx(explained(cpu[0]), abs=0.02)
+
+
+def test_on_another_stream_than_the_default_batches_are_the_same_and_so_are_weights(config, tmp_path):
+    """Windows are made on the default stream, and read on the one that trains."""
+    config = msgspec.structs.replace(config, sae=[TOPK])
+    usual = train(config)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        beside = train(to(config, tmp_path, "beside"))
+    assert weights(beside) == weights(usual)
