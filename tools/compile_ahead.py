@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from thresher.train.kernels.csc import MAX_SEGMENT
 from thresher.train.kernels.triton import adam as optimizer
-from thresher.train.kernels.triton import feature_major, select, threshold, token_major
+from thresher.train.kernels.triton import feature_major, merge, select, threshold, token_major
 from thresher.train.kernels.triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)
@@ -37,7 +37,6 @@ CAPABILITIES = (80, 90)
 POINTERS = {
     "*bf16": {"x_ptr", "W_ptr", "target_ptr", "W_enc_shadow_ptr", "W_dec_shadow_ptr", "out_bf16_ptr"},
     "*i64": {
-        "keys_ptr",
         "offsets_ptr",
         "order_ptr",
         "starts_ptr",
@@ -45,7 +44,17 @@ POINTERS = {
         "segment_latents_ptr",
         "places_ptr",
     },
-    "*i32": {"failed_ptr", "top_indices_ptr", "indices_ptr", "rows_ptr", "slot_columns_ptr", "slots_ptr", "counts_ptr"},
+    "*i32": {
+        "keys_ptr",
+        "failed_ptr",
+        "n_failed_ptr",
+        "top_indices_ptr",
+        "indices_ptr",
+        "rows_ptr",
+        "slot_columns_ptr",
+        "slots_ptr",
+        "counts_ptr",
+    },
 }
 FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor"}
 # Rows are a multiple of 16 elements long in every model worth compiling for, so loads are of 16 bytes.
@@ -71,23 +80,38 @@ def variants() -> Iterator[Variant]:
     """Yield what the launches use at the sizes that matter."""
     tile = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
     # Of what `select_tiling` may choose, 24,576 latents' choice for k = 32 first.
+    packed = {"COLUMN_BITS": 7}
     for n_candidates in (5, 2, 4, 6, 8, 16, 32):
-        yield Variant(select.candidates_kernel, {"N_CANDIDATES": n_candidates} | tile, 8, limit_registers=True)
-    for k in (32, 64, 128):
+        constants = {"N_CANDIDATES": n_candidates} | packed | tile
+        yield Variant(select.candidates_kernel, constants, 8, limit_registers=True)
+    # 960 keys of a row at 24,576 latents, 4,096 at 131,072, and more than registers hold.
+    for n_held, held in ((1024, True), (4096, True), (merge.MAX_HELD_KEYS, True), (merge.MAX_HELD_KEYS, False)):
+        warps = merge.merge_warps(n_held, wide=False)
+        constants = {"N_CANDIDATES": 5, "KEYS": n_held, "PLACED": 256 * warps, "HELD": held, "REDO": False} | packed
+        yield Variant(merge.merge_kernel, constants, warps)
+    wide = {"COLUMN_BITS": 0}
+    for n_held, held in ((512, True), (merge.MAX_HELD_KEYS, True), (merge.MAX_HELD_KEYS, False)):
         for redo in (False, True):
-            constants = {"N_CANDIDATES": 5, "K_PADDED": k, "CHUNK": select.merge_chunk(4096, k), "REDO": redo}
-            yield Variant(select.merge_kernel, constants, select.merge_warps(redo))
-        yield Variant(select.recompute_kernel, {"K_PADDED": k} | tile | {"BLOCK_ROWS": 16}, 4)
+            warps = merge.merge_warps(n_held, wide=True)
+            constants = {"N_CANDIDATES": 5, "KEYS": n_held, "PLACED": 256 * warps, "HELD": held, "REDO": redo} | wide
+            yield Variant(merge.merge_kernel, constants, warps, types=(("keys_ptr", "*i64"),))
+    for k in (32, 64, 128):
+        yield Variant(
+            select.recompute_kernel,
+            {"K_PADDED": k} | packed | tile | {"BLOCK_ROWS": 16},
+            4,
+            types=(("keys_ptr", "*i64"),),
+        )
     for fill in (False, True):
         yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | tile, 8)
     # In float32 products are no tensor cores'.
     small = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 64, "BLOCK_D": 32}
-    exact = (("x_ptr", "*fp32"), ("W_ptr", "*fp32"))
+    exact = (("x_ptr", "*fp32"), ("W_ptr", "*fp32"), ("keys_ptr", "*i64"))
     for n_candidates in (4, 8):
-        constants = {"N_CANDIDATES": n_candidates} | small
+        constants = {"N_CANDIDATES": n_candidates} | wide | small
         yield Variant(select.candidates_kernel, constants, 8, limit_registers=True, types=exact)
     for k in (32, 128):
-        constants = {"K_PADDED": k} | small | {"BLOCK_ROWS": 16, "BLOCK_LATENTS": max(64, k)}
+        constants = {"K_PADDED": k} | wide | small | {"BLOCK_ROWS": 16, "BLOCK_LATENTS": max(64, k)}
         yield Variant(select.recompute_kernel, constants, 4, types=exact)
     for fill in (False, True):
         yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | small, 8, types=exact)
@@ -102,7 +126,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps)
         # Architectures that use the ops one at a time decode from the float32 weights; AuxK's target is float32.
         for kernel in (token_major.decode_kernel, token_major.grad_values_kernel):
-            yield Variant(kernel, rows, tiling.num_warps, types=exact[1:])
+            yield Variant(kernel, rows, tiling.num_warps, types=exact[1:2])
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps, types=(("target_ptr", "*fp32"),))
         yield Variant(feature_major.segments_kernel, latents, tiling.num_warps, types=bfloat16_matrix)
         yield Variant(feature_major.grad_weights_kernel, latents, tiling.num_warps)

@@ -1,8 +1,8 @@
 """TopK selection in the epilogue of the encoder's GEMM: [batch, d_sae] never reaches memory.
 
 1. `candidates`: a program computes a tile of pre-activations and keeps each row's `n_candidates` largest.
-2. `merge`: a row's exact top k over all its tiles' candidates, with a certificate: what a tile did not
-   list is below the last it listed, so if no tile's last is above the row's k-th, nothing was missed.
+2. `merge` (`merge.py`): a row's exact top k over all its tiles' candidates, with a certificate: what a tile did not
+   list comes after the last it listed, so if no tile's last is before the row's k-th, nothing was missed.
 3. `recompute`: blocks of rows in which a certificate failed are done again with k candidates from every
    part of the dictionary, into the candidates' own memory, and merged again. Exact, however many fail.
 
@@ -21,7 +21,8 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from .tile import LOWEST_KEY, grouped_tile, key_column, key_value, pre_activation_tile, sortable_key, tile_registers
+from .merge import merge
+from .tile import NO_KEY, grouped_tile, n_resident, ordered_bits, pre_activation_tile, tile_registers, wide_key
 
 
 class SelectTiling(NamedTuple):
@@ -79,7 +80,9 @@ def candidates_kernel(
     d_in,
     stride_x,
     stride_W,
+    stride_keys,
     N_CANDIDATES: tl.constexpr,
+    COLUMN_BITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,54 +95,16 @@ def candidates_kernel(
     z = pre_activation_tile(
         x_ptr, W_ptr, b_ptr, rows, columns, n_rows, d_sae, d_in, stride_x, stride_W, BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D
     )
-    starts = (rows.to(tl.int64) * n_tiles + tile) * N_CANDIDATES
+    if COLUMN_BITS > 0:
+        keys = ordered_bits(z, COLUMN_BITS) | (BLOCK_LATENTS - 1 - within)[None, :]
+    else:
+        keys = wide_key(ordered_bits(z, 0), columns[None, :])
+    starts = rows.to(tl.int64) * stride_keys + tile * N_CANDIDATES
     for slot in range(N_CANDIDATES):
-        # Two plain reductions hold fewer registers than one over (value, place) pairs.
-        value = tl.max(z, axis=1)
-        place = tl.min(tl.where(z == value[:, None], within[None, :], BLOCK_LATENTS - 1), axis=1)
-        key = sortable_key(value, tile * BLOCK_LATENTS + place)
-        tl.store(keys_ptr + starts + slot, key, mask=rows < n_rows)
-        z = tl.where(within[None, :] == place[:, None], float("-inf"), z)
-
-
-@triton.jit
-def merge_kernel(
-    keys_ptr,
-    failed_ptr,
-    top_acts_ptr,
-    top_indices_ptr,
-    n_keys,
-    stride_keys,
-    d_sae,
-    k,
-    N_CANDIDATES: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REDO: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    if REDO:  # noqa: SIM102
-        if tl.load(failed_ptr + row) == 0:
-            return
-    best = tl.full([K_PADDED], LOWEST_KEY, tl.int64)
-    bounds = tl.full([CHUNK], LOWEST_KEY, tl.int64)
-    for start in range(0, n_keys, CHUNK):
-        place = start + tl.arange(0, CHUNK)
-        keys = tl.load(keys_ptr + row * stride_keys + place, mask=place < n_keys, other=LOWEST_KEY)
-        bounds = tl.maximum(bounds, tl.where(place % N_CANDIDATES == N_CANDIDATES - 1, keys, LOWEST_KEY))
-        part = tl.topk(keys, K_PADDED)
-        best = tl.topk(tl.reshape(tl.join(best, part), [2 * K_PADDED]), K_PADDED)
-    slots = tl.arange(0, K_PADDED)
-    value = key_value(best)
-    # A NaN stays one: the trainer must see it.
-    tl.store(top_acts_ptr + row * k + slots, tl.where(value < 0, 0.0, value), mask=slots < k)
-    tl.store(top_indices_ptr + row * k + slots, tl.minimum(key_column(best), d_sae - 1), mask=slots < k)
-    if not REDO:
-        bound = tl.max(bounds, axis=0)
-        kth = tl.max(tl.where(slots == k - 1, best, LOWEST_KEY), axis=0)
-        # What is not positive becomes 0 whichever latent it is.
-        missed = (bound > kth) & (key_value(bound) > 0)
-        tl.store(failed_ptr + row, missed.to(tl.int32))
+        # No two keys of a row are equal, so a maximum is all that is needed to find and to remove the largest.
+        largest = tl.max(keys, axis=1)
+        tl.store(keys_ptr + starts + slot, largest, mask=rows < n_rows)
+        keys = tl.where(keys == largest[:, None], NO_KEY, keys)
 
 
 @triton.jit
@@ -148,6 +113,7 @@ def recompute_kernel(
     W_ptr,
     b_ptr,
     failed_ptr,
+    n_failed_ptr,
     keys_ptr,
     n_rows,
     d_sae,
@@ -157,38 +123,44 @@ def recompute_kernel(
     stride_keys,
     n_parts,
     K_PADDED: tl.constexpr,
+    COLUMN_BITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    part = tl.program_id(1)
-    failed = tl.load(failed_ptr + rows, mask=rows < n_rows, other=0)
-    if tl.max(failed, axis=0) == 0:
+    if tl.load(n_failed_ptr) == 0:
         return
-    best = tl.full([BLOCK_ROWS, K_PADDED], LOWEST_KEY, tl.int64)
-    for tile in range(part, tl.cdiv(d_sae, BLOCK_LATENTS), n_parts):
-        columns = tile * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)
-        z = pre_activation_tile(
-            x_ptr,
-            W_ptr,
-            b_ptr,
-            rows,
-            columns,
-            n_rows,
-            d_sae,
-            d_in,
-            stride_x,
-            stride_W,
-            BLOCK_ROWS,
-            BLOCK_LATENTS,
-            BLOCK_D,
-        )
-        top = tl.topk(sortable_key(z, columns[None, :]), K_PADDED)
-        best = tl.topk(tl.reshape(tl.join(best, top), [BLOCK_ROWS, 2 * K_PADDED]), K_PADDED)
-    place = part * K_PADDED + tl.arange(0, K_PADDED)
-    at = keys_ptr + rows.to(tl.int64)[:, None] * stride_keys + place[None, :]
-    tl.store(at, best, mask=(failed != 0)[:, None])
+    n_tiles = tl.cdiv(d_sae, BLOCK_LATENTS)
+    # Parts are of neighbouring tiles, so that the first of two equal values is that of the lower latent.
+    tiles_a_part = tl.cdiv(n_tiles, n_parts)
+    for turn in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS) * n_parts, tl.num_programs(0)):
+        rows = turn // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        part = turn % n_parts
+        failed = tl.load(failed_ptr + rows, mask=rows < n_rows, other=0)
+        if tl.max(failed, axis=0) != 0:
+            best = tl.full([BLOCK_ROWS, K_PADDED], NO_KEY, tl.int64)
+            for tile in range(part * tiles_a_part, tl.minimum((part + 1) * tiles_a_part, n_tiles)):
+                columns = tile * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)
+                z = pre_activation_tile(
+                    x_ptr,
+                    W_ptr,
+                    b_ptr,
+                    rows,
+                    columns,
+                    n_rows,
+                    d_sae,
+                    d_in,
+                    stride_x,
+                    stride_W,
+                    BLOCK_ROWS,
+                    BLOCK_LATENTS,
+                    BLOCK_D,
+                )
+                top = tl.topk(wide_key(ordered_bits(z, COLUMN_BITS), columns[None, :]), K_PADDED)
+                best = tl.topk(tl.reshape(tl.join(best, top), [BLOCK_ROWS, 2 * K_PADDED]), K_PADDED)
+            place = part * K_PADDED + tl.arange(0, K_PADDED)
+            at = keys_ptr + rows.to(tl.int64)[:, None] * stride_keys + place[None, :]
+            tl.store(at, best, mask=(failed != 0)[:, None])
 
 
 def select_topk(
@@ -198,7 +170,7 @@ def select_topk(
     k: int,
     tiling: SelectTiling | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int32[Tensor, "batch k"]]:
-    """Return the `k` largest latents of each row, ReLU'd and descending, and which they are.
+    """Return the `k` largest latents of each row, ReLU'd, and which they are, in no order.
 
     `x` and `W_enc` share a type: bfloat16 runs on tensor cores, float32 is exact and slow.
     """
@@ -213,25 +185,34 @@ def select_topk_certified(
     k: int,
     tiling: SelectTiling | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int32[Tensor, "batch k"], Int32[Tensor, " batch"]]:
-    """Return what `select_topk` does, and 1 for each row that the certificate sent back to be recomputed."""
+    """Return what `select_topk` does, and 1 for each row that the certificate sent back to be recomputed.
+
+    From bfloat16, values are rounded half up to the 24 bits of a float32 less those that a column of a tile takes: 17.
+    """
     n_rows, d_in = x.shape
     d_sae = len(W_enc)
     assert 0 < k <= d_sae
     assert x.dtype == W_enc.dtype
     assert x.stride(1) == W_enc.stride(1) == 1
     tiling = tiling or select_tiling(d_sae, k, x.dtype)
-    failed = torch.zeros(n_rows, dtype=torch.int32, device=x.device)
     if tiling is None:
-        return *select_topk_dense(x, W_enc, b_enc, k), failed
+        return *select_topk_dense(x, W_enc, b_enc, k), torch.zeros(n_rows, dtype=torch.int32, device=x.device)
     top_acts = torch.empty(n_rows, k, dtype=torch.float32, device=x.device)
     top_indices = torch.empty(n_rows, k, dtype=torch.int32, device=x.device)
+    failed = torch.empty(n_rows, dtype=torch.int32, device=x.device)
     if n_rows == 0:
         return top_acts, top_indices, failed
+    n_failed = torch.zeros(1, dtype=torch.int32, device=x.device)
     K_PADDED = padded_k(k)
     n_tiles = triton.cdiv(d_sae, tiling.latents)
     n_keys = n_tiles * tiling.n_candidates
-    assert n_keys >= K_PADDED
-    keys = torch.empty(n_rows, n_keys, dtype=torch.int64, device=x.device)
+    assert n_keys >= k
+    wide = x.dtype == torch.float32
+    column_bits = 0 if wide else tiling.latents.bit_length() - 1
+    # What is recomputed is wide, and takes the same memory.
+    stride = max(n_keys, K_PADDED if wide else 2 * K_PADDED)
+    stride = triton.cdiv(stride, 16) * 16
+    keys = torch.empty(n_rows, stride, dtype=torch.int64 if wide else torch.int32, device=x.device)
     candidates_kernel[(triton.cdiv(n_rows, tiling.rows) * n_tiles,)](
         x,
         W_enc,
@@ -242,7 +223,9 @@ def select_topk_certified(
         d_in,
         x.stride(0),
         W_enc.stride(0),
+        stride,
         N_CANDIDATES=tiling.n_candidates,
+        COLUMN_BITS=column_bits,
         BLOCK_ROWS=tiling.rows,
         BLOCK_LATENTS=tiling.latents,
         BLOCK_D=tiling.d,
@@ -250,58 +233,35 @@ def select_topk_certified(
         num_stages=3,
         maxnreg=tile_registers(x.device),
     )
-
-    def merge(n_merged: int, redo: bool) -> None:
-        merge_kernel[(n_rows,)](
-            keys,
-            failed,
-            top_acts,
-            top_indices,
-            n_merged,
-            n_keys,
-            d_sae,
-            k,
-            N_CANDIDATES=tiling.n_candidates,
-            K_PADDED=K_PADDED,
-            CHUNK=merge_chunk(n_merged, K_PADDED),
-            REDO=redo,
-            num_warps=merge_warps(redo),
-        )
-
-    merge(n_keys, redo=False)
-    n_parts = n_keys // K_PADDED
-    recompute_kernel[(triton.cdiv(n_rows, tiling.redo_rows), n_parts)](
+    found = (failed, n_failed, top_acts, top_indices, d_sae, tiling.n_candidates)
+    merge(keys, n_keys, *found, column_bits, redo=False)
+    wide_keys = keys.view(torch.int64)
+    n_parts = wide_keys.shape[1] // K_PADDED
+    n_turns = triton.cdiv(n_rows, tiling.redo_rows) * n_parts
+    recompute_kernel[(n_resident(x.device, n_turns),)](
         x,
         W_enc,
         b_enc,
         failed,
-        keys,
+        n_failed,
+        wide_keys,
         n_rows,
         d_sae,
         d_in,
         x.stride(0),
         W_enc.stride(0),
-        n_keys,
+        wide_keys.stride(0),
         n_parts,
         K_PADDED=K_PADDED,
+        COLUMN_BITS=column_bits,
         BLOCK_ROWS=tiling.redo_rows,
         BLOCK_LATENTS=tiling.redo_latents,
         BLOCK_D=tiling.d,
         num_warps=4,
         num_stages=3,
     )
-    merge(n_parts * K_PADDED, redo=True)
+    merge(wide_keys, n_parts * K_PADDED, *found, 0, redo=True)
     return top_acts, top_indices, failed
-
-
-def merge_chunk(n_keys: int, K_PADDED: int) -> int:
-    """Return how many keys a merging program sorts at once."""
-    return max(K_PADDED, min(triton.next_power_of_2(n_keys), 1024))
-
-
-def merge_warps(redo: bool) -> int:
-    """Return the warps of a merging program; with another number one of the two spills on sm_80 or sm_90."""
-    return 8 if redo else 4
 
 
 def select_topk_dense(

@@ -16,7 +16,8 @@ import triton.language as tl
 # Multiply-adds are fused whatever Triton's default is; 3.9 warns, where this is not said, that it will change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-LOWEST_KEY: tl.constexpr = tl.constexpr(-(2**63))
+NO_KEY: tl.constexpr = tl.constexpr(-1)
+"""A key below that of every value."""
 # Triton's interpreter multiplies the bits of bfloat16 as integers; widened products are what tensor cores form anyway.
 WIDEN: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -26,6 +27,12 @@ def tile_registers(device: torch.device) -> int | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         return 128
     return None
+
+
+def n_resident(device: torch.device, n_programs: int) -> int:
+    """Return how many programs to launch, each of which takes turns at the work of `n_programs`: four per SM."""
+    n_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return min(n_programs, 4 * n_sms)
 
 
 @triton.jit
@@ -61,24 +68,28 @@ def pre_activation_tile(
 
 
 @triton.jit
-def sortable_key(value, column):
-    """Return an int64 that orders by value, then by lower column; what is not a number is above every number."""
-    bits = value.to(tl.int32, bitcast=True)
-    bits = tl.where(value != value, bits & 0x7FFFFFFF, bits)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (order.to(tl.int64) << 32) | (column ^ 0x7FFFFFFF).to(tl.int64)
+def ordered_bits(value, DROPPED: tl.constexpr):
+    """Return an int32 that orders as values do after ReLU; what is not a number is above every number.
+
+    It is the bits of the value, rounded half up to `DROPPED` bits fewer, which are 0.
+    """
+    bits = tl.where(value <= 0, 0.0, value).to(tl.uint32, bitcast=True)
+    # Without their sign's meaning, the bits of every NaN are above those of infinity.
+    bits = tl.minimum(bits, 0x7FC00000)
+    if DROPPED > 0:
+        bits = ((bits + (1 << (DROPPED - 1))) >> DROPPED) << DROPPED
+    return bits.to(tl.int32)
 
 
 @triton.jit
-def key_value(key):
-    """Return the value of a key."""
-    order = (key >> 32).to(tl.int32)
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+def wide_key(bits, column):
+    """Return an int64 that orders by `ordered_bits`, then by lower column."""
+    return (bits.to(tl.int64) << 32) | (column ^ 0x7FFFFFFF).to(tl.int64)
 
 
 @triton.jit
-def key_column(key):
-    """Return the column of a key."""
+def wide_key_column(key):
+    """Return the column of a wide key."""
     return (key & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import thresher.train.kernels.triton.merge as merge_module
 from thresher.train.kernels import reference
 from thresher.train.kernels.triton.select import (
     MAX_RECOMPUTED,
@@ -31,7 +32,7 @@ def assert_same_selection(x, W_enc, b_enc, k, top_acts, top_indices):
     """Hold every chosen value against its pre-activation in float64, and the row's values against a sort."""
     pre_acts = reference.pre_activations(x.double(), W_enc.double(), b_enc.double())
     expected = pre_acts.sort(dim=1, descending=True).values[:, :k].relu()
-    torch.testing.assert_close(top_acts.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(top_acts.double().sort(dim=1, descending=True).values, expected, rtol=1e-5, atol=1e-4)
     chosen = pre_acts.gather(1, top_indices.long()).relu()
     torch.testing.assert_close(top_acts.double(), chosen, rtol=1e-5, atol=1e-4)
     assert all(len(set(row)) == k for row in top_indices.tolist())
@@ -74,7 +75,39 @@ def test_ties_go_to_the_lower_latent(device):
     W_enc[[3, 9, 40, 41, 63]] = 1.0
     top_acts, top_indices, _ = select_topk_certified(x, W_enc, torch.zeros(64, device=device), 3, SMALL)
     assert top_acts.tolist() == [[16.0] * 3]
-    assert top_indices.tolist() == [[3, 9, 40]]
+    assert sorted(top_indices[0].tolist()) == [3, 9, 40]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("held", [16_384, 16])
+def test_values_of_bfloat16_are_rounded_to_what_a_key_holds_and_ties_go_to_the_lower_latent(
+    device, monkeypatch, recomputed, held
+):
+    """A key of a tile of 32 latents has 5 bits fewer for a value: near 256 it counts in steps of 2^-10."""
+    monkeypatch.setattr(merge_module, "MAX_HELD_KEYS", held)
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(0, 400, (96,), generator=generator)
+    if recomputed:
+        steps[40:46] = 401  # the five largest lie in one tile
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).repeat(1, 8).bfloat16()
+    W_enc = torch.zeros(96, 16)
+    W_enc[:, 0], W_enc[:, 1] = 256.0, 2.0**-13 * (steps % 16) - 2.0**-13 * 4
+    bias = 2.0**-13 * (steps // 16 * 16)
+    top_acts, top_indices, failed = select_topk_certified(
+        x.to(device),
+        W_enc.bfloat16().to(device),
+        bias.to(device),
+        5,
+        SMALL._replace(n_candidates=2 if recomputed else 7),
+    )
+    assert failed.tolist() == [recomputed] * 2
+    exact = x.double() @ W_enc.double().T + bias.double()
+    rounded = torch.floor(exact * 2**10 + 0.5) / 2**10
+    expected = rounded.sort(dim=1, descending=True, stable=True)
+    assert (exact.sort(dim=1, descending=True).indices[:, :5] != expected.indices[:, :5]).any(), "rounding matters"
+    for row in range(2):
+        assert sorted(top_indices[row].tolist()) == sorted(expected.indices[row, :5].tolist())
+        assert torch.equal(top_acts[row].double().cpu(), rounded[row, top_indices[row].long().cpu()])
 
 
 def test_rows_with_fewer_than_k_positives_are_padded_with_zeros(device):
@@ -83,9 +116,9 @@ def test_rows_with_fewer_than_k_positives_are_padded_with_zeros(device):
     b_enc[:32] = float("-inf")
     b_enc[7] = 1000.0
     top_acts, top_indices, failed = select_topk_certified(x, W_enc, b_enc, 4, SMALL)
-    assert (top_acts[:, 0] > 900).all()
-    assert top_indices[:, 0].tolist() == [7, 7, 7]
-    assert (top_acts[:, 1:] == 0).all()
+    assert ((top_acts > 900).sum(1) == 1).all()
+    assert top_indices[top_acts > 900].tolist() == [7, 7, 7]
+    assert ((top_acts > 900) | (top_acts == 0)).all()
     assert ((top_indices >= 0) & (top_indices < 64)).all()
     assert not failed.any()
 
