@@ -115,11 +115,15 @@ def list_files(address: HubAddress) -> tuple[str, list[HubFile]]:
             folder = folder.rpartition("/")[0] or None
     recursive = folder == (address.path or None)
     tree = api.list_repo_tree(repository, folder, recursive=recursive, revision=commit, repo_type=kind)
-    return commit, [
+    files = [
         HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
         for entry in tree
         if isinstance(entry, RepoFile)
     ]
+    for file in files:
+        if file.path.startswith("/") or ".." in file.path.split("/"):
+            raise HubError(f"'hf://{repository}' has a file named '{file.path}', which leads out of a folder")
+    return commit, files
 
 
 def _fetch(address: HubAddress, commit: str, file: HubFile) -> Path:

@@ -208,3 +208,11 @@ def test_stages_take_what_is_on_the_hub(sweep, hub):
     expected = Sae.load(sweep / "topk-k10").W_enc
     assert torch.equal(read_trained_sae("hf://me/demo", "topk-k10").W_enc, expected)
     assert torch.equal(read_trained_sae("hf://me/demo/topk-k10", "another").W_enc, expected)
+
+
+def test_names_that_lead_out_of_a_folder_are_refused(sweep, hub, tmp_path):
+    published(hub, sweep)["topk-k2/../../../evil.json"] = b"{}"
+    with pytest.raises(HubError, match=r"has a file named 'topk-k2/\.\./\.\./\.\./evil\.json', which leads out"):
+        Sae.load("hf://me/demo/topk-k2")
+    assert not list(tmp_path.rglob("evil.json"))
+    assert not hub.downloads
