@@ -131,7 +131,7 @@ def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
 def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the config file that a command line names, if any, and its overrides.
 
-    Overrides are written `--key value` or `--key=value`. A list is `[a, b]` or `a,b`. `--key` alone means `true` for a
+    Overrides are written `--key value` or `--key=value`. A list is `["a", "b"]` or `a,b`. `--key` alone means `true` for a
     boolean key.
     """
     types = {field.name: tuple(map(type, members(field.type))) for field in _fields(cls)}
@@ -158,7 +158,13 @@ def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None
                 raise ConfigError(f"{_COMMAND_LINE}: --{key} needs a value")
             else:
                 text = rest.pop()
-        overrides[key] = _parse_value(text, types[key])
+        try:
+            overrides[key] = _parse_value(text, types[key])
+        except ValueError:
+            raise ConfigError(
+                f"{_COMMAND_LINE}: --{key} '{text}' is not a list in TOML; "
+                'write [1, 2], ["a", "b"] or, for tables, [{ key = "value" }]'
+            ) from None
     return path, overrides
 
 
@@ -169,6 +175,7 @@ def _fields(cls: type[Config]) -> tuple[msgspec.inspect.Field, ...]:
 
 
 def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
+    """Return the value of an override; raise `ValueError` for a list that is not TOML."""
     if msgspec.inspect.BoolType in accepted and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -178,6 +185,8 @@ def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
     sequences = (msgspec.inspect.ListType, msgspec.inspect.VarTupleType)
     takes_list = any(kind in sequences for kind in accepted)
     if takes_list and not isinstance(value, list) and (msgspec.inspect.StrType not in accepted or "," in text):
+        if text.lstrip().startswith(("[", "{")) and isinstance(value, str):
+            raise ValueError(text)
         return [_parse_value(part.strip(), ()) for part in text.split(",")]
     if msgspec.inspect.StrType in accepted and not isinstance(value, (str, list)) and len(accepted) == 1:
         return text

@@ -112,6 +112,17 @@ def test_what_is_read_and_written(table, reads, writes, kind):
     assert expand_sweep([sae]) == [sae]
 
 
+def test_a_skip_path_is_in_the_name():
+    """Once: two tables that differ in it need no names of their own, and a grid over it is named as any other."""
+    tables = [{"d_sae": 64, "k": 4, "reads": "a", "writes": "b", "skip": skip} for skip in (False, True, [False, True])]
+    assert [sae.name for sae in expand_sweep(tables)] == [
+        "topk-a-b-64-k4",
+        "topk-a-b-64-skip-k4",
+        "topk-a-b-64-k4-skipFalse",
+        "topk-a-b-64-k4-skipTrue",
+    ]
+
+
 def test_lists_of_lists_of_hook_points_are_grids():
     saes = expand_sweep([{"d_sae": 64, "k": 4, "reads": [["a"], ["b", "c"]], "writes": [["d"], ["e"]]}])
     assert [(sae.wiring.reads, sae.wiring.writes) for sae in saes] == [

@@ -150,6 +150,8 @@ def _name(config: SaeConfig, varying: Sequence[str], where: str, ending: str) ->
         template = "{architecture}-{reads}-{writes}-{d_sae}" if config.writes else "{architecture}-{hook_point}-{d_sae}"
         if config.cross_layer:
             template = f"{{architecture}}-cross_layer-{len(config.wiring.reads)}x{{d_sae}}"
+        if config.skip and "skip" not in varying:
+            template += "-skip"
         template += config.name_ending
     for key in varying:
         if f"{{{key}}}" not in template and key != "name":

@@ -67,6 +67,17 @@ def test_override_values(arguments, key, value):
 
 
 @pytest.mark.parametrize(
+    ("key", "text"), [("part", '[{"k": 3}]'), ("part", "[{ k = 3 }"), ("part", '{"k": 3}'), ("hook_points", "[a, b]")]
+)
+def test_a_list_that_is_not_toml_is_refused_in_one_line(key, text):
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(Example, [f"--{key}", text])
+    message = str(caught.value)
+    assert message.startswith(f"command line: --{key} '{text}' is not a list in TOML; write")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
     ("table", "expected"),
     [
         (REQUIRED | {"hook_point": 1}, "unknown key 'hook_point'; did you mean 'hook_points'?"),
