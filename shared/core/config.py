@@ -131,8 +131,8 @@ def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
 def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the config file that a command line names, if any, and its overrides.
 
-    Overrides are written `--key value` or `--key=value`. A list is `["a", "b"]` or `a,b`. `--key` alone means `true` for a
-    boolean key.
+    Overrides are written `--key value` or `--key=value`. A list is `["a", "b"]` or `a,b`. `--key` alone means `true`
+    for a boolean key.
     """
     types = {field.name: tuple(map(type, members(field.type))) for field in _fields(cls)}
     path: str | None = None
