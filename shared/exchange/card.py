@@ -130,11 +130,16 @@ def _measured_how(saes: Sequence[CardSae], rows: Mapping[str, Mapping[str, Any]]
         f"{first[key]:,} {words}" for key, words in (("n_rows", "rows"), ("n_documents", "documents")) if first.get(key)
     ]
     mask = f"; {first['mask']}" if first.get("mask") else ""
+    scores = (
+        "The CE and KL scores compare the model with the SAE spliced in with the model itself (1) and with the "
+        "activation set to zero (0). "
+        if any(row.get("ce_loss_score") is not None for row in known)
+        else ""
+    )
     return (
         f"Measured by `thresher evaluate` on {' of '.join(facts) or 'rows'} that were held out: whole documents, on "
         f"which no SAE was trained{mask}. In brackets: 95% intervals of a bootstrap over documents. "
-        "The CE and KL scores compare the model with the SAE spliced in with the model itself (1) and with "
-        "the activation set to zero (0). `metrics.json` has every figure."
+        f"{scores}`metrics.json` has every figure."
     )
 
 

@@ -87,6 +87,7 @@ def test_the_card_says_what_was_measured(sweep, hub, token, capsys):
     assert "0.8123 (0.8000 to 0.8200)" in card
     assert "5,000 rows of 40 documents" in card
     assert card.count("not measured") == 2
+    assert "CE and KL scores" not in card
     assert 'Sae.load("hf://me/demo/topk-k2")' in card
     assert 'SAE.from_pretrained("me/demo", "topk-k2")' in card
     assert "SHA-256" in card
