@@ -13,33 +13,33 @@ ARGS ?=
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY)  ## make the environment in .venv
+setup: $(READY)  ## create the environment in .venv
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-harvest: $(READY)  ## run a model once, write its activations: make harvest CONFIG=configs/harvest/demo.toml
+harvest: $(READY)  ## run a model once and store its activations: make harvest CONFIG=configs/harvest/demo.toml
 	$(BIN)/thresher harvest $(or $(CONFIG),configs/harvest/demo.toml) $(ARGS)
 
-train: $(READY)  ## train a sweep from a store: make train CONFIG=configs/train/demo.toml
+train: $(READY)  ## train a sweep of SAEs from a store: make train CONFIG=configs/train/demo.toml
 	$(BIN)/thresher train $(or $(CONFIG),configs/train/demo.toml) $(ARGS)
 
-evaluate: $(READY)  ## evaluate the SAEs: make evaluate CONFIG=configs/evaluate/demo.toml
+evaluate: $(READY)  ## evaluate SAEs: make evaluate CONFIG=configs/evaluate/demo.toml
 	$(BIN)/thresher evaluate $(or $(CONFIG),configs/evaluate/demo.toml) $(ARGS)
 
-demo: $(READY)  ## the whole pipeline on the bundled model and real text
+demo: $(READY)  ## run the whole pipeline on the bundled model and real text
 	$(BIN)/thresher harvest configs/harvest/demo.toml
 	$(BIN)/thresher train configs/train/demo.toml
 	$(BIN)/thresher evaluate configs/evaluate/demo.toml
 
-test: $(READY)  ## the test suite
+test: $(READY)  ## run the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-long: $(READY)  ## the tests that take minutes
+test-long: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-test-gpu: $(READY)  ## the tests that need a GPU
+test-gpu: $(READY)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 gpu-check: $(READY)  ## check the kernels, training and their speed on a GPU in ten minutes; prints a page
@@ -51,7 +51,7 @@ $(OLDEST_TRITON)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST_TRITON) 'triton==3.6.*'
 	touch $@
 
-test-gpu-versions: $(READY) $(OLDEST_TRITON)/.ready  ## the tests of the GPU kernels with the oldest Triton that is allowed
+test-gpu-versions: $(READY) $(OLDEST_TRITON)/.ready  ## run the tests of the GPU kernels with the oldest supported Triton
 	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 tests/train/kernels tests/train/step tests/train/stream/test_gpu_windows.py $(ARGS)
 
 PEERS := .venv-peers
@@ -62,12 +62,12 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision  # its operators need a build of torch that this is not
 	touch $@
 
-bench: $(READY)  ## the benchmarks on this machine, on the demo's store; results in runs/bench
+bench: $(READY)  ## run the benchmarks on the demo's store; results in runs/bench
 	$(BIN)/thresher harvest configs/harvest/demo.toml
 	for script in harvest_overhead store_read store_codecs store_chunks train_shuffle train_stream train_step marginal_cost evaluate_offline feature_index; do \
 	  echo "== $$script"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-bench-peers: $(READY) $(PEERS)/.ready  ## steps, a sweep of eight and the quality of SAEs beside those of other libraries
+bench-peers: $(READY) $(PEERS)/.ready  ## compare steps, a sweep of eight and quality with other libraries
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 384 --d-sae 3072
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288
 	$(BIN)/python benchmarks/train_step.py --peers --d-in 768 --d-sae 12288 --architecture batch_topk
@@ -79,20 +79,20 @@ bench-peers: $(READY) $(PEERS)/.ready  ## steps, a sweep of eight and the qualit
 bench-gpu: $(READY)  ## time the GPU kernels and steps against their floors
 	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
 
-bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, beside other libraries
+bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, compared with other libraries
 	$(BIN)/python benchmarks/gpu_step.py --peers $(PEERS)/bin/python $(ARGS)
 
-test-peers: $(READY) $(PEERS)/.ready  ## the tests that need other libraries, in an environment of their own
+test-peers: $(READY) $(PEERS)/.ready  ## run the tests that need other libraries, in a separate environment
 	$(BIN)/python -m pytest -m peers $(ARGS)
 
-check: $(READY)  ## lint, format and type checks; changes nothing
+check: $(READY)  ## check lint, format and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-format: $(READY)  ## format, and fix what ruff can
+format: $(READY)  ## format, and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what runs and builds left, but not the environment
+clean:  ## remove runs and build files, but not the environment
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache

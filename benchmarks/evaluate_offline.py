@@ -1,10 +1,10 @@
-"""How long the offline evaluation of eight SAEs over 100,000 stored rows takes, reading the store once.
+"""Time the offline evaluation of eight SAEs over 100,000 stored rows, which reads the store once.
 
     python benchmarks/evaluate_offline.py
 
-Beside it, in the same run: the same SAEs evaluated one at a time, each reading the store again, and
-the bare encoders' matrix products, the floor. Before any time is printed, every SAE's metrics are
-checked against float64 NumPy. CPU seconds tell the cost also on a machine that others use.
+The same run also times the evaluation of one SAE at a time, each reading the store again, and, as a floor, only the
+encoders' matrix products. Before any time is printed, every SAE's metrics are compared with float64 NumPy. CPU seconds
+show the cost also on a shared machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def write_store(path: Path, n_rows: int, d_in: int) -> None:
-    """Write low-rank rows with a mean, all held out but the first context, in documents of ten contexts."""
+    """Write low-rank rows with a mean, in documents of ten contexts; all contexts but the first are held out."""
     generator = torch.Generator().manual_seed(0)
     n_contexts = -(-n_rows // CONTEXT) + 1
     directions = torch.randn(4 * d_in, d_in, generator=generator)
@@ -58,7 +58,7 @@ def write_store(path: Path, n_rows: int, d_in: int) -> None:
 
 
 def write_saes(root: Path, n: int, d_in: int, d_sae: int) -> None:
-    """Write half TopK and half ReLU SAEs of random directions; of the ReLU ones about 3% of latents fire on a row."""
+    """Write TopK and ReLU SAEs, half each, with random directions; about 3% of the ReLU latents fire on a row."""
     rows = ActivationStore.open(root / "store").read(HOOK, 0, CONTEXT).float() - 3
     for number in range(n):
         generator = torch.Generator().manual_seed(number)
@@ -77,7 +77,7 @@ def write_saes(root: Path, n: int, d_in: int, d_sae: int) -> None:
 
 
 def check_equal(root: Path, metrics: list[dict[str, Any]]) -> None:
-    """Stop unless every SAE's metrics are those of float64 NumPy on the rows of the store."""
+    """Stop unless every SAE's metrics equal those of float64 NumPy on the store's rows."""
     store = ActivationStore.open(root / "store")
     x = store.read(HOOK, CONTEXT, store.n_rows).float()
     variance = x.double().numpy().var(axis=0).sum()
@@ -96,7 +96,7 @@ def check_equal(root: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def encoder_floor(root: Path, n_saes: int, d_sae: int) -> None:
-    """Multiply every held-out row with as many encoders, and nothing else."""
+    """Multiply every held-out row with the same number of encoders, and do nothing else."""
     store = ActivationStore.open(root / "store")
     W_enc = torch.randn(store.d_in(HOOK), d_sae)
     for start in range(CONTEXT, store.n_rows, 8192):

@@ -1,11 +1,10 @@
-"""How many tokens a second the feature index of one SAE takes in.
+"""Measure the speed of building the feature index of one SAE, in tokens per second.
 
     python benchmarks/feature_index.py
 
-A TopK SAE of 2,048 latents over the rows of a synthetic store. Before any speed is printed, firings,
-maxima and the strongest contexts of the first rows are compared with a loop over the dense latents.
-Beside it, the floor: reading the rows and multiplying them with the encoder. CPU seconds tell the
-cost also on a machine that others use.
+A TopK SAE of 2,048 latents is indexed over the rows of a synthetic store. Before any speed is printed, firings, maxima
+and the strongest contexts of the first rows are compared with a loop over the dense latents. The floor is to read the
+rows and multiply them with the encoder. CPU seconds show the cost also on a shared machine.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TARGET = 30_000
 
 
 def write_store(path: Path, n_rows: int, d_in: int) -> ActivationStore:
-    """Write low-rank rows with a mean, random tokens, BOS at every context's start, documents of four contexts."""
+    """Write low-rank rows with a mean and random tokens, with a BOS per context and documents of four contexts."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(4 * d_in, d_in, generator=generator)
     with ActivationStoreWriter(path, {HOOK: d_in}, CONTEXT, mask_token_ids=[0]) as writer:
@@ -47,7 +46,7 @@ def write_store(path: Path, n_rows: int, d_in: int) -> ActivationStore:
 
 
 def make_sae(architecture: str, store: ActivationStore, d_sae: int, k: int) -> Sae:
-    """Return an SAE of random unit directions; a ReLU one fires about k latents a row."""
+    """Return an SAE with random unit directions; in a ReLU SAE, about k latents fire per row."""
     d_in = store.d_in(HOOK)
     W_dec = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(0))
     W_dec = torch.nn.functional.normalize(W_dec, dim=1)
@@ -59,7 +58,7 @@ def make_sae(architecture: str, store: ActivationStore, d_sae: int, k: int) -> S
 
 
 def check_equal(store: ActivationStore, sae: Sae, root: Path) -> None:
-    """Stop unless the index of the first contexts says what a plain loop over dense latents finds."""
+    """Stop unless the index of the first contexts equals the result of a plain loop over dense latents."""
     n_rows = CHECKED_CONTEXTS * CONTEXT
     part = SimpleNamespace(name="checked", sae=sae, hook_point=HOOK, target=HOOK)
     small = write_store(root / f"checked-{sae.architecture}", n_rows, store.d_in(HOOK))

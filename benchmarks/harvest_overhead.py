@@ -1,19 +1,19 @@
-"""What harvesting costs above the bare forward pass to the same layer: same batches, dtype and truncation.
+"""Measure the cost of a harvest relative to the bare forward pass, with the same batches, dtype and truncation.
 
     python benchmarks/harvest_overhead.py
 
-Three sides take turns in this process:
+Three variants take turns in this process:
 
-- bare: the model, cut off after the last block that is read, over contexts that were tokenized before, one batch after
-  another with torch's threads inside each operator. This is the plain forward pass that one would write.
-- bare side by side: the same, with as many batches at once as the harvest runs, each on one core.
-- harvest: all of a harvest's work: reads and packs the text, runs the model, compresses, writes and flushes the store.
+- bare: the model, truncated after the last block that is read, on tokenized contexts, one batch at a time with torch's
+  threads inside each operator. This is the plain forward pass that one would write.
+- bare side by side: the same, with as many parallel batches as in the harvest, each on one core.
+- harvest: all of a harvest's work: read and pack the text, run the model, compress, write and flush the store.
 
-`wall_ratio` and `cpu_ratio` are the harvest over the bare pass, `..._side_by_side` over the bare pass that is
-parallel as the harvest is: that one leaves out what the harvest gains by running batches side by side. `text_share`
-is the CPU time of reading, tokenizing and packing, measured apart, over the harvest's: what text that is tokenized
-already would save. The CPU ratio counts the seconds that all threads of this process used, and so tells the cost
-also on a machine that others use.
+`wall_ratio` and `cpu_ratio` compare the harvest with the bare pass, `..._side_by_side` with the bare pass with parallel
+batches, which excludes what the harvest gains from running batches in parallel. `text_share` is the CPU time of
+reading, tokenizing and packing, measured separately, as a fraction of the harvest's: the saving if the text were
+already tokenized. The CPU ratio counts the seconds of all threads of this process, and so shows the cost also on a
+shared machine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 @contextmanager
 def cut_after(model: PreTrainedModel, layer: int) -> Iterator[None]:
-    """Take the blocks after `layer` and the final norm, which a harvest does not reach, out of the model."""
+    """Remove the blocks after `layer` and the final norm, which a harvest does not run, from the model."""
     found = find_blocks(model)
     assert found is not None
     path, blocks = found
@@ -75,7 +75,7 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
 
 
 def check_equal(config: HarvestConfig, plan: Plan, batches: list[torch.Tensor]) -> None:
-    """Refuse to time a harvest whose store is not what the model computes."""
+    """Stop if the harvested store differs from what the model computes."""
     store = ActivationStore.open(config.store)
     rows = torch.cat([batch.flatten() for batch in batches])[: store.n_rows]
     tokens = store.tokens(0, store.n_rows)

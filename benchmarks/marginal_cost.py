@@ -1,11 +1,11 @@
-"""Time a sweep's step with 1 to 8 SAEs: what the n-th costs, and whether one GEMM for all their encoders is faster.
+"""Time a sweep's step with 1 to 8 SAEs: the cost of the n-th SAE, and whether one GEMM for all encoders is faster.
 
     .venv/bin/python benchmarks/marginal_cost.py [--d-in 256 --d-sae 2048 --k 32 --batch-size 2048] [--most 8]
 
-TopK SAEs of one hook point share the batch's preparation and take steps of their own side by side. Grouped, their
-encoders lie in one matrix `[n d_sae, d_in]`, one product gives the pre-activations of all, and each selects from its
-part. A step of each is compared first, and nothing is timed if they differ. Rounds alternate; the median of each is
-kept, and CPU seconds beside the wall's, which are steadier on a machine with other work.
+TopK SAEs of one hook point share the preparation of the batch and take their steps in parallel. In the grouped variant,
+their encoders are in one matrix `[n d_sae, d_in]`, one product gives the pre-activations of all, and each SAE selects
+from its part. One step of each variant is compared first, and nothing is timed if they differ. Rounds alternate, and
+medians are reported: of wall seconds, and of CPU seconds, which are steadier on a shared machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OUTPUT = Path("runs/bench/marginal_cost.json")
 
 
 class Grouped:
-    """A group's selections by one product for all encoders, a block of rows at a time that stays in cache."""
+    """The selections of a group of SAEs with one product for all encoders, in blocks of rows that stay in cache."""
 
     def __init__(self, trainers: list[SaeTrainer]):
         d_sae, d_in = trainers[0].mode.W_enc_compute.shape
@@ -64,7 +64,7 @@ class Grouped:
         self.chosen = list(zip(acts.relu_(), indices, strict=True))
 
     def select_topk(self, index: int, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what was chosen for one SAE."""
+        """Return the latents chosen for one SAE."""
         return self.chosen[index]
 
 

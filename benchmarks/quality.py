@@ -1,12 +1,12 @@
-"""Train our SAEs and the peer libraries' on the same stored activations, and set their quality side by side.
+"""Train our SAEs and the peer libraries' SAEs on the same stored activations, and compare their quality.
 
     .venv/bin/python benchmarks/quality.py [--peers] [--architectures topk batch_topk]
 
 All train on the same rows of the demo's store in the same order (2M tokens of `blocks.2.resid_post`, batches of
-2,048, 2,048 latents, warm-up of 50 steps, linear decay over the last fifth) and are judged on the same held-out
-rows, each as it would be used for inference. Each of a peer's SAEs is compared with ours at the same L0: our explained
-variance is interpolated between our SAEs, linearly in the logarithm of L0. The best learning rate of each side counts.
-Every run's result is kept in runs/bench/quality, and trained again only if it is not there.
+2,048, 2,048 latents, warm-up of 50 steps, linear decay over the last fifth) and are evaluated on the same held-out
+rows, in their form for inference. Each of a peer's SAEs is compared with ours at the same L0: our explained variance is
+interpolated between our SAEs, linearly in the logarithm of L0. Each side counts with its best learning rate. Results
+are kept in runs/bench/quality, and a run is trained again only if its result is missing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
 
 
 def export_rows(store: ActivationStore, path: Path, tokens: int) -> None:
-    """Write the rows to train on, in the stream's order, and held-out ones to judge on."""
+    """Write the training rows, in the stream's order, and held-out rows for evaluation."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def export_rows(store: ActivationStore, path: Path, tokens: int) -> None:
 
 
 def ours(options: argparse.Namespace, architecture: str, lr: float, sparsity: float) -> dict[str, Any]:
-    """Train one of ours from the store and judge what it saved."""
+    """Train one of our SAEs from the store and evaluate the saved SAE."""
     key = KEYS.get(architecture, "k")
     sae = {"architecture": architecture, "hook_point": HOOK, "d_sae": D_SAE, "lr": lr, "name": "sae"}
     output = options.output / "saes" / f"{architecture}-{lr:g}-{sparsity:g}"
@@ -110,7 +110,7 @@ def judge(sae: Sae, test: torch.Tensor) -> dict[str, float]:
 
 
 def theirs(options: argparse.Namespace, library: str, architecture: str, lr: float, sparsity: float) -> dict[str, Any]:
-    """Train a peer's in its own environment."""
+    """Train a peer's SAE in the peers' environment."""
     command = [ROOT / ".venv-peers/bin/python", ROOT / "benchmarks/peers/train_quality.py", library, architecture]
     command += [options.rows, "--lr", lr, "--sparsity", sparsity]
     command += ["--d-sae", D_SAE, "--batch-size", BATCH, "--warmup-steps", WARMUP]
@@ -149,10 +149,10 @@ def at_l0(runs: list[dict[str, Any]], l0: float) -> float | None:
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
-    """Return a row for each architecture, peer and sparsity: the peer's best learning rate beside ours at its L0.
+    """Return a row per architecture, peer and sparsity: the peer's best learning rate, and ours at the same L0.
 
-    Where the sparsity is a coefficient, each rate has an L0 of its own, and so a row. The last column is of ours at the
-    peer's rate alone.
+    If the sparsity is a coefficient, each learning rate gives a different L0 and has its own row. The last column is
+    ours with only the peer's learning rate.
     """
     lines = ["| architecture | peer | lr | L0 | its explained variance | ours at that L0 | difference | at its lr |"]
     lines += ["|---|---|---|---|---|---|---|---|"]

@@ -1,14 +1,14 @@
-"""What the size of a chunk trades: compression against reading speed and shuffle quality, on real activations.
+"""Measure the trade-off of the chunk size: compression, reading speed and shuffle quality, on real activations.
 
     python benchmarks/store_chunks.py [--store runs/demo/store] [--rows 131072]
 
-Compression and reading are those of the store's own code on the last hook point; reading is in random
-chunk order, in MB/s of raw rows a CPU second. Shuffle quality is the design effect of a batch's mean:
-its variance over that of independent rows, 1 + 2 rho (pairs of a batch's rows that share a group) / batch.
-Pairs are counted in the orders that `thresher.train.stream.order` gives; rho is measured on the store, for groups of
-the rows that a chunk and a context share. It is that of a large store of 4,096-wide rows in contexts of
-1,024 with batches of 4,096: a window is a vanishing part of a billion rows, so what it holds of one context
-is one chunk. (`benchmarks/train_shuffle.py` measures the design effect of a store that is there.)
+Compression and reading use the store's own code on the last hook point; reading is in random chunk order, in MB of raw
+rows per CPU second. Shuffle quality is the design effect of a batch's mean: its variance relative to that of
+independent rows, 1 + 2 rho (pairs of a batch's rows that share a group) / batch. Pairs are counted in the orders of
+`thresher.train.stream.order`, and rho is measured on the store, for groups of rows that share a chunk and a context.
+The result is for a large store of 4,096-wide rows in contexts of 1,024 with batches of 4,096: a window is a small part
+of a billion rows, so it contains only one chunk of a context. (`benchmarks/train_shuffle.py` measures the design effect
+of an existing store.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDE_ROW_BYTES, WIDE_CONTEXT, BATCH = 4096 * 2, 1024, 4096
 
 
 def correlation(rows: torch.Tensor, usable: torch.Tensor, group: int) -> float:
-    """Return the correlation of two usable rows of one group of consecutive rows, by analysis of variance."""
+    """Return the correlation of two usable rows in the same group of consecutive rows, by analysis of variance."""
     if group == 1:
         return 0.0
     n = len(rows) // group * group
@@ -46,9 +46,9 @@ def correlation(rows: torch.Tensor, usable: torch.Tensor, group: int) -> float:
 
 
 def design_effect(chunk_rows: int, context: int, n_chunks: int, batch: int, rho: float) -> float:
-    """Return the design effect of batches from one window of chunks of equally many rows.
+    """Return the design effect of batches from one window of chunks with equal numbers of rows.
 
-    Batches begin anywhere in a window, since windows of a real store are no whole number of them.
+    Batches begin anywhere in a window, because windows of a real store are not a whole number of batches.
     """
     order = np.argsort(place_window(np.full(n_chunks, chunk_rows), seed=0, epoch=0, window=0))
     groups = order // min(chunk_rows, context)

@@ -1,14 +1,13 @@
-"""Codecs on real activations: bytes, speeds and error of every codec, through the store's own code, in one run.
+"""Measure the bytes, speeds and error of every codec on real activations, with the store's own code.
 
     python benchmarks/store_codecs.py [--store runs/demo/store] [--rows 65536] [--train-rows 600000]
 
-Speeds are MB/s of raw bfloat16 rows in one thread, in that thread's CPU seconds, so that they hold on
-a machine that others use. A codec that should be lossless and is not stops the run.
+Speeds are MB of raw bfloat16 rows per CPU second of one thread, which is steady on a shared machine. The run stops if a
+lossless codec is not lossless.
 
-With `--train-rows`, the same SAEs (top-k 32 of 2,048 latents, same seeds, same rows in the same order) are
-trained from a raw store and from an int8 one of the last hook point, and judged on the held-out rows of
-the raw one. Lossless stores of these rows are compared with the raw one bit for bit instead: what is
-trained from equal rows in an equal order is equal.
+With `--train-rows`, the same SAEs (top-k 32 of 2,048 latents, same seeds, same rows in the same order) are trained from
+a raw store and from an int8 store of the last hook point, and evaluated on the held-out rows of the raw store. Lossless
+stores of these rows are instead compared with the raw store bit for bit: equal rows in the same order give equal SAEs.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ CODECS = (("none", None), ("lz4", 1), ("lz4", None), ("zstd", None), ("zstd", 3)
 
 
 def cpu_seconds(action) -> float:
-    """Return the least CPU seconds of this thread that an action took."""
+    """Return the smallest number of CPU seconds of this thread that an action took."""
     best = float("inf")
     for _ in range(ROUNDS):
         start = time.thread_time()
@@ -44,7 +43,7 @@ def cpu_seconds(action) -> float:
 
 
 def speeds(header: Header, rows: torch.Tensor) -> dict[str, float]:
-    """Return a codec's encode and decode speed, and the writer's whole work for a chunk, moments included."""
+    """Return a codec's encode and decode speed, and that of the writer's whole work for a chunk, with moments."""
     arrays = {array.name: array for array in arrays_of(header)}
     (name,) = header.hook_points
     array = arrays[name]
@@ -79,7 +78,7 @@ def speeds(header: Header, rows: torch.Tensor) -> dict[str, float]:
 
 
 def measure(codec: str, level: int | None, rows: torch.Tensor, context: int) -> dict[str, float]:
-    """Return what a codec does to rows that are written to a store and read back."""
+    """Return the size and error of rows that are written with a codec and read back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s"
         with ActivationStoreWriter(path, {"rows": rows.shape[1]}, context, codec=codec, codec_level=level) as writer:
@@ -123,7 +122,7 @@ def copy(source: ActivationStore, hook_point: str, n_rows: int, codec: str, path
 
 
 def train_saes(store: ActivationStore, hook_point: str, seeds: int, epochs: float, output: Path) -> list[Path]:
-    """Train one SAE for each seed, all from the one stream."""
+    """Train one SAE per seed, all from the same stream."""
     table = {"architecture": "topk", "hook_point": hook_point, "d_sae": 2048, "k": 32, "lr": 8e-3}
     saes = [table | {"name": f"seed-{seed}", "seed": seed} for seed in range(seeds)]
     settings = {"batch_size": 2048, "epochs": epochs, "warmup_steps": 50, "decay_fraction": 0.3}
@@ -139,7 +138,7 @@ def explained_variance(folder: Path, rows: torch.Tensor) -> float:
 
 
 def quality(source: ActivationStore, hook_point: str, n_rows: int, seeds: int, epochs: float) -> dict[str, list[float]]:
-    """Return the explained variance, on held-out rows as they were, of SAEs trained from each codec's store."""
+    """Return the explained variance, on the original held-out rows, of SAEs trained from each codec's store."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         raw = copy(source, hook_point, n_rows, "none", Path(folder) / "none")

@@ -1,11 +1,11 @@
-"""Reading chunks in random order: our reader against zarr-python and tensorstore, on the same files, in one run.
+"""Compare our reader with zarr-python and tensorstore at reading chunks in random order, on the same files.
 
     python benchmarks/store_read.py [--store runs/demo/store] [--rows 524288]
 
-Real activations are copied from a store into one store per codec. Every reader decodes the same
-chunks in the same random order into bfloat16 rows; the rows are compared before a speed is printed.
-The rounds alternate, and the best of each counts. Ours checks checksums, in turn, always (as the
-others do) and not at all, which is what a second epoch costs under `verify="first"`.
+Real activations are copied from a store into one store per codec. Every reader decodes the same chunks in the same
+random order into bfloat16 rows; the rows are compared before a speed is printed. Rounds alternate, and each reader's
+best round counts. Ours is timed with every checksum verified, as the others do, and without verification, which is the
+cost of a second epoch with `verify="first"`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def ours(path: Path, verify: str) -> Callable[[np.ndarray, torch.Tensor], None]:
 
 
 def by_zarr(path: Path) -> Callable[[np.ndarray, torch.Tensor], None]:
-    """Return zarr-python's, with the chunks of a call requested together."""
+    """Return zarr-python's reader, which requests the chunks of a call together."""
     from zarr.core.sync import sync
 
     array = zarr.open_array(path / HOOK_POINT, mode="r")
@@ -72,7 +72,7 @@ def by_zarr(path: Path) -> Callable[[np.ndarray, torch.Tensor], None]:
 
 
 def by_tensorstore(path: Path) -> Callable[[np.ndarray, torch.Tensor], None]:
-    """Return tensorstore's, with the chunks of a call requested together."""
+    """Return tensorstore's reader, which requests the chunks of a call together."""
     context = {"data_copy_concurrency": {"limit": os.cpu_count() or 1}, "cache_pool": {"total_bytes_limit": 16 << 20}}
     spec = {"driver": "zarr3", "kvstore": f"file://{path.resolve()}/{HOOK_POINT}", "context": context}
     array = tensorstore.open(spec).result()
@@ -92,7 +92,7 @@ def _discard(_: object) -> None:
 
 
 def pass_over(read: Callable[[np.ndarray, torch.Tensor], None], order: np.ndarray, out: torch.Tensor) -> float:
-    """Read all chunks in order, `AT_ONCE` a call; return the seconds."""
+    """Read all chunks in order, `AT_ONCE` per call; return the seconds."""
     rows = len(out) // AT_ONCE
     start = time.perf_counter()
     for i in range(0, len(order), AT_ONCE):
@@ -102,7 +102,7 @@ def pass_over(read: Callable[[np.ndarray, torch.Tensor], None], order: np.ndarra
 
 
 def measure(store: ActivationStore, rounds: int) -> dict[str, float]:
-    """Return each reader's best MB/s of raw data, once all were seen to give equal rows."""
+    """Check that all readers return equal rows, and return the best MB/s of raw data of each."""
     path = store.path
     readers = {
         "ours": ours(path, "always"),

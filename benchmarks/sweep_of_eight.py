@@ -1,14 +1,13 @@
-"""Time a sweep of eight TopK SAEs, harvest included, beside the eight runs of SAELens and its multi-SAE runner.
+"""Time a sweep of eight TopK SAEs, including the harvest, against eight SAELens runs and its multi-SAE runner.
 
     .venv/bin/python benchmarks/sweep_of_eight.py [--tokens 400000] [--d-sae 4096] [--kinds separate multi]
 
-Ours is the two commands that a user gives, from the bundled model and this Python's standard library to eight saved
-SAEs; every second of both processes counts. SAELens' runners get the tokens that we trained on, ready made, and the
-seconds of their imports and of tokenizing do not count. Ours lasts a minute and theirs ten, in which a machine may
-change its pace: ours is therefore run before and after each of theirs, and the mean of the two counts. 400,000 tokens
-are 180 steps of 2,048: enough for the reconstructions to be compared, and few enough for the eight runs to end in
-minutes. Every SAE's explained variance is of the same held-out rows, and no ratio is printed if one of either side's
-is below `--least-explained`.
+Ours is the two commands of a user, from the bundled model and this Python's standard library to eight saved SAEs; every
+second of both processes counts. SAELens's runners get the tokens that we trained on, already prepared, and their
+imports and tokenizing do not count. Ours takes a minute and theirs ten, and the machine's speed may change meanwhile:
+ours is therefore run before and after each of theirs, and the mean of the two counts. 400,000 tokens are 180 steps of
+2,048: enough to compare the reconstructions, and few enough for the eight runs to end in minutes. Every SAE's explained
+variance is measured on the same held-out rows, and no ratio is printed if any is below `--least-explained`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ beta2 = 0.95
 
 
 def ours(folder: Path, n_tokens: int, d_sae: int) -> dict[str, float]:
-    """Harvest and train as a user would; return what each stage took."""
+    """Harvest and train as a user would; return the seconds of each stage."""
     folder.mkdir()
     n_steps = n_tokens // BATCH_SIZE
     keys = {"root": ROOT, "folder": folder, "tokens": n_tokens, "hook": HOOK, "batch_size": BATCH_SIZE, "lr": LR}
@@ -80,7 +79,7 @@ def ours(folder: Path, n_tokens: int, d_sae: int) -> dict[str, float]:
 
 
 def theirs(kind: str, folder: Path, tokens: Path, n_tokens: int, d_sae: int) -> dict[str, float]:
-    """Run SAELens' runners on the tokens; return what they took."""
+    """Run SAELens's runners on the tokens; return their seconds."""
     runner, *autocast = kind.split("_")
     keys = {"model": ROOT / "models/stdlib-lm", "hook": HOOK_OF_SAELENS, "d-in": 256, "d-sae": d_sae, "lr": LR}
     keys |= {"batch-size": BATCH_SIZE, "n-tokens": n_tokens}
@@ -116,7 +115,7 @@ def explained_variances(folder: Path, rows: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run ours and theirs, judge all SAEs, print."""
+    """Run ours and theirs, evaluate all SAEs, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--d-sae", type=int, default=4096)

@@ -4,8 +4,8 @@
 
 The design effect is the variance of a batch's mean activation, summed over channels, over that of a
 simple random sample of the epoch without replacement: 1 is ideal, more is worse. `--window-bytes` takes
-several budgets. The intra-context correlation tells what an order without shuffling would cost. What is printed is
-written to `--output` too.
+several budgets. The intra-context correlation shows the effect of an order without shuffling. The output is also
+written to `--output`.
 """
 
 from __future__ import annotations

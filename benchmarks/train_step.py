@@ -1,12 +1,12 @@
-"""Time a whole training step, part by part, and the peers' steps in turns with it.
+"""Time a whole training step and its parts, and the peers' steps in turns with it.
 
     .venv/bin/python benchmarks/train_step.py [--d-in 768 --d-sae 12288 --k 32 --batch-size 4096] [--peers]
     .venv/bin/python benchmarks/train_step.py --peers --architecture jumprelu --sparsity 1e-3 --start-l0 48 --lr 1e-6
 
-First the gradients are held against the reference operations', an SAE trained in bfloat16 against one trained in
-float32, and the choice of latents against float64's; nothing is timed if one fails. With `--peers` each library takes
-its steps in a process of its own from `.venv-peers`, in turns with ours, on the same rows; the best of the rounds
-counts. Peak resident memory is each process's, imports and rows included.
+First the gradients are compared with those of the reference operations, an SAE trained in bfloat16 with one trained in
+float32, and the choice of latents with float64; nothing is timed if one of these fails. With `--peers`, each library
+takes its steps in a separate process from `.venv-peers`, in turns with ours, on the same rows; the best round counts.
+Peak resident memory is per process, including imports and rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOST_CHOSEN_UNLIKE = 0.001
 
 
 class Worker:
-    """A library in a process of its own."""
+    """A library in a separate process."""
 
     def __init__(self, library: str, rows: Path, options: argparse.Namespace):
         python = sys.executable if library.startswith("thresher") else str(ROOT / ".venv-peers/bin/python")
@@ -65,7 +65,7 @@ class Worker:
         raise RuntimeError(f"{self.library} ended without an answer; run with --verbose to see why")
 
     def step(self, n_steps: int, *, count: bool = True) -> None:
-        """Take steps and, if they count, keep their times."""
+        """Take steps, and keep their times if they count."""
         assert self._process.stdin is not None
         print(n_steps, file=self._process.stdin, flush=True)
         took = self._read()
@@ -73,7 +73,7 @@ class Worker:
             self.rounds.append(took)
 
     def end(self) -> dict[str, Any]:
-        """Return what the process says of itself at the end."""
+        """Return the summary that the process prints at its end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         result = self._read()
@@ -106,7 +106,7 @@ def check_gradients(options: argparse.Namespace) -> None:
 def check_precision(options: argparse.Namespace) -> dict[str, float]:
     """Train three times on the same rows and return the explained variances; fail if bfloat16 costs too much.
 
-    In bfloat16 latents are chosen from a product in that precision, and as they are for large weights.
+    In bfloat16, latents are chosen from a product in that precision, and in the way used for large weights.
     """
     from ours import Thresher
     from worker import explained_variance
@@ -135,9 +135,9 @@ def check_precision(options: argparse.Namespace) -> dict[str, float]:
 
 
 def check_choice(rows: torch.Tensor, options: argparse.Namespace) -> dict[str, float]:
-    """Return the share of rows whose k latents are not float64's, by each way to choose; fail if the screen's are not.
+    """Return the fraction of rows whose k latents differ from float64's, by selection; fail if the screen's differ.
 
-    The weights are random. There is no screen for small weights.
+    The weights are random. Small weights are not screened.
     """
     W, b_dec = torch.randn(options.d_sae, options.d_in), torch.zeros(options.d_in)
     W, b_enc = W / W.norm(dim=1, keepdim=True), 0.1 * torch.randn(options.d_sae)
@@ -154,7 +154,7 @@ def check_choice(rows: torch.Tensor, options: argparse.Namespace) -> dict[str, f
 
 
 def rows_of(options: argparse.Namespace, path: Path) -> None:
-    """Write rows that sparse directions and noise make up."""
+    """Write rows that are sums of sparse directions and noise."""
     n_rows = options.steps * options.batch_size
     codes = torch.randn(n_rows + 2048, 64).relu_()
     rows = codes @ torch.randn(64, options.d_in) / 8 + 0.3 * torch.randn(len(codes), options.d_in)
@@ -164,7 +164,7 @@ def rows_of(options: argparse.Namespace, path: Path) -> None:
 
 
 def report(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """End a worker; return its figures."""
+    """End a worker; return its results."""
     n_tokens = options.steps_each * options.batch_size
     best = min(worker.rounds, key=lambda took: took["seconds"])
     figures = {
@@ -182,7 +182,7 @@ def report(worker: Worker, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def floor(options: argparse.Namespace) -> dict[str, float]:
-    """Return the milliseconds of the encoder's product alone, in each precision that it may have."""
+    """Return the milliseconds of only the encoder's product, in each possible precision."""
     x, W = torch.randn(options.batch_size, options.d_in), torch.randn(options.d_sae, options.d_in)
     linear = torch.nn.functional.linear
     products = {torch.bfloat16: linear, torch.float32: linear}

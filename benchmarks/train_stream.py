@@ -1,11 +1,11 @@
-"""Measure the speed of shuffled batches against a plain copy of as many bytes in memory.
+"""Compare the speed of shuffled batches with a plain copy of the same number of bytes in memory.
 
     .venv/bin/python benchmarks/train_stream.py [--store runs/demo/store] [--widths 256 4096] [--megabytes 512]
 
-Real rows are copied from a store into raw ones of each width (wide rows are several rows side by side). Batches are
-taken over whole epochs after the first, which fills the page cache, and nothing is done with them. The plain copy is
-`np.copyto` of as many bytes by as many threads. The rounds alternate, and the medians count: of speeds by the clock,
-and of CPU seconds, which a busy machine changes less. Every row is seen to come once before a speed is printed.
+Real rows are copied from a store into raw stores of each width (wide rows are several rows, concatenated). Batches are
+taken over whole epochs after the first, which fills the page cache, and are not used. The plain copy is `np.copyto` of
+the same number of bytes with the same number of threads. Rounds alternate, and medians count: of wall-clock speeds, and
+of CPU seconds, which are steadier on a busy machine. Before a speed is printed, every row is checked to occur once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTEXT = 256
 
 
 def raw_store(source: ActivationStore, width: int, n_bytes: int, codec: str, path: Path) -> ActivationStore:
-    """Write rows of a source's last hook point, so many side by side as give the width, to a new store."""
+    """Write rows of a source's last hook point, concatenated to the given width, to a new store."""
     hook_point = source.hook_points[-1]
     side = max(1, width // source.d_in(hook_point))
     n_contexts = min(n_bytes // (width * 2), source.n_rows // side) // CONTEXT
@@ -42,7 +42,7 @@ def raw_store(source: ActivationStore, width: int, n_bytes: int, codec: str, pat
 
 
 def check(store: ActivationStore, batch_size: int, window_bytes: int) -> None:
-    """Refuse to go on unless an epoch's rows, in the order of their bytes, are the store's."""
+    """Stop unless an epoch's rows, sorted by their bytes, are the store's rows."""
     with ShuffledBatches(store, ["rows"], batch_size, window_bytes=window_bytes) as batches:
         seen = torch.cat([next(batches)["rows"][:, 0] for _ in range(-(-batches.rows_per_epoch // batch_size))])
         n = batches.rows_per_epoch
@@ -52,9 +52,9 @@ def check(store: ActivationStore, batch_size: int, window_bytes: int) -> None:
 
 
 def stream_seconds(batches: ShuffledBatches, n_batches: int) -> tuple[float, float]:
-    """Take an epoch of batches; return the seconds by the clock and of the processors.
+    """Take an epoch of batches; return the wall-clock and CPU seconds.
 
-    What is decoded ahead is done at the start and waited for at the end: an epoch's work, and none of it beside a copy.
+    Decoding ahead is finished before the start and again at the end, so that exactly an epoch's work is measured.
     """
     clock, cpu = time.perf_counter(), time.process_time()
     for _ in range(n_batches):
@@ -67,7 +67,7 @@ def stream_seconds(batches: ShuffledBatches, n_batches: int) -> tuple[float, flo
 def copy_seconds(
     source: np.ndarray, target: np.ndarray, n_bytes: int, pool: ThreadPoolExecutor, threads: int
 ) -> tuple[float, float]:
-    """Copy a buffer, each thread its part; return the seconds by the clock and of the processors for `n_bytes`."""
+    """Copy a buffer, one part per thread; return the wall-clock and CPU seconds for `n_bytes`."""
     parts = [slice(len(source) * i // threads, len(source) * (i + 1) // threads) for i in range(threads)]
     clock, cpu = time.perf_counter(), time.process_time()
     list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))

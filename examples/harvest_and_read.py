@@ -39,7 +39,7 @@ def main(output: Path) -> ActivationStore:
     moments = store.moments(HOOK_POINT)
     print(f"{moments.count:,} training rows, mean norm {moments.sum_norm / moments.count:.2f}")
 
-    # Which document is a row of, and where in it?
+    # Which document does a row belong to, and at which position?
     documents, positions = store.documents(1000, 1001)
     _, name = store.document_info(int(documents[0]))
     print(f"row 1000 is token {positions[0]} of {name}")

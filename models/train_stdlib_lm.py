@@ -1,13 +1,12 @@
 """Train the bundled language model `stdlib-lm` on the Python sources of this machine.
 
-A GPT-2 of 4 layers and width 256 with a byte-level BPE of 4,096 tokens, saved in Hugging Face
-format (bf16 safetensors and tokenizer.json). The text is the interpreter's standard library with
-its tests, seen twice, and the sources of the installed packages; files whose hash falls into the
-held-out fraction are never trained on.
+The model is a GPT-2 with 4 layers of width 256 and a byte-level BPE of 4,096 tokens, saved in Hugging Face format (bf16
+safetensors and tokenizer.json). The text is the interpreter's standard library with its tests, used twice, and the
+sources of the installed packages. Files whose hash is in the held-out fraction are never trained on.
 
     python models/train_stdlib_lm.py --output models/stdlib-lm
 
-takes about half an hour on two idle CPU cores with AMX.
+This takes about half an hour on two idle CPU cores with AMX.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def pack(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: GPT2LMHeadModel, contexts: torch.Tensor) -> float:
-    """Return the mean next-token cross-entropy in nats per token."""
+    """Return the mean next-token cross-entropy, in nats per token."""
     total, n_tokens = 0.0, 0
     for ids in contexts.split(32):
         with torch.autocast("cpu", torch.bfloat16):

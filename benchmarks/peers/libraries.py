@@ -1,4 +1,4 @@
-"""The peer libraries' own training steps, as their trainers take them. Imported in the peers' environment only."""
+"""The training steps of the peer libraries' own trainers. Imported only in the peers' environment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SaeLens:
         self.trainer.n_training_steps += 1
 
     def silence(self, bias: float) -> None:
-        """Lower the encoder's bias, so that about as many latents fire as in a trained SAE."""
+        """Lower the encoder's bias so that about as many latents fire as in a trained SAE."""
         for name in ("b_enc", "b_gate"):
             if hasattr(self.sae, name):
                 getattr(self.sae, name).data.fill_(bias)

@@ -1,4 +1,4 @@
-"""Thresher's training step, with the time of each of its operations."""
+"""Thresher's training step, with the time of each operation."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Thresher:
             raise RuntimeError(self.trainer.diverged)
 
     def silence(self, bias: float) -> None:
-        """Lower the encoder's bias, so that about as many latents fire as in a trained SAE."""
+        """Lower the encoder's bias so that about as many latents fire as in a trained SAE."""
         parameters = self.trainer.parameters
         parameters["b_gate" if "b_gate" in parameters else "b_enc"].fill_(bias)
 

@@ -1,7 +1,7 @@
-"""Train eight TopK SAEs with SAELens' own runners on given tokens, one after another or all from one forward pass.
+"""Train eight TopK SAEs with SAELens's runners on given tokens, one after another or all from one forward pass.
 
 Runs in the peers' environment: `sweep.py separate|multi TOKENS.safetensors OUTPUT --model PATH --hook NAME`. Prints
-the seconds that the runners took, imports excluded, as JSON; writes each SAE as an inference model.
+the runners' seconds, without imports, as JSON; writes each SAE as an inference model.
 """
 
 from __future__ import annotations

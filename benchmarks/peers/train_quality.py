@@ -1,12 +1,12 @@
-"""Train another library's SAE by its own trainer on given activations; print its quality as JSON.
+"""Train another library's SAE with its own trainer on given activations; print its quality as JSON.
 
     .venv-peers/bin/python benchmarks/peers/train_quality.py LIBRARY ARCHITECTURE ROWS --lr 1e-3 --sparsity 32
 
-The file holds `train [n, d_in]`, in the order to train in, and `test [m, d_in]`. SAELens and dictionary_learning
-train by their own trainer classes, sparsify by its module's loss and projections under Adam. Recipes are each
-library's, but for what must be equal: batches, learning rate, warm-up, linear decay over the last fifth, and
-latents that count as dead after a tenth of the run. Inputs are scaled as each library advises: to a mean norm
-of sqrt(d_in), for dictionary_learning to a mean square norm of one. Both sparsities and losses refer to those scales.
+The file contains `train [n, d_in]`, in training order, and `test [m, d_in]`. SAELens and dictionary_learning train with
+their own trainer classes, sparsify with its module's loss and projections and Adam. Recipes are each library's, except
+for what must be equal: batches, learning rate, warm-up, linear decay over the last fifth, and latents that count as
+dead after a tenth of the run. Inputs are scaled as each library recommends: to a mean norm of sqrt(d_in), or for
+dictionary_learning to a mean square norm of one. Sparsities and losses refer to these scales.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def sae_lens(options: argparse.Namespace, batches: list[Tensor], d_in: int) -> Encoder:
-    """Train with SAELens's `SAETrainer`; judge what it saves for inference."""
+    """Train with SAELens's `SAETrainer`; evaluate the SAE that it saves for inference."""
     import sae_lens as library
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -115,7 +115,7 @@ def dictionary_learning(options: argparse.Namespace, batches: list[Tensor], d_in
 
 
 def sparsify(options: argparse.Namespace, batches: list[Tensor], d_in: int) -> Encoder:
-    """Train sparsify's module: its loss with AuxK, its projections, under Adam."""
+    """Train sparsify's module with its loss with AuxK, its projections, and Adam."""
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(d_in, SparseCoderConfig(num_latents=options.d_sae, k=int(options.sparsity)))
@@ -182,7 +182,7 @@ def main() -> None:
 
 
 class Scaled:
-    """Batches of rows as float32, scaled when they are asked for."""
+    """Batches of float32 rows, scaled on demand."""
 
     def __init__(self, rows: Tensor, batch_size: int, scale: float):
         self._parts, self._scale = rows[: len(rows) // batch_size * batch_size].split(batch_size), scale

@@ -1,7 +1,7 @@
-"""Take training steps of one library when asked to, so that several can take turns on one machine.
+"""Take training steps with one library on request, so that several libraries can take turns on one machine.
 
-A number on standard input asks for so many steps; the answer is a line of JSON with the seconds they took. At the
-end of the input the last line has explained variance on the test rows, L0, and peak resident memory.
+A number on standard input requests that many steps; the answer is a line of JSON with their seconds. At the end of the
+input, the last line has the explained variance on the test rows, L0, and peak resident memory.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def quieten(library: Any, x: torch.Tensor, l0: float) -> None:
 
 
 def explained_variance(library: Any, test: torch.Tensor) -> float:
-    """Return 1 - squared error over variance, of all test rows together."""
+    """Return 1 - squared error / variance, over all test rows."""
     with torch.no_grad():
         error = sum(float((library.reconstruct(x) - x).square().sum()) for x in test.split(4096))
     return 1 - error / float((test - test.mean(0)).square().sum())
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library")
     parser.add_argument("rows")
