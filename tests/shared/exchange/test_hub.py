@@ -100,7 +100,7 @@ def published(hub, sweep, name="me/demo"):
     return hub.repositories[name]
 
 
-def test_a_cut_download_goes_on_where_it_stopped(sweep, hub):
+def test_a_cut_download_is_resumed_where_it_stopped(sweep, hub):
     published(hub, sweep)
     hub.cut = [100]
     sae = Sae.load("hf://me/demo/topk-k2")
