@@ -26,8 +26,9 @@ from interpreter import REHEARSED, fit_interpreter
 from thresher.train.architectures import make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.kernels import triton as fused
-from thresher.train.step.sae_trainer import SaeTrainer, Schedule, read_metrics
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.step.step_graphs import capture_on_cuda
+from thresher.train.step.step_numbers import read_metrics
 from thresher.train.stream.normalization import Normalization
 
 DEVICE = "cpu" if REHEARSED else "cuda"
@@ -55,11 +56,11 @@ def train(name: str, by_graphs: bool) -> tuple[dict[str, torch.Tensor], dict[str
     config = make_config(**{"hook_point": "x", "architecture": name, "d_sae": D_SAE} | RECIPES[name])
     normalization = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
     trainer = SaeTrainer(
-        config,
-        D_IN,
-        normalization,
-        Schedule(1000, BATCH, 1, 0.0),
-        fused.Triton(),
+        config=config,
+        d_in=D_IN,
+        normalization=normalization,
+        schedule=Schedule(1000, BATCH, 1, 0.0),
+        kernels=fused.Triton(),
         device=DEVICE,
         fuse=name == "topk",
         capture=capture_on_cuda if by_graphs else None,

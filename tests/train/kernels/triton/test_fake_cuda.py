@@ -9,6 +9,7 @@ from triton.runtime.interpreter import GridExecutor
 from thresher.train.architectures import ARCHITECTURES, make_config
 from thresher.train.architectures.contract import Batch
 from thresher.train.kernels import triton as fused
+from thresher.train.step.fused_step import FusedStep
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.gpu_windows import QuantisedRows, take_rows
 from thresher.train.stream.normalization import Normalization
@@ -59,15 +60,24 @@ def make_trainer(name):
     )
     out = Normalization(torch.zeros(D_IN), 1.0, float(D_IN)) if "hook_point_out" in recipe else None
     normalization = Normalization(torch.zeros(D_IN), 1.0, float(D_IN), out)
-    return SaeTrainer(config, D_IN, normalization, Schedule(1000, BATCH, 1, 0.5), fused.Triton(), device=DEVICE)
+    return SaeTrainer(
+        config=config,
+        d_in=D_IN,
+        normalization=normalization,
+        schedule=Schedule(1000, BATCH, 1, 0.5),
+        kernels=fused.Triton(),
+        device=DEVICE,
+    )
 
 
 def settle(trainer):
     """Set what polls would have found, and let none come: room for entries, and AuxK for dead latents."""
-    if trainer.dead_poll is not None:
-        trainer.dead_poll.n_dead, trainer.dead_poll.look_at = 8, 1 << 60
-    if trainer.room is not None:
-        trainer.room.capacity, trainer.room.look_at, trainer.room.asked = 64, 1 << 60, True
+    mode = trainer.mode
+    dead, room = (mode.dead, None) if isinstance(mode, FusedStep) else (mode.parts.polls.dead, mode.parts.polls.room)
+    if dead is not None:
+        dead.n_dead, dead.next_poll = 8, 1 << 60
+    if room is not None:
+        room.capacity, room.next_poll, room.asked = 64, 1 << 60, True
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -75,7 +85,7 @@ def test_a_step_has_no_tensor_of_the_cpu_and_waits_for_nothing(launches, name):
     with fake_cuda():
         trainer = make_trainer(name)
         settle(trainer)
-        trainer.initialised = True  # what a first batch decides may wait
+        trainer._initialised = True  # what a first batch decides may wait
         x = torch.randn(BATCH, D_IN, device=DEVICE)
         y = torch.randn(BATCH, D_IN, device=DEVICE) if "hook_point_out" in RECIPES[name] else None
         for _ in range(2):
@@ -83,7 +93,7 @@ def test_a_step_has_no_tensor_of_the_cpu_and_waits_for_nothing(launches, name):
     assert launches
     assert all(str(tensor.device) == DEVICE for tensor in trainer.parameters.values())
     assert all(str(value.device) == DEVICE for value in metrics.values() if isinstance(value, torch.Tensor))
-    assert (trainer.fused_step is not None) is (name in ("topk", "clipped topk"))
+    assert isinstance(trainer.mode, FusedStep) is (name in ("topk", "clipped topk"))
 
 
 def test_every_architecture_but_those_across_layers_is_here():
