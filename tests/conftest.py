@@ -1,4 +1,4 @@
-"""Before anything imports Triton: without a GPU its kernels run in Triton's interpreter.
+"""Choose Triton's interpreter for its kernels if there is no GPU, before anything imports Triton.
 
 Without a CUDA device the tests that need one are skipped, and one line says so. Tests that ask the peer libraries run
 scripts in an environment of theirs.
@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With `-m gpu`, leave alone the files that have no such test: they import libraries that may not be there."""
+    """With `-m gpu`, ignore files without GPU tests: they import libraries that may not be installed."""
     if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
         return None
     folders = [folder for folder in collection_path.parents if folder.is_relative_to(Path(__file__).parent)]

@@ -1,4 +1,4 @@
-"""The shipped configurations: each loads, and judges what the stages before it wrote."""
+"""The shipped configurations: each loads, and evaluates what the earlier stages wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of an evaluation in which an SAE fails, that is cut off, or that cannot write."""
+"""Evaluations in which an SAE fails, that are interrupted, or that cannot write."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def change_weights(folder, name, change):
 
 @pytest.fixture
 def saes(sweep, tmp_path):
-    """A copy of the sweep, to be changed."""
+    """A copy of the sweep that a test may change."""
     return Path(shutil.copytree(sweep, tmp_path / "saes"))
 
 
 @pytest.fixture(scope="module")
 def healthy(tiny, sweep):
-    """The metrics of the sweep as it is, by name."""
+    """The metrics of the unchanged sweep, by name."""
     return {row["name"]: row for row in evaluate(settings(tiny, sweep, tiny.root / "healthy"))}
 
 
@@ -99,7 +99,7 @@ def test_an_sae_that_diverged_in_training_is_named(tiny, saes, tmp_path, capsys)
 
 
 def test_an_sae_that_diverged_when_it_was_trained_on_is_noted(tiny, saes, tmp_path, capsys):
-    """Its folder still has the weights of the shorter run, which are judged."""
+    """Its folder still has the weights of the shorter run, which are evaluated."""
     folder = next(folder for folder in saes.iterdir() if (folder / "cfg.json").is_file())
     (folder / "diverged.json").write_text('{"reason": "loss NaN at step 70", "lr": 1}')
     assert run(tiny, saes, tmp_path / "out", "--model", "false", "--feature_rows", 0) == 0

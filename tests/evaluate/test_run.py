@@ -189,7 +189,7 @@ def test_nothing_to_evaluate_on(sweep, tmp_path, capsys, masked):
     assert "every one is masked" in error if masked else "no held-out rows" in error
 
 
-def test_a_store_without_tokens_is_judged_without_what_needs_them(sweep, tmp_path, capsys):
+def test_a_store_without_tokens_is_evaluated_without_metrics_that_need_them(sweep, tmp_path, capsys):
     rows = np.random.default_rng(0).normal(size=(4, 4, 16)).astype(np.float32)
     with ActivationStoreWriter(tmp_path / "store", dict.fromkeys(HOOKS, 16), 4, dtype="float32") as writer:
         writer.append(dict.fromkeys(HOOKS, rows), held_out=np.array([False, True, True, True]))

@@ -217,7 +217,7 @@ def test_a_store_with_all_the_text_is_not_extended(config, capsys):
 
 
 def test_contexts_that_are_packed_otherwise_are_never_mixed_in(config, monkeypatch):
-    """Whatever the digests say: the tokens that are stored are compared with those packed now."""
+    """Even if the digests agree, the stored tokens are compared with those packed now."""
     interrupt(config, monkeypatch, after=4)
     before = files_of(config.store)
 

@@ -19,7 +19,7 @@ HOOK = ResolvedHookPoint("embed", "embed", "output", None, 16)
 
 
 class Model(nn.Module):
-    """An embedding that tells who runs it, and can be held up."""
+    """An embedding that records which thread runs it, and can be paused."""
 
     device = torch.device("cpu")
 

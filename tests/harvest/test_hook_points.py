@@ -1,4 +1,4 @@
-"""Stores hold what the names of their hook points say, whatever else is harvested beside them."""
+"""A hook point's rows are what its name says, whatever else is harvested beside it."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_a_store_of_another_harvest_is_refused(config):
         harvest(replaced(config, store=str(path)))
 
 
-def test_text_that_runs_out_is_told(config, capsys):
+def test_text_that_runs_out_is_noted(config, capsys):
     store = ActivationStore.open(harvest(replaced(config, tokens=10**6)))
     assert store.complete
     n_bytes = sum(len(document.text.encode()) for document in read_documents(config))

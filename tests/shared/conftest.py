@@ -14,14 +14,14 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_flush() -> Iterator[None]:
-    """Leave out the flushes: they are slow, and matter for power cuts alone."""
+    """Skip flushes: they are slow, and matter only for power failures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("thresher.shared.store.local.durable.flush", lambda handle: None)
         yield
 
 
 class Proxy:
-    """Forward TCP connections to a server, count what passes, and cut where it is told to.
+    """Forward TCP connections to a server, count the bytes, and cut connections on request.
 
     `cut_down` and `cut_up` are lists of how many bytes from the server, or to it, a connection may carry before it is
     cut; each counts for one connection. `on_up` is called with all bytes that went to the server so far.
@@ -113,7 +113,7 @@ def s3(s3_port, monkeypatch, tmp_path) -> Callable[[], str]:
 
 @pytest.fixture
 def proxy(s3, s3_port, monkeypatch) -> Iterator[Proxy]:
-    """Put a proxy between the server and those who ask the environment for it from now on."""
+    """Put a proxy in front of the server for everyone who reads the environment from now on."""
     running = Proxy(s3_port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.port}")
     yield running
@@ -121,7 +121,7 @@ def proxy(s3, s3_port, monkeypatch) -> Iterator[Proxy]:
 
 
 class Objects:
-    """What is below a URL, as another client sees and changes it."""
+    """The objects below a URL, as another client reads and changes them."""
 
     def __init__(self, port: int) -> None:
         import boto3

@@ -274,7 +274,7 @@ def test_seeds_that_no_generator_takes_are_refused(config):
         change(config, seed=2**63)
 
 
-def test_an_output_that_is_no_folder_of_its_own_is_refused(config, store, tmp_path):
+def test_an_output_that_is_not_a_separate_folder_is_refused(config, store, tmp_path):
     (tmp_path / "file").write_text("x")
     for output in (tmp_path / "file", tmp_path / "file/below/it", store, store / "saes", "s3://bucket/saes"):
         for dry_run in (True, False):

@@ -340,7 +340,7 @@ def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_pat
     assert read_toml(tmp_path / "out/config.toml")["tokens"] == LONGER
 
 
-def test_what_grows_over_the_run_is_not_begun_again(config):
+def test_schedules_are_not_restarted_when_a_run_continues(config):
     """The tanh recipe's penalty grows over the whole of the first run, and then stays."""
     train(config)
     folder = train(change(config, tokens=LONGER))[1]
@@ -389,7 +389,7 @@ def test_an_sae_that_was_removed_is_written_again_from_the_final_state(config, w
 # --- what diverged
 
 
-def test_a_diverged_sae_is_told_of_and_tried_again_alone(config, whole, tmp_path, capsys, monkeypatch):
+def test_a_diverged_sae_is_reported_and_can_be_trained_again_alone(config, whole, tmp_path, capsys, monkeypatch):
     mixed = change(config, sae=[TOPK, BAD, TANH])
     folders = train(mixed)
     assert weights(folders) == weights(whole)

@@ -253,7 +253,7 @@ def test_an_index_of_another_model_or_of_other_rows_is_not_kept(store, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
-def test_an_index_is_built_anew_after_any_weight_changed(store, tmp_path, name):
+def test_an_index_is_built_again_after_any_weight_changed(store, tmp_path, name):
     sae = make_sae()
     before = build_feature_index(store, [Named("a", sae)], tmp_path, settings=SETTINGS)["a"]
     getattr(sae, name).data.view(-1)[-7] += 1e-6
@@ -261,7 +261,7 @@ def test_an_index_is_built_anew_after_any_weight_changed(store, tmp_path, name):
     assert after.metadata["fingerprint"] != before.metadata["fingerprint"]
 
 
-def test_an_index_is_built_anew_after_the_readout_or_the_tokenizer_changed(store, tmp_path):
+def test_an_index_is_built_again_after_the_readout_or_the_tokenizer_changed(store, tmp_path):
     config = GPT2Config(n_layer=1, n_embd=D_IN, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
     model, words = GPT2LMHeadModel(config).eval(), [f"word{i}" for i in range(50)]
 
@@ -287,7 +287,7 @@ def test_an_index_is_built_anew_after_the_readout_or_the_tokenizer_changed(store
 
 
 @pytest.mark.parametrize("where", ["page", "end", "empty"])
-def test_a_damaged_index_is_built_anew(store, tmp_path, capsys, where):
+def test_a_damaged_index_is_built_again(store, tmp_path, capsys, where):
     whole = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=SETTINGS)["a"]
     content, expected = bytearray(whole.path.read_bytes()), lines(whole)
     content[{"page": 300, "end": -6, "empty": 0}[where]] ^= 0x55
@@ -316,7 +316,7 @@ def test_latents_that_are_not_finite_have_no_index(store, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def test_why_there_are_no_logit_effects_is_said(store, tmp_path, capsys):
+def test_the_reason_for_missing_logit_effects_is_recorded(store, tmp_path, capsys):
     config = GPT2Config(n_layer=1, n_embd=D_IN, n_head=2, vocab_size=60, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
     model.lm_head.register_forward_hook(lambda module, args, output: output.flip(-1))
@@ -326,7 +326,7 @@ def test_why_there_are_no_logit_effects_is_said(store, tmp_path, capsys):
     assert capsys.readouterr().out.count("logit effects  none: GPT2LMHeadModel") == 1
 
 
-def test_a_killed_pass_goes_on_where_it_was(store, tmp_path, monkeypatch):
+def test_a_killed_pass_resumes_where_it_was(store, tmp_path, monkeypatch):
     monkeypatch.setattr("thresher.evaluate.features.build.BLOCK_ROWS", CONTEXT)
     monkeypatch.setattr("thresher.evaluate.features.progress.SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr("thresher.evaluate.features.progress.SHARE_OF_TIME", 1e9)

@@ -1,4 +1,4 @@
-"""What a process that builds a feature index leaves when it is killed (SIGKILL), and that the next one ends alike.
+"""A process that builds a feature index is killed (SIGKILL), and the next one ends with the same index.
 
 One process imports everything, then forks a child for every moment; each child kills itself there.
 """

@@ -1,4 +1,4 @@
-"""Logit effects against each family's own formula in float64, and what is said where there are none."""
+"""Logit effects against each family's own formula in float64, and the reason if there are none."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_rows_that_are_no_token_are_left_out(llama):
     ],
 )
 def test_logits_that_are_made_in_another_way_are_noticed(llama, change, reason):
-    """Hooks on the whole model stand for whatever a class of its own does to its logits."""
+    """Hooks on the whole model simulate a class that changes its logits."""
 
     def on_model(module, args, kwargs, output):
         output.logits = change(None)(module, args, output.logits)

@@ -150,7 +150,7 @@ def test_script_json_reads_back():
     assert json.loads(text) == {"a": [1.5, None, None, "</script>&\u2029"], "b": {"c": True}}
 
 
-def test_point_labels_say_what_differs():
+def test_point_labels_show_the_settings_that_differ():
     assert point_labels([sae_row(), sae_row(k=64)]) == ["k=32", "k=64"]
     assert point_labels([sae_row(), sae_row(d_sae=3000)]) == ["k=32 · 2k", "k=32 · 3,000"]
     other = sae_row(hook_point="blocks.1.resid_post")

@@ -30,7 +30,7 @@ def test_fits_and_aligns():
     assert "0.9123  0.0050" in figures[0]
 
 
-def test_the_penalties_of_jumprelu_are_told():
+def test_the_penalties_of_jumprelu_are_shown():
     by_target = row("jumprelu", k=None, l0_coefficient=1.0, target_l0=20.0)
     by_weight = row("other", k=None, l0_coefficient=0.5)
     assert [line.split()[2:4] for line in metrics_table([by_target, by_weight]).splitlines()[-2:]] == [

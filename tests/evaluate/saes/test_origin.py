@@ -1,4 +1,4 @@
-"""An SAE of another model is refused, what may be another is noted, and spellings of one model are the same."""
+"""An SAE of another model is refused, a possible mismatch is noted, and spellings of one model are equal."""
 
 from __future__ import annotations
 

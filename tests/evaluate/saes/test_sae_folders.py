@@ -107,7 +107,7 @@ def test_saes_that_do_not_say_where_they_belong_are_refused(tmp_path, store):
 
 
 def test_saes_of_a_rewritten_model_are_refused(tmp_path, store):
-    """TransformerLens may centre what writes to the stream, and a store holds the stream as it is."""
+    """TransformerLens can centre the weights that write to the stream; a store contains the original stream."""
     kwargs = {"center_writing_weights": False, "n_devices": 2}
     make("topk", model_from_pretrained_kwargs=kwargs).save(tmp_path / "a")
     assert len(load_saes([tmp_path / "a"], store, "cpu")) == 1

@@ -113,7 +113,7 @@ def check(row, y, y_hat):
 
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "topk_layer", "skip"])
-def test_every_target_is_judged_and_all_together(model_store, result, name):
+def test_every_target_is_evaluated_and_all_together(model_store, result, name):
     row, sae = result[0][name], SAES[name]
     x = [rows_of(model_store, hook) for hook in READS]
     acts = [encode(sae, i, rows) for i, rows in enumerate(x)]
@@ -209,7 +209,7 @@ def spliced_from(model_store, sae, acts, x):
     return float(ce[usable[:, :-1] & usable[:, 1:]].mean())
 
 
-def test_what_needs_later_layers_is_judged_offline_only(model_store, result):
+def test_transcoders_that_need_later_layers_are_evaluated_offline_only(model_store, result):
     row, sae = result[0]["topk_all"], SAES["topk_all"]
     assert row["l0"] == pytest.approx(12)
     x = torch.cat([model_store.rows[hook][model_store.usable] for hook in READS], dim=1)

@@ -136,7 +136,7 @@ def test_an_sae_that_returns_its_input_loses_nothing(model, rows):
 
 
 def test_a_transcoder_reads_one_place_and_replaces_another(model, rows):
-    """A transcoder that is the block's own MLP leaves the model as it was; one that says zero ablates it."""
+    """A transcoder equal to the block's MLP does not change the model; one that returns zero ablates it."""
     places = ("blocks.0.mlp_out", "blocks.1.mlp_out")
     tensors = {"W_enc": torch.zeros(D, 3), "b_enc": torch.zeros(3), "W_dec": torch.zeros(3, D)}
     skip = Sae("skip_transcoder", tensors | {"b_dec": torch.zeros(D), "W_skip": torch.eye(D)}, hook_point=places[0])

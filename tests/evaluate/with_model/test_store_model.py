@@ -35,7 +35,7 @@ WORDS = ["<s>", "dust", "grain", "chaff", "husk", "straw", "<unk>"]
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What is asked of the loaders of models and tokenizers, instead of loading any."""
+    """The arguments with which models and tokenizers would be loaded; none is loaded."""
     seen = []
     fake = SimpleNamespace(config=SimpleNamespace())
     monkeypatch.setattr(store_model, "load_model", lambda *given, **options: seen.append((*given, options)) or fake)
@@ -153,7 +153,7 @@ def run(*arguments, model=None):
 
 
 def forget(store, *keys, **harvest_record):
-    """Rewrite the header as a version wrote it that did not keep some metadata."""
+    """Rewrite the header without some metadata, as an earlier version wrote it."""
     from thresher.shared.store.format.manifest import encode_line, read_manifest
 
     manifest = read_manifest(Path(store))
@@ -167,7 +167,7 @@ def forget(store, *keys, **harvest_record):
 
 
 def refused(capsys, *arguments, model=None):
-    """Run, and return the line with which it is refused before any work."""
+    """Run the evaluation, which must be refused before any work, and return the error."""
     capsys.readouterr()
     assert run(*arguments, model=model) == 2
     assert not Path("out").exists()

@@ -68,7 +68,7 @@ def check(row, y, y_hat):
 
 
 @pytest.mark.parametrize("name", ["transcoder", "skip"])
-def test_a_transcoder_is_judged_at_its_target(tiny, result, name):
+def test_a_transcoder_is_evaluated_at_its_target(tiny, result, name):
     row = result[0][name]
     latents, y_hat, _ = reconstruct(result[1] / name, wide(tiny, HOOKS[0]))
     assert (row["hook_point"], row["target_hook_point"]) == HOOKS
@@ -111,7 +111,7 @@ def test_a_transcoder_is_spliced_in_at_its_target(tiny, result, name):
     assert row["ce_loss_score"] == pytest.approx((zero - spliced) / (zero - clean), rel=1e-3)
 
 
-def test_a_crosscoder_is_judged_at_every_hook_point(tiny, result):
+def test_a_crosscoder_is_evaluated_at_every_hook_point(tiny, result):
     row = result[0]["crosscoder"]
     x = np.concatenate([wide(tiny, hook) for hook in HOOKS], axis=1)
     latents, x_hat, weights = reconstruct(result[1] / "crosscoder", x)
@@ -178,7 +178,7 @@ def others(tiny):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_way_of_choosing_latents_is_judged_and_spliced_in(tiny, others, name):
+def test_every_selection_of_latents_is_evaluated_and_spliced_in(tiny, others, name):
     """Offline, at each target, and with the model: what is written is replaced, from what is read."""
     (reads, writes), row = OTHERS[name], others[0][name]
     w = {key: value.double().numpy() for key, value in Sae.load(others[1] / name).named_parameters()}

@@ -82,7 +82,7 @@ def test_names_without_a_split_are_train():
     }
 
 
-def test_other_splits_are_said_to_be_left_out(tmp_path, capsys):
+def test_other_splits_are_reported_as_left_out(tmp_path, capsys):
     put(
         tmp_path,
         f"data/train-{SHARD}.parquet",

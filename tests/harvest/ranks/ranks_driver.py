@@ -49,7 +49,7 @@ def harvest_guarded(config: HarvestConfig) -> int:
 
 
 def nothing(rank: int) -> None:
-    """Let a rank be."""
+    """Do nothing to a rank."""
 
 
 def start(config: HarvestConfig, world: int, before: Before, stderr: Path) -> list[int]:
@@ -87,7 +87,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 class Scene:
-    """Harvests of one configuration, each in a folder of its own, held against a plain one."""
+    """Harvests of one configuration, each in a separate folder, compared with a plain one."""
 
     def __init__(self, toml: Path, url: str = "") -> None:
         self.folder = toml.parent
@@ -104,7 +104,7 @@ class Scene:
         self.url = url
 
     def begin(self, name: str) -> None:
-        """Let what follows harvest into a new store, at the same relative path: it is written into the store."""
+        """Make later harvests use a new store at the same relative path, because the path is stored in the store."""
         (self.folder / name).mkdir()
         os.chdir(self.folder / name)
         self.store = self.folder / name / "store"
@@ -113,31 +113,31 @@ class Scene:
             self.config = msgspec.structs.replace(self.config, store=self.stores[-1])
 
     def start(self, world: int, before: Before = nothing) -> list[int]:
-        """Start so many ranks; return their process ids."""
+        """Start ranks; return their process ids."""
         return start(self.config, world, before, self.stderr)
 
     def run(self, world: int, before: Before = nothing) -> list[int]:
-        """Harvest with so many ranks, and return their exit codes."""
+        """Harvest with a number of ranks; return their exit codes."""
         return wait(self.start(world, before))
 
     def expect(self, codes: list[int], wanted: list[int], *words: str) -> None:
-        """Note a problem unless ranks ended so, and said so."""
+        """Record a problem unless ranks ended with these codes and messages."""
         said = self.stderr.read_text()
         if codes != wanted or "Traceback" in said or any(word not in said for word in words):
             self.problems.append(f"{self.store.parent.name}: ended with {codes}: {said}")
 
     @property
     def stderr(self) -> Path:
-        """What the ranks wrote to stderr, all in one file."""
+        """The stderr of all ranks, in one file."""
         return self.store.parent / "stderr"
 
     def go_on(self, world: int, before: Before = nothing) -> None:
-        """Harvest to the end, and note a problem unless the store is as a plain harvest leaves it."""
+        """Harvest to the end, and record a problem unless the store equals that of a plain harvest."""
         self.expect(self.run(world, before), [0] * world)
         self.compare()
 
     def compare(self) -> None:
-        """Note a problem unless the store is as a plain harvest leaves it."""
+        """Record a problem unless the store equals that of a plain harvest."""
         if not self.url and self.store.parent.name != "plain" and (found := tree(self.store)) != self.expected:
             keys = [key for key in found.keys() | self.expected.keys() if found.get(key) != self.expected.get(key)]
             self.problems.append(f"{self.store.parent.name}: differs in {sorted(keys)[:3]}")
@@ -192,7 +192,7 @@ def numbers_of_ranks(scene: Scene) -> None:
 
 
 def one_killed(scene: Scene) -> None:
-    """Kill one rank, see the others end by themselves, and go on with another number of ranks."""
+    """Kill one rank, check that the others end by themselves, and resume with another number of ranks."""
     for world, lost, step, then in ((3, 1, 30, 2), (2, 0, 75, 3), (2, 1, 75, 1)):
         scene.begin(f"{world} ranks, {lost} killed at step {step}, then {then}")
         codes = scene.run(world, at_step(step, lost, signal.SIGKILL))
@@ -204,7 +204,7 @@ def one_killed(scene: Scene) -> None:
 
 
 def extended(scene: Scene) -> None:
-    """Let a plain harvest of fewer rows be extended by ranks, one of which is killed, and others finish it."""
+    """Extend a plain harvest of fewer rows with ranks, kill one of them, and let others finish it."""
     scene.begin("extended")
     whole = scene.config
     scene.config = msgspec.structs.replace(whole, tokens=400)
@@ -215,7 +215,7 @@ def extended(scene: Scene) -> None:
 
 
 def one_interrupted(scene: Scene) -> None:
-    """End one rank by a signal, as a launcher does, and go on."""
+    """End one rank by a signal, as a launcher does, and resume."""
     scene.begin("interrupted")
     codes = scene.run(2, at_step(40, 1, signal.SIGTERM))
     scene.expect(codes, [2, 130], "error: rank 0 stops: rank 1 failed: it was interrupted; ", "\ninterrupted; ")
@@ -223,7 +223,7 @@ def one_interrupted(scene: Scene) -> None:
 
 
 def another_harvester(scene: Scene) -> None:
-    """Stop one rank of two in the middle; meanwhile start others, which must be refused; and let it go on."""
+    """Stop one rank of two in the middle; start others meanwhile, which must be refused; then let it continue."""
     scene.begin("busy")
     ranks = scene.start(2, at_step(40, 1, signal.SIGSTOP))
     os.waitpid(ranks[1], os.WUNTRACED)
@@ -315,7 +315,7 @@ def random_kills(scene: Scene, count: int = 20) -> None:
 
 
 def on_a_server(scene: Scene) -> None:
-    """Write objects by 2 and 3 ranks; kill the first before a request and another in its work; go on with others."""
+    """Write objects with 2 and 3 ranks; kill the first before a request, another during work; resume with others."""
     for world in (2, 3):
         scene.begin(f"{world}-ranks")
         scene.go_on(world)
@@ -360,7 +360,7 @@ MODES = {
 
 
 def main(toml: Path, mode: str, url: str = "") -> None:
-    """Play some scenes and print what came of them."""
+    """Run some scenes and print their results."""
     durable.flush = lambda handle: None
     torch.set_num_threads(1)
     scene = Scene(toml, url)

@@ -18,7 +18,7 @@ CONFIG = HarvestConfig(model="m", hook_points=["blocks.0.resid_post"], store="s"
 
 
 class Bar:
-    """Stands in for tqdm's bar."""
+    """A replacement for tqdm's bar."""
 
     def __init__(self, total: int, initial: int, disable: bool | None, **_: Any) -> None:
         self.total, self.n, self.disable, self.postfix = total, initial, disable, ""

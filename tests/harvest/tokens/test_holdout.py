@@ -95,7 +95,7 @@ def test_a_bos_that_is_special_needs_no_roles(config):
     assert np.array_equal(store.row_mask(0, store.n_rows), positions > 0)
 
 
-def test_special_tokens_that_the_text_spells_out_are_told_of(config, tmp_path, capsys):
+def test_special_tokens_that_the_text_spells_out_are_noted(config, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("<bos>dust " * 100)
     plain = ActivationStore.open(harvest(config(holdout_fraction=0.0)))
     assert "1 of the first 1 documents spell out the special token '<bos>'" in capsys.readouterr().err

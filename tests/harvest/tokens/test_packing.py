@@ -17,7 +17,7 @@ BOS = 99
 
 
 def documents_of(lengths, hashes=None):
-    """Documents whose tokens tell their place: document i holds 1000 * i + 1, 1000 * i + 2, ..."""
+    """Documents whose tokens encode their position: document i contains 1000 * i + 1, 1000 * i + 2, ..."""
     hashes = hashes or [(i * 0x9E3779B97F4A7C15) % 2**64 for i in range(len(lengths))]
     return [
         TokenizedDocument(i, f"doc{i}", hashes[i], 1000 * i + 1 + np.arange(n, dtype=np.int32))
@@ -178,7 +178,7 @@ def test_held_out_contexts_keep_their_distance(lengths, context_size, group, fra
 
 
 def test_the_split_of_a_context_depends_on_its_number_alone():
-    """Reading on gives the same contexts first: what was held out stays held out."""
+    """Reading more text gives the same contexts first: held-out contexts stay held out."""
     for fraction in (0.01, 0.05, 0.5, 0.95):
         splits = [context_split(number, fraction) for number in range(4000)]
         held_out = [split for split in splits if split is not None]
@@ -188,7 +188,7 @@ def test_the_split_of_a_context_depends_on_its_number_alone():
     assert {context_split(number, 0) for number in range(100)} == {False}
 
 
-def test_few_documents_are_told_of_the_other_way():
+def test_an_error_about_few_documents_names_the_other_holdout():
     with pytest.raises(DataError, match=r'from 3 documents .* set holdout = "contexts"'):
         pack_all(documents_of([30] * 3, hashes=[2**64 - 1] * 3))
     with pytest.raises(DataError, match=r"^(?!.*set holdout)"):

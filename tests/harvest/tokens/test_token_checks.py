@@ -88,7 +88,7 @@ def test_text_that_the_tokenizer_does_not_know_is_refused(config, tmp_path, monk
 
 
 class Fake:
-    """As much of a tokenizer as the checks use."""
+    """The part of a tokenizer that the checks use."""
 
     unk_token, unk_token_id, name_or_path = "?", 0, "fake"
 

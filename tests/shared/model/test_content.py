@@ -123,7 +123,7 @@ def test_names_count_and_their_order_does_not(tmp_path):
         describe_files({"a": tmp_path / "gone"})
 
 
-def test_a_models_weights_and_tokenizer_are_told_apart(tmp_path):
+def test_a_models_weights_and_tokenizer_are_distinguished(tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         (tmp_path / name).write_text(name)
     before = model_content(str(tmp_path))

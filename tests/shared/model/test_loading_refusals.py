@@ -172,7 +172,7 @@ def test_the_home_folder(copy, monkeypatch):
     assert load_tokenizer("~/model").vocab_size == 257
 
 
-def test_code_of_its_own_is_run_only_when_told(tmp_path, monkeypatch):
+def test_a_models_own_code_is_run_only_if_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own_model"
     folder.mkdir()

@@ -187,7 +187,7 @@ def test_what_changes_the_function_is_refused_by_name(changes, message, tmp_path
         Sae.load(write(tmp_path / "sae", SAELENS_5 | changes, weights()))
 
 
-def test_keys_that_say_nothing_are_no_hindrance(tmp_path):
+def test_keys_without_a_value_are_accepted(tmp_path):
     neutral = {"new_1": None, "new_2": False, "new_3": "none", "new_4": {}, "d_out": D}
     config = SAELENS_6 | neutral
     config["metadata"] = SAELENS_6["metadata"] | {"a_new_note": {"x": 1}}

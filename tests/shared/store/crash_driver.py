@@ -1,4 +1,4 @@
-"""Kill writers of a store at chosen moments, go on with each, and compare: run as a script by test_store_crash.py.
+"""Kill writers of a store at chosen moments, resume each, and compare: run as a script by test_crash.py.
 
 One process imports torch once and forks a child for every writer; it prints one JSON line.
 """
@@ -88,7 +88,7 @@ def killed_after(delay: float, path: Path, codec: str) -> None:
 
 
 def check(path: Path, expected: dict[str, bytes], codec: str, what: str, keep: int | None) -> str | None:
-    """Return what is wrong after a kill: before and after going on."""
+    """Return what is wrong after a kill, before and after resuming."""
     problem: list[str] = []
 
     def look() -> None:

@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(
 
 
 def test_no_more_rows_wait_than_allowed(tmp_path: Path) -> None:
-    """The disk stands still: the caller gets as far as the bound and no further, and on when the disk does."""
+    """The disk is blocked: the caller writes up to the bound and no further, and continues with the disk."""
     disk_moves, handed_over = threading.Event(), threading.Semaphore(0)
     pipeline = Pipeline(tmp_path, threads=2, pending_bytes=1000)
     sent: list[int] = []

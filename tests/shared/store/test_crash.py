@@ -1,4 +1,4 @@
-"""A writer killed at any moment and started again leaves the bytes of one that never was."""
+"""A writer that was killed at any moment and resumed leaves the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kill(folder: Path, mode: str, count: int, seed: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_a_kill_before_some_steps_of_the_disk_is_mended(tmp_path: Path) -> None:
+def test_a_store_recovers_from_a_kill_before_some_steps_of_the_disk(tmp_path: Path) -> None:
     result = kill(tmp_path, "some-steps", 8, seed=1)
     assert result["problems"] == []
     assert result["kills"] == 8
@@ -40,14 +40,14 @@ def test_a_kill_of_an_extension_before_every_step_leaves_the_old_store_or_one_th
 
 
 @pytest.mark.long
-def test_a_kill_before_every_step_of_the_disk_is_mended(tmp_path: Path) -> None:
+def test_a_store_recovers_from_a_kill_before_every_step_of_the_disk(tmp_path: Path) -> None:
     result = kill(tmp_path, "every-step", 10**6, seed=0)
     assert result["problems"] == []
     assert result["kills"] > 150
 
 
 @pytest.mark.long
-def test_a_kill_at_random_moments_is_mended(tmp_path: Path) -> None:
+def test_a_store_recovers_from_a_kill_at_random_moments(tmp_path: Path) -> None:
     result = kill(tmp_path, "random-time", 60, seed=2)
     assert result["problems"] == []
     assert result["kills"] == 60

@@ -61,7 +61,7 @@ def test_a_number_too_large_for_float16_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "s", batch(value=7e4), dtype="float16")
 
 
-def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     with writer(tmp_path / "s") as first:
         first.append(batch())
         with pytest.raises(StoreBusyError, match="another process is writing to the store"):

@@ -1,4 +1,4 @@
-"""Hostile manifests, footers and statistics: an error, and no more memory than the file's size."""
+"""Hostile manifests, footers and statistics give an error, and take no more memory than the file's size."""
 
 from __future__ import annotations
 

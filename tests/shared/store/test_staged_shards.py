@@ -26,7 +26,7 @@ class Cut(Exception):
 
 
 class Group:
-    """A rank whose rank 0 is in the same process: what that one's action returned is handed on."""
+    """A rank whose rank 0 is in the same process, and whose actions' results are passed on."""
 
     def __init__(self, rank: int, n: int, results: list[object]) -> None:
         self.rank, self.n, self._results = rank, n, results
@@ -332,7 +332,7 @@ def test_a_rank_far_ahead_of_what_is_uploaded_waits_unless_the_others_end(s3, tm
     release(writers)
 
 
-def test_a_rank_that_waits_goes_on_when_the_first_has_adopted(s3, objects, expected, monkeypatch):
+def test_a_rank_that_waits_continues_when_the_first_has_adopted(s3, objects, expected, monkeypatch):
     monkeypatch.setattr(rank_store, "SHARDS_AHEAD", 1)
     monkeypatch.setattr(rank_store, "POLL_SECONDS", 0.001)
     url = s3()

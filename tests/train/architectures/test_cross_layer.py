@@ -227,7 +227,7 @@ def test_auxk_reconstructs_what_is_left_of_every_target(rule, k_aux):
 
 @pytest.mark.parametrize("sampled_rows_are_large", [False, True])
 def test_the_largest_of_a_batch_are_found_whatever_a_sample_of_its_rows_shows(sampled_rows_are_large):
-    """Rows that are sampled may be so much larger than the others that too few entries exceed what they suggest."""
+    """Sampled rows may be so much larger than the others that too few entries exceed their bound."""
     generator = torch.Generator().manual_seed(0)
     architecture, parameters, *_ = problem(d_sae=64, **RULES["batch_topk"])
     parameters = {name: tensor.float() for name, tensor in parameters.items()}
@@ -343,7 +343,7 @@ def test_training_starts_from_what_was_saved(rule):
     assert [line.split(" =")[0] for line in told] == ["initial_threshold"] * ("initial_threshold" in RULES[rule])
 
 
-def test_thresholds_that_become_one_are_told():
+def test_thresholds_that_become_one_are_reported():
     architecture, parameters, buffers, normalization, _ = raw("jumprelu")
     sae = architecture.to_sae(parameters, buffers, normalization, {})
     for rule, kept in (("batch_topk", "become one, their mean"), ("batch_topk by layer", "become one a layer")):

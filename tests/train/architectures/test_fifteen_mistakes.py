@@ -131,7 +131,7 @@ def test_3_a_second_bias_is_noticed():
 
 
 def check_auxk_takes_the_residual_as_constant(name):
-    """Living latents get from AuxK no gradient at all, nor does b_dec but through the dead encoders."""
+    """AuxK gives live latents no gradient, and b_dec only that through the encoders of dead latents."""
     architecture, parameters, x = make(architecture=name, aux_coefficient=5.0)
     dead = torch.arange(D_SAE) >= 10
     parameters["b_enc"][dead] = -1.0
@@ -298,7 +298,7 @@ def train_on(sae_trainer, steps):
     return {name: tensor.clone() for name, tensor in sae_trainer.state_dict().items()}
 
 
-def test_10_a_resumed_trainer_goes_on_as_if_never_stopped():
+def test_10_a_resumed_trainer_continues_as_if_never_stopped():
     """Nothing that the state holds could be left out; resampling, which draws at random, is part of it."""
     whole = train_on(trainer(), range(12))
     cut = train_on(trainer(), range(4))

@@ -81,7 +81,7 @@ def check_shuffle(array_store):
     assert len({tuple(rank) for rank in ranks}) == 4, "the same permutation in two windows or epochs"
 
 
-def test_9_every_epoch_and_window_has_an_order_of_its_own(array_store):
+def test_9_every_epoch_and_window_has_its_own_order(array_store):
     check_shuffle(array_store)
 
 
@@ -114,11 +114,11 @@ def check_the_stream_goes_on_where_it_was(array_store):
         assert torch.equal(next(batches)["h"], next(other)["h"])
 
 
-def test_10_the_stream_goes_on_where_it_was(array_store):
+def test_10_the_stream_resumes_where_it_was(array_store):
     check_the_stream_goes_on_where_it_was(array_store)
 
 
-def test_10_a_stream_that_starts_anew_is_noticed(array_store, monkeypatch):
+def test_10_a_stream_that_starts_over_is_noticed(array_store, monkeypatch):
     monkeypatch.setattr(ShuffledBatches, "load_state_dict", lambda self, state: None)
     with pytest.raises(AssertionError):
         check_the_stream_goes_on_where_it_was(array_store)

@@ -165,7 +165,7 @@ def topk(f, keys):
 
 
 def annealed_topk(f, keys):
-    """Halfway from d_in, or d_sae if that is less, to 2; and four times as many in the second term."""
+    """Halfway from d_in, or d_sae if it is smaller, to 2; and four times as many in the second term."""
     z = f.pre_acts()
     k = round(f.x.shape[1] + (2 - f.x.shape[1]) * DONE / 10)
     return (f.squares(of_rows(z, k)) + 0.3 * f.squares(of_rows(z, min(4 * k, D_SAE)))).mean() / VARIANCE

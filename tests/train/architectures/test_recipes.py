@@ -132,7 +132,7 @@ def test_decoder_norms_may_be_free():
     torch.testing.assert_close(parameters["W_dec"], expected.data)
 
 
-def test_weight_decay_takes_separate_steps_where_there_are_whole_ones():
+def test_weight_decay_does_not_use_the_fused_step():
     """The fused step has no decay; it must not be taken as if it had."""
     kind = Normalization(torch.zeros(D_IN), 1.0, float(D_IN))
     for decay, fuses in ((0.0, True), (0.1, False)):

@@ -191,7 +191,7 @@ def test_all_pairs_train_resume_and_evaluate(store, tmp_path, train_killed):
 
 
 def test_kinds_have_saelens_names():
-    """SAELens reads these; the others have names of ours that are built alike."""
+    """SAELens reads these; the others have similar names of ours."""
     assert {
         *("standard", "topk", "jumprelu", "gated", "transcoder", "skip_transcoder"),
         *("jumprelu_transcoder", "jumprelu_skip_transcoder"),

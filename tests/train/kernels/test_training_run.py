@@ -91,7 +91,7 @@ def test_every_path_trains_the_same_and_the_fused_step_resumes_in_every_bit(devi
         assert torch.equal(tensor, ended[name]), name
 
 
-def test_a_run_goes_on_by_another_path(device):
+def test_a_run_resumes_by_another_path(device):
     begun = make_trainer(REFERENCE, device)
     train(begun, 1)
     trainers = [make_trainer(REFERENCE, device), make_trainer(FUSED, device)]

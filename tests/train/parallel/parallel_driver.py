@@ -44,7 +44,7 @@ def drop():
 
 
 def train_together(rank, n, meeting, arguments):
-    """Be one process of several, and train."""
+    """Run as one process of several, and train."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n)
     for argument in arguments:
         path, _, step = argument.partition("@")
@@ -59,7 +59,7 @@ def train_together(rank, n, meeting, arguments):
 
 
 def train_to_signal(rank, n, path, number):
-    """Be one process of a launcher's, of which the last gets a signal."""
+    """Run as one process of a launcher; the last one gets a signal."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == n - 1:
         at_step(17, lambda: os.kill(os.getpid(), number))

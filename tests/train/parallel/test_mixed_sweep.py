@@ -1,4 +1,4 @@
-"""Twelve SAEs of every architecture in one sweep: killed, they go on to the same end, and are evaluated together."""
+"""Twelve SAEs of every architecture in one sweep: killed, they resume to the same end, and are evaluated together."""
 
 import json
 import os

@@ -108,7 +108,7 @@ def test_cosine_decay_is_pytorchs():
     assert [lr_factor(step, 100, 10, 0.25, "cosine") for step in (0, 9, 40, 74)] == [0.1, 1.0, 1.0, 1.0]
 
 
-def test_an_sae_may_have_a_schedule_of_its_own():
+def test_an_sae_may_have_its_own_schedule():
     schedule = Schedule(100, 8, 10, 0.2, "cosine")
     base = make_config(hook_point="h", d_sae=4, k=1)
     constant = msgspec.structs.replace(base, decay_fraction=0.0)

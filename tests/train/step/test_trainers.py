@@ -12,7 +12,7 @@ from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
 
 
-def test_steps_that_took_longest_come_first_and_are_told_in_the_order_of_the_sweep(monkeypatch):
+def test_steps_that_took_longest_come_first_and_are_reported_in_the_order_of_the_sweep(monkeypatch):
     taken = []
     step = SaeTrainer.step
     monkeypatch.setattr(SaeTrainer, "step", lambda self, batch: taken.append(self.name) or step(self, batch))

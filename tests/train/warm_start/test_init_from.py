@@ -160,7 +160,7 @@ def run_config(store, output, **changes):
     return TrainConfig(store=str(store), output=str(output), **keys | changes)
 
 
-def test_a_run_goes_on_from_another_runs_saes(store, tmp_path, capsys):
+def test_a_run_starts_from_another_runs_saes(store, tmp_path, capsys):
     """Each from that of its name; steps that move nothing give the same SAEs, and training improves on them."""
     first = train(run_config(store, tmp_path / "first"))
     config = run_config(store, tmp_path / "second", init_from=str(tmp_path / "first"), tokens=64)

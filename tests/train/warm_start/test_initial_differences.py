@@ -38,7 +38,7 @@ def told(name, sae, **changes):
     return architecture(name, **changes).differences(sae, Normalization(torch.zeros(D), 0.5, 1.0))
 
 
-def test_nothing_is_said_where_nothing_differs():
+def test_no_note_is_printed_if_nothing_differs():
     assert told("topk", make("topk", config={"k": 3})) == []
     assert told("standard", make("standard", unit=False), l1_coefficient=1.0) == []
     sae = make("jumprelu", "threshold")
@@ -46,7 +46,7 @@ def test_nothing_is_said_where_nothing_differs():
     assert told("jumprelu", sae) == told("batch_topk", sae) == []
 
 
-def test_thresholds_that_are_averaged_are_told_with_their_range():
+def test_thresholds_that_are_averaged_are_reported_with_their_range():
     sae = make("jumprelu", "threshold", config={"k": 5})
     sae.threshold.copy_(torch.linspace(1, 3, N))
     assert told("batch_topk", sae) == [
@@ -57,7 +57,7 @@ def test_thresholds_that_are_averaged_are_told_with_their_range():
     assert float(buffers["threshold"]) == pytest.approx(2 * 0.5)
 
 
-def test_thresholds_that_are_raised_and_norms_that_are_folded_are_told():
+def test_thresholds_that_are_raised_and_norms_that_are_folded_are_reported():
     sae = make("jumprelu", "threshold", unit=False)
     sae.threshold.copy_(torch.linspace(1, 3, N))
     sae.threshold[:4] = -0.25
@@ -70,7 +70,7 @@ def test_thresholds_that_are_raised_and_norms_that_are_folded_are_told():
     ]
 
 
-def test_a_start_that_is_not_used_is_told():
+def test_a_start_that_is_not_used_is_reported():
     sae = make("jumprelu", "threshold")
     sae.threshold.data.fill_(0.1)
     said = "initial_l0 = 5 is not used: thresholds and biases start at the SAE's"
@@ -79,7 +79,7 @@ def test_a_start_that_is_not_used_is_told():
     assert told("jumprelu", sae, initial_threshold=0.5, resample_every_tokens=10) == []
 
 
-def test_another_place_or_a_falling_k_is_told():
+def test_another_hook_point_or_a_falling_k_is_reported():
     assert told("topk", make("topk", config={"k": 3}, hook_point="blocks.1.resid_post")) == [
         "it is of 'blocks.1.resid_post', this one of 'blocks.0.resid_post'"
     ]

@@ -134,7 +134,7 @@ def test_a_forked_process_has_cores_of_its_own():
 
 
 def test_a_process_may_end_at_once_after_work():
-    """Cores that are still putting away what they had are waited for."""
+    """The process waits for cores that are still releasing their results."""
     code = """
 import torch
 from thresher.shared.core.compute.cores import on_cores

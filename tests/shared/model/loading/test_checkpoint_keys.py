@@ -102,7 +102,7 @@ def test_a_decoder_without_its_head_predicts_no_token(tmp_path):
     ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.masked_bias", "v_head.summary.weight",
      "mtp.layers.0.proj.weight"],
 )  # fmt: skip
-def test_what_old_checkpoints_carry_besides_is_passed_over(left_over, tmp_path):
+def test_unused_keys_of_old_checkpoints_are_ignored(left_over, tmp_path):
     tr.LlamaForCausalLM(llama()).save_pretrained(tmp_path)
     edit(tmp_path, lambda weights: weights | {left_over: torch.zeros(3)})
     load_model(str(tmp_path), "float32")

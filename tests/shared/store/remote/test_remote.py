@@ -23,7 +23,7 @@ N, CONTEXT, WIDTHS = 41, 8, {"a": 12, "b": 5}
 
 
 def write(place, codec="lz4", stop=N, **settings):
-    """Write the test's store, or go on with it, up to a context; those before the end leave it unfinished."""
+    """Write the test's store, or resume it, up to a context; before the last context it stays unfinished."""
     generator = torch.Generator().manual_seed(0)
     rows = {name: torch.randn(N, CONTEXT, d, generator=generator) for name, d in WIDTHS.items()}
     tokens = torch.arange(N * CONTEXT).reshape(N, CONTEXT)

@@ -59,7 +59,7 @@ def tree(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(s3, proxy, objects, tmp_path, monkeypatch):
+def test_a_download_that_is_cut_resumes_where_it_was(s3, proxy, objects, tmp_path, monkeypatch):
     url = s3()
     write(url)
     monkeypatch.setattr(remote, "PIECE_BYTES", 5000)
@@ -107,7 +107,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_one_line(s3, proxy, monkey
     assert objects.read(other) == objects.read(url), "what was committed and not uploaded went first, the rest followed"
 
 
-def test_a_writer_killed_anywhere_goes_on_to_the_same_objects(s3, proxy, objects, tmp_path):
+def test_a_writer_killed_anywhere_resumes_to_the_same_objects(s3, proxy, objects, tmp_path):
     write(tmp_path / "local")
     expected = tree(tmp_path / "local")
     total = sum(map(len, expected.values()))
@@ -143,7 +143,7 @@ def test_a_writer_killed_anywhere_goes_on_to_the_same_objects(s3, proxy, objects
         driver.wait()
 
 
-def test_another_machine_waits_for_the_lease_and_then_goes_on(s3, objects, tmp_path, monkeypatch):
+def test_another_machine_waits_for_the_lease_and_then_resumes(s3, objects, tmp_path, monkeypatch):
     write(tmp_path / "local")
     url = s3()
     writer = ActivationStoreWriter(url, WIDTHS, CONTEXT, chunk_bytes=5000, shard_bytes=40_000, codec="none")
@@ -158,7 +158,7 @@ def test_another_machine_waits_for_the_lease_and_then_goes_on(s3, objects, tmp_p
     assert objects.read(url) == tree(tmp_path / "local")
 
 
-def test_a_writer_killed_before_its_first_manifest_leaves_no_store_and_goes_on(s3, objects, tmp_path):
+def test_a_writer_killed_before_its_first_manifest_leaves_no_store_and_resumes(s3, objects, tmp_path):
     url, killed = s3(), s3()
     settings = {"chunk_bytes": 5000, "shard_bytes": 40_000, "codec": "none"}
     with ActivationStoreWriter(url, WIDTHS, CONTEXT, **settings) as writer:

@@ -113,6 +113,6 @@ def test_ranks_leave_the_objects_of_one_process_on_a_url(play):
 
 
 @pytest.mark.long
-def test_kills_of_ranks_that_write_to_a_url_are_mended_by_any_number_of_them(play):
+def test_after_kills_any_number_of_ranks_completes_a_store_at_a_url(play):
     notes = play("random-url")
     assert sum("-9" in note for note in notes) >= 12, notes

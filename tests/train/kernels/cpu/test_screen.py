@@ -36,7 +36,7 @@ def of_few_directions(x):
 
 
 def nearly_constant(x):
-    """All columns but one lie at a third of a step, which rounding to the nearest loses at once."""
+    """All columns but one are a third of a step, which rounding to nearest loses."""
     return torch.cat([x[:, :1].sign() * 20, torch.full_like(x[:, 1:], 20 / LEVELS / 3)], 1) + 1e-4 * x
 
 

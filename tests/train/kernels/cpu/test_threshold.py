@@ -51,7 +51,7 @@ def test_the_batchs_largest_are_those_above_its_threshold(dtype, k, shape):
 
 
 def test_a_sample_that_misses_the_largest_is_made_up_for():
-    """All large entries lie where the sample does not look, so that its bound is of the small ones."""
+    """All large entries are outside the sample, so that its bound comes from the small ones."""
     pre_acts = torch.full((64, 4096), -1.0)
     pre_acts[:, 1::4] = 1.0
     pre_acts[:, ::1024] = 5.0

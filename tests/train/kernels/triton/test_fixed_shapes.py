@@ -1,4 +1,4 @@
-"""With the fused kernels, steps of every architecture ask the device for nothing, and train what the references do."""
+"""With the fused kernels, steps of every architecture never wait for the device, and train the reference's weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QUICK = ("annealed_topk", "batch_topk", "p_annealed", "tanh_jumprelu", "skip_tra
 
 @pytest.fixture(autouse=True)
 def _seldom_used_sizes(monkeypatch):
-    """Look every two steps, make room for few entries, let latents be sparse at any density, and capture at once."""
+    """Poll every two steps, with a small capacity, sparse latents at any density, and captures at once."""
     for module in (capacity_module, polls_module):
         monkeypatch.setattr(module, "STEPS_BETWEEN", 2)
     monkeypatch.setattr(capacity_module, "_LEAST_CAPACITY", 16)
