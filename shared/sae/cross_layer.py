@@ -20,7 +20,7 @@ _SPARSE_BELOW = 1 / 16
 
 
 class Sizes(NamedTuple):
-    """The number of layers, and of each the number of latents and the widths that it reads and writes."""
+    """The number of layers, and the latents, input width and output width of each layer."""
 
     n_layers: int
     d_sae: int
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     d_out: int
 
     def __str__(self) -> str:
-        """Return the sizes in words."""
+        """Return a description of the sizes."""
         return (
             f"{self.n_layers} layers of {self.d_sae} latents that read {self.d_in} channels and write {self.d_out} each"
         )
@@ -83,7 +83,7 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether a latent must exceed a threshold of its own to fire."""
+        """Whether each latent has a threshold that it must exceed to fire."""
         return self.activation == "jumprelu"
 
     @property
@@ -93,7 +93,7 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
 
     @property
     def chooses_by_layer(self) -> bool:
-        """Whether a layer's latents depend on what it reads alone, as replacing one MLP after another needs."""
+        """Whether a layer's latents depend only on its own input, as is needed to replace one MLP after another."""
         return self.activation != "topk" or self.select_over == "layer"
 
     @property
@@ -153,10 +153,10 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         return torch.cat([self.encode_layer(i, part) for i, part in parts], dim=-1)
 
     def encode_layer(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return one layer's latents from what that layer reads.
+        """Return one layer's latents from that layer's input.
 
         Raises:
-            SaeError: they depend on what other layers read.
+            SaeError: they depend on other layers' inputs.
         """
         pre_acts = self._pre_activations(layer, x)
         if self.activation == "jumprelu":
@@ -191,9 +191,9 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         return y_hat.view(*latents.shape[:-1], self.d_out)
 
     def decode_layer(self, layer: int, latents: Float[Tensor, "rows d_sae"]) -> Sequence[Float[Tensor, "rows d_out"]]:
-        """Return what one layer's latents write to each target from its own on, without `b_dec`.
+        """Return what one layer's latents write to this and each later layer's target, without `b_dec`.
 
-        Where few fire, only their decoder rows are read.
+        If few latents fire, only their decoder rows are read.
         """
         W_dec = self.get_parameter(f"W_dec_{layer}").flatten(1)
         active = latents > 0

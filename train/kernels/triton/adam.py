@@ -27,7 +27,7 @@ from .token_major import row_tiling
 def adam(
     weight_ptr, mean_ptr, square_ptr, at, mask, gradient, lr, correction1, correction2, keep1, keep2, new1, new2, eps
 ):
-    """Update the moments in memory and return the new weight (1412.6980; PyTorch's order of operations)."""
+    """Update the moments in memory and return the new weight (arXiv 1412.6980; in PyTorch's order of operations)."""
     mean = tl.load(mean_ptr + at, mask=mask, other=0.0) * keep1 + gradient * new1
     square = tl.load(square_ptr + at, mask=mask, other=0.0) * keep2 + gradient * gradient * new2
     tl.store(mean_ptr + at, mean, mask=mask)

@@ -70,7 +70,7 @@ def dequantise(
     places: Int64[Tensor, " batch"],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "batch d_in"]:
-    """Return rows `places` of `scales * values`, as the store itself would read them."""
+    """Return rows `places` of `scales * values`, rounded as the store's reader rounds them."""
     out = torch.empty(len(places), values.shape[1], dtype=dtype, device=values.device)
     _launch(values, places, scales, scales, 1.0, out, None)
     return out
@@ -79,7 +79,7 @@ def dequantise(
 def normalise(
     rows: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"], factor: float, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Float32[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
-    """Return `(rows - mean) * factor` in float32, and in the `dtype` that products read."""
+    """Return `(rows - mean) * factor` in float32 and in the `dtype` of products."""
     x = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     also = None if dtype == torch.float32 else torch.empty(rows.shape, dtype=dtype, device=rows.device)
     _launch(rows, mean, mean, mean, factor, x, also)

@@ -98,7 +98,7 @@ def sum_latent(
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Return a latent's sum over its entries, or over its segments if it is hot, and its values' sum."""
+    """Return the sum over a latent's entries, or over its segments if it is hot, and the sum of its values."""
     start = tl.load(starts_ptr + latent)
     stop = tl.load(starts_ptr + latent + 1)
     hot = stop - start > MAX_SEGMENT
@@ -165,7 +165,7 @@ def grad_weights_kernel(
 def sum_segments(
     values: Float[Tensor, " nnz"], csc: Csc, matrix: Float[Tensor, "rows d_in"]
 ) -> tuple[Float[Tensor, "n_segments d_in"], Float[Tensor, " n_segments"]]:
-    """Return the hot latents' partial sums; the rest of the buffers is undefined."""
+    """Return the partial sums of hot latents; the rest of the buffers is undefined."""
     capacity, d_in = len(csc.segment_latents), matrix.shape[1]
     assert matrix.stride(1) == 1
     partial = torch.empty(capacity, d_in, dtype=torch.float32, device=matrix.device)

@@ -7,8 +7,8 @@
    by the same instructions. Entries are ordered by row, then latent. Exact; [batch, d_sae] never exists.
 
 With a `capacity` nothing waits for the host; entries past it are dropped and `offsets` still counts them,
-so that the caller can see it (`offsets[-1] > capacity`) whenever it next looks. Places that no entry takes then
-hold latent 0.
+so that the caller can detect this at its next poll (`offsets[-1] > capacity`). Unused places then hold
+latent 0.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
@@ -195,7 +195,7 @@ def batch_floor(
     k: int,
     margin: float = 1.25,
 ) -> Float[Tensor, ""]:
-    """Return a value that the `batch * k` largest latents of the batch hardly ever fail to lie above.
+    """Return a value that is rarely above any of the batch's `batch * k` largest latents.
 
     It is that of rank `margin * k` a row among the latents of a sample of rows, or 0 where too few are positive.
     """

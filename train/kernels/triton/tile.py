@@ -1,4 +1,4 @@
-"""What the Triton kernels share: one tile of pre-activations, and keys that order like values.
+"""Parts that the Triton kernels share: one tile of pre-activations, and keys that sort like values.
 
 Hints for other readers: `tl.dot` accumulates in float32; row starts are 64-bit, because d_sae * d_in
 passes 2^31 long before memory runs out; a masked load always names the value that changes nothing.

@@ -30,7 +30,7 @@ class RowTiling(NamedTuple):
 
 
 def row_tiling(d_in: int) -> RowTiling:
-    """Hold the whole row, and as many rows at once as leave the registers unspilled."""
+    """Choose to hold the whole row, and as many rows at a time as fit in registers without spilling."""
     # With fewer elements than threads, threads that share one could read what another has already written.
     d = max(128, triton.next_power_of_2(d_in))
     num_warps = 4 if d <= 1024 else 8 if d <= 8192 else 16
@@ -163,7 +163,7 @@ def reconstruct_kernel(
 
 
 class Reconstruction(NamedTuple):
-    """What a step needs of its tokens."""
+    """The results of a step for each token."""
 
     squared_error: Float[Tensor, " batch"]
     g: Float[Tensor, "batch d_in"]

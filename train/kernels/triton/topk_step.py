@@ -66,7 +66,7 @@ class TopKStep:
         return {name: state.mean for name, state in states}, {name: state.square for name, state in states}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a later step depends on, by the names that `SaeTrainer` gives it on any path."""
+        """Return everything that later steps depend on, under the names that `SaeTrainer` uses in every mode."""
         state = {"tokens_since_fired": self.tokens_since_fired}
         for name, adam in self._states().items():
             state[f"parameters.{name}"] = adam.weight
@@ -76,18 +76,18 @@ class TopKStep:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a saved state."""
+        """Restore a saved state."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy the weights to where products read them, after something other than a step has changed them."""
+        """Update the copies of the weights that products read, after anything other than a step changed them."""
         for adam in self._states().values():
             adam.shadow.copy_(adam.weight)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the steps that follow, captured ones included."""
+        """Set the learning rate of the following steps, including captured ones."""
         self.hyperparameters.schedule[0].fill_(lr)
 
     def __call__(self, x: Float[Tensor, "batch d_in"], n_dead: int | None = None) -> Float[Tensor, " 3"]:
