@@ -32,6 +32,8 @@ demo: $(READY)  ## run the whole pipeline on the bundled model and real text
 	$(BIN)/thresher harvest configs/harvest/demo.toml
 	$(BIN)/thresher train configs/train/demo.toml
 	$(BIN)/thresher evaluate configs/evaluate/demo.toml
+	$(BIN)/thresher attribute configs/attribute/demo.toml
+	$(BIN)/thresher steer configs/steer/demo.toml
 
 test: $(READY)  ## run the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -17,6 +17,7 @@ from thresher import ActivationStore, Sae
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = Path(__file__).parents[1] / "models" / "stdlib-lm"
 HOOK_POINT = "blocks.2.resid_post"
+NOTEBOOKS = {"tour.ipynb", "from_latent_to_cause.ipynb"}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def load(name):
 
 def test_every_example_is_tested_and_in_the_readme():
     names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert names == {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py", "tour.ipynb"}
+    assert names == {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py"} | NOTEBOOKS
     readme = (EXAMPLES.parent / "README.md").read_text()
     assert all(f"examples/{name}" in readme for name in names)
 
@@ -81,15 +82,40 @@ def test_look_at_a_latent(tmp_path, capsys):
     assert (tmp_path / "evaluation" / "report.html").exists()
 
 
-def test_the_notebook(tmp_path, monkeypatch):
-    (tmp_path / "models").symlink_to(MODEL.parent)
-    monkeypatch.chdir(tmp_path)
-    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text())
+def run_notebook(name, folder, monkeypatch):
+    """Run a notebook's cells in a folder, and return their names."""
+    (folder / "models").symlink_to(MODEL.parent)
+    monkeypatch.chdir(folder)
+    notebook = json.loads((EXAMPLES / name).read_text())
     names: dict = {}
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"tour.ipynb, cell {number}", "exec"), names)
+            exec(compile("".join(cell["source"]), f"{name}, cell {number}", "exec"), names)
+    return names
+
+
+def test_the_tour(tmp_path, monkeypatch):
+    names = run_notebook("tour.ipynb", tmp_path, monkeypatch)
     variances = {row["name"]: row["explained_variance"] for row in names["results"]}
     assert variances["topk-k8"] < variances["topk-k16"]
     plain, steered = (dict(names["next_tokens"](strength)) for strength in (0.0, 1000.0))
     assert plain.keys() != steered.keys()
+
+
+@torch.no_grad()
+def test_from_a_latent_to_its_cause(tmp_path, monkeypatch):
+    names = run_notebook("from_latent_to_cause.ipynb", tmp_path, monkeypatch)
+    strongest, right, wrong = names["strongest"], names["right"], names["wrong"]
+    model, sae = names["lm"].model, names["lm"].saes[HOOK_POINT]
+    change = torch.zeros(len(names["run"].tokens[0]), sae.d_in)
+    change[strongest["position"]] = -names["activation"] * sae.W_dec[strongest["latent"]]
+    logits = []
+    for some in (0 * change, change):
+        handle = model.transformer.h[2].register_forward_hook(lambda _, __, y, some=some: y + some)
+        logits.append(model(input_ids=names["run"].tokens, use_cache=False).logits[0, -1])
+        handle.remove()
+    clean, ablated = (float(each[right] - each[wrong]) for each in logits)
+    assert names["difference"](-1) == pytest.approx(ablated, abs=1e-3)
+    assert strongest["score"] == pytest.approx(clean - ablated, rel=0.4)
+    aucs = [abs(row["auc"] - 0.5) for row in names["rows"]]
+    assert aucs == sorted(aucs, reverse=True)
