@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     """Within this context tensors on `DEVICE` are fake, and those on the CPU become so when they meet an operation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        card = SimpleNamespace(multi_processor_count=132)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
         patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, WithoutDevice():
