@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .architectures.base import Architecture
-from .architectures.contract import Parameters
+from .architectures.contract import Parameters, is_per_latent
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 256 << 20, 1 << 30
@@ -41,23 +42,60 @@ def parameter_shapes(architecture: Architecture) -> Parameters:
         return architecture.initial_parameters(torch.Generator("cpu"))
 
 
-def held_bytes(architecture: Architecture, compute_dtype: str) -> int:
-    """Return the bytes that an SAE holds between steps.
+class Memory(NamedTuple):
+    """Bytes that SAEs take in a process, by what they are."""
 
-    These are its parameters, Adam's two moments, the running means of the parameters if it keeps them, copies of both
-    matrices in the compute dtype (a CPU does not copy a float32 decoder), buffers, and the latents' counters.
+    weights: int = 0
+    moments: int = 0
+    averages: int = 0
+    copies: int = 0
+    counters: int = 0
+    gradients: int = 0
+
+    def plus(self, other: Memory, at_once: bool = True) -> Memory:
+        """Return the sum of both; if their steps are not taken at once, gradients share memory."""
+        total = Memory(*(one + two for one, two in zip(self, other, strict=True)))
+        return total if at_once else total._replace(gradients=max(self.gradients, other.gradients))
+
+
+Path = Literal["cpu", "ops", "fused"]
+"""How an SAE steps: by operations alone on a CPU, by operations otherwise, or by TopK's fused step."""
+
+
+def sae_memory(architecture: Architecture, compute_dtype: str, path: Path = "cpu", n_shards: int = 1) -> Memory:
+    """Return the memory of an SAE, or of the largest of `n_shards` parts of its latents.
+
+    It is exact but for gradients, which are those of a step that computes all of them before it uses one; a fused step
+    has none. Copies are those in the compute dtype: of both matrices on a CPU (which does not copy a float32 decoder),
+    of the encoder on other paths, and of every parameter beside a fused step. Counters include the architecture's
+    buffers.
     """
     parameters = parameter_shapes(architecture)
     with torch.device("meta"):
         buffers = architecture.initial_buffers()
-    each = 4 if architecture.config.ema_decay else 3
-    copies = parameters["W_enc"].numel() + parameters["W_dec"].numel()
-    return (
-        each * sum(tensor.nbytes for tensor in parameters.values())
-        + copies * getattr(torch, compute_dtype).itemsize
-        + sum(tensor.nbytes for tensor in buffers.values())
-        + architecture.d_sae * torch.int64.itemsize
+
+    def elements(name: str) -> int:
+        shape = parameters[name].shape
+        rows = -(-shape[0] // n_shards) if is_per_latent(name) else shape[0]
+        return rows * math.prod(shape[1:])
+
+    weights = 4 * sum(map(elements, parameters))
+    copied = {"fused": list(parameters), "ops": ["W_enc"], "cpu": ["W_enc", "W_dec"]}[path]
+    if path == "cpu" and compute_dtype == "float32":
+        copied.remove("W_dec")
+    return Memory(
+        weights=weights,
+        moments=2 * weights,
+        averages=weights if architecture.config.ema_decay else 0,
+        copies=getattr(torch, compute_dtype).itemsize * sum(map(elements, copied)),
+        counters=torch.int64.itemsize * -(-architecture.d_sae // n_shards) + sum(t.nbytes for t in buffers.values()),
+        gradients=0 if path == "fused" else weights,
     )
+
+
+def held_bytes(architecture: Architecture, compute_dtype: str) -> int:
+    """Return the bytes that an SAE which a CPU trains alone holds between steps."""
+    return sum(sae_memory(architecture, compute_dtype)._replace(gradients=0))
 
 
 def available_memory(device: str = "cpu") -> int:

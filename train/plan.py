@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +12,14 @@ import torch
 from ..shared.core.compute.device import choose_device, describe_device
 from ..shared.core.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
+from .architectures.base import Architecture
 from .architectures.registry import find_architecture
 from .check_settings import check_activations, check_schedules, notes_of
 from .config import SaeConfig, TrainConfig
 from .kernels import backend_for
-from .memory import available_memory, held_bytes, parameter_shapes
+from .memory import Memory, available_memory, parameter_shapes, sae_memory
 from .parallel.latents import check_can_be_sharded
-from .parallel.layout import most_held
+from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
 from .step.sae_trainer import Schedule
 from .sweep.grids import expand_sweep
@@ -34,13 +37,18 @@ class Plan:
     schedule: Schedule
     rows_per_epoch: int
     n_parameters: dict[str, int]
-    memory_bytes: int
+    memory: Mapping[str, int]
     device: str = "cpu"
     kernels: str = "auto"
     parallel: str = "spread"
     n_ranks: int = 1
     notes: tuple[str, ...] = ()
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes that the process which needs most needs."""
+        return sum(self.memory.values())
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
@@ -62,6 +70,9 @@ class Plan:
             f"on {describe_device(self.device)} with {self.kernels} kernels"
             + (f", parallel = '{self.parallel}' over {self.n_ranks} processes" if self.n_ranks > 1 else "")
         )
+        parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.memory.items() if n_bytes)
+        process = "the process that needs most" if self.n_ranks > 1 else "the process"
+        lines.append(f"memory of {process}, in GiB: {parts}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -81,7 +92,7 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)
     schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
-    n_parameters, needed, architectures = {}, {}, {}
+    n_parameters, architectures = {}, {}
     for sae in saes:
         for place in sae.wiring.hook_points:
             if place not in store.hook_points:
@@ -100,23 +111,15 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
             read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
             check_can_be_sharded(sae, architecture)
-        parameters = parameter_shapes(architecture).values()
-        n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in parameters)
-        gradients = sum(tensor.nbytes for tensor in parameters)
-        needed[str(sae.name)] = held_bytes(architecture, config.compute_dtype) + gradients
+        n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in parameter_shapes(architecture).values())
     check_activations(store, saes)
-    largest = max(architecture.d_sae for architecture in architectures.values())
-    hook_points = {place for sae in saes for place in sae.wiring.hook_points}
-    window_bytes = sum(
-        min(config.window_bytes, store.n_rows * store.d_in(hook) * store.dtype.itemsize) for hook in hook_points
-    )
-    trained = most_held(config.parallel, list(n_parameters.values()), list(needed.values()), ranks.n)
-    memory = window_bytes + trained + 2 * config.batch_size * largest
     device = choose_device(config.device)
+    memory = _memory(config, store, architectures, n_parameters, device, ranks.n)
+    needed = sum(memory.values())
     available = available_memory(device) // (1 if torch.device(device).type == "cuda" else ranks.local_n)
-    if memory > available:
+    if needed > available:
         raise ConfigError(
-            f"the run needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
+            f"the run needs about {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
             "train fewer SAEs at once, narrower ones, or with a smaller window_bytes"
         )
     return Plan(
@@ -132,6 +135,49 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         notes_of(list(architectures.values()), schedule, rows_per_epoch),
         {name: architecture.recipe for name, architecture in architectures.items()},
     )
+
+
+def _memory(
+    config: TrainConfig,
+    store: ActivationStore,
+    architectures: Mapping[str, Architecture],
+    n_parameters: Mapping[str, int],
+    device: str,
+    n_ranks: int,
+) -> dict[str, int]:
+    """Return the bytes, by what they are, of the process that needs most.
+
+    `windows` bounds the decoded activations. `batch` counts the pre-activations of the widest SAE in 2 bytes, and the
+    rows of the widest hook points in 16: as stored, normalised in both dtypes, and the error.
+    """
+    together = n_ranks > 1 and config.parallel != "spread"
+    n_shards = n_ranks if together and config.parallel == "latents" else 1
+    fuses = backend_for(device, config.kernels) == "triton" and not together
+    on_cpu = torch.device(device).type == "cpu"
+    each = [
+        sae_memory(
+            architecture,
+            config.compute_dtype,
+            "fused" if fuses and architecture.fused_options(1.0, 1) else "cpu" if on_cpu and not together else "ops",
+            n_shards,
+        )
+        for architecture in architectures.values()
+    ]
+    # On a CPU SAEs step side by side, on a GPU one after another.
+    of_ranks = [
+        reduce(lambda total, one: total.plus(one, at_once=on_cpu), (each[i] for i in saes), Memory())
+        for saes in trained_on(config.parallel, list(n_parameters.values()), n_ranks)
+    ]
+    rows = config.batch_size // (n_ranks if config.parallel == "data" else 1)
+    widest = max(-(-architecture.d_sae // n_shards) for architecture in architectures.values())
+    width = max(max(architecture.d_in, architecture.d_out) for architecture in architectures.values())
+    hook_points = {place for architecture in architectures.values() for place in architecture.config.wiring.hook_points}
+    windows = [store.n_rows * store.d_in(hook) * store.dtype.itemsize for hook in hook_points]
+    return {
+        **max(of_ranks, key=sum)._asdict(),
+        "windows": sum(min(config.window_bytes, n_bytes) for n_bytes in windows),
+        "batch": rows * (2 * widest + 16 * width),
+    }
 
 
 def _width(store: ActivationStore, sae: SaeConfig, names: tuple[str, ...]) -> int:

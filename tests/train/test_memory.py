@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,11 +13,18 @@ import torch
 
 from thresher.shared.core.config import load_config
 from thresher.train import TrainConfig
-from thresher.train.architectures import ARCHITECTURES
+from thresher.train.architectures import ARCHITECTURES, make_architecture, make_config
+from thresher.train.kernels.triton import Triton
 from thresher.train.lockstep import make_trainers
+from thresher.train.memory import sae_memory
 from thresher.train.parallel.layout import Layout
 from thresher.train.plan import plan_run
+from thresher.train.step.fused_step import FusedStep
+from thresher.train.step.sae_trainer import SaeTrainer, Schedule
+from thresher.train.stream.normalization import Normalization
 from thresher.train.sweep.grids import expand_sweep
+
+from ..fake_cuda import DEVICE, fake_cuda
 
 MIXED = Path(__file__).parents[2] / "configs" / "train" / "mixed.toml"
 MORE = {"hook_point": "blocks.1.resid_post", "d_sae": 64, "name": "{architecture}-more"}
@@ -56,7 +64,8 @@ def bytes_of(tensors):
 def test_the_plan_counts_what_trainers_hold(store, config):
     plan = plan_run(config, store, store.n_rows)
     held = gradients = 0
-    for trainer in make_trainers(config, plan, store, Layout()):
+    trainers = make_trainers(config, plan, store, Layout())
+    for trainer in trainers:
         optimizer = trainer.mode.optimizer
         groups = (trainer.parameters, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.copies, trainer.averages)
         tensors = [tensor for group in (*groups, trainer.buffers) for tensor in group.values()]
@@ -64,7 +73,83 @@ def test_the_plan_counts_what_trainers_hold(store, config):
         gradients += bytes_of(trainer.parameters.values())
         assert plan.n_parameters[trainer.name] == sum(map(torch.numel, trainer.parameters.values()))
     window = 2 * min(WINDOW, 512 * 16 * 2)
-    assert plan.memory_bytes == held + gradients + window + 2 * BATCH * 64
+    memory = dict(plan.memory)
+    batch = BATCH * (2 * 64 + 16 * max(trainer.architecture.d_in for trainer in trainers))
+    assert (memory.pop("gradients"), memory.pop("windows"), memory.pop("batch")) == (gradients, window, batch)
+    assert sum(memory.values()) == held
+    assert plan.memory_bytes == held + gradients + window + batch
+
+
+def test_the_plan_says_what_takes_the_memory_of_the_fullest_rank(store, config):
+    """Of 3 ranks each holds a third of the latents, or a third of the rows of a batch."""
+    config = msgspec.structs.replace(config, sae=[{"hook_point": "blocks.1.resid_post", "d_sae": 64, "k": 4}])
+    ranks = SimpleNamespace(n=3, local_n=3, rank=0)
+    plans = {}
+    for parallel in ("data", "latents"):
+        config = msgspec.structs.replace(config, parallel=parallel, batch_size=129)
+        plans[parallel] = plan_run(config, store, store.n_rows, ranks)
+    weights = {"data": 4 * (2 * 64 * 16 + 64 + 16), "latents": 4 * (2 * 22 * 16 + 22 + 16)}
+    assert {name: plan.memory["weights"] for name, plan in plans.items()} == weights
+    assert {name: plan.memory["moments"] for name, plan in plans.items()} == {k: 2 * v for k, v in weights.items()}
+    assert plans["data"].memory["batch"] == 43 * (2 * 64 + 16 * 16)
+    assert plans["latents"].memory["batch"] == 129 * (2 * 22 + 16 * 16)
+    assert "memory of the process that needs most, in GiB: weights 0.00, moments" in plans["latents"].describe()
+
+
+def test_on_a_gpu_steps_of_several_saes_share_the_memory_of_gradients(store, config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    table = {"hook_point": "blocks.1.resid_post", "architecture": "standard", "l1_coefficient": 1.0}
+    wide, narrow = table | {"d_sae": 64, "name": "wide"}, table | {"d_sae": 32, "name": "narrow"}
+    fused = {"hook_point": "blocks.1.resid_post", "architecture": "topk", "d_sae": 128, "k": 4}
+    config = msgspec.structs.replace(config, sae=[wide, narrow, fused], device="cuda")
+    memory = plan_run(config, store, store.n_rows).memory
+    assert memory["gradients"] == 4 * (2 * 64 * 16 + 64 + 16)
+    assert memory["weights"] == 4 * (2 * 224 * 16 + 224 + 3 * 16)
+
+
+def bytes_held(trainer):
+    """Return the bytes of the memory behind all tensors that a trainer holds, each piece counted once."""
+    mode = trainer.mode
+    groups = [trainer.parameters, trainer.averages, trainer.buffers, mode.exp_avg, mode.exp_avg_sq]
+    tensors = [tensor for group in groups for tensor in group.values()] + [mode.tokens_since_fired]
+    if isinstance(mode, FusedStep):
+        tensors += [getattr(mode.step, name).shadow for name in trainer.parameters]
+    else:
+        tensors += mode.optimizer.copies.values()
+    return sum({(s := tensor.untyped_storage())._cdata: s.nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "recipe", "d_in", "d_sae", "n_shards", "gib"),
+    [
+        ("fused", {"architecture": "topk", "k": 32}, 768, 24_576, 1, 0.492),
+        ("fused", {"architecture": "topk", "k": 64}, 4096, 131_072, 1, 14.003),
+        ("ops", {"architecture": "batch_topk", "k": 64, "ema_decay": 0.999}, 4096, 131_072, 1, 17.003),
+        ("ops", {"architecture": "topk", "k": 64}, 4096, 1 << 20, 8, 13.002),
+    ],
+)
+def test_the_memory_of_large_saes_is_what_arithmetic_says(path, recipe, d_in, d_sae, n_shards, gib):
+    """Of a million latents 131,072 are on each of 8 GPUs; gradients and a batch come on top."""
+    ranks = SimpleNamespace(n=n_shards, rank=n_shards - 1, part=lambda n: slice((n_shards - 1) * n // n_shards, n))
+    layout = Layout(ranks, "latents")
+    config = make_config(hook_point="x", d_sae=d_sae, **recipe)
+    with fake_cuda():
+        trainer = SaeTrainer(
+            config=config,
+            d_in=d_in,
+            normalization=Normalization(torch.zeros(d_in), 1.0, float(d_in)),
+            schedule=Schedule(1000, 4096, 1, 0.5),
+            kernels=Triton(),
+            device=DEVICE,
+            across=layout.across,
+            shard=layout.shard,
+        )
+        held = bytes_held(trainer)
+    memory = sae_memory(make_architecture(config, d_in), "bfloat16", path, n_shards)
+    assert sum(memory._replace(gradients=0)) == held
+    assert held / 2**30 == pytest.approx(gib, abs=0.001)
+    assert memory.gradients == (0 if path == "fused" else memory.weights)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries nothing is asked")

@@ -313,11 +313,12 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(config, tmp_path, m
     store = ActivationStore.open(config.store)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    needed = plan_run(change(config, device="cpu"), store, 1000).memory_bytes
-    assert needed / 2**30 == pytest.approx(said, abs=0.006)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 40, 1 << 40))
+    assert plan_run(change(config, device="cpu"), store, 1000).memory_bytes / 2**30 == pytest.approx(said, abs=0.006)
+    needed = plan_run(change(config, device=device), store, 1000).memory_bytes
     d_in, n = 32, 2 * 96 + 64
     parameters = 3 * d_in + 2 * d_in * n + n
-    assert needed > parameters * 16
+    assert needed > parameters * 12
     if device == "cuda":
         free = lambda bytes_: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (bytes_, 1 << 40))  # noqa: E731
     else:

@@ -36,14 +36,12 @@ def spread(costs: Sequence[int], n_ranks: int) -> list[int]:
     return owners
 
 
-def most_held(parallel: str, costs: Sequence[int], held: Sequence[int], n_ranks: int) -> int:
-    """Return the largest total of `held` on any rank, where `spread` distributes SAEs by their costs."""
-    if parallel == "data":
-        return sum(held)
-    if parallel == "latents":
-        return -(-sum(held) // n_ranks)
+def trained_on(parallel: str, costs: Sequence[int], n_ranks: int) -> list[list[int]]:
+    """Return the numbers of the SAEs that each rank trains, whole or a part of, when they are spread by their costs."""
+    if parallel != "spread":
+        return [list(range(len(costs)))] * n_ranks
     owners = spread(costs, n_ranks)
-    return max(sum(n for n, owner in zip(held, owners, strict=True) if owner == rank) for rank in range(n_ranks))
+    return [[sae for sae, owner in enumerate(owners) if owner == rank] for rank in range(n_ranks)]
 
 
 @dataclass(frozen=True)

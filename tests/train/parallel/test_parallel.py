@@ -19,7 +19,7 @@ from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.core.config import to_toml
 from thresher.shared.core.errors import ConfigError
 from thresher.train import TrainConfig, train
-from thresher.train.parallel.layout import Layout, most_held, spread
+from thresher.train.parallel.layout import Layout, spread, trained_on
 from thresher.train.parallel.ranks import Agreement, TrainRanks
 from thresher.train.plan import plan_run
 from thresher.train.sweep.grids import expand_sweep
@@ -217,12 +217,9 @@ def test_saes_are_spread_by_cost():
     assert spread([5, 5, 4, 3, 3], 3) == [0, 1, 2, 2, 0]
 
 
-def test_what_the_fullest_rank_holds():
-    """Spread by costs, not by what is held: the first and the last SAE go to one rank."""
-    costs, held = [5, 3, 2, 1], [50, 30, 20, 45]
-    assert most_held("spread", costs, held, 2) == 50 + 45
-    assert most_held("data", costs, held, 2) == 145
-    assert most_held("latents", costs, held, 2) == 73
+def test_which_saes_a_rank_trains():
+    assert trained_on("spread", [5, 3, 2, 1], 2) == [[0, 3], [1, 2]]
+    assert trained_on("data", [5, 3], 2) == trained_on("latents", [5, 3], 2) == [[0, 1], [0, 1]]
 
 
 def test_fewer_saes_than_ranks_are_refused():
