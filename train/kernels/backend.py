@@ -123,7 +123,7 @@ class Backend(Protocol):
     def decode(
         values: Float[Tensor, " nnz"],
         indices: Int[Tensor, " nnz"],
-        offsets: Int[Tensor, " batch+1"],
+        offsets: Int[Tensor, " batch_plus_1"],
         W_dec: Float[Tensor, "d_sae d_out"],
     ) -> Float[Tensor, "batch d_out"]:
         """Return `sum_j values_j W_dec[indices_j]` for each row."""
@@ -134,7 +134,7 @@ class Backend(Protocol):
         g: Float[Tensor, "batch d_out"],
         W_dec: Float[Tensor, "d_sae d_out"],
         indices: Int[Tensor, " nnz"],
-        offsets: Int[Tensor, " batch+1"],
+        offsets: Int[Tensor, " batch_plus_1"],
         csc: Any = None,
     ) -> Float[Tensor, " nnz"]:
         """Return `g[row_j] . W_dec[indices_j]` for each entry."""
@@ -144,7 +144,7 @@ class Backend(Protocol):
     def grad_weights(
         values: Float[Tensor, " nnz"],
         indices: Int[Tensor, " nnz"],
-        offsets: Int[Tensor, " batch+1"],
+        offsets: Int[Tensor, " batch_plus_1"],
         g: Float[Tensor, "batch d_out"],
         d_sae: int,
         csc: Any = None,
@@ -156,7 +156,7 @@ class Backend(Protocol):
     def sum_by_latent(
         values: Float[Tensor, " nnz"],
         indices: Int[Tensor, " nnz"],
-        offsets: Int[Tensor, " batch+1"],
+        offsets: Int[Tensor, " batch_plus_1"],
         d_sae: int,
         csc: Any = None,
     ) -> Float[Tensor, " d_sae"]:
@@ -167,7 +167,7 @@ class Backend(Protocol):
     def grad_weights_and_bias(
         values: Float[Tensor, " nnz"],
         indices: Int[Tensor, " nnz"],
-        offsets: Int[Tensor, " batch+1"],
+        offsets: Int[Tensor, " batch_plus_1"],
         g: Float[Tensor, "batch d_out"],
         d_sae: int,
         csc: Any = None,
@@ -176,7 +176,7 @@ class Backend(Protocol):
         ...
 
     @staticmethod
-    def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int) -> Any:
+    def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch_plus_1"], d_sae: int) -> Any:
         """Return the entries sorted by latent, in a backend-specific form; None if the backend does not need this."""
         ...
 

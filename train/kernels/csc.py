@@ -23,14 +23,14 @@ class Csc(NamedTuple):
 
     order: Int64[Tensor, " nnz"]
     rows: Int32[Tensor, " nnz"]
-    starts: Int64[Tensor, " d_sae+1"]
-    segment_starts: Int64[Tensor, " d_sae+1"]
+    starts: Int64[Tensor, " d_sae_plus_1"]
+    segment_starts: Int64[Tensor, " d_sae_plus_1"]
     segment_latents: Int64[Tensor, " n_segments"]
     max_segment: int
 
 
 def to_csc(
-    indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int, max_segment: int = MAX_SEGMENT
+    indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch_plus_1"], d_sae: int, max_segment: int = MAX_SEGMENT
 ) -> Csc:
     """Sort entries by latent; entries from `offsets[-1]` on belong to no latent.
 

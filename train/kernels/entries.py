@@ -20,7 +20,7 @@ class Entries(NamedTuple):
     """The latents chosen in each row, as CSR."""
 
     indices: Int[Tensor, " nnz"]
-    offsets: Int64[Tensor, " batch+1"]
+    offsets: Int64[Tensor, " batch_plus_1"]
 
 
 class DenseEntries(NamedTuple):
@@ -38,7 +38,7 @@ class EntryValues(NamedTuple):
 
     pre_acts: Float[Tensor, " nnz"]
     indices: Int[Tensor, " nnz"]
-    offsets: Int64[Tensor, " batch+1"]
+    offsets: Int64[Tensor, " batch_plus_1"]
     csc: Any = None
 
 
@@ -47,7 +47,7 @@ class Selection(NamedTuple):
 
     values: Float[Tensor, " nnz"]
     indices: Int[Tensor, " nnz"]
-    offsets: Int64[Tensor, " batch+1"]
+    offsets: Int64[Tensor, " batch_plus_1"]
 
 
 def entries_of(chosen: Bool[Tensor, "batch d_sae"]) -> Entries:

@@ -25,7 +25,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def rows_of(offsets: Int[Tensor, " batch+1"], nnz: int) -> Int[Tensor, " nnz"]:
+def rows_of(offsets: Int[Tensor, " batch_plus_1"], nnz: int) -> Int[Tensor, " nnz"]:
     """Return the row of each of the `nnz` entries of a CSR matrix."""
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
     return torch.repeat_interleave(rows, offsets.diff().long(), output_size=nnz)
@@ -51,7 +51,7 @@ def select_threshold(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"] | float,
-) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch+1"]]:
+) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch_plus_1"]]:
     """Return, as CSR, the latents whose pre-activation is above `threshold`: ReLU at 0, JumpReLU at theta."""
     pre_acts = pre_activations(x, W_enc, b_enc)
     chosen = pre_acts > threshold
@@ -61,7 +61,7 @@ def select_threshold(
 
 def select_batch_topk(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], k: int
-) -> tuple[tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch+1"]], Float[Tensor, ""]]:
+) -> tuple[tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " batch_plus_1"]], Float[Tensor, ""]]:
     """Return, as CSR, the `batch * k` largest positive latents of the batch, and the smallest of them.
 
     If fewer are positive, the smallest is returned as 0. Ties with the smallest go to the earlier row, then latent.
@@ -80,7 +80,7 @@ def select_batch_topk(
 def decode(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_in"],
 ) -> Float[Tensor, "batch d_in"]:
     """Return `sum_j values_j W_dec[indices_j]` for each row."""
@@ -93,7 +93,7 @@ def grad_values(
     g: Float[Tensor, "batch d_in"],
     W_dec: Float[Tensor, "d_sae d_in"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     csc: Any = None,
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry."""
@@ -104,7 +104,7 @@ def grad_values(
 def grad_weights(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
     csc: Any = None,
@@ -118,7 +118,7 @@ def grad_weights(
 def sum_by_latent(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     d_sae: int,
     csc: Any = None,
 ) -> Float[Tensor, " d_sae"]:
@@ -129,7 +129,7 @@ def sum_by_latent(
 def grad_weights_and_bias(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
     csc: Any = None,
@@ -141,7 +141,7 @@ def grad_weights_and_bias(
 def reconstruct(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
@@ -205,7 +205,7 @@ def update(
     return norm
 
 
-def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch+1"], d_sae: int) -> None:
+def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch_plus_1"], d_sae: int) -> None:
     """Return None: the reference does not need sorted entries."""
 
 

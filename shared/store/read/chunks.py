@@ -68,7 +68,7 @@ class ChunkReader:
         hook_point: str,
         indices: Int64[np.ndarray, " n"],
         destinations: Int64[np.ndarray, " rows"],
-        out: Float[Tensor, "n d_in"],
+        out: Float[Tensor, "n_out d_in"],
         d_in: int,
     ) -> None:
         """Decode chunks and write row `i` to `out[destinations[i]]`; see `ActivationStore.place_rows`."""

@@ -155,7 +155,7 @@ class ActivationStore:
         hook_point: str,
         chunk_indices: Sequence[int] | Int[np.ndarray, " n"],
         destinations: Int64[np.ndarray, " rows"],
-        out: Float[Tensor, "n d_in"],
+        out: Float[Tensor, "n_out d_in"],
     ) -> None:
         """Decode whole chunks, in parallel, and write row `i` to `out[destinations[i]]`.
 

@@ -37,7 +37,7 @@ class SparseLatents:
     kernels: Backend
     pre_acts: Float[Tensor, " nnz"]
     indices: Int[Tensor, " nnz"]
-    offsets: Int64[Tensor, " batch+1"]
+    offsets: Int64[Tensor, " batch_plus_1"]
     d_sae: int
     fixed: bool = False
     csc: Any = None

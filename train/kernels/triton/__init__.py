@@ -84,7 +84,7 @@ class Triton(Backend):
         g: Float[Tensor, "batch d_out"],
         W_dec: Float[Tensor, "d_sae d_out"],
         indices: Int[Tensor, " nnz"],
-        offsets: Int[Tensor, " batch+1"],
+        offsets: Int[Tensor, " batch_plus_1"],
         csc: Any = None,
     ) -> Float[Tensor, " nnz"]:
         """Return `g[row_j] . W_dec[indices_j]` for each entry, row by row."""

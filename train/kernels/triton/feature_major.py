@@ -193,7 +193,7 @@ def sum_segments(
 def grad_weights_and_bias(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
     csc: Csc | None = None,
@@ -226,7 +226,7 @@ def grad_weights_and_bias(
 def grad_weights(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
     csc: Csc | None = None,
@@ -238,7 +238,7 @@ def grad_weights(
 def sum_by_latent(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     d_sae: int,
     csc: Csc | None = None,
 ) -> Float[Tensor, " d_sae"]:

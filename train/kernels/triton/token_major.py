@@ -173,7 +173,7 @@ class Reconstruction(NamedTuple):
 def reconstruct(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
@@ -213,7 +213,7 @@ def reconstruct(
 def decode(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_in"],
 ) -> Float[Tensor, "batch d_in"]:
     """Return `sum_j values_j W_dec[indices_j]` for each row."""
@@ -240,7 +240,7 @@ def grad_values(
     g: Float[Tensor, "batch d_in"],
     W_dec: Float[Tensor, "d_sae d_in"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch+1"],
+    offsets: Int[Tensor, " batch_plus_1"],
 ) -> Float[Tensor, " nnz"]:
     """Return `g[row_j] . W_dec[indices_j]` for each entry."""
     n_rows, d_in = g.shape
