@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate demo test test-long test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate explain demo test test-long test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -28,12 +28,16 @@ train: $(READY)  ## train a sweep of SAEs from a store: make train CONFIG=config
 evaluate: $(READY)  ## evaluate SAEs: make evaluate CONFIG=configs/evaluate/demo.toml
 	$(BIN)/thresher evaluate $(or $(CONFIG),configs/evaluate/demo.toml) $(ARGS)
 
+explain: $(READY)  ## explain latents in words, with scores: make explain CONFIG=configs/explain/demo.toml
+	$(BIN)/thresher explain $(or $(CONFIG),configs/explain/demo.toml) $(ARGS)
+
 demo: $(READY)  ## run the whole pipeline on the bundled model and real text
 	$(BIN)/thresher harvest configs/harvest/demo.toml
 	$(BIN)/thresher train configs/train/demo.toml
 	$(BIN)/thresher evaluate configs/evaluate/demo.toml
 	$(BIN)/thresher attribute configs/attribute/demo.toml
 	$(BIN)/thresher steer configs/steer/demo.toml
+	$(BIN)/thresher explain configs/explain/demo.toml
 
 test: $(READY)  ## run the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)

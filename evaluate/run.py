@@ -11,12 +11,13 @@ from ..shared.core.config import to_toml
 from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import SaeError
 from .config import EvaluateConfig
+from .explain.table import read_explanations
 from .features.export import export_indexes
 from .metrics.comparison import compare_dictionaries
 from .prepare import prepare
-from .report.write import write_report
+from .report.write import write_evaluation_report
 from .results.output import loss_curve, write_rows
-from .results.provenance import footer, logit_effects_note, provenance, report_title
+from .results.provenance import footer
 from .results.results import Results
 from .results.table import metrics_table, published_lines
 from .saes.names import printable
@@ -63,16 +64,17 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     metrics = _write(results)
     results.remove_stale()
 
-    title, facts = report_title(prepared.rows, prepared.model_name), provenance(prepared.rows, prepared.model_name)
-    curves = {sae.name: loss_curve(sae.path) for sae in prepared.saes}
-    report = write_report(
-        output / "report.html",
+    explanations = {name: read_explanations(index) for name, index in (features or {}).items()}
+    report = write_evaluation_report(
+        output,
+        prepared.rows,
+        prepared.model_name,
         metrics,
-        curves,
+        {sae.name: loss_curve(sae.path) for sae in prepared.saes},
         features,
-        title=title,
-        provenance=facts | logit_effects_note(features),
-        not_evaluated=results.failed | {name: f"diverged: {reason}" for name, reason in prepared.diverged.items()},
+        explanations=explanations,
+        failed=results.failed,
+        diverged=prepared.diverged,
     )
     tqdm.write(metrics_table(metrics))
     for line in published_lines(metrics):
@@ -80,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     tqdm.write(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
     if config.export and features:
         dataset = str(prepared.store.metadata.get("dataset") or "")
-        export_indexes(features, output / "neuronpedia", prepared.model_name, dataset)
+        export_indexes(features, output / "neuronpedia", prepared.model_name, dataset, explanations)
         tqdm.write(f"export  {printable(str(output / 'neuronpedia'))}")
     for name, reason in (results.failed | prepared.diverged).items():
         tqdm.write(f"{'failed' if name in results.failed else 'diverged in training'}  {name}: {reason}")

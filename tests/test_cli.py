@@ -22,7 +22,7 @@ def test_help_lists_every_command_and_imports_no_torch():
     code = "import sys; from thresher.shared.core.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("harvest", "train", "evaluate", "store"):
+    for command in ("harvest", "train", "evaluate", "explain", "store"):
         assert f"  {command}" in done.stdout
     order = [done.stdout.index(f"  {stage} ") for stage in ("harvest", "train", "evaluate")]
     assert order == sorted(order)

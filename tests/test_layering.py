@@ -60,6 +60,7 @@ FLOORS = [
     "evaluate/results",
     "evaluate/report",
     "evaluate/causal",
+    "evaluate/explain",
     "evaluate",
     "thresher",
 ]

@@ -6,6 +6,7 @@ data for (alignment with neurons, the histogram over all logits) are empty lists
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .files import FeatureIndex
 
 BATCH_LATENTS = 128
 N_INTERVALS = 5
+EXPORTED_SCORES = ("detection", "fuzzing", "simulation", "intruder")
 EMPTY_FIELDS = (
     "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices "
     "correlated_neurons_l1 correlated_neurons_pearson logits_hist_data_bar_heights logits_hist_data_bar_values "
@@ -28,15 +30,56 @@ EMPTY_FIELDS = (
 )
 
 
-def export_indexes(indexes: Mapping[str, FeatureIndex], output: Path, model: str | None, dataset: str) -> list[Path]:
-    """Export every index to `<output>/<name>/`, labelled with the model's name, the layer and the SAE's name."""
+def export_indexes(
+    indexes: Mapping[str, FeatureIndex],
+    output: Path,
+    model: str | None,
+    dataset: str,
+    explanations: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]] | None = None,
+) -> list[Path]:
+    """Export every index to `<output>/<name>/`, labelled with the model's name, the layer and the SAE's name.
+
+    `explanations` are lines of each SAE's `explanations/NAME.parquet`, by latent.
+    """
     folders, files = [], file_names(indexes)
     for name, index in indexes.items():
         folders.append(output / files[name])
         model_id = Path(model or "model").name
         layer = layer_number(str(index.metadata["hook_point"]))
         export_neuronpedia(index, folders[-1], model_id=model_id, layer=layer, sae_set=name, dataset=dataset)
+        found = (explanations or {}).get(name, {})
+        _export_explanations(found, folders[-1] / "explanations", model_id, f"{layer}-{name}")
     return folders
+
+
+def _export_explanations(
+    explanations: Mapping[int, Sequence[Mapping[str, Any]]], output: Path, model_id: str, source: str
+) -> None:
+    """Write `batch-0.jsonl.gz`, one explanation per line, in the fields of Neuronpedia's own export.
+
+    Baselines, which only say what a score is worth, are left out. Without explanations no file is left.
+    """
+    path = output / "batch-0.jsonl.gz"
+    lines = [
+        {
+            "modelId": model_id,
+            "layer": source,
+            "index": str(latent),
+            "description": line["explanation"],
+            "explanationModelName": line["explainer"],
+            "typeName": "thresher",
+            "scores": {name: round(line[name], 4) for name in EXPORTED_SCORES if line[name] is not None},
+        }
+        for latent, found in sorted(explanations.items())
+        for line in found
+        if not line["is_baseline"]
+    ]
+    if not lines:
+        with writing(path):
+            path.unlink(missing_ok=True)
+        return
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_file(path, gzip.compress(text.encode(), mtime=0))
 
 
 def layer_number(hook_point: str) -> int:

@@ -109,8 +109,26 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
             f"store '{store.path}' has no held-out rows to evaluate on: {store.n_contexts:,} contexts, 0 held out; "
             "harvest with holdout_fraction above 0, or more tokens, or pass held_out to ActivationStoreWriter.append"
         )
+    chosen = contexts[evenly_spaced(len(contexts), max_rows, store.context_size)]
+    return _rows_of(store, chosen, "held-out")
+
+
+def training_rows(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
+    """Return a store's training contexts, evenly spaced where there are more than `max_rows` rows, as `held_out` does.
+
+    Raises:
+        StoreError: every context is held out, or no training row is usable.
+    """
+    contexts = np.flatnonzero(~store.held_out_contexts())
+    if not len(contexts):
+        raise StoreError(f"store '{store.path}' has no training rows: all {store.n_contexts:,} contexts are held out")
+    chosen = contexts[evenly_spaced(len(contexts), max_rows, store.context_size)]
+    return _rows_of(store, chosen, "training")
+
+
+def _rows_of(store: ActivationStore, contexts: Int64[np.ndarray, " contexts"], kind: str) -> HeldOut:
+    """Return some contexts with their usable rows and document groups."""
     size = store.context_size
-    contexts = contexts[evenly_spaced(len(contexts), max_rows, size)]
     usable = np.empty((len(contexts), size), dtype=bool)
     unmasked = usable if store.used_roles is None else np.empty_like(usable)
     documents = np.empty((len(contexts), size), dtype=np.int64)
@@ -122,7 +140,7 @@ def held_out(store: ActivationStore, max_rows: int | None = None) -> HeldOut:
         documents[part] = row_documents(store, start, stop).reshape(-1, size)[within]
     if not usable.any():
         raise StoreError(
-            f"store '{store.path}' has {usable.size:,} held-out rows and every one is masked"
+            f"store '{store.path}' has {usable.size:,} {kind} rows and every one is masked"
             + (f" or of another role than {', '.join(store.used_roles)}" if store.used_roles else "")
             + "; harvest more tokens"
         )

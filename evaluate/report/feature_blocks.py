@@ -39,7 +39,14 @@ class Packed(NamedTuple):
     catalogue: dict[str, Any]
 
 
-def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
+Explanations = Mapping[int, Sequence[Mapping[str, Any]]]
+"""What explainers say of an SAE's latents, with scores, by latent: lines of `explanations/NAME.parquet`."""
+SHOWN_SCORES = ("detection", "fuzzing", "simulation", "intruder", "balanced_accuracy")
+
+
+def pack_features(
+    features: Mapping[str, FeatureIndex], report: Path, explanations: Mapping[str, Explanations] | None = None
+) -> Packed:
     """Pack indexes for the report at path `report`, and write the blocks that do not fit inside it to files."""
     catalogue: dict[str, Any] = {"saes": {}, "names": "names"}
     tokens: dict[int, str] = {}
@@ -60,7 +67,7 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
                 "rows": index.metadata.get("n_rows"),
                 "prefix": prefix,
             }
-            for block in _blocks(prefix, index):
+            for block in _blocks(prefix, index, (explanations or {}).get(name, {})):
                 progress.update(min(BLOCK_LATENTS, index.n_latents) if not block.id.endswith("summary") else 0)
                 room -= len(block.text)
                 if room >= 0 or block.id.endswith("summary"):
@@ -76,7 +83,7 @@ def pack_features(features: Mapping[str, FeatureIndex], report: Path) -> Packed:
     return Packed(inline, folder, catalogue | {"folder": folder.name})
 
 
-def _blocks(prefix: str, index: FeatureIndex) -> Iterator[Block]:
+def _blocks(prefix: str, index: FeatureIndex, explanations: Explanations) -> Iterator[Block]:
     """Yield one SAE's blocks of latents, then the summary for its list of latents."""
     summary: dict[str, list[Any]] = {key: [] for key in ("density", "max", "score", "peaks", "promoted")}
     for number, lines in enumerate(index.batches(BLOCK_LATENTS)):
@@ -87,11 +94,11 @@ def _blocks(prefix: str, index: FeatureIndex) -> Iterator[Block]:
             summary["score"].append(_short(line["interestingness"]))
             summary["peaks"].append([token for token, _ in peaks.most_common(N_PEAKS)])
             summary["promoted"].append([effect["token"] for effect in line["promoted"][:N_PEAKS]])
-        yield encode_block(f"{prefix}-{number}", [_latent(line, index.texts) for line in lines])
+        yield encode_block(f"{prefix}-{number}", [_latent(line, index.texts, explanations) for line in lines])
     yield encode_block(f"{prefix}-summary", summary)
 
 
-def _latent(line: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
+def _latent(line: Mapping[str, Any], texts: TokenTexts, explanations: Explanations) -> dict[str, Any]:
     shown = {entry["context"] for entry in line["top"][:N_TOP]}
     sampled = [entry for entry in line["sampled"] if entry["context"] not in shown]
     last = max((i for i, count in enumerate(line["histogram"]) if count), default=-1) + 1
@@ -105,6 +112,24 @@ def _latent(line: Mapping[str, Any], texts: TokenTexts) -> dict[str, Any]:
         "promoted": [[effect["token"], _short(effect["effect"])] for effect in line["promoted"]],
         "suppressed": [[effect["token"], _short(effect["effect"])] for effect in line["suppressed"]],
         "neighbours": [[other["latent"], _short(other["score"])] for other in line["neighbours"]],
+        **_explained(explanations.get(line["latent"], ())),
+    }
+
+
+def _explained(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what explainers say of one latent as the page reads it: [explainer, text, scores, baseline?]."""
+    if not lines:
+        return {}
+
+    def scores(line: Mapping[str, Any]) -> dict[str, list[float | None]]:
+        return {
+            name: [None if line[key] is None else _short(line[key]) for key in (name, f"{name}_low", f"{name}_high")]
+            for name in SHOWN_SCORES
+            if line[name] is not None
+        }
+
+    return {
+        "explanations": [[line["explainer"], line["explanation"], scores(line), line["is_baseline"]] for line in lines]
     }
 
 

@@ -69,6 +69,48 @@ function contextList(title, note, contexts, names, maximum) {
   return html("section", { class: "context-group" }, html("h4", {}, title), html("p", { class: "note" }, note), list);
 }
 
+const SCORE_LABELS = [
+  ["detection", "Detection", "Balanced accuracy in telling held-out contexts with the latent from those without it; chance is 0.5"],
+  ["fuzzing", "Fuzzing", "Balanced accuracy in telling right highlights from wrong ones; chance is 0.5"],
+  ["simulation", "Simulation", "Correlation of predicted and actual activations; chance is 0"],
+  ["intruder", "Intruder", "How often the context without the latent is found among five; chance is 0.2"],
+  ["balanced_accuracy", "Per token", "Balanced accuracy over all held-out tokens, for rules; chance is 0.5"],
+];
+
+function scoreCell(score) {
+  if (!score) return html("td", {}, "–");
+  const [value, low, high] = score;
+  const cell = html("td", {}, value.toFixed(2));
+  if (low !== null) cell.append(html("span", { class: "bounds" }, ` ${low.toFixed(2)}–${high.toFixed(2)}`));
+  return cell;
+}
+
+// What explainers say of the latent, and how well that predicts it in documents that they never saw.
+function explanationTable(explanations) {
+  const shown = SCORE_LABELS.filter(([key]) => explanations.some(([, , scores]) => scores[key]));
+  const head = html("tr", {}, html("th", {}, "Explainer"), ...shown.map(([, label, tip]) => html("th", { title: tip }, label)));
+  const rows = explanations.map(([explainer, , scores, baseline]) =>
+    html(
+      "tr",
+      baseline ? { class: "baseline" } : {},
+      html("th", { scope: "row" }, baseline ? `baseline: ${explainer}` : explainer),
+      ...shown.map(([key]) => scoreCell(scores[key])),
+    ),
+  );
+  return html(
+    "section",
+    { class: "explanations" },
+    html("h4", {}, "Explanations"),
+    ...explanations.filter(([, , , baseline]) => !baseline).map(([, text]) => html("p", { class: "explanation", dir: "auto" }, text)),
+    html("div", { class: "scroll" }, html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows))),
+    html(
+      "p",
+      { class: "note" },
+      "Scored on held-out documents, with 95% intervals over documents. A high score says that the words predict when the latent fires, not why.",
+    ),
+  );
+}
+
 const fact = (name, value) => html("div", {}, html("dt", {}, name), html("dd", {}, value));
 
 function drawLatent(article, number, summary, latent, names, linkTo, total) {
@@ -98,6 +140,7 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
     article.append(html("p", { class: "empty" }, "This latent did not fire on any indexed token."));
     return heading;
   }
+  if (latent.explanations) article.append(explanationTable(latent.explanations));
   const panels = html("div", { class: "panels" });
   const chart = html("div", { class: "chart" });
   const neighbours = html(

@@ -15,8 +15,10 @@ from markupsafe import Markup
 from ...shared.core.disk import write_file
 from ...shared.core.paths import user_path
 from ..features.files import FeatureIndex
+from ..metrics.held_out import HeldOut
+from ..results.provenance import logit_effects_note, provenance, report_title
 from .definitions import PER_HOOK, PROVENANCE_LABELS, Metric, columns, format_value
-from .feature_blocks import pack_features
+from .feature_blocks import Explanations, pack_features
 from .labels import point_labels
 
 SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js")
@@ -33,6 +35,7 @@ def write_report(
     title: str = "Sparse autoencoder sweep",
     provenance: Mapping[str, Any] | None = None,
     not_evaluated: Mapping[str, str] | None = None,
+    explanations: Mapping[str, Explanations] | None = None,
 ) -> Path:
     """Write one HTML file that shows a sweep's metrics and loss curves, and return its path.
 
@@ -43,7 +46,7 @@ def write_report(
     """
     path = user_path(path)
     rows = [dict(row) for row in metrics if row.get("hook_point")]
-    packed = pack_features(features, path) if features else None
+    packed = pack_features(features, path, explanations) if features else None
     scripts = (*SCRIPTS, *(BROWSER_SCRIPTS if packed else ()), "main.js")
     data = {
         "features": packed.catalogue if packed else None,
@@ -80,6 +83,35 @@ def write_report(
     )
     write_file(path, page.encode())
     return path
+
+
+def write_evaluation_report(
+    output: Path,
+    rows: HeldOut,
+    model: str | None,
+    metrics: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    features: Mapping[str, FeatureIndex] | None,
+    *,
+    explanations: Mapping[str, Explanations] | None = None,
+    failed: Mapping[str, str] | None = None,
+    diverged: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `report.html` of an evaluation in its output folder, and return its path.
+
+    `rows` are the held-out rows that were evaluated, `model` the model that was run. `failed` and `diverged` give
+    reasons by SAE name.
+    """
+    return write_report(
+        output / "report.html",
+        metrics,
+        curves,
+        features,
+        title=report_title(rows, model),
+        provenance=provenance(rows, model) | logit_effects_note(features),
+        not_evaluated=dict(failed or {}) | {name: f"diverged: {reason}" for name, reason in (diverged or {}).items()},
+        explanations=explanations,
+    )
 
 
 def thin_curve(lines: Sequence[Mapping[str, Any]], n_points: int = CURVE_POINTS) -> dict[str, list[float | None]]:

@@ -149,5 +149,5 @@ def _commands() -> dict[str, Any]:
 
 
 def _order(entry: Any) -> tuple[int, str]:
-    stages = ["harvest", "train", "evaluate"]
+    stages = ["harvest", "train", "evaluate", "explain"]
     return (stages.index(entry.name) if entry.name in stages else len(stages), entry.name)

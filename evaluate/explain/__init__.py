@@ -1,0 +1,1 @@
+"""Explanations of latents in words, with scores on documents that the explainer never saw."""

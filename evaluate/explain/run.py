@@ -1,0 +1,255 @@
+"""Explain the latents of an evaluation's SAEs, score the explanations, and show them in its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ...shared.core.compute.device import choose_device
+from ...shared.core.config import load_config
+from ...shared.core.errors import ConfigError, DataError, MissingFileError
+from ...shared.core.paths import user_path
+from ...shared.store import ActivationStore
+from ..config import EvaluateConfig
+from ..features.export import export_indexes
+from ..features.files import FeatureIndex
+from ..features.token_text import TokenTexts
+from ..metrics.held_out import held_out
+from ..report.write import write_evaluation_report
+from ..results.output import loss_curve
+from ..saes.digests import digest_of
+from ..saes.names import printable
+from ..saes.sae_folders import EvaluatedSae, diverged_saes, load_saes, sae_folders, unique_names
+from ..with_model.store_model import model_name, open_tokenizer
+from .config import ExplainConfig
+from .corpus import Corpus, read_corpus, read_firings
+from .rules import RuleSearch, in_words, token_frequency_rules
+from .samples import Sample, Sampler, SampleSettings
+from .scores import ScoreSums, score_intruders, score_rules
+from .table import (
+    RANDOM_LATENT,
+    RULES,
+    TOKEN_FREQUENCY,
+    Explained,
+    explanations_path,
+    mean_scores,
+    read_explanations,
+    read_metadata,
+    write_explanations,
+)
+from .views import View, build_views
+
+VERSION = 1
+"""Increased whenever the same inputs give other explanations or scores."""
+WITHOUT_EFFECT = ("evaluation", "saes", "cache", "cache_bytes")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation on disk: its configuration, its store, and the feature indexes that it wrote, by SAE name."""
+
+    folder: Path
+    config: EvaluateConfig
+    store: ActivationStore
+    indexes: dict[str, FeatureIndex]
+
+
+def explain(config: ExplainConfig) -> dict[str, Path]:
+    """Write `explanations/NAME.parquet` for each SAE and write the report anew; return the files by SAE name.
+
+    An SAE whose explanations are there already, made from the same index, store and settings, is kept.
+
+    Raises:
+        MissingFileError: there is no evaluation, or it has no feature indexes.
+        ConfigError: an SAE or a latent is not in the evaluation.
+        StoreError: the store holds no tokens, no training or no held-out contexts.
+        NonFiniteError: a latent is NaN or infinite.
+    """
+    evaluation = open_evaluation(config)
+    chosen = config.saes or list(evaluation.indexes)
+    for name in chosen:
+        if name not in evaluation.indexes:
+            raise ConfigError(
+                f"the evaluation '{config.evaluation}' has no feature index of an SAE '{name}'; it has: "
+                f"{', '.join(evaluation.indexes)}"
+            )
+    prints = {name: _fingerprint(config, evaluation, evaluation.indexes[name]) for name in chosen}
+    paths = {name: explanations_path(evaluation.indexes[name]) for name in chosen}
+    waiting = [name for name in chosen if read_metadata(paths[name]).get("fingerprint") != prints[name]]
+    for name in chosen:
+        if name not in waiting:
+            tqdm.write(f"kept     the explanations of {printable(name)}")
+    if waiting:
+        device = choose_device(config.device)
+        saes = _load(evaluation, waiting, device)
+        corpus = read_corpus(evaluation.store, config.explain_rows, config.score_rows, config.window)
+        tokenizer = open_tokenizer(evaluation.config, evaluation.store)
+        ids = np.unique(corpus.tokens).tolist()
+        texts = TokenTexts({}, {}) if tokenizer is None else TokenTexts.of(tokenizer, ids)
+        views = build_views(corpus, texts)
+        for name in waiting:
+            index = evaluation.indexes[name]
+            parts = explain_sae(config, corpus, views, saes[name], index, device)
+            means = {part.explainer: mean_scores(part.scores) for part in parts}
+            metadata = {
+                "name": name,
+                "index": index.metadata.get("fingerprint"),
+                "fingerprint": prints[name],
+                "means": means,
+                "n_documents": corpus.test.n_documents,
+            }
+            write_explanations(paths[name], parts, metadata)
+            _say(name, len(parts[0].latents), means)
+    report = _show(evaluation)
+    tqdm.write(f"report   {printable(str(report))}")
+    return paths
+
+
+def open_evaluation(config: ExplainConfig) -> Evaluation:
+    """Open an evaluation folder, its store and its feature indexes."""
+    folder = user_path(config.evaluation)
+    settings = folder / "config.toml"
+    if not settings.is_file() or not (folder / "metrics.json").is_file():
+        raise MissingFileError(f"no evaluation in '{folder}'; give the output folder of `thresher evaluate`")
+    evaluated = load_config(EvaluateConfig, settings, [])
+    found = [FeatureIndex.open(path) for path in sorted((folder / "features").glob("*.parquet"))]
+    if not found:
+        raise MissingFileError(
+            f"the evaluation '{folder}' has no feature index; run `thresher evaluate` with feature_rows above 0"
+        )
+    cache = config.cache or evaluated.cache
+    store = ActivationStore.open(evaluated.store, cache=cache, cache_bytes=config.cache_bytes, roles=evaluated.roles)
+    order = {row["name"]: i for i, row in enumerate(_metrics(folder))}
+    found.sort(key=lambda index: order.get(index.name, len(order)))
+    return Evaluation(folder, evaluated, store, {index.name: index for index in found})
+
+
+def _load(evaluation: Evaluation, names: Sequence[str], device: str) -> dict[str, EvaluatedSae]:
+    folders = sae_folders(evaluation.config.saes)
+    by_name = dict(zip(unique_names(folders), folders, strict=True))
+    absent = [name for name in names if name not in by_name]
+    if absent:
+        raise MissingFileError(f"the SAE '{absent[0]}' of the evaluation is no longer in {evaluation.config.saes}")
+    loaded = {}
+    for name in names:
+        [sae] = load_saes([by_name[name]], evaluation.store, device)
+        loaded[name] = EvaluatedSae(name, sae.path, sae.sae, sae.hook_point, sae.target)
+    return loaded
+
+
+def _fingerprint(config: ExplainConfig, evaluation: Evaluation, index: FeatureIndex) -> str:
+    settings = {name: getattr(config, name) for name in config.__struct_fields__ if name not in WITHOUT_EFFECT}
+    return digest_of([VERSION, settings, index.metadata.get("fingerprint"), evaluation.store.manifest.checksum])
+
+
+def explain_sae(
+    config: ExplainConfig,
+    corpus: Corpus,
+    views: Sequence[View],
+    sae: EvaluatedSae,
+    index: FeatureIndex,
+    device: str,
+) -> list[Explained]:
+    """Return the rules of an SAE's latents and the two baselines, with their scores."""
+    latents = chosen_latents(config, index)
+    neighbours = _neighbours(index, latents) if config.negatives == "neighbours" else None
+    needed = np.concatenate([latents, *(np.array(others, np.int64) for others in (neighbours or {}).values())])
+    near = read_firings(corpus, sae, needed, device)
+    firings = near.select(latents)
+    search = RuleSearch(corpus, firings, views, config.max_parts, config.seed)
+    rules = search.search()
+    settings = SampleSettings(config.n_score, config.n_quantiles, config.n_intruder_trials, neighbours, config.seed)
+    sampler = Sampler(corpus, firings, settings, near)
+    samples = [sampler.draw(number) for number in range(len(latents))]
+    intruders = ScoreSums(corpus.test.n_groups, len(latents))
+    score_intruders(corpus, views, samples, intruders)
+    frequent = token_frequency_rules(search, [len(rule) for rule in rules])
+    explainers = {RULES: rules, TOKEN_FREQUENCY: frequent}
+    if len(latents) > 1:
+        explainers[RANDOM_LATENT] = [rules[other] for other in _others(len(latents), config.seed)]
+    parts = []
+    for explainer, said in explainers.items():
+        sums = ScoreSums(corpus.test.n_groups, len(latents))
+        sums.sums |= {key: intruders.sums[key] for key in ("right", "trials")}
+        score_rules(corpus, firings, views, said, samples, sums)
+        scores = sums.table(config.bootstrap_samples, config.seed)
+        texts = [in_words(rule, views) for rule in said]
+        parts.append(Explained(explainer, latents, texts, scores, *_counts(samples)))
+    return parts
+
+
+def chosen_latents(config: ExplainConfig, index: FeatureIndex) -> np.ndarray:
+    """Return the latents to explain, in order: those that the configuration names, else a choice of those that fire."""
+    if config.latents is not None:
+        if max(config.latents) >= index.n_latents:
+            raise ConfigError(
+                f"latents: SAE '{index.name}' has latents 0 to {index.n_latents - 1}, got {max(config.latents)}"
+            )
+        return np.unique(np.array(config.latents, dtype=np.int64))
+    live = np.flatnonzero(index.columns(["firings"])["firings"].to_numpy() > 0)
+    if not len(live):
+        raise DataError(
+            f"no latent of SAE '{index.name}' fires on the rows of its feature index; there is nothing to explain"
+        )
+    rng = np.random.default_rng(config.seed)
+    return np.sort(rng.permutation(live)[: config.max_latents])
+
+
+def _others(n: int, seed: int) -> np.ndarray:
+    """Return another number than its own for each of 0 to n - 1, each once, at random."""
+    order = np.random.default_rng([seed, n]).permutation(n)
+    others = np.empty(n, dtype=np.int64)
+    others[order] = np.roll(order, 1)
+    return others
+
+
+def _neighbours(index: FeatureIndex, latents: np.ndarray) -> dict[int, list[int]]:
+    table = index.columns(["neighbours"])["neighbours"].to_pylist()
+    return {int(latent): [other["latent"] for other in table[latent]] for latent in latents}
+
+
+def _counts(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    active = np.array([int(sample.active.sum()) for sample in samples])
+    return active, np.array([len(sample.windows) for sample in samples]) - active
+
+
+def _say(name: str, n_latents: int, means: Mapping[str, Mapping[str, float]]) -> None:
+    tqdm.write(f"explained {n_latents:,} latents of {printable(name)}; mean scores on held-out documents:")
+    for explainer, scores in means.items():
+        shown = "  ".join(f"{score.replace('_', ' ')} {value:.3f}" for score, value in scores.items())
+        tqdm.write(f"  {explainer:<16} {shown}")
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "metrics.json").read_bytes())
+
+
+def _show(evaluation: Evaluation) -> Path:
+    """Write the evaluation's report, and its export if it has one, with the explanations that are there."""
+    config, store = evaluation.config, evaluation.store
+    rows, name = held_out(store, config.max_rows), model_name(config, store)
+    metrics = _metrics(evaluation.folder)
+    folders = sae_folders(config.saes)
+    curves = {name: loss_curve(folder) for name, folder in zip(unique_names(folders), folders, strict=True)}
+    failed = {row["name"]: row["error"] for row in metrics if row.get("error")}
+    explanations = {name: read_explanations(index) for name, index in evaluation.indexes.items()}
+    if "neuronpedia" in config.export:
+        dataset = str(store.metadata.get("dataset") or "")
+        export_indexes(evaluation.indexes, evaluation.folder / "neuronpedia", name, dataset, explanations)
+    return write_evaluation_report(
+        evaluation.folder,
+        rows,
+        name,
+        metrics,
+        curves,
+        evaluation.indexes,
+        explanations=explanations,
+        failed=failed,
+        diverged=diverged_saes(config.saes),
+    )
