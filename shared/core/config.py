@@ -18,7 +18,7 @@ import msgspec.inspect
 import msgspec.toml
 from msgspec import Meta
 
-from .config_values import check_value, members
+from .config_values import accepted_types, check_value
 from .errors import ConfigError, MissingFileError
 from .paths import expand_home, user_path
 
@@ -117,7 +117,7 @@ def _missing(cls: type[Config], field: msgspec.structs.FieldInfo, where: str) ->
 
 def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
     """Check the keys of a table and of the lists of tables inside it."""
-    for part in members(kind):
+    for part in accepted_types(kind):
         if isinstance(part, msgspec.inspect.ListType) and isinstance(table, list):
             for number, item in enumerate(table, 1):
                 _check_table(item, part.item_type, f"{where}, table {number}")
@@ -134,7 +134,7 @@ def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None
     Overrides are written `--key value` or `--key=value`. A list is `["a", "b"]` or `a,b`. `--key` alone means `true`
     for a boolean key.
     """
-    types = {field.name: tuple(map(type, members(field.type))) for field in _fields(cls)}
+    types = {field.name: tuple(map(type, accepted_types(field.type))) for field in _fields(cls)}
     path: str | None = None
     overrides: dict[str, Any] = {}
     rest = list(reversed(arguments))

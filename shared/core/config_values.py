@@ -71,23 +71,23 @@ def _refuse_other_encodings(key: str, value: Any) -> None:
         _refuse_other_encodings(key, item)
 
 
-def members(kind: types.Type) -> tuple[types.Type, ...]:
+def accepted_types(kind: types.Type) -> tuple[types.Type, ...]:
     """Return the types that a field accepts: the members of unions, without `Meta` annotations."""
     if isinstance(kind, types.Metadata):
-        return members(kind.type)
+        return accepted_types(kind.type)
     if isinstance(kind, types.UnionType):
-        return tuple(member for part in kind.types for member in members(part))
+        return tuple(member for part in kind.types for member in accepted_types(part))
     return (kind,)
 
 
 def _items(kind: types.Type) -> list[types.Type]:
-    parts = members(kind)
-    return [item for part in parts for item in members(getattr(part, "item_type", part))]
+    parts = accepted_types(kind)
+    return [item for part in parts for item in accepted_types(getattr(part, "item_type", part))]
 
 
 def expected(kind: types.Type) -> str:
     """Return in words what a field accepts, such as `an integer of at least 1`."""
-    parts = [part for part in members(kind) if not isinstance(part, types.NoneType)]
+    parts = [part for part in accepted_types(kind) if not isinstance(part, types.NoneType)]
     return " or ".join(dict.fromkeys(map(_in_words, parts)))
 
 
@@ -126,7 +126,7 @@ def _shown(value: Any) -> str:
 
 def _advice(key: str, value: Any, kind: types.Type) -> str:
     """Return advice on common mistakes, preceded by a semicolon; else an empty string."""
-    parts = members(kind)
+    parts = accepted_types(kind)
     if isinstance(value, Mapping) and any(isinstance(part, types.ListType) for part in parts):
         return f"; write [[{key.split()[-1].lstrip('-')}]], with two brackets on either side"
     choices = [choice for part in parts if isinstance(part, types.LiteralType) for choice in part.values]

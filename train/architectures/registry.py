@@ -10,7 +10,7 @@ import msgspec
 import msgspec.inspect
 
 from ...shared.core.config import check_keys, to_config
-from ...shared.core.config_values import check_value, members
+from ...shared.core.config_values import accepted_types, check_value
 from ...shared.core.errors import ConfigError
 from ..config import SaeConfig
 from .base import Architecture
@@ -82,7 +82,9 @@ def all_fields() -> dict[str, msgspec.structs.FieldInfo]:
 def takes(key: str, kind: type[msgspec.inspect.Type]) -> bool:
     """Return whether a key of a `[[sae]]` table takes values of a type, such as `msgspec.inspect.IntType`."""
     field = all_fields().get(key)
-    return field is not None and any(isinstance(part, kind) for part in members(msgspec.inspect.type_info(field.type)))
+    return field is not None and any(
+        isinstance(part, kind) for part in accepted_types(msgspec.inspect.type_info(field.type))
+    )
 
 
 def find_architecture(name: str) -> Registered:
