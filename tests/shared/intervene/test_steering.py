@@ -121,7 +121,7 @@ def test_an_edit_where_another_latent_fires(gpt2, make, tokens):
 def test_nothing_changes_a_bit_unless_a_latent_does(make, tokens, kind, dtype):
     model = build(kind).to(dtype)
     names = ["blocks.1.resid_post", "blocks.2.attn_out", "blocks.3.resid_pre"]
-    names += ["blocks.0.mlp_out"] + ([] if kind == "falcon" else ["blocks.2.resid_mid"])
+    names += ["blocks.0.mlp_out"] + ([] if kind == "falcon" else ["blocks.2.resid_mid", "blocks.1.mlp_in_normalized"])
     saes = {name: make(reads=name, seed=i).float() for i, name in enumerate(names)}
     clean = model(input_ids=tokens, use_cache=False).logits
     lm = SaeModel.open(model, saes)
