@@ -106,7 +106,8 @@ function explanationTable(explanations) {
     html(
       "p",
       { class: "note" },
-      "Scored on held-out documents, with 95% intervals over documents. A high score says that the words predict when the latent fires, not why.",
+      "Scored on held-out documents, with 95% intervals over documents. " +
+        "A high score says that the words predict when the latent fires, not why.",
     ),
   );
 }
