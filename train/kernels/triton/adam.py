@@ -24,16 +24,12 @@ from .token_major import row_tiling
 
 
 @triton.jit
-def adam(
-    weight_ptr, mean_ptr, square_ptr, at, mask, gradient, lr, correction1, correction2, keep1, keep2, new1, new2, eps
-):
-    """Update the moments in memory and return the new weight (arXiv 1412.6980; in PyTorch's order of operations)."""
-    mean = tl.load(mean_ptr + at, mask=mask, other=0.0) * keep1 + gradient * new1
-    square = tl.load(square_ptr + at, mask=mask, other=0.0) * keep2 + gradient * gradient * new2
-    tl.store(mean_ptr + at, mean, mask=mask)
-    tl.store(square_ptr + at, square, mask=mask)
-    weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
-    return weight - (lr / correction1) * mean / (tl.sqrt_rn(square) / tl.sqrt_rn(correction2) + eps)
+def adam(weight, mean, square, gradient, lr, correction1, correction2, keep1, keep2, new1, new2, eps):
+    """Return the new weight and its new moments (arXiv 1412.6980; in PyTorch's order of operations)."""
+    mean = mean * keep1 + gradient * new1
+    square = square * keep2 + gradient * gradient * new2
+    weight -= (lr / correction1) * mean / (tl.sqrt_rn(square) / tl.sqrt_rn(correction2) + eps)
+    return weight, mean, square
 
 
 @triton.jit
@@ -86,6 +82,22 @@ def update_kernel(
     d = tl.arange(0, D)
     mask = d < d_in
     at = latent * d_in + d
+    # Loads wait for stores before them, which may be to the same memory: all that the update reads is asked for first,
+    # and comes while gradients are summed.
+    W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
+    if not NORM_ONLY:
+        W_dec_mean = tl.load(W_dec_mean_ptr + at, mask=mask, other=0.0)
+        W_dec_square = tl.load(W_dec_square_ptr + at, mask=mask, other=0.0)
+        W_enc = tl.load(W_enc_ptr + at, mask=mask, other=0.0)
+        W_enc_mean = tl.load(W_enc_mean_ptr + at, mask=mask, other=0.0)
+        W_enc_square = tl.load(W_enc_square_ptr + at, mask=mask, other=0.0)
+        b_enc = tl.load(b_enc_ptr + latent)
+        b_enc_mean = tl.load(b_enc_mean_ptr + latent)
+        b_enc_square = tl.load(b_enc_square_ptr + latent)
+        lr = tl.load(schedule_ptr)
+        correction1 = tl.load(schedule_ptr + 1)
+        correction2 = tl.load(schedule_ptr + 2)
+        clip = tl.load(schedule_ptr + 3)
     grad_dec, _ = sum_latent(
         latent,
         acts_ptr,
@@ -108,7 +120,6 @@ def update_kernel(
         dense_at = slot * d_in + d
         in_slot = mask & (dense_at >= 0)
         grad_dec += tl.load(dense_dec_ptr + dense_at, mask=in_slot, other=0.0)
-    W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
     along = tl.sum(grad_dec * W_dec, axis=0) / tl.maximum(tl.sum(W_dec * W_dec, axis=0), 1e-30)
     grad_dec -= along * W_dec
     grad_enc, grad_bias = sum_latent(
@@ -137,17 +148,39 @@ def update_kernel(
         squares = tl.sum(grad_enc * grad_enc, axis=0) + tl.sum(grad_dec * grad_dec, axis=0)
         tl.store(squared_norm_ptr + latent, squares + grad_bias * grad_bias)
     else:
-        lr = tl.load(schedule_ptr)
-        correction1 = tl.load(schedule_ptr + 1)
-        correction2 = tl.load(schedule_ptr + 2)
-        clip = tl.load(schedule_ptr + 3)
-        W_dec = adam(
-            W_dec_ptr,
-            W_dec_mean_ptr,
-            W_dec_square_ptr,
-            at,
-            mask,
+        W_dec, W_dec_mean, W_dec_square = adam(
+            W_dec,
+            W_dec_mean,
+            W_dec_square,
             grad_dec * clip,
+            lr,
+            correction1,
+            correction2,
+            keep1,
+            keep2,
+            new1,
+            new2,
+            eps,
+        )
+        W_enc, W_enc_mean, W_enc_square = adam(
+            W_enc,
+            W_enc_mean,
+            W_enc_square,
+            grad_enc * clip,
+            lr,
+            correction1,
+            correction2,
+            keep1,
+            keep2,
+            new1,
+            new2,
+            eps,
+        )
+        b_enc, b_enc_mean, b_enc_square = adam(
+            b_enc,
+            b_enc_mean,
+            b_enc_square,
+            grad_bias * clip,
             lr,
             correction1,
             correction2,
@@ -159,42 +192,16 @@ def update_kernel(
         )
         squared = tl.sum(tl.where(mask, W_dec * W_dec, 0.0), axis=0)
         W_dec = W_dec / tl.maximum(tl.sqrt_rn(squared), 1e-15)
+        tl.store(W_dec_mean_ptr + at, W_dec_mean, mask=mask)
+        tl.store(W_dec_square_ptr + at, W_dec_square, mask=mask)
         tl.store(W_dec_ptr + at, W_dec, mask=mask)
         tl.store(W_dec_shadow_ptr + at, W_dec.to(W_dec_shadow_ptr.dtype.element_ty), mask=mask)
-        W_enc = adam(
-            W_enc_ptr,
-            W_enc_mean_ptr,
-            W_enc_square_ptr,
-            at,
-            mask,
-            grad_enc * clip,
-            lr,
-            correction1,
-            correction2,
-            keep1,
-            keep2,
-            new1,
-            new2,
-            eps,
-        )
+        tl.store(W_enc_mean_ptr + at, W_enc_mean, mask=mask)
+        tl.store(W_enc_square_ptr + at, W_enc_square, mask=mask)
         tl.store(W_enc_ptr + at, W_enc, mask=mask)
         tl.store(W_enc_shadow_ptr + at, W_enc.to(W_enc_shadow_ptr.dtype.element_ty), mask=mask)
-        b_enc = adam(
-            b_enc_ptr,
-            b_enc_mean_ptr,
-            b_enc_square_ptr,
-            latent,
-            latent >= 0,
-            grad_bias * clip,
-            lr,
-            correction1,
-            correction2,
-            keep1,
-            keep2,
-            new1,
-            new2,
-            eps,
-        )
+        tl.store(b_enc_mean_ptr + latent, b_enc_mean)
+        tl.store(b_enc_square_ptr + latent, b_enc_square)
         tl.store(b_enc_ptr + latent, b_enc)
 
 
