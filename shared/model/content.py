@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from ..core.errors import MissingFileError
 from ..core.location import cache_folder
 from ..core.progress import progress
+from .loading.gguf import local_model
 
 CACHE_FOLDER = "digests"
 MIN_CACHED_BYTES = 1 << 20
@@ -143,7 +144,9 @@ def model_content(model: str, revision: str | None = None, cache: str | Path | N
 
     A value is None if it is not known, for example because the model is neither a folder nor reachable on the hub.
     """
-    folder = Path(model).expanduser()
+    folder = Path(local_model(model))
+    if folder.suffix == ".gguf" and folder.is_file():
+        return dict.fromkeys(("weights", "tokenizer"), describe_files({folder.name: folder}, cache))
     if folder.is_dir():
         found = {"weights": matching(folder, WEIGHT_FILES), "tokenizer": matching(folder, TOKENIZER_FILES)}
         return {what: describe_files(files, cache) if files else None for what, files in found.items()}

@@ -29,6 +29,7 @@ from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
 from .loading.adapters import ModelParts, adapted_base, apply_adapter, model_parts
 from .loading.checkpoint_keys import check_checkpoint_keys
+from .loading.gguf import gguf_file, gguf_options, local_model
 from .loading.tokenizer_files import needs_no_vocabulary, vocabulary_files
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def load_model(
             on tokens alone.
         ConfigError: the device is not available.
     """
-    name_or_path, adapter = expand_home(name_or_path), expand_home(adapter)
+    name_or_path, adapter = local_model(name_or_path), expand_home(adapter)
     device = choose_device(str(device))
     torch_dtype = model_dtype(dtype, device)
     _quiet_unless_terminal()
@@ -89,6 +90,8 @@ def load_model(
     _check_reads_tokens(config, name_or_path)
     loader = AutoModel if is_encoder(config) else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": base_revision, "trust_remote_code": trust_remote_code}
+    base, gguf = gguf_options(parts.base)
+    options |= gguf
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if parts.adapter is not None:
@@ -96,7 +99,7 @@ def load_model(
     try:
         with _only_errors_logged():
             model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                parts.base,
+                base,
                 dtype=torch_dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_checkpoint_keys reports them
@@ -120,12 +123,15 @@ def load_model_config(
     name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """Load only a model's configuration, or raise `ModelError`."""
-    name = expand_home(name_or_path)
-    if Path(name).is_file():
-        raise ModelError(f"'{name_or_path}' is a file; expected the folder with config.json and the weights")
+    name = local_model(name_or_path)
+    if Path(name).is_file() and gguf_file(name) is None:
+        raise ModelError(
+            f"'{name_or_path}' is a file; expected the folder with config.json and the weights, or a .gguf file"
+        )
+    name, gguf = gguf_options(name)
     try:
         with _only_errors_logged():
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:  # as in load_model
         raise ModelError(
             f"no model '{name_or_path}': expected a folder with config.json and weights, or the id of a model that "
@@ -140,9 +146,11 @@ def load_tokenizer(
 
     Raises `ModelError` if there is none. In that case transformers may build one from a few special tokens instead.
     """
-    name = expand_home(name_or_path)
+    name = local_model(name_or_path)
+    if gguf_file(name) is not None:
+        return _tokenizer_of_gguf(name)
     if Path(name).is_file():
-        raise ModelError(f"'{name_or_path}' is a file; expected the folder with the tokenizer")
+        raise ModelError(f"'{name_or_path}' is a file; expected the folder with the tokenizer, or a .gguf file")
     parts = _find_parts(name, revision, None)
     if parts.base != name and not _has_tokenizer(name, revision):
         name, revision = parts.base, _revisions(name, revision, parts)[0]
@@ -165,6 +173,15 @@ def load_tokenizer(
     if vocabulary_files(name, revision, kind) == [] and not needs_no_vocabulary(kind):
         raise ModelError(no_tokenizer)
     return tokenizer
+
+
+def _tokenizer_of_gguf(name: str) -> PreTrainedTokenizerBase:
+    folder, gguf = gguf_options(name)
+    try:
+        with _only_errors_logged():
+            return AutoTokenizer.from_pretrained(folder, **gguf)
+    except Exception as error:  # as in load_model
+        raise ModelError(f"cannot load the tokenizer of '{name}': {_reason(error)}") from error
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
