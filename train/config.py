@@ -29,18 +29,15 @@ class SaeConfig(Config, frozen=True, kw_only=True):
     ] = None
     lr: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Peak learning rate; the architecture's default if not given."),
+        Meta(description="Peak learning rate; the recipe's if not given."),
     ] = None
     beta1: Annotated[
         Annotated[float, Meta(ge=0, lt=1)] | None,
-        Meta(description="Adam's decay rate of gradients; the architecture's default if not given."),
+        Meta(description="Adam's decay rate of gradients; the recipe's if not given."),
     ] = None
     beta2: Annotated[
         Annotated[float, Meta(ge=0, lt=1)] | None,
-        Meta(
-            description="Adam's decay rate of squared gradients, 0.99 for short runs; the architecture's default if "
-            "not given."
-        ),
+        Meta(description="Adam's decay rate of squared gradients; the recipe's if not given."),
     ] = None
     weight_decay: Annotated[
         float, Meta(ge=0, description="AdamW's decay of the weight matrices, times the learning rate; 0 is Adam.")
@@ -106,12 +103,15 @@ class SaeConfig(Config, frozen=True, kw_only=True):
         Meta(description="Decay of a running mean of the weights, which is then saved; none if not given."),
     ] = None
 
-    name_ending: ClassVar[str] = ""
-    """The end of the default name, after `{architecture}-{hook_point}-{d_sae}`."""
     unused: ClassVar[tuple[str, ...]] = ("hook_point_out",)
     """Keys of this class that the architecture does not use."""
     always_skips: ClassVar[bool] = False
     """Whether the architecture has a skip path without `skip = true`."""
+
+    @property
+    def name_ending(self) -> str:
+        """The end of the default name, after `{architecture}-{hook_point}-{d_sae}`."""
+        return ""
 
     @property
     def n_latents(self) -> int:
@@ -145,7 +145,20 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     ] = None
     epochs: Annotated[float, Meta(gt=0, description="Passes over the store when `tokens` is not given.")] = 1.0
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of the order of the activations.")] = 0
-    warmup_steps: Annotated[int, Meta(ge=0, description="Steps over which the learning rate grows from zero.")] = 1000
+    recipe: Annotated[
+        Literal["auto", "published"],
+        Meta(
+            description="Settings that tables leave open: auto chooses them for the run's length and widths, published "
+            "takes those of the literature, for runs of 10^5 steps."
+        ),
+    ] = "auto"
+    warmup_steps: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="Steps over which the learning rate grows from zero; a twentieth of the run, at most 1000, if "
+            "not given, and 1000 with recipe = published."
+        ),
+    ] = None
     decay_fraction: Annotated[
         float, Meta(ge=0, le=1, description="Last fraction of the run, over which the learning rate decays to zero.")
     ] = 0.2

@@ -52,7 +52,7 @@ def make_trainers(
             shard=layout.shard,
             capture=capture,
         )
-        for sae, kind in ((sae, normalization_across(sae, kinds)) for sae in saes)
+        for sae, kind in ((plan.completed(sae), normalization_across(sae, kinds)) for sae in saes)
     ]
 
 

@@ -21,6 +21,7 @@ from .memory import Memory, available_memory, parameter_shapes, sae_memory
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
+from .recipes import Began, RunFacts, Setting, completed, settings_for, warmup_for
 from .step.sae_trainer import Schedule
 from .sweep.grids import expand_sweep
 from .warm_start import read_initial, source_of
@@ -44,6 +45,12 @@ class Plan:
     n_ranks: int = 1
     notes: tuple[str, ...] = ()
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warmup: Setting | None = None
+    settings: dict[str, dict[str, Setting]] = field(default_factory=dict)
+
+    def completed(self, sae: SaeConfig) -> SaeConfig:
+        """Return an SAE's table with the settings that were chosen where it leaves them open."""
+        return completed(sae, {key: setting.value for key, setting in self.settings.get(str(sae.name), {}).items()})
 
     @property
     def memory_bytes(self) -> int:
@@ -52,10 +59,11 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan as a table and a summary."""
-        own = dict.fromkeys(key for sae in self.saes for key in find_architecture(sae.architecture).required)
+        own = dict.fromkeys(key for sae in self.saes for key in _telling_keys(sae))
         columns = ("name", "architecture", "hook_point", "d_sae", *own, "lr", "parameters")
         rows = [
-            [_shown(sae, key) for key in columns[:-1]] + [f"{self.n_parameters[str(sae.name)]:,}"] for sae in self.saes
+            [_shown(self.completed(sae), key) for key in columns[:-1]] + [f"{self.n_parameters[str(sae.name)]:,}"]
+            for sae in self.saes
         ]
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         lines = [
@@ -73,12 +81,34 @@ class Plan:
         parts = ", ".join(f"{name} {n_bytes / 2**30:.2f}" for name, n_bytes in self.memory.items() if n_bytes)
         process = "the process that needs most" if self.n_ranks > 1 else "the process"
         lines.append(f"memory of {process}, in GiB: {parts}")
+        lines += self._chosen()
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    def _chosen(self) -> list[str]:
+        """Return a line for each setting that was chosen, with the names of the SAEs and the reason."""
+        lines = [] if self.warmup is None else [f"chosen: warmup_steps = {self.warmup.value} ({self.warmup.reason})"]
+        saes: dict[tuple[str, Setting], list[str]] = {}
+        for name, settings in self.settings.items():
+            for key, setting in settings.items():
+                saes.setdefault((key, setting), []).append(f"'{name}'")
+        every = len(self.settings)
+        for (key, setting), names in saes.items():
+            of = "" if len(names) == every else f" of {', '.join(names)}"
+            lines.append(f"chosen: {key} = {setting.value:g}{of} ({setting.reason})")
+        return lines
 
-def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, ranks: TrainRanks | None = None) -> Plan:
+
+def plan_run(
+    config: TrainConfig,
+    store: ActivationStore,
+    rows_per_epoch: int,
+    ranks: TrainRanks | None = None,
+    began: Began | None = None,
+) -> Plan:
     """Expand the sweep and check it against the store and the machine; memory is that of the rank that needs most.
+
+    `began` are the settings with which a run in the output began; it keeps them.
 
     Raises:
         ConfigError: a hyperparameter does not fit, or the machine has too little memory.
@@ -91,7 +121,12 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
     saes = expand_sweep(config.sae)
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)
-    schedule = Schedule(n_steps, config.batch_size, config.warmup_steps, config.decay_fraction, config.lr_decay)
+    warmup = None if config.warmup_steps is not None else warmup_for(n_steps, config.recipe)
+    if began is not None and warmup is not None:
+        warmup = Setting(began.warmup_steps, "as the run began")
+    warmup_steps = warmup.value if warmup else config.warmup_steps or 0
+    schedule = Schedule(n_steps, config.batch_size, warmup_steps, config.decay_fraction, config.lr_decay)
+    settings: dict[str, dict[str, Setting]] = {}
     n_parameters, architectures = {}, {}
     for sae in saes:
         for place in sae.wiring.hook_points:
@@ -102,7 +137,12 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
                 )
         d_in, d_out = (_width(store, sae, names) for names in (sae.wiring.reads, sae.wiring.writes))
         try:
-            architecture = make_architecture(sae, d_in, d_out)
+            facts = RunFacts(n_steps, config.batch_size, d_in)
+            known = began.settings_for(sae) if began is not None else None
+            chosen = settings_for(sae, facts, config.recipe) if known is None else known
+            settings[str(sae.name)] = chosen
+            complete = completed(sae, {key: setting.value for key, setting in chosen.items()})
+            architecture = make_architecture(complete, d_in, d_out)
             check_schedules(architecture, schedule)
         except ConfigError as error:
             raise ConfigError(f"SAE '{sae.name}': {error}") from None
@@ -134,6 +174,8 @@ def plan_run(config: TrainConfig, store: ActivationStore, rows_per_epoch: int, r
         ranks.n,
         notes_of(list(architectures.values()), schedule, rows_per_epoch),
         {name: architecture.recipe for name, architecture in architectures.items()},
+        warmup,
+        settings,
     )
 
 
@@ -194,6 +236,12 @@ def _width(store: ActivationStore, sae: SaeConfig, names: tuple[str, ...]) -> in
             "expected one width"
         )
     return sum(widths.values())
+
+
+def _telling_keys(sae: SaeConfig) -> tuple[str, ...]:
+    """Return the keys of a table that a plan shows beside those of all SAEs."""
+    given = (key for key in ("l1_coefficient", "l0_coefficient", "target_l0") if getattr(sae, key, None) is not None)
+    return (*find_architecture(sae.architecture).required, *given)
 
 
 def _shown(sae: SaeConfig, key: str) -> str:

@@ -20,7 +20,7 @@ from .parallel.ranks import Agreement, TrainRanks, open_ranks
 from .plan import Plan, plan_run
 from .reporting.metrics import PendingLines
 from .reporting.progress import Progress
-from .run_state import RunState
+from .run_state import RunState, began_with
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
 from .warm_start import initialise_trainers
@@ -56,7 +56,8 @@ def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
     output = Path(config.output)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     check_output(output, store.path)
-    plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks)
+    began = ranks.from_first(began_with(output) if ranks.first else None)
+    plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks, began)
     if config.dry_run:
         say(plan.describe())
         return TrainedSaes()

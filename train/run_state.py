@@ -26,6 +26,7 @@ from .parallel.latents import is_per_latent
 from .parallel.layout import Layout
 from .parallel.ranks import TrainRanks
 from .plan import Plan
+from .recipes import PUBLISHED_WARMUP_STEPS, Began
 from .same_run import Difference, Request, compare
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.toml"
 DIVERGED_NAME = "diverged.json"
+
+
+def began_with(output: Path) -> Began | None:
+    """Return the settings with which the run in a folder began, if there is one."""
+    record, _ = load_record(output)
+    if record is None:
+        return None
+    return Began(PUBLISHED_WARMUP_STEPS if record.warmup_steps is None else record.warmup_steps, record.settings)
 
 
 class RunState:
@@ -89,6 +98,12 @@ class RunState:
         self._record.rows_per_epoch, self._record.store = request.rows_per_epoch, request.store
         self._record.scales, self._record.recipes = self.scales, request.recipes
         self._record.config = self._table
+        if record is None or record.settings is not None:
+            self._record.warmup_steps = plan.schedule.warmup_steps
+            self._record.settings = {
+                name: {key: setting.value for key, setting in settings.items()}
+                for name, settings in plan.settings.items()
+            }
         if difference.continued:
             self._continue(request.n_steps)
         elif difference.retried:

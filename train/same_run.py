@@ -12,6 +12,7 @@ from ..shared.core.errors import ConfigError
 from ..shared.store.format.identity import StoreIdentity
 from .architectures import architectures_using
 from .checkpoints.record import RunRecord
+from .recipes import PUBLISHED_WARMUP_STEPS
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
@@ -91,6 +92,10 @@ def compare(output: Path, record: RunRecord, saved: Mapping[str, Any], request: 
     _check_store(output, record, request, store)
     _check_release(output, record, request)
     now, before = request.saes, {sae["name"]: sae for sae in saved.get("sae", [])}
+    if record.settings is None:  # a release without recipes, whose settings are resumed
+        saved = {**saved, "recipe": request.config.get("recipe")}
+        if "warmup_steps" not in request.config and saved.get("warmup_steps") == PUBLISHED_WARMUP_STEPS:
+            saved.pop("warmup_steps")
     keys = sorted((saved.keys() | request.config.keys()) - _MAY_CHANGE - {"sae"})
     differing = [key for key in keys if saved.get(key) != request.config.get(key)]
     retried: tuple[str, ...] = ()

@@ -68,18 +68,18 @@ USED = {
     "batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "select_over"},
     "matryoshka_batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "prefix_sizes"},
     "hierarchical_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder"},
-    "standard": {"l1_coefficient", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},
+    "standard": {"l1_coefficient", "target_l0", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},
     "gated": {
-        *("l1_coefficient", "sparsity_warmup_steps", "unit_norm_decoder"),
+        *("l1_coefficient", "target_l0", "sparsity_warmup_steps", "unit_norm_decoder"),
         *("initial_l0", "threshold_lr_scale", "decoder_lr_scale"),
     },
     "jumprelu": {
         *("l0_coefficient", "target_l0", "initial_l0", "sparsity_loss", "tanh_scale", "pre_act_coefficient"),
         *("bandwidth", "initial_threshold", "threshold_lr_scale", "sparsity_warmup_steps", "unit_norm_decoder"),
     },
-    "transcoder": {"l1_coefficient", "hook_point_out", "sparsity_warmup_steps"},
-    "skip_transcoder": {"l1_coefficient", "hook_point_out", "sparsity_warmup_steps"},
-    "crosscoder": {"l1_coefficient", "sparsity_warmup_steps"},
+    "transcoder": {"l1_coefficient", "target_l0", "hook_point_out", "sparsity_warmup_steps"},
+    "skip_transcoder": {"l1_coefficient", "target_l0", "hook_point_out", "sparsity_warmup_steps"},
+    "crosscoder": {"l1_coefficient", "target_l0", "sparsity_warmup_steps"},
 }
 """What the pages of the architectures name, key by key."""
 
@@ -111,7 +111,11 @@ def test_every_key_is_used_by_all_architectures_or_named_here():
 
 @pytest.mark.parametrize("architecture", sorted(USED))
 def test_options_that_an_architecture_does_not_use_are_refused(architecture):
-    required = {key: GIVEN[key] for key in ARCHITECTURES[architecture].required}
+    needed = (
+        *ARCHITECTURES[architecture].required,
+        getattr(ARCHITECTURES[architecture].config, "coefficient_key", None),
+    )
+    required = {key: GIVEN[key] for key in needed if key is not None}
     base = {"architecture": architecture, "hook_point": "h", "d_sae": 32} | required | PLACES.get(architecture, {})
     make_architecture(make_config(**base), 16)
     for key, value in GIVEN.items():

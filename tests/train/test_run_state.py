@@ -134,10 +134,11 @@ def test_a_store_that_was_extended_is_refused_as_such(config, tmp_path, rows, tr
 
 def test_a_run_of_an_older_release_is_resumed_with_its_own_scale(config, tmp_path, monkeypatch, train_killed, capsys):
     """That its store is not recorded is noted; inputs stay scaled by the mean norm of rows that are not centred."""
+    published = change(config, recipe="published")
     with monkeypatch.context() as patch:
         patch.setattr(run_state_module, "scale_of", scale_of_raw_norm)
-        expected = train(change(config, output=str(tmp_path / "whole")))
-        train_killed(config, 20)
+        expected = train(change(published, output=str(tmp_path / "whole")))
+        train_killed(published, 20)
     path = tmp_path / "out/checkpoint.json"
     record = json.loads(path.read_text())
     old = {key: record[key] for key in ("step", "finished", "n_steps", "rows_per_epoch")}
@@ -153,6 +154,7 @@ def test_a_run_of_an_older_release_is_resumed_with_its_own_scale(config, tmp_pat
 
 
 def test_other_defaults_of_another_release_are_refused(config, monkeypatch, train_killed):
+    config = change(config, recipe="published")
     train_killed(change(config, sae=[TOPK | {"lr": None}, TANH]), 20)
     monkeypatch.setattr("thresher.train.architectures.topk.TopK.default_lr", 1e-4)
     with pytest.raises(ConfigError, match=r"begun by a release that trains differently; differing: sae 'a'\.lr"):
@@ -312,7 +314,7 @@ LONGER = BATCH * 70
 
 def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_path, capsys):
     """Weights are those of a plain loop whose learning rate is first a short run's, then that of the longer one."""
-    table = TOPK | {"dead_after_tokens": BATCH * 6}
+    table = TOPK | {"dead_after_tokens": BATCH * 6, "beta2": 0.9}
     train(change(config, sae=[table]))
     (folder,) = train(change(config, sae=[table], tokens=LONGER))
     assert "continuing from step 30 (1,920 tokens) to step 70 (4,480 tokens)" in capsys.readouterr().err

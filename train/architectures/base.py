@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from copy import copy
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float
-from msgspec import Meta
 from torch import Tensor
 
 from ...shared.core.errors import ConfigError
@@ -24,12 +23,11 @@ from ...shared.sae.formats.kinds import Kind
 from ..config import SaeConfig
 from ..kernels.fused_state import TopKOptions
 from ..stream.normalization import Normalization
-from .contract import Batch, Buffers, Parameters, StepInput, StepOutput, is_per_latent
+from .contract import Batch, Buffers, L0Target, Parameters, StepInput, StepOutput, is_per_latent
 from .parts.decoder_norms import DecoderNorms, are_unit_norms, fold_decoder_norms
 from .parts.raw_units import in_order, to_normalized, to_raw
 
 C = TypeVar("C", bound=SaeConfig)
-P = TypeVar("P", bound="PenaltyConfig")
 
 
 class Architecture(Generic[C]):
@@ -117,6 +115,11 @@ class Architecture(Generic[C]):
         return 0
 
     @property
+    def l0_target(self) -> L0Target | None:
+        """The L0 that a controller of the sparsity penalty's factor is to reach, if there is to be one."""
+        return None
+
+    @property
     def lr(self) -> float:
         """Return the peak learning rate; 2e-4 / sqrt(d_sae / 2^14) if none is published (arXiv 2406.04093, A.3)."""
         return self.config.lr or self.default_lr or 2e-4 / (self.d_sae / 2**14) ** 0.5
@@ -140,6 +143,11 @@ class Architecture(Generic[C]):
     def lr_scales(self) -> dict[str, float]:
         """Return the factors of the learning rate that are not 1, by parameter."""
         return {}
+
+    @property
+    def undecayed(self) -> frozenset[str]:
+        """Return the parameters whose learning rate does not fall at the end of the run."""
+        return frozenset()
 
     @cached_property
     def centred(self) -> bool:
@@ -347,40 +355,6 @@ def unused_start(**given: float | None) -> list[str]:
         for key, value in given.items()
         if value is not None
     ]
-
-
-class PenaltyConfig(SaeConfig, frozen=True, kw_only=True):
-    """Configuration of an architecture that penalises active latents."""
-
-    sparsity_warmup_steps: Annotated[
-        Annotated[int, Meta(ge=0)] | None,
-        Meta(
-            description="Steps over which the sparsity penalty grows; if not given, a twentieth of the run, or all of "
-            "it with tanh."
-        ),
-    ] = None
-
-
-class PenaltyArchitecture(Architecture[P]):
-    """Base of the architectures with a sparsity penalty, which is multiplied by a step's `sparsity_scale`."""
-
-    sparsity_warmup_fraction: ClassVar[float] = 1 / 20
-    resolved = (*Architecture.resolved, "sparsity_warmup_fraction")
-
-    def sparsity_warmup_steps(self, n_steps: int) -> int:
-        """Return the number of steps over which the penalty grows to its full weight."""
-        given = self.config.sparsity_warmup_steps
-        return int(n_steps * self.sparsity_warmup_fraction) if given is None else given
-
-    @property
-    def schedules(self) -> dict[str, tuple[int | None, str]]:
-        """The penalty's growth."""
-        return {
-            "sparsity_warmup_steps": (
-                self.config.sparsity_warmup_steps,
-                "the sparsity penalty would not reach its weight",
-            )
-        }
 
 
 def check_number_of_latents(config: SaeConfig, key: str, given: float | None) -> None:

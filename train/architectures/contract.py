@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -44,6 +45,14 @@ class Batch:
     def y(self) -> Float[Tensor, "batch d_out"]:
         """The tensor to reconstruct."""
         return self.x if self.target is None else self.target
+
+
+class L0Target(NamedTuple):
+    """The L0 that a controller of the penalty's factor reaches, the factor at first, and the controller's gain."""
+
+    l0: float
+    first_factor: float
+    gain: float = 40.0
 
 
 class Collectives:

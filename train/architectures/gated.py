@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import PenaltyArchitecture, PenaltyConfig, check_number_of_latents, unused_start
+from .base import check_number_of_latents, unused_start
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
+from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
 
 # At full scale, half of all random latents would fire at first, and a short run would spend its time undoing that.
@@ -25,7 +26,10 @@ class GatedConfig(PenaltyConfig, frozen=True, kw_only=True):
     """Gated: one path decides which latents are active, another how large they are (arXiv 2404.16014)."""
 
     architecture: Literal["gated"] = "gated"
-    l1_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L1 penalty.")]
+    l1_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Weight of the L1 penalty; with target_l0, where the controller starts."),
+    ] = None
     initial_l0: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(
@@ -46,7 +50,7 @@ class GatedConfig(PenaltyConfig, frozen=True, kw_only=True):
         Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
     ] = None
 
-    name_ending: ClassVar[str] = "-l1-{l1_coefficient}"
+    coefficient_key: ClassVar[str | None] = "l1_coefficient"
 
     def __post_init__(self) -> None:
         """Check that there are enough latents for the first L0."""
@@ -105,7 +109,7 @@ class Gated(PenaltyArchitecture[GatedConfig]):
         magnitude = linear * rescale + latents.spread(parameters["b_mag"])
         active = (gate > 0) & (magnitude > 0)
         values = magnitude * active
-        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
+        penalty = self.penalty_weight * step.sparsity_scale / len(x)
 
         error = error_of(latents.decode(values, W_dec), parameters, batch)
         auxiliary = error_of(latents.decode(gate, W_dec), parameters, batch)
@@ -146,4 +150,4 @@ class Gated(PenaltyArchitecture[GatedConfig]):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters that are saved with the SAE."""
-        return self._describe("l1_coefficient")
+        return self._describe("l1_coefficient", "target_l0")

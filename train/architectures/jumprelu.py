@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from msgspec import Meta
@@ -12,17 +12,19 @@ from torch import Tensor
 from ...shared.core.errors import ConfigError
 from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import PenaltyArchitecture, PenaltyConfig, check_number_of_latents, unused_start
-from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .base import check_number_of_latents, unused_start
+from .contract import Batch, Buffers, L0Target, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
+from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
 
 _BANDWIDTH = 0.001
 # The bandwidth after a start at a given L0: about a third of a threshold that few latents of unit norm exceed.
 _WIDE_BANDWIDTH = 0.5
 _FAST_LR_SCALE = 4.0
+_GAIN = 10.0
 SMALLEST_THRESHOLD = 1e-3
 # Imported thresholds are at least this, because training uses their logarithms.
 LEAST_IMPORTED_THRESHOLD = 1e-8
@@ -40,10 +42,12 @@ class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
     """JumpReLU: a learned threshold per latent and a penalty on L0 (arXiv 2407.14435; Gemma Scope, 2408.05147)."""
 
     architecture: Literal["jumprelu"] = "jumprelu"
-    l0_coefficient: Annotated[float, Meta(ge=0, description="Weight of the sparsity penalty.")]
-    target_l0: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="L0 to aim at: the penalty is on the distance from it; on L0 itself if not given."),
+    l0_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(
+            description="Weight of the sparsity penalty; beside target_l0, that of the published penalty on the "
+            "distance from it, without a controller."
+        ),
     ] = None
     initial_l0: Annotated[
         Annotated[float, Meta(gt=0)] | None,
@@ -89,6 +93,13 @@ class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
         Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
     ] = None
 
+    coefficient_key: ClassVar[str | None] = "l0_coefficient"
+
+    @property
+    def name_ending(self) -> str:
+        """The end of the default name: none, as in earlier releases."""
+        return ""
+
     @property
     def uses_tanh(self) -> bool:
         """Whether the penalty is the tanh penalty."""
@@ -97,7 +108,6 @@ class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check the L0s, and that no key is given that has no effect."""
         super().__post_init__()
-        check_number_of_latents(self, "target_l0", self.target_l0)
         check_number_of_latents(self, "initial_l0", self.initial_l0)
         for key, given in (("tanh_scale", self.tanh_scale), ("pre_act_coefficient", self.pre_act_coefficient)):
             if given is not None and not self.uses_tanh:
@@ -130,6 +140,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
     betas = (0.0, 0.999)
     eps = 1e-8
     default_lr = 7e-5
+    first_coefficient = 0.02
 
     @property
     def unit_norm_decoder(self) -> bool:
@@ -201,12 +212,27 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         terms: dict[str, Number] = {"mse_loss": mse / self.d_out, "l0_loss": penalty}
         return StepOutput(gradients, latents.sum(values) > 0, sum(terms.values()), mse, l0, terms)
 
+    @property
+    def l0_target(self) -> L0Target | None:
+        """The target L0, unless a coefficient asks for the published penalty on the distance from it alone."""
+        target = super().l0_target if self.config.l0_coefficient is None else None
+        # Adam moves a threshold equally far under a large penalty: one that kept growing would not be faster.
+        return target._replace(gain=_GAIN) if target else None
+
+    @property
+    def undecayed(self) -> frozenset[str]:
+        """Thresholds go on following a target L0 while the other parameters settle, which changes L0."""
+        return frozenset({"log_threshold"}) if self.l0_target else frozenset()
+
     def _penalty(self, l0: Number, scale: Number) -> tuple[Number, Number]:
         """Return the sparsity loss and its derivative with respect to L0."""
-        weight, target = (self.config.l0_coefficient or 0.0) * scale, self.config.target_l0
+        weight, target = self.penalty_weight * scale, self.config.target_l0
         if target is None:
             return weight * l0, weight
-        return weight * (l0 / target - 1) ** 2, 2 * weight * (l0 / target - 1) / target
+        distance = l0 / target - 1
+        if self.l0_target is None:
+            return weight * distance**2, 2 * weight * distance / target
+        return weight * l0 + distance**2, weight + 2 * distance / target
 
     def exported(self, parameters: Parameters, buffers: Buffers, normalization: Normalization) -> dict[str, Tensor]:
         """Also return the thresholds, in raw activation units."""
@@ -313,7 +339,7 @@ class TanhJumpReLU(JumpReLU):
         g = error * (2 / rows)
 
         squashed = torch.tanh(values * weights * scale)
-        penalty = (self.config.l0_coefficient or 0.0) * step.sparsity_scale / rows
+        penalty = self.penalty_weight * step.sparsity_scale / rows
         slope = (1 - squashed.square()) * (scale * penalty)
         by_values = latents.grad_values(g, W_dec) + slope * weights
         by_log_threshold = -latents.sum(by_values * (distance.abs() < epsilon / 2)) * theta / epsilon

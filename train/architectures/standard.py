@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...shared.core.errors import ConfigError
 from ..stream.normalization import Normalization
-from .base import PenaltyArchitecture, PenaltyConfig
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
+from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
+from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
 
 _EPSILON = 1e-3
@@ -22,9 +23,12 @@ _EPSILON = 1e-3
 class L1Config(PenaltyConfig, frozen=True, kw_only=True):
     """Configuration of an architecture with an L1 penalty weighted by decoder norms."""
 
-    l1_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L1 penalty.")]
+    l1_coefficient: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Weight of the L1 penalty; with target_l0, where the controller starts."),
+    ] = None
 
-    name_ending: ClassVar[str] = "-l1-{l1_coefficient}"
+    coefficient_key: ClassVar[str | None] = "l1_coefficient"
 
 
 class StandardConfig(L1Config, frozen=True, kw_only=True):
@@ -68,13 +72,19 @@ class Standard(PenaltyArchitecture[S]):
         """Decoder norms are not constrained, because the penalty depends on them."""
         return False
 
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """Set the encoder's biases so that each latent fires on target_l0 / d_sae of the first batch, with a target."""
+        if self.config.target_l0 is not None:
+            n_active = round(len(batch.x) * self.config.target_l0 / self.d_sae)
+            parameters["b_enc"].copy_(-exceeded_by(parameters, batch.x, n_active, self.centred))
+
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         x, W_dec = batch.x, parameters["W_dec"]
         latents = above_threshold(step, parameters, batch, encoded_bias(parameters, self.centred))
         values = latents.pre_acts.relu()
         active = values > 0
-        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(x)
+        penalty = self.penalty_weight * step.sparsity_scale / len(x)
         decoder_norms = self.decoder_norms(W_dec)
         norms = decoder_norms.sums
         error = error_of(latents.decode(values, W_dec), parameters, batch)
@@ -94,7 +104,7 @@ class Standard(PenaltyArchitecture[S]):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the hyperparameters that are saved with the SAE."""
-        return self._describe("l1_coefficient")
+        return self._describe("l1_coefficient", "target_l0")
 
 
 class PAnnealed(Standard[StandardConfig]):
@@ -126,7 +136,7 @@ class PAnnealed(Standard[StandardConfig]):
         norms = decoder_norms.sums
         weighted = values * latents.spread(norms)
         p, scale = self._anneal(weighted, step)
-        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale * scale / len(x)
+        penalty = self.penalty_weight * step.sparsity_scale * scale / len(x)
         slope = (weighted + _EPSILON).pow_(p - 1).mul_(p * penalty).mul_(active)
         error = error_of(latents.decode(values, W_dec), parameters, batch)
         g = error * (2 / len(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from msgspec import Meta
@@ -52,12 +52,15 @@ class LargestConfig(SaeConfig, frozen=True, kw_only=True):
         Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
     ] = None
 
-    name_ending: ClassVar[str] = "-k{k}"
-
     def __post_init__(self) -> None:
         """Check that there are k latents."""
         super().__post_init__()
         check_number_of_latents(self, "k", self.k)
+
+    @property
+    def name_ending(self) -> str:
+        """The end of the default name."""
+        return "-k{k}"
 
 
 class CompetingConfig(LargestConfig, frozen=True, kw_only=True):

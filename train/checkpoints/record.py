@@ -38,7 +38,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
     `pending` names the SAEs in training; `trained` holds the checksums of the final states of the SAEs that were
     trained before them. `lengths` are the numbers of steps of the run: the first one, and one per continuation.
-    `scales` are the normalisation factors by hook point.
+    `scales` are the normalisation factors by hook point. `warmup_steps` and `settings`, by the SAE's name, are what was
+    chosen for the run where its configuration leaves it open.
     """
 
     step: int
@@ -52,6 +53,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     store: StoreIdentity | None = None
     scales: dict[str, float] | None = None
     recipes: dict[str, dict[str, Any]] = {}
+    warmup_steps: int | None = None
+    settings: dict[str, dict[str, Any]] | None = None
     config: dict[str, Any] | None = None
     checkpoints: list[Checkpoint] = []
 

@@ -13,6 +13,7 @@ from ..architectures.base import Architecture
 from ..architectures.contract import Batch, Buffers, Collectives, Number, Parameters, StepInput
 from ..kernels.backend import Backend
 from .host_polls import Polls
+from .l0_control import L0Control
 from .optimizer import Optimizer
 from .step_numbers import StepNumbers
 
@@ -30,6 +31,7 @@ class OpByOpParts:
     polls: Polls
     across: Collectives
     compute_dtype: torch.dtype
+    l0_control: L0Control | None
     copies_decoder: bool
 
 
@@ -68,7 +70,7 @@ class OpByOp:
         self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
     ) -> dict[str, Number]:
         """Take a step and return its metrics."""
-        parts, numbers, polls = self.parts, self.parts.numbers, self.parts.polls
+        parts, numbers, polls, control = self.parts, self.parts.numbers, self.parts.polls, self.parts.l0_control
         output = parts.architecture.step(
             self.parameters,
             batch,
@@ -78,7 +80,7 @@ class OpByOp:
                 total_variance=parts.total_variance,
                 W_dec_compute=self.W_dec_compute,
                 dead=dead if polls.any_dead(steps_done, len(batch.x), n_dead) else None,
-                sparsity_scale=numbers.sparsity_scale,
+                sparsity_scale=numbers.sparsity_scale * (control.factor if control else 1.0),
                 buffers=self.buffers,
                 steps_done=steps_done,
                 step_number=numbers.step_number,
@@ -92,7 +94,11 @@ class OpByOp:
         numbers.note(output.loss, output.mse)
         if numbers.diverged is not None:
             return taken
-        grad_norm = self.optimizer.step(output.gradients, numbers.lr, polls.room.failed if polls.room else None)
+        failed = polls.room.failed if polls.room else None
+        grad_norm = self.optimizer.step(output.gradients, numbers.lr, failed, numbers.undecayed_lr)
+        if control is not None:
+            control.update(output.l0, failed)
+            taken["penalty_factor"] = control.factor.clone()
         self.tokens_since_fired += parts.across.rows(len(batch.x))
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         if grad_norm is not None:
@@ -105,8 +111,10 @@ class OpByOp:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that later steps depend on."""
+        control = self.parts.l0_control
         return {
             **self.parts.polls.state_dict(),
+            **({"l0_control": control.state} if control else {}),
             **{f"parameters.{name}": tensor for name, tensor in self.parameters.items()},
             **{f"buffers.{name}": tensor for name, tensor in self.buffers.items()},
             **{f"{_OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.state_dict().items()},
@@ -116,6 +124,8 @@ class OpByOp:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a saved state."""
         self.parts.polls.load_state_dict(state)
+        if self.parts.l0_control is not None:
+            self.parts.l0_control.state.copy_(state["l0_control"])
         for prefix, tensors in (("parameters.", self.parameters), ("buffers.", self.buffers)):
             for name, tensor in tensors.items():
                 tensor.copy_(state[prefix + name])

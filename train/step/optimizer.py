@@ -37,6 +37,7 @@ class Optimizer:
         self.betas = architecture.adam_betas
         self.eps = architecture.eps
         self.lr_scales = architecture.lr_scales
+        self.undecayed = architecture.undecayed
         self.weight_decay = architecture.config.weight_decay
         self.clip_grad_norm = clip_grad_norm
         self.across = across
@@ -45,10 +46,16 @@ class Optimizer:
         self.exp_avg_sq = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
 
-    def step(self, gradients: Mapping[str, Gradient], lr: float | Tensor, skip: Tensor | None = None) -> Tensor | None:
+    def step(
+        self,
+        gradients: Mapping[str, Gradient],
+        lr: float | Tensor,
+        skip: Tensor | None = None,
+        undecayed_lr: float | Tensor | None = None,
+    ) -> Tensor | None:
         """Update the parameters in place; return the gradient's norm if it is clipped.
 
-        If `skip`, on the device, is 1, nothing changes.
+        If `skip`, on the device, is 1, nothing changes. `undecayed_lr` is that of the parameters in `undecayed`.
 
         Large matrices are updated one block of rows at a time. On a CPU, a block then stays in cache from its gradient,
         which may be computed only then, to its normalisation and its copy in `copies`.
@@ -64,7 +71,8 @@ class Optimizer:
             steps += 1 if skip is None else 1 - skip
 
         def step_block(block: tuple[str, slice]) -> None:
-            self._step_block(*block, gradients, lr, skip)
+            rate = lr if undecayed_lr is None or block[0] not in self.undecayed else undecayed_lr
+            self._step_block(*block, gradients, rate, skip)
 
         # On a GPU, launches stay in this thread, which has the batch's device and stream and may be capturing.
         run = on_cores if self.parameters["W_dec"].is_cpu else map

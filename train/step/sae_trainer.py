@@ -17,6 +17,7 @@ from ..kernels.backend import Backend
 from ..stream.normalization import Normalization
 from .fused_step import FusedStep
 from .host_polls import Polled, Unpolled
+from .l0_control import L0Control
 from .op_by_op import OpByOp, OpByOpParts
 from .resampling import resample_dead_latents
 from .schedule import lr_factor, sparsity_factor
@@ -46,6 +47,10 @@ class Schedule(NamedTuple):
     def n_steps_at_first(self) -> int:
         """Return the steps of the run before it was continued."""
         return self.earlier_n_steps[0] if self.earlier_n_steps else self.n_steps
+
+    def warmup_factor(self, step: int) -> float:
+        """Return the factor of a learning rate that grows as all do, and does not fall."""
+        return lr_factor(step, self.n_steps, self.warmup_steps, 0.0)
 
     def lr_factor(self, step: int, config: SaeConfig) -> float:
         """Return the factor of an SAE's peak learning rate at a step; the run's settings are its defaults."""
@@ -134,6 +139,7 @@ class SaeTrainer:
             polls=polls,
             across=self.across,
             compute_dtype=compute_dtype,
+            l0_control=L0Control.of(architecture.l0_target, self.schedule.n_steps_at_first, self.device),
             copies_decoder=self.device.type == "cpu" and self.across is SINGLE_PROCESS,
         )
         return OpByOp(parts, parameters, self.buffers)
@@ -157,7 +163,8 @@ class SaeTrainer:
         if done == 0 and not self._initialised:
             self._start(batch)
         lr = self.architecture.lr * self.schedule.lr_factor(done, self.config)
-        self.numbers.set(done, lr, sparsity_factor(done, self.sparsity_warmup_steps))
+        undecayed_lr = self.architecture.lr * self.schedule.warmup_factor(done)
+        self.numbers.set(done, lr, sparsity_factor(done, self.sparsity_warmup_steps), undecayed_lr)
         key = self.mode.before(batch, done, lr)
         taken = self._graphs(self._take, self.mode.needed(batch), key)
         if self.diverged is not None:

@@ -37,6 +37,11 @@ class StepNumbers(Protocol):
         ...
 
     @property
+    def undecayed_lr(self) -> float | Tensor:
+        """The step's learning rate for parameters whose rate does not fall at the end of the run."""
+        ...
+
+    @property
     def sparsity_scale(self) -> Number:
         """The factor of the sparsity penalty."""
         ...
@@ -46,7 +51,7 @@ class StepNumbers(Protocol):
         """The number of steps before this one, on the device; None if only the host knows it."""
         ...
 
-    def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
+    def set(self, steps_done: int, lr: float, sparsity_scale: float, undecayed_lr: float) -> None:
         """Set the numbers of the next step."""
         ...
 
@@ -78,14 +83,15 @@ class HostNumbers:
 
     def __init__(self, total_variance: float):
         self.diverged: str | None = None
-        self.lr = 0.0
+        self.lr = self.undecayed_lr = 0.0
         self.sparsity_scale = 1.0
         self._limit = _EXPLOSION * total_variance
         self._steps_done = 0
 
-    def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
+    def set(self, steps_done: int, lr: float, sparsity_scale: float, undecayed_lr: float) -> None:
         """Set the numbers of the next step."""
         self._steps_done, self.lr, self.sparsity_scale = steps_done, lr, sparsity_scale
+        self.undecayed_lr = undecayed_lr
 
     def resume(self, steps_done: int) -> None:
         """Do nothing, because `set` receives the number of every step."""
@@ -112,14 +118,19 @@ class DeviceNumbers:
     def __init__(self, total_variance: float, device: torch.device):
         self.diverged: str | None = None
         self._limit = _EXPLOSION * total_variance
-        # [number of steps done, learning rate, factor of the sparsity penalty]
-        self._now = torch.zeros(3, dtype=torch.float64, device=device)
+        # [number of steps done, learning rate, factor of the sparsity penalty, learning rate that does not decay]
+        self._now = torch.zeros(4, dtype=torch.float64, device=device)
         self._failure = torch.zeros(3, dtype=torch.float64, device=device)
 
     @property
     def lr(self) -> Float[Tensor, ""]:
         """The step's learning rate."""
         return self._now[1].float()
+
+    @property
+    def undecayed_lr(self) -> Float[Tensor, ""]:
+        """The step's learning rate for parameters whose rate does not fall at the end of the run."""
+        return self._now[3].float()
 
     @property
     def sparsity_scale(self) -> Float[Tensor, ""]:
@@ -131,10 +142,11 @@ class DeviceNumbers:
         """The steps done before this one."""
         return self._now[0] - 1
 
-    def set(self, steps_done: int, lr: float, sparsity_scale: float) -> None:
+    def set(self, steps_done: int, lr: float, sparsity_scale: float, undecayed_lr: float) -> None:
         """Set the numbers of the next step, except its number, which `begin` counts."""
         self._now[1].fill_(lr)
         self._now[2].fill_(sparsity_scale)
+        self._now[3].fill_(undecayed_lr)
 
     def resume(self, steps_done: int) -> None:
         """Continue after a number of steps."""

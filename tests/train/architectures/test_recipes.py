@@ -161,7 +161,7 @@ def test_weight_decay_does_not_use_the_fused_step():
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "sparsity_loss": "tanh", "initial_l0": 2.0},
         {"architecture": "standard", "l1_coefficient": 1.0, "p_final": 0.2},
         {"architecture": "standard", "l1_coefficient": 1.0, "unit_norm_decoder": True},
-        {"architecture": "standard", "l1_coefficient": 1.0, "target_l0": 3.0},
+        {"architecture": "topk", "k": 4, "target_l0": 3.0},
         {"architecture": "standard", "l1_coefficient": 1.0, "sparsity_loss": "tanh"},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "tanh_scale": 4.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "pre_act_coefficient": 3e-6},

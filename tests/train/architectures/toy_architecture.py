@@ -5,14 +5,14 @@ Its gradients come from autograd, so that the loss is written once.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from msgspec import Meta
 
 from thresher.train.architectures import register
-from thresher.train.architectures.base import PenaltyArchitecture, PenaltyConfig
 from thresher.train.architectures.contract import Batch, Parameters, StepInput, StepOutput
+from thresher.train.architectures.penalty import PenaltyArchitecture, PenaltyConfig
 
 
 class RidgeConfig(PenaltyConfig, frozen=True, kw_only=True):
@@ -22,7 +22,9 @@ class RidgeConfig(PenaltyConfig, frozen=True, kw_only=True):
     l2_coefficient: Annotated[float, Meta(ge=0, description="Weight of the L2 penalty.")]
     encoder_scale: Annotated[float, Meta(gt=0, description="Norm of the encoder's rows before training.")] = 1.0
 
-    name_ending: ClassVar[str] = "-l2-{l2_coefficient}"
+    @property
+    def name_ending(self) -> str:
+        return "-l2-{l2_coefficient}"
 
 
 @register(RidgeConfig)

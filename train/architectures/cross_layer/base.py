@@ -14,7 +14,8 @@ from ....shared.sae.cross_layer import Sizes
 from ...config import SaeConfig
 from ...stream.normalization import Normalization
 from ..base import Architecture
-from ..contract import Buffers, Parameters
+from ..contract import Batch, Buffers, Parameters
+from ..parts.first_batch import exceeded_by
 from .layers import Layers
 
 C = TypeVar("C", bound=SaeConfig)
@@ -81,6 +82,15 @@ class CrossLayer(Architecture[C]):
             "W_dec": layers.scale_decoders(W_dec, _FIRST_NORM / layers.decoder_norms(W_dec)),
             "b_dec": torch.zeros(self.d_out),
         }
+
+    def exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
+        """Return for each latent the value that `W_enc_l x_l` exceeds in so many rows."""
+        return torch.cat(
+            [
+                exceeded_by({"W_enc": parameters["W_enc"][self.layers.latents(i)]}, x, n_rows, centred=False)
+                for i, x in enumerate(batch.x.chunk(self.layers.n, dim=1))
+            ]
+        )
 
     def thresholds(self, parameters: Parameters, buffers: Buffers) -> Float[Tensor, " all_latents"] | None:
         """Return the thresholds that latents must exceed to fire, if the saved transcoder has thresholds."""

@@ -14,7 +14,6 @@ from ...stream.normalization import Normalization
 from ..base import unused_start
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..jumprelu import EDGE, LEAST_IMPORTED_THRESHOLD, SMALLEST_THRESHOLD, JumpReLU, JumpReLUConfig, TanhJumpReLU
-from ..parts.first_batch import exceeded_by
 from ..parts.latents import Latents, count
 from ..registry import register
 from .base import CrossLayer
@@ -45,17 +44,8 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
         if self._first_l0 is None or self.config.initial_threshold is not None:
             return
         n_active = round(len(batch.x) * self._first_l0 / self.d_sae)
-        thresholds = self._exceeded_by(parameters, batch, n_active) + parameters["b_enc"]
+        thresholds = self.exceeded_by(parameters, batch, n_active) + parameters["b_enc"]
         parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
-
-    def _exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
-        """Return for each latent the value that `W_enc_l x_l` exceeds in the given number of rows."""
-        return torch.cat(
-            [
-                exceeded_by({"W_enc": parameters["W_enc"][self.layers.latents(i)]}, x, n_rows, centred=False)
-                for i, x in enumerate(batch.x.chunk(self.layers.n, dim=1))
-            ]
-        )
 
     def thresholds(self, parameters: Parameters, buffers: Buffers) -> Float[Tensor, " all_latents"]:
         """Return the thresholds."""
@@ -122,7 +112,7 @@ class CrossLayerTanhJumpReLU(CrossLayerJumpReLU, TanhJumpReLU):
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the biases so that 10,000 latents of all layers, at most half, fire per row of the first batch."""
-        lowest = self._exceeded_by(parameters, batch, self.n_first_rows(len(batch.x)))
+        lowest = self.exceeded_by(parameters, batch, self.n_first_rows(len(batch.x)))
         parameters["b_enc"].copy_(parameters["log_threshold"].exp() - lowest)
 
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
@@ -135,7 +125,7 @@ class CrossLayerTanhJumpReLU(CrossLayerJumpReLU, TanhJumpReLU):
         errors = layers.errors(latents, values, W_dec, parameters["b_dec"], y)
         scale = 2 / rows
         g = [error * scale for error in errors]
-        penalty = (self.config.l0_coefficient or 0.0) * step.sparsity_scale / rows
+        penalty = self.penalty_weight * step.sparsity_scale / rows
         pull = self.pre_act_coefficient / rows
 
         by_pre_acts, by_log_threshold, by_norms, below, penalised = [], [], [], [], []

@@ -24,6 +24,12 @@ class CrossLayerStandard(CrossLayer[StandardConfig], Standard[StandardConfig]):
     activation = "relu"
     refused = (*CrossLayer.refused, "p_final", "p_anneal_steps")
 
+    def start(self, parameters: Parameters, batch: Batch) -> None:
+        """Set the encoders' biases so that each latent fires on its share of the first batch, with a target L0."""
+        if self.config.target_l0 is not None:
+            n_active = round(len(batch.x) * self.config.target_l0 / self.d_sae)
+            parameters["b_enc"].copy_(-self.exceeded_by(parameters, batch, n_active))
+
     def step(self, parameters: Parameters, batch: Batch, step: StepInput) -> StepOutput:
         """Return the loss and its gradients."""
         layers, y, W_dec = self.layers, batch.x if batch.target is None else batch.target, parameters["W_dec"]
@@ -33,7 +39,7 @@ class CrossLayerStandard(CrossLayer[StandardConfig], Standard[StandardConfig]):
         errors = layers.errors(latents, values, W_dec, parameters["b_dec"], y)
         scale = 2 / len(y)
         g = [error * scale for error in errors]
-        penalty = (self.config.l1_coefficient or 0.0) * step.sparsity_scale / len(y)
+        penalty = self.penalty_weight * step.sparsity_scale / len(y)
         norms = layers.decoder_norms(W_dec)
         by_pre_acts = [
             layers.grad_values(i, some, g, W_dec).add_(some.spread(norms[layers.latents(i)] * penalty)).mul_(acts > 0)

@@ -1,0 +1,113 @@
+"""Settings that a configuration leaves open follow the run; explicit ones win, and a run keeps what it began with."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from thresher.shared import ActivationStoreWriter
+from thresher.shared.core.config import read_toml
+from thresher.shared.sae import Sae
+from thresher.train import TrainConfig, train
+from thresher.train.architectures import make_config
+from thresher.train.checkpoints.record import load_record, save_record
+from thresher.train.recipes import RunFacts, completed, settings_for, warmup_for
+
+TOPK = {"architecture": "topk", "hook_point": "h", "d_sae": 32, "k": 4, "name": "sae"}
+
+
+def settings(table, n_steps, recipe="auto"):
+    chosen = settings_for(make_config(**table), RunFacts(n_steps, 2048, 32), recipe)
+    return {key: setting.value for key, setting in chosen.items()}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, sparse_activations):
+    path = tmp_path_factory.mktemp("store") / "store"
+    with ActivationStoreWriter(path, {"h": 32}, 16, dtype="float32", codec="none") as writer:
+        writer.append({"h": sparse_activations[:3200].view(200, 16, 32).float()}, held_out=np.arange(200) % 5 == 0)
+    return path
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    return TrainConfig(
+        store=str(store), output=str(tmp_path / "out"), batch_size=128, tokens=128 * 40, device="cpu", sae=[TOPK]
+    )
+
+
+def change(config, **changes):
+    return msgspec.structs.replace(config, **changes)
+
+
+def weights(config):
+    (folder,) = train(config)
+    return (folder / "sae_weights.safetensors").read_bytes()
+
+
+def test_rates_fall_with_the_root_of_the_length_and_moments_average_over_a_tenth_of_it():
+    assert settings(TOPK, 200) == {"lr": 8e-3, "beta2": 0.95}
+    assert settings(TOPK, 50) == {"lr": 8e-3, "beta2": 0.95}
+    assert settings(TOPK, 20_000) == {"lr": 1.1e-3, "beta2": 0.999}
+    wide = TOPK | {"d_sae": 2**15}
+    assert settings(wide, 10**6)["lr"] == pytest.approx(2e-4 / math.sqrt(2), rel=0.02)  # the published rule
+    assert settings(wide, 200)["lr"] == pytest.approx(8e-3 / 4, rel=0.02)
+    assert settings(TOPK, 1000)["beta2"] == pytest.approx(1 - 1 / 100)
+    assert settings(TOPK, 1000)["lr"] == pytest.approx(8e-3 * math.sqrt(350 / 1000), rel=0.02)
+
+
+def test_what_a_table_gives_is_not_chosen():
+    assert settings(TOPK | {"lr": 1e-3}, 200) == {"beta2": 0.95}
+    assert settings(TOPK | {"lr": 1e-3, "beta2": 0.5}, 200) == {}
+    assert completed(make_config(**TOPK, lr=1e-3), {"lr": 5.0, "beta2": 0.9}).lr == 1e-3
+
+
+def test_published_settings_are_those_of_the_architecture():
+    assert settings(TOPK, 200, "published") == {}
+    assert (warmup_for(200, "published").value, warmup_for(200, "auto").value) == (1000, 10)
+    assert warmup_for(10**6, "auto").value == 1000
+
+
+def test_a_chosen_setting_trains_as_the_same_one_given(config, tmp_path):
+    given = TOPK | {"lr": 8e-3, "beta2": 0.95}
+    chosen = weights(config)
+    assert chosen == weights(change(config, output=str(tmp_path / "given"), sae=[given], warmup_steps=2))
+    assert chosen != weights(change(config, output=str(tmp_path / "published"), recipe="published"))
+    saved = read_toml(tmp_path / "out/sae/config.toml")["sae"][0]
+    assert (saved["lr"], saved["beta2"]) == (8e-3, 0.95)
+    assert Sae.load(tmp_path / "out/sae").config["lr"] == 8e-3
+
+
+def test_a_plan_says_what_was_chosen_and_why(config, capsys):
+    train(change(config, dry_run=True, sae=[TOPK, TOPK | {"name": "other", "beta2": 0.9}]))
+    out = capsys.readouterr().out
+    assert "chosen: warmup_steps = 2 (a twentieth of 40 steps, at most 1,000)" in out
+    assert "chosen: lr = 0.008 (" in out
+    assert "chosen: beta2 = 0.95 of 'sae' (averages squared gradients over 20 steps)" in out
+
+
+def test_a_run_resumes_and_continues_with_what_it_began_with(config, tmp_path, train_killed, monkeypatch):
+    whole = weights(change(config, output=str(tmp_path / "whole")))
+    longer = weights(change(config, output=str(tmp_path / "whole"), tokens=128 * 80))
+    short = change(config, checkpoint_every_tokens=128 * 10)
+    train_killed(short, 25)
+    monkeypatch.setattr("thresher.train.recipes._PEAK_LR", 1.0)  # a release that chooses otherwise
+    assert weights(short) == whole
+    assert weights(change(short, tokens=128 * 80)) == longer
+
+
+def test_a_run_of_a_release_without_recipes_keeps_published_settings(config, tmp_path):
+    old = change(config, recipe="published", warmup_steps=1000)
+    first = weights(old)
+    record, _ = load_record(tmp_path / "out")
+    assert record is not None
+    assert record.config is not None
+    record.settings = record.warmup_steps = None
+    del record.config["recipe"]
+    save_record(tmp_path / "out", record, None)
+    assert weights(config) == first  # finished: nothing is left to do
+    continued = weights(change(config, tokens=128 * 60))
+    whole = change(old, output=str(tmp_path / "whole"))
+    weights(whole)
+    assert continued == weights(change(whole, tokens=128 * 60))

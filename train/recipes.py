@@ -1,0 +1,116 @@
+"""Choose the settings that a configuration leaves open: a pure function of what a run is, with reasons.
+
+An architecture's own defaults are published ones, for runs of 10^5 steps. `recipe = "auto"` replaces them by settings
+for the run at hand, `recipe = "published"` keeps them. docs/recipes.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from .architectures.gated import GatedConfig
+from .architectures.jumprelu import JumpReLUConfig
+from .config import SaeConfig
+
+PUBLISHED_WARMUP_STEPS = 1000
+_WARMUP_SHARE = 1 / 20
+# Measured at up to 2,048 latents and 1,400 steps of 2,048 rows. From 70,000 steps on, the rate is that of the published
+# rule for TopK, 2e-4 / sqrt(d_sae / 2^14).
+_PEAK_LR, _PEAK_D_SAE = 8e-3, 2048
+_SHORTEST, _LONGEST = 350, 70_000
+_LR_SHARES = {
+    **dict.fromkeys(("topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk", "gated"), 1.0),
+    **dict.fromkeys(("standard", "transcoder", "skip_transcoder", "crosscoder"), 1.5),
+    "jumprelu": 0.5,
+}
+"""Each architecture's best rate, as a share of TopK's; one that is not here keeps its own."""
+
+C = TypeVar("C", bound=SaeConfig)
+
+
+class RunFacts(NamedTuple):
+    """What the settings of an SAE follow from, beside its table: the run's length, and the widths of its rows."""
+
+    n_steps: int
+    batch_size: int
+    d_in: int
+
+
+class Setting(NamedTuple):
+    """A chosen value, and why."""
+
+    value: Any
+    reason: str
+
+
+class Began(NamedTuple):
+    """What a run on disk began with; a run of a release that recorded no settings began with published ones."""
+
+    warmup_steps: int
+    settings: Mapping[str, Mapping[str, Any]] | None
+
+    def settings_for(self, config: SaeConfig) -> dict[str, Setting] | None:
+        """Return the settings with which an SAE began, or None for one that was not part of the run."""
+        if self.settings is None:
+            return {}
+        known = self.settings.get(str(config.name))
+        if known is None or not all(hasattr(config, key) for key in known):
+            return None
+        return {key: Setting(value, "as the run began") for key, value in known.items() if getattr(config, key) is None}
+
+
+def settings_for(config: SaeConfig, facts: RunFacts, recipe: str) -> dict[str, Setting]:
+    """Return the settings of an SAE that its table leaves open, by key; none with `recipe = "published"`."""
+    if recipe == "published":
+        return {}
+    chosen = _chosen(config, facts)
+    return {
+        key: setting for key, setting in chosen.items() if key not in config.unused and getattr(config, key) is None
+    }
+
+
+def warmup_for(n_steps: int, recipe: str) -> Setting:
+    """Return the steps over which the learning rates of a run grow, where its configuration leaves them open."""
+    if recipe == "published":
+        return Setting(PUBLISHED_WARMUP_STEPS, "published")
+    n = min(PUBLISHED_WARMUP_STEPS, max(1, round(n_steps * _WARMUP_SHARE)))
+    return Setting(n, f"a twentieth of {n_steps:,} steps, at most {PUBLISHED_WARMUP_STEPS:,}")
+
+
+def completed(config: C, settings: Mapping[str, Any]) -> C:
+    """Return a configuration with settings where it leaves them open."""
+    return msgspec.structs.replace(config, **{k: v for k, v in settings.items() if getattr(config, k, v) is None})
+
+
+def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
+    """Return what a table may leave open, whether it does or not."""
+    n_steps = facts.n_steps
+    share = _LR_SHARES.get(config.architecture)
+    if share is None or (isinstance(config, JumpReLUConfig) and config.uses_tanh):
+        return {}
+    chosen = {"lr": _rate(config, n_steps, share), "beta2": _beta2(n_steps)}
+    if isinstance(config, GatedConfig):
+        chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
+        chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
+        chosen["threshold_lr_scale"] = Setting(0.3, "beside a decoder of unit norm, biases are small")
+    return chosen
+
+
+def _rate(config: SaeConfig, n_steps: int, share: float) -> Setting:
+    """Return a learning rate that falls with the roots of the run's length and, as the published rule's, the width."""
+    length, width = min(max(n_steps, _SHORTEST), _LONGEST), max(config.d_sae, _PEAK_D_SAE)
+    found = _PEAK_LR * share * math.sqrt(_SHORTEST / length) * math.sqrt(_PEAK_D_SAE / width)
+    reason = f"{_PEAK_LR * share:g} sqrt({_SHORTEST} / {length:,} steps)"
+    if width > _PEAK_D_SAE:
+        reason += f" sqrt({_PEAK_D_SAE:,} / {width:,} latents)"
+    return Setting(float(f"{found:.2g}"), reason)
+
+
+def _beta2(n_steps: int) -> Setting:
+    """Return the decay rate with which Adam averages squared gradients over a tenth of the run."""
+    memory = min(max(n_steps / 10, 20.0), 1000.0)
+    return Setting(float(f"{1 - 1 / memory:.3g}"), f"averages squared gradients over {memory:,.0f} steps")
