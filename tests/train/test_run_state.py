@@ -448,7 +448,7 @@ def test_what_diverged_before_the_first_checkpoint_leaves_no_note(config, whole,
 
 def test_where_all_diverged_the_run_fails_and_can_be_tried_again(config, whole, capsys):
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"all SAEs diverged, 'bad' with .* start again"):
+        with pytest.raises(ConfigError, match=r"all SAEs diverged, 'bad' with .* run again"):
             train(change(config, sae=[TOPK | {"lr": 1e18}, BAD]))
     assert "its SAEs are in" not in capsys.readouterr().out
     assert weights(train(change(config, sae=[TOPK]))) == weights(whole)[:1]
