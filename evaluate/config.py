@@ -74,6 +74,14 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
             description="Number of next-token tasks for k-sparse probing, on at most `model_rows` rows; 0 for none.",
         ),
     ] = 0
+    ground_truth_rows: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Rows to draw anew from the law of a synthetic store, to compare latents with its features; "
+            "0 for none.",
+        ),
+    ] = 100_000
     feature_rows: Annotated[
         int,
         Meta(ge=0, description="Number of rows of the whole store to build the feature index from; 0 for no index."),

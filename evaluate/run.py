@@ -22,7 +22,7 @@ from .results.results import Results
 from .results.table import metrics_table, published_lines
 from .saes.names import printable
 from .saes.origin import note_lines
-from .stages import evaluate_in_model, evaluate_offline, index_features, probe, result_digests
+from .stages import compare_with_truth, evaluate_in_model, evaluate_offline, index_features, probe, result_digests
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -49,6 +49,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
 
     firings = evaluate_offline(prepared, results)
     _write(results)
+    compare_with_truth(prepared, results)
     evaluate_in_model(prepared, results)
     _write(results)
     probe(prepared, results)

@@ -15,6 +15,8 @@ from ..shared.core.errors import NonFiniteError
 from ..shared.core.version import thresher_version
 from .features.build import FeatureSettings, build_feature_index
 from .features.files import FeatureIndex
+from .ground_truth.compare import ground_truth
+from .ground_truth.store_truth import read_store_truth
 from .metrics.bootstrap import confidence_intervals, point_estimates
 from .metrics.comparison import Fired
 from .metrics.crosscoder import norm_share_columns, per_hook_metrics
@@ -22,7 +24,7 @@ from .metrics.dictionary import geometry
 from .metrics.offline import SaeSums, accumulate, offline_metrics
 from .metrics.reconstruction import InputSums
 from .prepare import Prepared
-from .results.output import latents_path, write_latents
+from .results.output import latents_path, write_latents, write_table
 from .results.provenance import provenance
 from .results.results import Results
 from .saes.digests import digest_of, sae_digest
@@ -128,6 +130,17 @@ def _not_finite(sae: EvaluatedSae, inputs: InputSums, sums: SaeSums) -> str | No
     if not all(np.isfinite(values).all() for values in sums.reconstruction.sums().values()):
         return "its latents or reconstructions of held-out rows are NaN or infinite; train it again, or leave it out"
     return None
+
+
+def compare_with_truth(prepared: Prepared, results: Results) -> None:
+    """Compare every SAE's latents with the features of a synthetic store; does nothing for another store."""
+    config, truth = prepared.config, read_store_truth(prepared.store)
+    if truth is None or config.ground_truth_rows == 0:
+        return
+    remaining = results.reuse_saved("ground_truth")
+    for name, found in ground_truth(remaining, truth.to(prepared.device), config).items():
+        results.add("ground_truth", name, found.metrics)
+        write_table(results.output / "ground_truth" / f"{results.files[name]}.parquet", found.latents)
 
 
 def evaluate_in_model(prepared: Prepared, results: Results) -> None:

@@ -16,7 +16,13 @@ Positive = Annotated[int, Meta(ge=1)]
 class HarvestConfig(Config, frozen=True, kw_only=True):
     """Configuration of one harvest."""
 
-    model: Annotated[str, Meta(description="Folder or Hugging Face id of the language model.")]
+    model: Annotated[
+        str,
+        Meta(
+            description="Folder or Hugging Face id of the language model; or synthetic:LAW for rows that are sums of "
+            "known features (docs/ground-truth.md)."
+        ),
+    ]
     hook_points: Annotated[
         list[str],
         Meta(

@@ -12,10 +12,12 @@ from ..shared.core.interrupt import Interrupt
 from ..shared.core.lazy import fast_imports
 from ..shared.core.location import StoreUrl, locate, staging_folder
 from ..shared.store.format.layout import STAGED_FOLDER
+from ..shared.synthetic.law import is_synthetic
 from .config import HarvestConfig
 from .progress import Progress
 from .reuse import check_unchanged, compare, identity
 from .steps import open_writer, print_status, print_stored, run_model, write_sources
+from .synthetic import harvest_synthetic
 
 
 def harvest(config: HarvestConfig) -> Path | StoreUrl:
@@ -25,6 +27,8 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     is resumed and ends with the same bytes as an uninterrupted one.
     """
     store = locate(config.store)
+    if is_synthetic(config.model):
+        return harvest_synthetic(config, store)
     if _needs_ranks(store, config.cache):
         silence_connection_logs()
         from .ranks.multi_process import harvest_ranks

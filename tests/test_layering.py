@@ -16,6 +16,7 @@ PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
 FLOORS = [
     "shared/core",
     "shared/core/compute",
+    "shared/synthetic",
     "shared/hub",
     "shared/model/loading",
     "shared/model/probe",
@@ -55,6 +56,7 @@ FLOORS = [
     "evaluate/config.py",
     "evaluate/saes",
     "evaluate/metrics",
+    "evaluate/ground_truth",
     "evaluate/with_model",
     "evaluate/features",
     "evaluate/results",

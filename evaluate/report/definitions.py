@@ -121,6 +121,48 @@ METRICS = (
         "",
         "Mean over live latents of the cosine between encoder column and decoder row.",
     ),
+    Metric(
+        "f1",
+        "F1",
+        "fraction",
+        "higher",
+        "Mean over latents of the harmonic mean of precision and recall, each latent taken as a detector of the true "
+        "feature whose direction is closest to its decoder row.",
+    ),
+    Metric("precision", "Precision", "fraction", "higher", "Mean share of a latent's firings where its feature fires."),
+    Metric("recall", "Recall", "fraction", "higher", "Mean share of a feature's firings where its latent fires."),
+    Metric(
+        "mcc",
+        "MCC",
+        "fraction",
+        "higher",
+        "Mean absolute cosine of decoder rows and true directions under the best one-to-one matching.",
+    ),
+    Metric(
+        "uniqueness",
+        "Uniqueness",
+        "fraction",
+        "higher",
+        "Number of features that are some latent's closest one, per latent: 1 if no two latents share one.",
+    ),
+    Metric("shrinkage", "Shrinkage", "fraction", "nearer 1", "Mean of ‖x̂‖ / ‖x‖ over the rows drawn from the law."),
+    Metric(
+        "absorption",
+        "Absorption",
+        "fraction",
+        "lower",
+        "For latents whose feature has children: the share of its firings that they miss when a child fires, minus the "
+        "share when none does.",
+    ),
+    Metric(
+        "splitting",
+        "Splitting",
+        "fraction",
+        "lower",
+        "Among features with children of which a latent exists for itself or a child: the share that has no latent of "
+        "its own.",
+    ),
+    Metric("true_l0", "True L0", "number", "", "Mean number of features that fire per row of the law."),
     Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
     Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
     Metric(

@@ -44,6 +44,11 @@ def _with_all_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row.get(key) for key in keys} for row in rows]
 
 
+def write_table(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns as a Parquet table."""
+    write_file(path, parquet_bytes(pa.table(dict(columns))))
+
+
 def latents_path(output: Path, file_name: str) -> Path:
     """Return the path of an SAE's `latents` file."""
     return output / "latents" / f"{file_name}.parquet"

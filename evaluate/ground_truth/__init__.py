@@ -1,0 +1,1 @@
+"""Compare latents with the features behind a synthetic store."""
