@@ -24,7 +24,6 @@ _BANDWIDTH = 0.001
 # The bandwidth after a start at a given L0: about a third of a threshold that few latents of unit norm exceed.
 _WIDE_BANDWIDTH = 0.5
 _FAST_LR_SCALE = 4.0
-_GAIN = 10.0
 SMALLEST_THRESHOLD = 1e-3
 # Imported thresholds are at least this, because training uses their logarithms.
 LEAST_IMPORTED_THRESHOLD = 1e-8
@@ -215,9 +214,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
     @property
     def l0_target(self) -> L0Target | None:
         """The target L0, unless a coefficient asks for the published penalty on the distance from it alone."""
-        target = super().l0_target if self.config.l0_coefficient is None else None
-        # Adam moves a threshold equally far under a large penalty: one that kept growing would not be faster.
-        return target._replace(gain=_GAIN) if target else None
+        return super().l0_target if self.config.l0_coefficient is None else None
 
     @property
     def undecayed(self) -> frozenset[str]:
