@@ -19,9 +19,10 @@ from .config import SaeConfig
 PUBLISHED_WARMUP_STEPS = 1000
 _WARMUP_SHARE = 1 / 20
 # Measured at up to 2,048 latents and 1,400 steps of 2,048 rows. From 70,000 steps on, the rate is that of the published
-# rule for TopK, 2e-4 / sqrt(d_sae / 2^14).
+# rule for TopK, 2e-4 / sqrt(d_sae / 2^14); the power of the length is the one that leads there.
 _PEAK_LR, _PEAK_D_SAE = 8e-3, 2048
-_SHORTEST, _LONGEST = 350, 70_000
+_SHORTEST, _LONGEST = 700, 70_000
+_LENGTH_POWER = 0.575
 _LR_SHARES = {
     **dict.fromkeys(("topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk", "gated"), 1.0),
     **dict.fromkeys(("standard", "transcoder", "skip_transcoder", "crosscoder"), 1.5),
@@ -101,10 +102,10 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
 
 
 def _rate(config: SaeConfig, n_steps: int, share: float) -> Setting:
-    """Return a learning rate that falls with the roots of the run's length and, as the published rule's, the width."""
+    """Return a learning rate that falls with a power of the run's length and, as the published rule's, the width."""
     length, width = min(max(n_steps, _SHORTEST), _LONGEST), max(config.d_sae, _PEAK_D_SAE)
-    found = _PEAK_LR * share * math.sqrt(_SHORTEST / length) * math.sqrt(_PEAK_D_SAE / width)
-    reason = f"{_PEAK_LR * share:g} sqrt({_SHORTEST} / {length:,} steps)"
+    found = _PEAK_LR * share * (_SHORTEST / length) ** _LENGTH_POWER * math.sqrt(_PEAK_D_SAE / width)
+    reason = f"{_PEAK_LR * share:g} ({_SHORTEST} / {length:,} steps)^{_LENGTH_POWER}"
     if width > _PEAK_D_SAE:
         reason += f" sqrt({_PEAK_D_SAE:,} / {width:,} latents)"
     return Setting(float(f"{found:.2g}"), reason)
