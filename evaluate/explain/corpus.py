@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float32, Int32, Int64
 
 from ...shared.core.errors import NonFiniteError, StoreError
 from ...shared.core.progress import progress as show_progress
+from ...shared.model.hook_points import members
 from ...shared.store import ActivationStore
 from ..features.sparse import active_latents
 from ..metrics.encoding import rows_at_a_time
 from ..metrics.held_out import HeldOut, context_spans, held_out, training_rows
-from ..saes.hook_group import concatenate, members
+from ..saes.hook_group import concatenate
 from ..saes.sae_folders import EvaluatedSae
 
 BLOCK_ROWS = 8192

@@ -18,10 +18,11 @@ from ...shared.core.disk import writing
 from ...shared.core.errors import DataError, StoreError
 from ...shared.core.paths import user_path
 from ...shared.core.progress import progress as show_progress
+from ...shared.model.hook_points import members
 from ...shared.store import ActivationStore
 from ..metrics.encoding import rows_at_a_time
 from ..saes.digests import vocabulary
-from ..saes.hook_group import concatenate, members
+from ..saes.hook_group import concatenate
 from ..saes.names import file_names
 from .contexts import BestContexts, sampling_priority
 from .files import FeatureIndex, write_index

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ...shared.model.hook_points import members
 from ...shared.sae import CrossLayerTranscoder, Sae
-from ..saes.hook_group import members
 from ..saes.sae_folders import EvaluatedSae
 from .bootstrap import point_estimates
 from .encoding import Encoded

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ...shared.core.progress import progress as show_progress
-from ..saes.hook_group import concatenate, members, width
+from ...shared.model.hook_points import members
+from ..saes.hook_group import concatenate, width
 from ..saes.sae_folders import EvaluatedSae
 from .bootstrap import confidence_intervals, point_estimates
 from .crosscoder import HookPointSums

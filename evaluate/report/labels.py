@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..saes.hook_group import group_name, members
+from ...shared.model.hook_points import group_name, members
 from .definitions import format_value
 
 

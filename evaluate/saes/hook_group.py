@@ -6,25 +6,14 @@ point's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...shared.model.hook_points import members
 from ...shared.store import ActivationStore
-
-SEPARATOR = " + "
-
-
-def group_name(hook_points: Iterable[str]) -> str:
-    """Return the name of a group of hook points."""
-    return SEPARATOR.join(hook_points)
-
-
-def members(group: str) -> list[str]:
-    """Return the hook points of a group, from its name."""
-    return group.split(SEPARATOR)
 
 
 def concatenate(activations: Mapping[str, Float[Tensor, "*batch d"]], group: str) -> Float[Tensor, "*batch d_in"]:

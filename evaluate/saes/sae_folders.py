@@ -11,13 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ...shared.core.errors import HookPointError, MissingFileError, SaeError
-from ...shared.model.hook_points import canonical_hook_point
+from ...shared.model.hook_points import canonical_hook_point, group_name, members
 from ...shared.sae import CrossLayerTranscoder, Sae
 from ...shared.sae.formats import find_saes, is_sae, natural_order, walk_saes
 from ...shared.sae.formats.files import CONFIG_NAME
 from ...shared.sae.sources import locate_source
 from ...shared.store import ActivationStore
-from .hook_group import group_name, members, width
+from .hook_group import width
 from .names import printable
 
 SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ...shared.core.errors import StoreError
 from ...shared.core.progress import progress
+from ...shared.model.hook_points import members
 from ..config import EvaluateConfig
 from ..metrics.encoding import encode
 from ..metrics.held_out import HeldOut
-from ..saes.hook_group import concatenate, members
+from ..saes.hook_group import concatenate
 from ..saes.sae_folders import EvaluatedSae
 
 SPARSITIES = (1, 2, 5, 16)

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from ...shared.core.progress import progress as show_progress
 from ...shared.model.capture import reading, splice
-from ...shared.model.hook_points import ResolvedHookPoint
+from ...shared.model.hook_points import ResolvedHookPoint, members
 from ...shared.sae import CrossLayerTranscoder
 from ..metrics.bootstrap import point_estimates
 from ..metrics.encoding import reconstruct_in_parts
 from ..metrics.held_out import HeldOut
-from ..saes.hook_group import concatenate, members
+from ..saes.hook_group import concatenate
 from ..saes.sae_folders import EvaluatedSae
 from .cross_layer_splice import Positions, replacing_all
 

@@ -8,13 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...shared.core.errors import ModelError, StoreError
 from ...shared.model.capture import check_splices
-from ...shared.model.hook_points import ResolvedHookPoint
+from ...shared.model.hook_points import ResolvedHookPoint, members
 from ...shared.model.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ...shared.model.loading.adapters import model_parts
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..config import EvaluateConfig
-from ..saes.hook_group import members
 from ..saes.sae_folders import EvaluatedSae
 from .same_model import (
     check_class,

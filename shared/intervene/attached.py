@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from ..core.errors import HookPointError, SaeError
 from ..model.capture import check_splices, resolve_hook_points
-from ..model.hook_points import ResolvedHookPoint, canonical_hook_point
+from ..model.hook_points import ResolvedHookPoint, canonical_hook_point, group_name, members
 from ..sae import CrossLayerTranscoder, Sae
+from ..sae.selection import active_entries
 
-SEPARATOR = " + "
-"""Joins the hook points of a crosscoder or cross-layer transcoder in its name."""
 _ENTRIES = 1 << 24
 """Dense latents held at a time."""
 
@@ -65,8 +64,7 @@ class Attached:
         """Return a group's latents from the rows of what it reads, side by side; with gradients if `x` has them."""
         if x.requires_grad and torch.is_grad_enabled():
             latents = self._latents(group, x)
-            m = max(1, int((latents != 0).sum(dim=1).max())) if len(latents) else 1
-            chosen = latents.detach().topk(m, dim=1, sorted=False).indices
+            _, chosen = active_entries(latents.detach())
             return Codes(latents.gather(1, chosen), chosen)
         step = max(1, _ENTRIES // self.groups[group].size)
         return _joined([self._sparse(group, rows) for rows in x.split(step)] or [self._sparse(group, x)])
@@ -79,9 +77,7 @@ class Attached:
     def _sparse(self, group: int, x: Tensor) -> Codes:
         if not isinstance(self.sae, CrossLayerTranscoder):
             return Codes(*self.sae.encode_sparse(x))
-        latents = self.sae.encode_layer(group, x)
-        m = max(1, int((latents > 0).sum(dim=1).max())) if len(latents) else 1
-        return Codes(*latents.topk(m, dim=1, sorted=False))
+        return Codes(*active_entries(self.sae.encode_layer(group, x)))
 
     def decoder(self, group: int, write: int) -> Float[Tensor, "d_sae d_out"] | None:
         """Return what each latent of a group writes to a hook point; None if they do not write there."""
@@ -113,6 +109,13 @@ class Attached:
                 part = nn.functional.embedding_bag(latents, decoder, mode="sum", per_sample_weights=values)
                 total = part if total is None else total + part
         return self.bias(write) if total is None else total + self.bias(write)
+
+    def reconstruct(
+        self, codes: Mapping[int, Codes], write: int, reads: Mapping[int, Float[Tensor, "rows d"]]
+    ) -> Float[Tensor, "rows d_out"]:
+        """Return `decode` plus the skip path, if there is one."""
+        x_hat, skipped = self.decode(codes, write), self.skip(write, reads)
+        return x_hat if skipped is None else x_hat + skipped
 
     def locate(self, latent: int) -> tuple[int, int]:
         """Return the group of a latent and its number in it."""
@@ -158,12 +161,12 @@ def sae_key(sae: Sae) -> str:
     """
     if not sae.hook_point:
         raise SaeError("this SAE names no hook point; give saes = {hook_point: sae}")
-    return SEPARATOR.join(canonical_hook_point(name) for name in sae.reads)
+    return group_name(canonical_hook_point(name) for name in sae.reads)
 
 
 def _reads(key: str, sae: Sae) -> Sequence[str]:
     """Return the hook points that an SAE reads under the name `key`, which must be one of them, or all joined."""
-    asked = [canonical_hook_point(name) for name in key.split(SEPARATOR)]
+    asked = [canonical_hook_point(name) for name in members(key)]
     own = [canonical_hook_point(name) for name in sae.reads if name]
     if not own:
         if len(asked) * _width(sae) != sae.d_in:

@@ -102,9 +102,7 @@ class Run:
         one, recorded = self._attached[number], self._sites[number]
         parts = []
         for at, rows in sorted(recorded.writes.items()):
-            x_hat = one.decode(recorded.clean, at)
-            skipped = one.skip(at, recorded.reads)
-            x_hat = x_hat if skipped is None else x_hat + skipped
+            x_hat = one.reconstruct(recorded.clean, at, recorded.reads)
             error = rows.to(x_hat.dtype) - x_hat
             whole = error.new_zeros(*self.tokens.shape, error.shape[1])
             whole[self.usable.to(error.device)] = error

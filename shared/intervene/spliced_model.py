@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..core.errors import HookPointError, InterventionError, ModelError
 from ..model.capture import check_splices, resolve_hook_points
-from ..model.hook_points import canonical_hook_point
+from ..model.hook_points import canonical_hook_point, group_name, members
 from ..model.language_model import is_encoder, load_model, load_tokenizer
 from ..model.loading.context_limit import context_limit
 from ..sae import Sae
-from .attached import SEPARATOR, Attached, attach, check_latent, sae_key
+from .attached import Attached, attach, check_latent, sae_key
 from .edits import Edit, Fires
 from .run import Run
 from .splicer import DirectionEdit, ErrorTerm, LatentEdit, Splicer, Texts
@@ -279,7 +279,7 @@ class SplicedModel:
 
 
 def _key(name: str) -> str:
-    return SEPARATOR.join(canonical_hook_point(part) for part in name.split(SEPARATOR))
+    return group_name(canonical_hook_point(part) for part in members(name))
 
 
 def _loaded(sae: Sae | str | Path) -> Sae:

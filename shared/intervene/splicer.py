@@ -305,9 +305,7 @@ class Splicer:
     def _without_error(self, site: int, at: int, activation: Tensor) -> Tensor:
         """Return the activation with the reconstruction in its place at every token that the SAE reads."""
         one, recorded = self.attached[site], self.sites[site]
-        x_hat = one.decode(recorded.codes, at)
-        skipped = one.skip(at, recorded.reads)
-        x_hat = x_hat if skipped is None else x_hat + skipped
+        x_hat = one.reconstruct(recorded.codes, at, recorded.reads)
         new = activation.clone()
         new[self.usable.to(new.device)] = x_hat.to(new)
         return new

@@ -39,6 +39,8 @@ KINDS = (
     "mlp_branch", "mlp_in_normalized", "mlp_in", "mlp_out",
 )  # fmt: skip
 
+_GROUP_SEPARATOR = " + "
+
 _TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
@@ -97,3 +99,13 @@ def unique_canonical(names: Iterable[str]) -> list[str]:
     if not canonical:
         raise HookPointError("no hook points given; name at least one, such as 'blocks.0.resid_post'")
     return canonical
+
+
+def group_name(hook_points: Iterable[str]) -> str:
+    """Return the name of a group of hook points, such as a crosscoder's; that of a group of one is its hook point's."""
+    return _GROUP_SEPARATOR.join(hook_points)
+
+
+def members(group: str) -> list[str]:
+    """Return the hook points of a group, from its name."""
+    return group.split(_GROUP_SEPARATOR)

@@ -167,15 +167,6 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
             raise SaeError("the k largest latents of all layers cannot be chosen from what one layer reads")
         return activations.topk(pre_acts, int(self.config["k"]))
 
-    def encode_sparse(
-        self, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, "batch m"], Int64[Tensor, "batch m"]]:
-        """Return the active latents of each row and their indices, padded with zeros to the widest row."""
-        latents = self.encode(x)
-        widest = int((latents > 0).sum(dim=-1).max()) if len(latents) else 0
-        top_acts, top_indices = latents.topk(max(widest, 1), dim=-1, sorted=False)
-        return top_acts, top_indices
-
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstructions of all targets."""
         flat = latents.reshape(-1, self.d_sae)

@@ -17,7 +17,7 @@ from ..model.hook_points import canonical_hook_point
 from . import activations
 from .formats import SaeParts, find_format, read_sae
 from .formats.kinds import find_kind
-from .selection import largest
+from .selection import active_entries, largest
 from .sources import locate_source
 
 MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
@@ -226,10 +226,7 @@ class Sae(nn.Module):
         if self.selection == "topk":
             top_acts, top_indices = largest(self.pre_activations(x), int(self.config["k"]))
             return top_acts.relu(), top_indices
-        latents = self.encode(x)
-        widest = int((latents > 0).sum(dim=-1).max()) if len(latents) else 0
-        top_acts, top_indices = latents.topk(max(widest, 1), dim=-1, sorted=False)
-        return top_acts, top_indices
+        return active_entries(self.encode(x))
 
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction; a skip transcoder's skip path is `forward`'s."""

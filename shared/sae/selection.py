@@ -1,7 +1,8 @@
-"""The k largest pre-activations of each row on a CPU, by the maxima of groups of latents.
+"""Which latents of each row are kept: the k largest pre-activations, or those that are active.
 
-`torch.topk` partitions whole rows, which costs nearly as much as the encoder's product. The k-th largest of 2k group
-maxima is a floor that at least k entries reach. One comparison with it leaves about 1.4 k candidates per row.
+On a CPU the k largest are found by the maxima of groups of latents. `torch.topk` partitions whole rows, which costs
+nearly as much as the encoder's product. The k-th largest of 2k group maxima is a floor that at least k entries reach.
+One comparison with it leaves about 1.4 k candidates per row.
 """
 
 from __future__ import annotations
@@ -44,3 +45,12 @@ def largest(
     latents.view(-1)[place] = flat - torch.from_numpy(row) * d_sae
     chosen = padded.topk(k, dim=1, sorted=False)
     return chosen.values, latents.gather(1, chosen.indices)
+
+
+def active_entries(
+    latents: Float[Tensor, "batch d_sae"],
+) -> tuple[Float[Tensor, "batch m"], Int64[Tensor, "batch m"]]:
+    """Return the active latents of each row and their indices, padded with zeros to the widest row, at least one."""
+    widest = int((latents > 0).sum(dim=-1).max()) if len(latents) else 0
+    found = latents.topk(max(widest, 1), dim=-1, sorted=False)
+    return found.values, found.indices
