@@ -20,6 +20,8 @@ from .errors import ConfigError, ThresherError
 from .version import thresher_version
 
 USAGE_ERROR = 2
+FAULTS_FOUND = 1
+"""Exit code of a command that checked something and found faults."""
 PARTLY_FAILED = 3
 """Exit code of a stage in which some SAEs failed and others finished."""
 _SWITCH_AFTER_SECONDS = 2e-4

@@ -128,6 +128,23 @@ def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
                 _check_table(value, fields[key], f"{where}: [[{key}]]")
 
 
+def action_config(cls: type[C], arguments: list[str], names: tuple[str, ...], missing: str, unexpected: str) -> C:
+    """Return the configuration of a command's action, whose first arguments are the values of `names`.
+
+    Raises:
+        ConfigError: one of them is missing, with the text `missing`; or something else than options follows them, with
+            `unexpected`, what was expected instead.
+    """
+    given = arguments[: len(names)]
+    if len(given) < len(names) or any(argument.startswith("-") for argument in given):
+        raise ConfigError(missing)
+    other, options = parse_arguments(cls, arguments[len(names) :])
+    if other is not None:
+        raise ConfigError(f"unexpected '{other}'; expected {unexpected}")
+    values: dict[str, Any] = dict(zip(names, given, strict=True))
+    return to_config(cls, values | options, _COMMAND_LINE)
+
+
 def parse_arguments(cls: type[Config], arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the config file that a command line names, if any, and its overrides.
 

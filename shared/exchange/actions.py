@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from msgspec import Meta
 
-from ..core.config import Config, parse_arguments, to_config
+from ..core.cli import FAULTS_FOUND
+from ..core.config import Config, action_config
 from ..core.errors import ConfigError, MissingFileError
 from ..core.paths import user_path
 from ..sae.formats import SaeFormat, walk_saes
 from ..sae.sources import locate_source
-
-FAULTS_FOUND = 1
 
 
 class SourceConfig(Config, frozen=True):
@@ -66,14 +65,8 @@ def run_command(arguments: list[str]) -> int:
 
 def _options(cls: type[C], arguments: list[str], action: str, *names: str) -> C:
     """Return the configuration of an action, whose first arguments are the values of `names`."""
-    given = arguments[: len(names)]
-    if len(given) < len(names) or any(argument.startswith("-") for argument in given):
-        raise ConfigError(f"`thresher sae {action}` needs {' and '.join(names)} first; see thresher sae --help")
-    other, options = parse_arguments(cls, arguments[len(names) :])
-    if other is not None:
-        raise ConfigError(f"unexpected '{other}'; expected options, --key value")
-    values: dict[str, Any] = dict(zip(names, given, strict=True))
-    return to_config(cls, values | options, "command line")
+    missing = f"`thresher sae {action}` needs {' and '.join(names)} first; see thresher sae --help"
+    return action_config(cls, arguments, names, missing, "options, --key value")
 
 
 def found_saes(source: str) -> tuple[Path, list[tuple[SaeFormat, Path]]]:

@@ -10,12 +10,11 @@ import numpy as np
 from msgspec import Meta
 from tqdm import tqdm
 
-from ...core.config import Config, parse_arguments, to_config
+from ...core.cli import FAULTS_FOUND
+from ...core.config import Config, action_config
 from ...core.errors import ConfigError, ModelError, StoreError
 from ..format.layout import ITEM_BYTES, arrays_of
 from .reader import ActivationStore
-
-FAULTS_FOUND = 1
 
 
 class StoreConfig(Config, frozen=True):
@@ -38,12 +37,8 @@ def run_command(arguments: list[str]) -> int:
     known: dict[str, type[StoreConfig]] = {"info": StoreConfig, "verify": StoreConfig, "sample": SampleConfig}
     if action not in known:
         raise ConfigError(f"no action '{action}'; expected one of: {', '.join(known)}, push, pull")
-    if not rest or rest[0].startswith("-"):
-        raise ConfigError(f"`thresher store {action}` needs the path of a store")
-    other, options = parse_arguments(known[action], rest[1:])
-    if other is not None:
-        raise ConfigError(f"unexpected '{other}'; expected one store and options, --key value")
-    config = to_config(known[action], {"path": rest[0]} | options, "command line")
+    missing = f"`thresher store {action}` needs the path of a store"
+    config = action_config(known[action], rest, ("path",), missing, "one store and options, --key value")
     store = ActivationStore.open(config.path, verify="always")
     if action == "verify":
         return verify(store)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from ...core.config import Config, parse_arguments, to_config
+from ...core.config import Config, action_config
 from ...core.errors import ConfigError
 from ...core.paths import user_path
 from .pull import pull_store
@@ -30,12 +30,8 @@ def run_command(arguments: list[str]) -> int:
             raise ConfigError("`thresher store pull` needs hf://datasets/USER/NAME and a folder")
         lines = pull_store(rest[0], user_path(rest[1]))
     else:
-        if not rest or rest[0].startswith("-"):
-            raise ConfigError("`thresher store push` needs the folder of a store first")
-        other, options = parse_arguments(PushConfig, rest[1:])
-        if other is not None:
-            raise ConfigError(f"unexpected '{other}'; expected one store and options, --key value")
-        config = to_config(PushConfig, {"store": rest[0]} | options, "command line")
+        missing = "`thresher store push` needs the folder of a store first"
+        config = action_config(PushConfig, rest, ("store",), missing, "one store and options, --key value")
         lines = push_store(user_path(config.store), config.repo, config.license, config.private)
     print("\n".join(lines))
     return 0
