@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..shared.core.config import to_toml
 from ..shared.core.location import StoreUrl, locate
@@ -38,26 +38,36 @@ def open_writer(
     from .plan import metadata_of
 
     metadata = metadata_of(config, identity, plan)
+    return make_writer(config, plan.widths, metadata, make, roles=plan.rules.keeps_roles, keep_contexts=n_kept)
+
+
+def make_writer(
+    config: HarvestConfig,
+    widths: Mapping[str, int],
+    metadata: dict[str, Any],
+    make: Callable[..., Writer],
+    **more: Any,
+) -> Writer:
+    """Make the writer of a store with a harvest's settings, and the metadata of the store that is there, if any."""
     store = locate(config.store)
     existing = find_manifest(store)
     if existing is not None:
         metadata = resumed_metadata(store, existing.header, metadata)
     return make(
         config.store,
-        plan.widths,
+        widths,
         config.context_size,
         dtype=config.dtype,
         codec=config.codec,
         codec_level=config.codec_level,
-        mask_token_ids=metadata["mask_token_ids"],
+        mask_token_ids=metadata.get("mask_token_ids", ()),
         metadata=metadata,
         chunk_bytes=config.chunk_bytes,
         shard_bytes=config.shard_bytes,
         n_contexts=config.n_contexts,
         threads=config.threads,
-        roles=plan.rules.keeps_roles,
         cache=config.cache,
-        keep_contexts=n_kept,
+        **more,
     )
 
 

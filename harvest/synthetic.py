@@ -23,7 +23,8 @@ from ..shared.synthetic.law import HOOK_POINT, SyntheticLaw, find_law
 from .config import HarvestConfig
 from .estimate import human_bytes
 from .progress import Progress
-from .reuse import compare, find_manifest, resumed_metadata
+from .reuse import compare, find_manifest
+from .steps import make_writer, print_status
 from .tokens.holdout import is_held_out
 
 if TYPE_CHECKING:
@@ -56,21 +57,19 @@ def harvest_synthetic(config: HarvestConfig, store: Path | StoreUrl) -> Path | S
     _check_settings(config)
     wanted = _identity(config, law)
     status = compare(store, wanted)
-    for note in status.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_status(store, status)
     if status.complete:
-        print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
         return store
     from ..shared.core.compute.device import choose_device, make_current
     from ..shared.synthetic.sampler import Sampler
-    from ..shared.synthetic.truth import TRUTH_FILE, make_truth
+    from ..shared.synthetic.truth import TRUTH_FILE, make_truth, truth_digest
 
     device = choose_device(config.device)
     make_current(device)
     truth = make_truth(law)
     content = truth.to_bytes()
     sampler = Sampler(truth.to(device))
-    with Interrupt() as interrupt, _open_writer(config, store, wanted, law, _digest(content)) as writer:
+    with Interrupt() as interrupt, _open_writer(config, store, wanted, law, truth_digest(content)) as writer:
         writer.write_beside("harvest.toml", to_toml(config))
         writer.write_beside(TRUTH_FILE, content)
         with Progress(writer, config.context_size, config.n_contexts, writer.n_committed_contexts) as progress:
@@ -107,12 +106,13 @@ def _identity(config: HarvestConfig, law: SyntheticLaw) -> dict[str, Any]:
     """Return what determines the rows, as a harvest of a model records it."""
     settings = msgspec.to_builtins(config)
     keys = {key: settings[key] for key in _RECORDED if settings[key] is not None}
-    content = {"weights": f"law {_digest(msgspec.json.encode([SAMPLER_VERSION, law]))}"}
+    digest = hashlib.blake2b(msgspec.json.encode([SAMPLER_VERSION, law]), digest_size=16).hexdigest()
+    content = {"weights": f"law {digest}"}
     return keys | {"batch_size": config.batch_size, "content": content}
 
 
 def _open_writer(
-    config: HarvestConfig, store: Path | StoreUrl, wanted: dict[str, Any], law: SyntheticLaw, truth_digest: str
+    config: HarvestConfig, store: Path | StoreUrl, wanted: dict[str, Any], law: SyntheticLaw, digest: str
 ) -> ActivationStoreWriter:
     from ..shared.store import ActivationStoreWriter
 
@@ -123,29 +123,13 @@ def _open_writer(
         "holdout_fraction": config.holdout_fraction,
         "seed": config.seed,
         "law": msgspec.to_builtins(law),
-        "truth_digest": truth_digest,
+        "truth_digest": digest,
         "certificate": {"hook_points": {}},
         "harvest": wanted,
     }
-    existing, keep = find_manifest(store), None
-    if existing is not None:
-        metadata = resumed_metadata(store, existing.header, metadata)
-        keep = existing.n_contexts
-    return ActivationStoreWriter(
-        store,
-        {HOOK_POINT: law.d_in},
-        config.context_size,
-        dtype=config.dtype,
-        codec=config.codec,
-        codec_level=config.codec_level,
-        metadata=metadata,
-        chunk_bytes=config.chunk_bytes,
-        shard_bytes=config.shard_bytes,
-        n_contexts=config.n_contexts,
-        threads=config.threads,
-        cache=config.cache,
-        keep_contexts=keep,
-    )
+    existing = find_manifest(store)
+    keep = None if existing is None else existing.n_contexts
+    return make_writer(config, {HOOK_POINT: law.d_in}, metadata, ActivationStoreWriter, keep_contexts=keep)
 
 
 def _batches(
@@ -176,10 +160,6 @@ def _batches(
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _seed(*parts: object) -> int:

@@ -43,11 +43,12 @@ def ground_truth(saes: Sequence[EvaluatedSae], truth: Truth, config: EvaluateCon
     matches = {sae.name: match_features(sae.sae, truth) for sae in saes}
     counts: dict[str, list[dict[str, np.ndarray]]] = {sae.name: [] for sae in saes}
     n_rows = -(-config.ground_truth_rows // GROUPS)
+    parent = truth.forest.parent.to(truth.vectors.device)
     with show_progress(total=GROUPS * n_rows, unit="row", unit_scale=True, desc="ground truth") as progress:
         for group in range(GROUPS):
             firing = sampler.fire(n_rows, SEED + group)
             x = sampler.activations(firing, n_rows)
-            features = _Features.of(firing, n_rows, truth)
+            features = _Features.of(firing, n_rows, parent)
             for sae in saes:
                 counts[sae.name].append(_count(sae.sae, x, features, matches[sae.name]))
             progress.update(n_rows)
@@ -63,14 +64,14 @@ class _Features(NamedTuple):
     n_with_child: Int64[Tensor, " n_features"]
 
     @classmethod
-    def of(cls, firing: Firing, n_rows: int, truth: Truth) -> _Features:
-        n_features = truth.law.n_features
+    def of(cls, firing: Firing, n_rows: int, parent: Int64[Tensor, " n_features"]) -> _Features:
+        n_features = len(parent)
         fires = torch.zeros(n_rows, n_features, dtype=torch.bool, device=firing.row.device)
         with_child = torch.zeros_like(fires)
         fires[firing.row, firing.feature] = True
-        parent = truth.forest.parent.to(firing.row.device)[firing.feature]
-        has_parent = parent >= 0
-        with_child[firing.row[has_parent], parent[has_parent]] = True
+        parents_of_firing = parent[firing.feature]
+        has_parent = parents_of_firing >= 0
+        with_child[firing.row[has_parent], parents_of_firing[has_parent]] = True
         parents = with_child.nonzero()[:, 1]
         return cls(
             fires,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from ...shared.core.errors import StoreError
 from ...shared.store import ActivationStore
-from ...shared.synthetic.truth import TRUTH_FILE, Truth, read_truth
+from ...shared.synthetic.truth import TRUTH_FILE, Truth, read_truth, truth_digest
 
 
 def read_store_truth(store: ActivationStore) -> Truth | None:
@@ -20,6 +18,6 @@ def read_store_truth(store: ActivationStore) -> Truth | None:
     content = store.files.content(TRUTH_FILE)
     if content is None:
         raise StoreError(f"the store '{store.path}' is damaged: '{TRUTH_FILE}' is missing; harvest it again")
-    if hashlib.blake2b(content, digest_size=16).hexdigest() != digest:
+    if truth_digest(content) != digest:
         raise StoreError(f"the store '{store.path}' is damaged: '{TRUTH_FILE}' does not have its digest")
     return read_truth(law, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -66,6 +67,11 @@ class Truth(NamedTuple):
         """Return the content of the file that is kept beside a store."""
         tensors: dict[str, Tensor] = dict(zip(self._fields[1:], self[1:], strict=True))
         return save(tensors)
+
+
+def truth_digest(content: bytes) -> str:
+    """Return the digest of the file's content that the metadata of a store keeps."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_truth(law: Mapping[str, Any], content: bytes) -> Truth:
