@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
-from ..metrics.bootstrap import CONFIDENCE
+from ..metrics.bootstrap import CONFIDENCE, resampling_weights
 from .corpus import Corpus, Firings
 from .rules import Rule, predicted
 from .samples import Sample
@@ -76,8 +76,7 @@ class ScoreSums:
         n_groups = len(self.sums["n"])
         weights = np.zeros((0, n_groups))
         if n_samples and n_groups > 1:
-            rng = np.random.default_rng(seed)
-            weights = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_samples).astype(np.float64)
+            weights = resampling_weights(n_groups, n_samples, seed)
         tail = (1 - CONFIDENCE) / 2
         bounds = {name: np.full((2, len(totals["n"])), np.nan) for name in found}
         for start in range(0, len(totals["n"]), 256) if len(weights) else ():

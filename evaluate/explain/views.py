@@ -141,9 +141,7 @@ def build_views(corpus: Corpus, texts: TokenTexts) -> list[View]:
         View("second after", before(token, 2), len(ids), lambda i: f"the second token after {plain(alone[i])}"),
         View("third after", before(token, 3), len(ids), lambda i: f"the third token after {plain(alone[i])}"),
     ]
-    views.append(_pairs(views[5], views[0], alone))
-    shape_value = views[4].value
-    views.append(_shape_after(views[5], shape_value, views[4], alone))
+    views += [_after("pair", views[5], views[0], alone), _after("kind after", views[5], views[4], alone)]
     views.append(_positions(corpus))
     views.append(_lines(token, alone, within))
     views += _surroundings(read_surroundings(token, alone, size))
@@ -176,34 +174,19 @@ def _near(token: np.ndarray, alone: Sequence[str], reach: int) -> View:
     return View(f"near {reach}", token, len(alone), lambda i: f"the {reach} tokens after {plain(alone[i])}", reach)
 
 
-def _pairs(previous: View, token: View, alone: Sequence[str]) -> View:
-    """Return the view of a token together with the one before it, for pairs that occur more than once."""
-    key = np.where(previous.value >= 0, previous.value * token.n_values + token.value, -1)
+def _after(name: str, previous: View, here: View, alone: Sequence[str]) -> View:
+    """Return the view of a value of `here` together with the token before it, for pairs that occur more than once."""
+    key = np.where((previous.value >= 0) & (here.value >= 0), previous.value * here.n_values + here.value, -1)
     known, number, count = np.unique(key, return_inverse=True, return_counts=True)
     often = (count > 1) & (known >= 0)
     value = np.where(often, np.cumsum(often) - 1, -1)[number]
     kept = known[often]
 
     def describe(i: int) -> str:
-        first, second = divmod(int(kept[i]), token.n_values)
-        return f"{plain(alone[second])} after {plain(alone[first])}"
+        first, second = divmod(int(kept[i]), here.n_values)
+        return f"{here.describe(second)} after {plain(alone[first])}"
 
-    return View("pair", value, len(kept), describe)
-
-
-def _shape_after(previous: View, shapes: np.ndarray, names: View, alone: Sequence[str]) -> View:
-    """Return the view of a token's kind together with the token before it."""
-    key = np.where((previous.value >= 0) & (shapes >= 0), previous.value * names.n_values + shapes, -1)
-    known, number, count = np.unique(key, return_inverse=True, return_counts=True)
-    often = (count > 1) & (known >= 0)
-    value = np.where(often, np.cumsum(often) - 1, -1)[number]
-    kept = known[often]
-
-    def describe(i: int) -> str:
-        first, second = divmod(int(kept[i]), names.n_values)
-        return f"{names.describe(second)} after {plain(alone[first])}"
-
-    return View("kind after", value, len(kept), describe)
+    return View(name, value, len(kept), describe)
 
 
 def _positions(corpus: Corpus) -> View:

@@ -30,9 +30,7 @@ def confidence_intervals(metrics: Metrics, sums: Sums, n_samples: int, seed: int
     occupied = np.flatnonzero(has_rows)
     if n_samples == 0 or len(occupied) < 2:
         return {}
-    rng = np.random.default_rng(seed)
-    shares = np.full(len(occupied), 1 / len(occupied))
-    weights = rng.multinomial(len(occupied), shares, size=n_samples).astype(np.float64)
+    weights = resampling_weights(len(occupied), n_samples, seed)
     resampled = {name: weights @ value[occupied] for name, value in sums.items()}
     tail = (1 - CONFIDENCE) / 2
     intervals = {}
@@ -42,6 +40,12 @@ def confidence_intervals(metrics: Metrics, sums: Sums, n_samples: int, seed: int
             low, high = np.quantile(values, [tail, 1 - tail])
             intervals[name] = (float(low), float(high))
     return intervals
+
+
+def resampling_weights(n_groups: int, n_samples: int, seed: int) -> Float[np.ndarray, "samples groups"]:
+    """Return how often each group is drawn in each of `n_samples` resamples with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_samples).astype(np.float64)
 
 
 def finite_or_none(value: float) -> float | None:
