@@ -84,6 +84,12 @@ def check_top_k(k: int, d_sae: int, where: str) -> None:
         raise SaeError(f"{where} is damaged: k is {k}, expected 1 to d_sae = {d_sae}")
 
 
+def encoder_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return d_in and d_sae of an encoder `[d_in, d_sae]`; zeros, which `check_tensors` refuses, if it is no matrix."""
+    shape = tensors["W_enc"].shape
+    return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
+
+
 def check_tensors(
     architecture: str, tensors: Mapping[str, Tensor], sizes: tuple[int, int, int], where: str, described_by: str
 ) -> None:

@@ -17,7 +17,7 @@ from ....core.disk import replacing
 from ....core.errors import SaeError
 from ..folding import as_jumprelu, plain, require, subtracting_b_dec
 from ..format import SaeFormat
-from ..parts import SaeParts, check_tensors, take
+from ..parts import SaeParts, check_tensors, encoder_shape, take
 from ..reading import read_npz
 
 WEIGHTS_NAME = "params.npz"
@@ -48,7 +48,7 @@ def read(folder: Path) -> SaeParts:
     tensors = read_npz(folder / WEIGHTS_NAME, where)
     tensors = {f"W_{name[2:]}" if name.startswith("w_") else name: tensor for name, tensor in tensors.items()}
     tensors = take(tensors, {name: name for name in _NAMES}, (), where)
-    d_in, d_sae = tensors["W_enc"].shape if tensors["W_enc"].ndim == 2 else (0, 0)
+    d_in, d_sae = encoder_shape(tensors)
     check_tensors("jumprelu", tensors, (d_in, d_sae, d_in), where, f"W_enc in {WEIGHTS_NAME}")
     parts = SaeParts("jumprelu", tensors, "", {"apply_b_dec_to_input": False}, {})
     return _placed(parts, folder)

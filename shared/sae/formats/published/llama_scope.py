@@ -18,7 +18,7 @@ from ....core.errors import SaeError
 from ....model.hook_points import canonical_hook_point
 from ..format import SaeFormat
 from ..kinds import Kind
-from ..parts import SaeParts, check_known, check_tensors, flag, mapping, take, text
+from ..parts import SaeParts, check_known, check_tensors, encoder_shape, flag, mapping, take, text
 from ..reading import read_json, read_safetensors
 from .norm_factors import fold_norms, positive, weighted_threshold
 
@@ -86,7 +86,7 @@ def read(folder: Path) -> SaeParts:
     writes = writes or reads
     transcodes = writes != reads
     kind = Kind("jumprelu", "transcoder" if transcodes else "sae")
-    d_in, d_sae = taken["W_enc"].shape if taken["W_enc"].ndim == 2 else (0, 0)
+    d_in, d_sae = encoder_shape(taken)
     check_tensors(kind.name, taken, (d_in, d_sae, taken["W_dec"].shape[-1]), where, "encoder.weight")
     if flag(config, "sparsity_include_decoder_norm", where, not old):
         taken["threshold"] = weighted_threshold(taken["threshold"], taken["W_dec"])

@@ -25,7 +25,7 @@ from ..files import saelens_hook_name
 from ..folding import plain, require, subtracting_b_dec
 from ..format import SaeFormat
 from ..kinds import Kind
-from ..parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, take, text
+from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, flag, integer, take, text
 from ..reading import read_json, read_safetensors
 from .norm_factors import fold_norms, positive, weighted_threshold
 
@@ -99,7 +99,7 @@ def _read_sae(config: Mapping[str, Any], tensors: dict[str, Tensor], selection: 
         taken["threshold"] = taken["threshold"].exp()
     transcodes = hooks[0] != hooks[1]
     kind = Kind(selection, "transcoder" if transcodes else "sae")
-    d_in, d_sae = taken["W_enc"].shape if taken["W_enc"].ndim == 2 else (0, 0)
+    d_in, d_sae = encoder_shape(taken)
     check_tensors(kind.name, taken, (d_in, d_sae, taken["W_dec"].shape[-1]), where, "W_E")
     own: dict[str, Any] = {"apply_b_dec_to_input": False}
     folded: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....core.errors import SaeError
 from ..format import SaeFormat
-from ..parts import SaeParts, check_known, check_tensors, check_top_k, take
+from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, take
 from ..reading import read_torch_archive
 
 _ENDINGS = (".pt", ".pth")
@@ -72,7 +72,7 @@ def read(path: Path) -> SaeParts:
 
 def _checked(architecture: str, taken: dict[str, Tensor], where: str) -> int:
     """Check the shapes and return d_sae."""
-    d_in, d_sae = taken["W_enc"].shape if taken["W_enc"].ndim == 2 else (0, 0)
+    d_in, d_sae = encoder_shape(taken)
     check_tensors(architecture, taken, (d_in, d_sae, d_in), where, "the encoder")
     return d_sae
 
