@@ -28,6 +28,7 @@ def write_page(path: Path, kind: Kind, title: str, model: str, found: Mapping[st
             model=model,
             found=found,
             version=thresher_version(),
+            has_folder=False,
             style=asset("report.css") + Markup(_own("page.css")),
             script=Markup("\n").join([*map(asset, REPORT_SCRIPTS), Markup(_own(f"{kind}.js"))]),
             data=json_for_script(found),

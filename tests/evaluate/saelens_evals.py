@@ -5,15 +5,17 @@ usage: saelens_evals.py MODEL_FOLDER TOKENS.npy MASKED_TOKEN OUTPUT.json SAE_FOL
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from sae_lens import SAE
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import GPT2LMHeadModel
+from transformer_lens import HookedTransformer
+
+sys.path.append(str(Path(__file__).parents[1]))
+from hooked_gpt2 import hooked_gpt2
 
 
 class StoredTokens:
@@ -34,34 +36,10 @@ class StoredTokens:
         self.next = 0
 
 
-def hooked_gpt2(folder):
-    """TransformerLens's model with a Hugging Face GPT-2's weights, unprocessed."""
-    source = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-    hf = source.config
-    config = HookedTransformerConfig(
-        n_layers=hf.n_layer,
-        d_model=hf.n_embd,
-        n_ctx=hf.n_positions,
-        d_head=hf.n_embd // hf.n_head,
-        n_heads=hf.n_head,
-        d_mlp=4 * hf.n_embd,
-        d_vocab=hf.vocab_size,
-        act_fn="gelu_new",
-        eps=hf.layer_norm_epsilon,
-        normalization_type="LN",
-        model_name="gpt2",
-        seed=0,
-    )
-    model = HookedTransformer(config)
-    plain = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
-    model.load_and_process_state_dict(convert_gpt2_weights(source, config), **plain)
-    return model.eval()
-
-
 def main(model_folder, tokens_file, masked, output, *folders):
     """Evaluate every SAE on all tokens, in one batch and in batches of two contexts."""
     torch.set_grad_enabled(False)
-    model = hooked_gpt2(model_folder)
+    model = hooked_gpt2(HookedTransformer, model_folder)
     tokens = np.load(tokens_file)
     results = {}
     for folder in folders:

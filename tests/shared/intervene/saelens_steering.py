@@ -4,35 +4,17 @@ usage: saelens_steering.py MODEL_FOLDER SAE_FOLDER TOKENS.npy LATENT OUTPUT.npz
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from sae_lens import SAE, HookedSAETransformer
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import GPT2LMHeadModel
+
+sys.path.append(str(Path(__file__).parents[2]))
+from hooked_gpt2 import hooked_gpt2
 
 folder, sae_folder, tokens, latent, output = sys.argv[1:]
-source = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-hf = source.config
-config = HookedTransformerConfig(
-    n_layers=hf.n_layer,
-    d_model=hf.n_embd,
-    n_ctx=hf.n_positions,
-    d_head=hf.n_embd // hf.n_head,
-    n_heads=hf.n_head,
-    d_mlp=4 * hf.n_embd,
-    d_vocab=hf.vocab_size,
-    act_fn="gelu_new",
-    eps=hf.layer_norm_epsilon,
-    normalization_type="LN",
-    model_name="gpt2",
-    seed=0,
-)
-model = HookedSAETransformer(config)
-plain = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
-model.load_and_process_state_dict(convert_gpt2_weights(source, config), **plain)
-model.eval()
+model = hooked_gpt2(HookedSAETransformer, folder)
 sae = SAE.load_from_disk(sae_folder)
 sae.use_error_term = True
 model.add_sae(sae)
