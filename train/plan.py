@@ -200,7 +200,7 @@ def _memory(
         sae_memory(
             architecture,
             config.compute_dtype,
-            "fused" if fuses and architecture.fused_options(1.0, 1) else "cpu" if on_cpu and not together else "ops",
+            "fused" if fuses and architecture.fused_options(1.0, 1) else "cpu" if on_cpu else "ops",
             n_shards,
         )
         for architecture in architectures.values()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..kernels.across import Across
 from ..kernels.backend import Backend
 from ..kernels.capacity import EntryCapacity
 from ..kernels.gradient import Gradient
@@ -55,17 +56,13 @@ class L0Target(NamedTuple):
     gain: float = 40.0
 
 
-class Collectives:
+class Collectives(Across):
     """Reductions over the ranks that train one SAE together. This base class is for a single rank.
 
     An architecture writes its losses as means over the rows of its batch, and `combine` averages their gradients over
     ranks. For anything that is not linear in such means (a ratio, a square, a selection over the batch), it calls
     `mean`, `least` and `all_values`. Ranks that share the batch but divide the latents use `over_latents`.
     """
-
-    def rows(self, n_rows: int) -> int:
-        """Return the number of rows of the whole batch, of which this rank has `n_rows`."""
-        return n_rows
 
     def mean(self, number: Tensor) -> Tensor:
         """Return the mean over ranks of a number, which is a mean or sum over rows."""
@@ -75,21 +72,9 @@ class Collectives:
         """Return the minimum of a number over ranks."""
         return number
 
-    def all_values(self, values: Shaped[Tensor, " n ..."]) -> Shaped[Tensor, " all_n ..."]:
-        """Return all ranks' values, concatenated in order of rank; their lengths may differ."""
-        return values
-
     def combine(self, output: StepOutput) -> StepOutput:
         """Return the whole batch's output from the output for this rank's rows."""
         return output
-
-    def over_latents(self, total: Tensor) -> Tensor:
-        """Return the sum over all latents, given the total over this rank's latents."""
-        return total
-
-    def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
-        """Set candidates to -inf unless they are among their row's k largest over all latents."""
-        return values
 
     def room_for_dead(self, dead: Bool[Tensor, " latents_here"]) -> int | None:
         """Return the number of this rank's dead latents that AuxK allocates for; None if it counts them itself."""

@@ -6,11 +6,14 @@ therefore defers the gradients of `W_enc` and `W_dec` until the optimizer reads 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from .across import Across
 
 
 class DeferredGradient(Protocol):
@@ -18,6 +21,7 @@ class DeferredGradient(Protocol):
 
     dtype: torch.dtype
     shape: torch.Size
+    n_entries: int
 
     def __getitem__(self, latents: slice, /) -> Float[Tensor, "n d"]:
         """Return new rows, which the caller may change."""
@@ -29,6 +33,14 @@ class DeferredGradient(Protocol):
 
     def add_rows(self, latents: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
         """Add a row to each of some latents, given in ascending order."""
+        ...
+
+    def means_of_ranks(self, others: Sequence[Self], across: Across) -> list[Self]:
+        """Return the means over ranks of this gradient and of others of the same entries, deferred as well.
+
+        Ranks exchange entries and rows of `source` instead of gradients, and each latent's sum is over the entries of
+        the whole batch in order of row. All ranks must have added rows to the same latents.
+        """
         ...
 
 

@@ -1,15 +1,27 @@
-"""Data-parallel training of one SAE: each rank takes its slice of every batch, and gradients are averaged."""
+"""Data-parallel training of one SAE: each rank takes its slice of every batch, and gradients are averaged.
+
+A deferred gradient (`kernels/gradient.py`) is averaged in one of two ways. If few of a batch's entries belong to each
+latent, ranks exchange entries with the rows of `x` and of the error, and every rank computes the gradient of the whole
+batch in its update, in the order of one process. Otherwise gradients are written and summed as tensors are, because a
+rank would spend more time on the other ranks' entries.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ..architectures.contract import StepOutput
-from ..kernels.gradient import whole
 from .collectives import RankCollectives
+
+_MOST_ENTRIES = 12
+"""Entries per latent in the rows of other ranks, up to which they are exchanged.
+
+With 2 processes on CPUs, exchanging 11 took 5% less time than exchanging gradients, and 21 took 15% more.
+"""
 
 
 class DataParallel(RankCollectives):
@@ -19,6 +31,18 @@ class DataParallel(RankCollectives):
         """Return the rows of the whole batch."""
         return n_rows * self.ranks.n
 
+    def rows_before(self, n_rows: int) -> int:
+        """Return the rows of the ranks before this one."""
+        return n_rows * self.ranks.rank
+
+    def all_rows(self, *values: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "all_n ..."], ...]:
+        """Return the values of all ranks' rows, in order of rank, without waiting for the device."""
+        return tuple(every.flatten(0, 1) for every in self.ranks.stack(*values))
+
+    def over_rows(self, *totals: Tensor) -> None:
+        """Add the other ranks' totals, in place."""
+        self.ranks.add(*totals)
+
     def mean(self, number: Tensor) -> Tensor:
         """Return the mean over ranks."""
         number = number.clone()
@@ -27,20 +51,31 @@ class DataParallel(RankCollectives):
 
     def combine(self, output: StepOutput) -> StepOutput:
         """Return the mean of the ranks' gradients and numbers, and which latents fired on any rank."""
-        numbers = {"loss": output.loss, "mse": output.mse, "l0": output.l0, **output.terms}
-        device = output.fired.device
-        packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers.values()])
+        n, device = self.ranks.n, output.fired.device
+        deferred = {name: g for name, g in output.gradients.items() if not isinstance(g, Tensor)}
+        gradients = {name: g.contiguous() for name, g in output.gradients.items() if isinstance(g, Tensor)}
+        n_entries = [gradient.n_entries for gradient in deferred.values()]
+        numbers = [output.loss, output.mse, output.l0, *output.terms.values(), *n_entries]
+        packed = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
         fired = output.fired.to(torch.uint8)
-        gradients = {name: whole(gradient).contiguous() for name, gradient in output.gradients.items()}
         self.ranks.add(packed, *gradients.values())
         self.ranks.greatest(fired)
-        packed /= self.ranks.n
+        if deferred:
+            first, *others = deferred.values()
+            elsewhere = float(packed[-1]) * (n - 1) / n
+            if elsewhere <= _MOST_ENTRIES * first.shape[0]:
+                deferred = dict(zip(deferred, first.means_of_ranks(others, self), strict=True))
+            else:
+                gradients |= {name: gradient[:] for name, gradient in deferred.items()}
+                self.ranks.add(*(gradients[name] for name in deferred))
+                deferred = {}
+        packed = packed[: len(numbers) - len(n_entries)] / n
         for gradient in gradients.values():
-            gradient /= self.ranks.n
+            gradient /= n
         loss, mse, l0, *terms = packed.unbind() if device.type == "cuda" else packed.tolist()
         return replace(
             output,
-            gradients=gradients,
+            gradients=gradients | deferred,
             fired=fired.bool(),
             loss=loss,
             mse=mse,

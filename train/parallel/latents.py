@@ -36,7 +36,8 @@ class LatentShards(RankCollectives):
         """
         infinity = torch.full_like(values[:, :1], -torch.inf)
         candidates = torch.cat([values, infinity.expand(-1, k - values.shape[1])], 1)
-        every = self.ranks.stack(candidates).transpose(0, 1).reshape(len(values), -1)
+        (every,) = self.ranks.stack(candidates)
+        every = every.transpose(0, 1).reshape(len(values), -1)
         smallest = every.topk(k, dim=1).values.amin(1, keepdim=True)
         above, ties = every > smallest, every == smallest
         kept = above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))

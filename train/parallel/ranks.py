@@ -64,22 +64,27 @@ class TrainRanks(Ranks):
                 if work is not None:
                     work.wait()
 
-    def stack(self, values: Tensor) -> Shaped[Tensor, "n ..."]:
-        """Return every rank's values, stacked in order of rank; all have the same shape."""
-        own = values.contiguous().view(-1).view(torch.uint8)
-        every = own.new_empty(self.n, len(own))
+    def stack(self, *tensors: Tensor) -> tuple[Shaped[Tensor, "n ..."], ...]:
+        """Return every rank's tensors, stacked in order of rank; those of one place have the same shape on all."""
+        sent = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+        received = [own.new_empty(self.n, len(own)) for own in sent]
+        pairs = zip(received, sent, strict=True)
         with self.reaching():
-            dist.all_gather(list(every.unbind()), own)
-        return every.view(-1).view(values.dtype).view(self.n, *values.shape)
+            for work in [dist.all_gather(list(every.unbind()), own, async_op=True) for every, own in pairs]:
+                if work is not None:
+                    work.wait()
+        found = zip(received, tensors, strict=True)
+        return tuple(every.view(-1).view(own.dtype).view(self.n, *own.shape) for every, own in found)
 
     def concatenate(self, values: Shaped[Tensor, "length ..."]) -> Shaped[Tensor, "all_lengths ..."]:
         """Return every rank's values, concatenated in order of rank; their lengths may differ."""
         if self.n == 1:
             return values
-        lengths = self.stack(torch.tensor(len(values), device=values.device)).tolist()
-        padded = values.new_empty(max(lengths), *values.shape[1:])
+        (lengths,) = self.stack(torch.tensor(len(values), device=values.device))
+        padded = values.new_empty(int(lengths.max()), *values.shape[1:])
         padded[: len(values)] = values
-        return torch.cat([every[:length] for every, length in zip(self.stack(padded), lengths, strict=True)])
+        (every,) = self.stack(padded)
+        return torch.cat([there[:length] for there, length in zip(every, lengths.tolist(), strict=True)])
 
     def join(self, parts: Mapping[str, Tensor], length: int, to: int) -> dict[str, Tensor]:
         """Return the whole tensors of `length` rows, of which each rank holds `part`, on rank `to`; else nothing."""

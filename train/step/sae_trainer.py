@@ -140,7 +140,7 @@ class SaeTrainer:
             across=self.across,
             compute_dtype=compute_dtype,
             l0_control=L0Control.of(architecture.l0_target, self.schedule.n_steps_at_first, self.device),
-            copies_decoder=self.device.type == "cpu" and self.across is SINGLE_PROCESS,
+            copies_decoder=self.device.type == "cpu",
         )
         return OpByOp(parts, parameters, self.buffers)
 
