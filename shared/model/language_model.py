@@ -29,7 +29,7 @@ from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
 from .loading.adapters import ModelParts, adapted_base, apply_adapter, model_parts
 from .loading.checkpoint_keys import check_checkpoint_keys
-from .loading.gguf import gguf_file, gguf_options, local_model
+from .loading.gguf import dequantized, gguf_file, gguf_options, local_model
 from .loading.tokenizer_files import needs_no_vocabulary, vocabulary_files
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def load_model(
     loader = AutoModel if is_encoder(config) else AutoModelForCausalLM
     options: dict[str, Any] = {"revision": base_revision, "trust_remote_code": trust_remote_code}
     base, gguf = gguf_options(parts.base)
-    options |= gguf
+    if gguf:
+        options |= gguf | dequantized()
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if parts.adapter is not None:

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -35,6 +37,8 @@ MODELS = {
     "gpt2-small": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=12, n_head=2)),
     "pythia-70m": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, num_hidden_layers=6)),
     "gemma-2-2b": lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, num_hidden_layers=26)),
+    "gemma-3-270m": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, num_hidden_layers=18)),
+    "smollm2-135m": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, num_hidden_layers=30)),
     "llama-3.1-8b": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, num_hidden_layers=32)),
     "qwen3-0.6b": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, num_hidden_layers=28)),
 }

@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ...core.errors import ModelError
 from ...core.location import cache_folder
@@ -67,6 +68,17 @@ def gguf_options(model: str) -> tuple[str, dict[str, str]]:
     """Return what transformers loads a model by: its folder or id, and `gguf_file` where it is such a file."""
     path = gguf_file(model)
     return (model, {}) if path is None else (str(path.parent), {"gguf_file": path.name})
+
+
+def dequantized() -> dict[str, Any]:
+    """Return what makes transformers unpack a GGUF file's weights, and not take the model for a quantised one.
+
+    Releases without this option always unpack them, and do not mark the model.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _files_of(package: Distribution) -> list[Path]:
