@@ -62,6 +62,7 @@ FLOORS = [
     "evaluate/results",
     "evaluate/report",
     "evaluate/causal",
+    "evaluate/circuits",
     "evaluate/explain",
     "evaluate",
     "thresher",

@@ -1,0 +1,1 @@
+"""Attribution graphs: which latents, through which others, lead to a prediction."""
