@@ -38,8 +38,8 @@ from transformers import PreTrainedModel
 from thresher.evaluate.features.readout import find_readout
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.forward import choose_workers
-from thresher.harvest.plan import Plan, make_plan
-from thresher.harvest.progress import Progress
+from thresher.harvest.plan import HarvestPlan, make_plan
+from thresher.harvest.progress import HarvestProgress
 from thresher.harvest.reuse import identity
 from thresher.harvest.run import open_writer, run_model
 from thresher.harvest.tokens.tokens import batch_contexts, read_contexts
@@ -74,7 +74,7 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def check_equal(config: HarvestConfig, plan: Plan, batches: list[torch.Tensor]) -> None:
+def check_equal(config: HarvestConfig, plan: HarvestPlan, batches: list[torch.Tensor]) -> None:
     """Stop if the harvested store differs from what the model computes."""
     store = ActivationStore.open(config.store)
     rows = torch.cat([batch.flatten() for batch in batches])[: store.n_rows]
@@ -131,7 +131,7 @@ def main() -> None:
         contexts = read_contexts(config, plan.tokenizer, plan.group)
         with (
             open_writer(config, plan, identity(config), ActivationStoreWriter) as writer,
-            Progress(writer, config.context_size, config.n_contexts, 0) as progress,
+            HarvestProgress(writer, config.context_size, config.n_contexts, 0) as progress,
         ):
             run_model(config, plan, writer, contexts, progress, Interrupt().check)
 

@@ -27,7 +27,7 @@ from thresher.train.architectures.parts.latents import encoded_bias
 from thresher.train.kernels import kernels_for
 from thresher.train.kernels.cpu.encode import row_blocks
 from thresher.train.kernels.cpu.topk import topk_of_rows
-from thresher.train.lockstep import prepare, step_all
+from thresher.train.lockstep import prepare_batches, step_all
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
 
@@ -89,7 +89,7 @@ def trainers_for(options: argparse.Namespace, n: int, dtype: torch.dtype = torch
 
 def step(trainers: list[SaeTrainer], group: Grouped | None, rows: torch.Tensor) -> list[dict[str, Any]]:
     """Take a step of every SAE on a batch."""
-    prepared = prepare({"h": rows}, trainers)
+    prepared = prepare_batches({"h": rows}, trainers)
     if group is not None:
         group.encode(prepared[("h",), ("h",)].x_compute, trainers[0].architecture.config.k)
     return list(step_all(trainers, prepared).values())

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
-from thresher.shared.store.format.codecs import decode_chunk, dequantise, encode_chunk, quantise
+from thresher.shared.store.format.codecs import decode_chunk, dequantise_rows, encode_chunk, quantise
 from thresher.shared.store.format.layout import CHUNK_BYTES, Header, arrays_of
 from thresher.shared.store.write.encode import encode_hook_chunk
 from thresher.train import TrainConfig, train
@@ -63,7 +63,7 @@ def speeds(header: Header, rows: torch.Tensor) -> dict[str, float]:
         for chunk in stored:
             decode_chunk(array, chunk, out)
             if header.codec == "int8":
-                dequantise(out.view(np.int8).reshape(header.chunk_rows, -1), scales)
+                dequantise_rows(out.view(np.int8).reshape(header.chunk_rows, -1), scales)
 
     raw = bits.nbytes / 1e6
     return {

@@ -21,7 +21,7 @@ from .with_model.store_model import model_name, open_model, open_tokenizer, spli
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedEvaluation:
     """The inputs of an evaluation.
 
     By SAE name, `failed` holds why an SAE cannot be read, `diverged` why its training stopped, and `notes` how its
@@ -49,7 +49,7 @@ class Prepared:
         return self.config.feature_rows > 0 and self.store.has_tokens
 
 
-def prepare(config: EvaluateConfig) -> Prepared:
+def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     """Open the store, SAEs, model and tokenizer, and check them against each other.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
         check_embeddings(rows, model_name(config, store) or "the model", model)
     if model is not None and isinstance(config.model, str):
         check_vocabulary(rows, config.model, model, config.cache, config.trust_remote_code)
-    return Prepared(
+    return PreparedEvaluation(
         config=config,
         output=Path(config.output),
         device=device,

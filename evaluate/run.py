@@ -14,7 +14,7 @@ from .config import EvaluateConfig
 from .explain.table import read_explanations
 from .features.export import export_indexes
 from .metrics.comparison import compare_dictionaries
-from .prepare import prepare
+from .prepare import prepare_evaluation
 from .report.write import write_evaluation_report
 from .results.output import loss_curve, write_rows
 from .results.provenance import footer
@@ -33,12 +33,12 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     changed.
 
     Raises:
-        ThresherError: the errors of `prepare`, before any row is read.
+        ThresherError: the errors of `prepare_evaluation`, before any row is read.
         SaeError: every SAE failed.
         NonFiniteError: the model's own predictions are not finite.
         DiskSpaceError, OutputError: the results cannot be written.
     """
-    prepared = prepare(config)
+    prepared = prepare_evaluation(config)
     for line in note_lines(prepared.notes):
         tqdm.write(line, file=sys.stderr)
     output = prepared.output

@@ -23,7 +23,7 @@ from .metrics.crosscoder import norm_share_columns, per_hook_metrics
 from .metrics.dictionary import geometry
 from .metrics.offline import SaeSums, accumulate, offline_metrics
 from .metrics.reconstruction import InputSums
-from .prepare import Prepared
+from .prepare import PreparedEvaluation
 from .results.output import latents_path, write_latents, write_table
 from .results.provenance import provenance
 from .results.results import Results
@@ -42,7 +42,7 @@ FIRINGS = "firings"
 """Key of the digest of the firings in an SAE's `latents` file."""
 
 
-def result_digests(prepared: Prepared) -> dict[str, str]:
+def result_digests(prepared: PreparedEvaluation) -> dict[str, str]:
     """Return, by SAE name, a digest of everything that its results depend on."""
     settings = {
         key: value for key, value in msgspec.to_builtins(prepared.config).items() if key not in IGNORED_SETTINGS
@@ -72,7 +72,7 @@ class SavedLatents:
     firings: Int64[np.ndarray, " d_sae"]
 
 
-def evaluate_offline(prepared: Prepared, results: Results) -> dict[str, Fired]:
+def evaluate_offline(prepared: PreparedEvaluation, results: Results) -> dict[str, Fired]:
     """Compute the offline metrics in one pass over the held-out rows; return every SAE's latent firings by name."""
     config = prepared.config
     fired: dict[str, Fired] = {}
@@ -132,7 +132,7 @@ def _not_finite(sae: EvaluatedSae, inputs: InputSums, sums: SaeSums) -> str | No
     return None
 
 
-def compare_with_truth(prepared: Prepared, results: Results) -> None:
+def compare_with_truth(prepared: PreparedEvaluation, results: Results) -> None:
     """Compare every SAE's latents with the features of a synthetic store; does nothing for another store."""
     config, truth = prepared.config, read_store_truth(prepared.store)
     if truth is None or config.ground_truth_rows == 0:
@@ -143,7 +143,7 @@ def compare_with_truth(prepared: Prepared, results: Results) -> None:
         write_table(results.output / "ground_truth" / f"{results.files[name]}.parquet", found.latents)
 
 
-def evaluate_in_model(prepared: Prepared, results: Results) -> None:
+def evaluate_in_model(prepared: PreparedEvaluation, results: Results) -> None:
     """Run the model with every SAE spliced in and compute the losses.
 
     Raises:
@@ -180,7 +180,7 @@ def evaluate_in_model(prepared: Prepared, results: Results) -> None:
             results.fail(sae.name, BAD_PREDICTIONS)
 
 
-def probe(prepared: Prepared, results: Results) -> None:
+def probe(prepared: PreparedEvaluation, results: Results) -> None:
     """Run k-sparse probing on every SAE; without probe tasks, do nothing."""
     if not prepared.tasks:
         return
@@ -193,7 +193,7 @@ def probe(prepared: Prepared, results: Results) -> None:
             results.add("probes", name, values)
 
 
-def index_features(prepared: Prepared, results: Results) -> dict[str, FeatureIndex] | None:
+def index_features(prepared: PreparedEvaluation, results: Results) -> dict[str, FeatureIndex] | None:
     """Build the feature index of every SAE; return None if it is switched off or the store contains no tokens."""
     if not prepared.has_features:
         return None

@@ -10,7 +10,7 @@ from ..shared.core.config import Config
 from ..shared.store.format.layout import CHUNK_BYTES, SHARD_BYTES
 
 Level = Annotated[int, Meta(ge=0, le=22)]
-Positive = Annotated[int, Meta(ge=1)]
+_Positive = Annotated[int, Meta(ge=1)]
 
 
 class HarvestConfig(Config, frozen=True, kw_only=True):
@@ -70,9 +70,9 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
         str | None,
         Meta(description="Folder for shards to upload to an object store (default: the user's cache folder)."),
     ] = None
-    threads: Annotated[Positive | None, Meta(description="Compression threads (default: one per core).")] = None
+    threads: Annotated[_Positive | None, Meta(description="Compression threads (default: one per core).")] = None
     workers: Annotated[
-        Positive | None, Meta(description="Batches to run at once on a CPU, each on one core (default: one per core).")
+        _Positive | None, Meta(description="Batches to run at once on a CPU, each on one core (default: one per core).")
     ] = None
     model_dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..shared.core.compute.cores import single_threaded_operators
 from ..shared.model.capture import capturing
-from .plan import Plan
+from .plan import HarvestPlan
 from .tokens.packing import ContextBatch
 
 MAX_WORKERS = 16
@@ -40,7 +40,7 @@ def choose_workers(wanted: int | None, device: torch.device) -> int:
     return wanted or min(torch.get_num_threads(), MAX_WORKERS)
 
 
-def forward_passes(plan: Plan, batches: Iterable[ContextBatch], workers: int) -> Generator[Harvested]:
+def forward_passes(plan: HarvestPlan, batches: Iterable[ContextBatch], workers: int) -> Generator[Harvested]:
     """Yield the activations of every batch, in order.
 
     At most `workers + 1` batches are started before they are yielded.

@@ -30,7 +30,7 @@ MAX_VOCABULARY = 1.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class HarvestPlan:
     """The model, its tokenizer and the tokenizer's files, the hook points, and the contexts per group."""
 
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class Plan:
         return {name: hook_point.d_in for name, hook_point in self.hook_points.items()}
 
 
-def make_plan(config: HarvestConfig) -> Plan:
+def make_plan(config: HarvestConfig) -> HarvestPlan:
     """Load the model and tokenizer, find the hook points, and check that all of them fit the settings."""
     device = choose_device(config.device)
     make_current(device)
@@ -79,7 +79,7 @@ def make_plan(config: HarvestConfig) -> Plan:
     group = max(1, chunk_rows // config.context_size)
     rules = find_text_rules(config, tokenizer)
     check_splits(config, tokenizer, group, rules, embedding_count(model))
-    return Plan(model, tokenizer, hook_points, group, rules, tokenizer_files)
+    return HarvestPlan(model, tokenizer, hook_points, group, rules, tokenizer_files)
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HarvestConfig) -> None:
@@ -116,7 +116,7 @@ def embedding_count(model: PreTrainedModel) -> int:
         raise ModelError(f"{type(model).__name__} has no table of token embeddings; expected a model of text") from None
 
 
-def metadata_of(config: HarvestConfig, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def metadata_of(config: HarvestConfig, identity: dict[str, Any], plan: HarvestPlan) -> dict[str, Any]:
     """Return the store's metadata on its origin; readers rely on these keys (docs/FORMAT.md)."""
     rules = plan.rules
     adapter = model_parts(config.model, config.adapter).adapter

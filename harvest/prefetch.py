@@ -8,25 +8,25 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _END = object()
 
 
-class Prefetch(Generic[T]):
+class Prefetch(Generic[_T]):
     """Iterate over `items` through a queue of at most `depth` items that a thread fills.
 
     An exception in the iterator is raised in place of its item. Leaving the context stops the thread after the current
     item.
     """
 
-    def __init__(self, items: Iterator[T], depth: int) -> None:
+    def __init__(self, items: Iterator[_T], depth: int) -> None:
         self._items = items
         self._queue: queue.Queue[object] = queue.Queue(depth)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
 
-    def __enter__(self) -> Iterator[T]:
+    def __enter__(self) -> Iterator[_T]:
         self._thread.start()
         return self._drain()
 
@@ -50,7 +50,7 @@ class Prefetch(Generic[T]):
             self._error = error
         self._queue.put(_END)
 
-    def _drain(self) -> Iterator[T]:
+    def _drain(self) -> Iterator[_T]:
         while (item := self._queue.get()) is not _END:
             yield item  # pyright: ignore[reportReturnType]
         if self._error is not None:

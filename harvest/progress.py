@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..shared.store import ActivationStoreWriter
 
 
-class Progress:
+class HarvestProgress:
     """A bar over the tokens of `n_contexts` contexts, of which `n_done` are already stored."""
 
     def __init__(

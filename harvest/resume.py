@@ -25,7 +25,7 @@ from .tokens.packing import Context
 if TYPE_CHECKING:
     from ..shared.store.format.layout import Header
 
-SECONDS_BEFORE_BAR = 2.0
+_SECONDS_BEFORE_BAR = 2.0
 
 
 class Resumed(NamedTuple):
@@ -48,7 +48,7 @@ def resume_contexts(store: Path | StoreUrl, config: HarvestConfig, contexts: Ite
     n_free = 0 if header.n_contexts == config.n_contexts else 2 * group - 1
     recent: list[Context] = []
     first = n_same = 0
-    bar = progress(total=stored.n_rows, desc="compare", unit="token", unit_scale=True, delay=SECONDS_BEFORE_BAR)
+    bar = progress(total=stored.n_rows, desc="compare", unit="token", unit_scale=True, delay=_SECONDS_BEFORE_BAR)
     with closing(bar):
         for start in range(0, stored.n_contexts, header.contexts_per_shard):
             stop = min(start + header.contexts_per_shard, stored.n_contexts)
@@ -58,7 +58,9 @@ def resume_contexts(store: Path | StoreUrl, config: HarvestConfig, contexts: Ite
             bar.update((stop - start) * stored.context_size)
             if n_same < stop:
                 break
-            beginning = whole(n_same, header.contexts_per_shard) // config.batch_size * config.batch_size
+            beginning = (
+                contexts_in_full_shards(n_same, header.contexts_per_shard) // config.batch_size * config.batch_size
+            )
             recent, first = recent[beginning - first :], beginning
     if n_same < stored.n_contexts - n_free:
         difference = _describe(stored, n_same, recent[n_same - first :])
@@ -66,11 +68,11 @@ def resume_contexts(store: Path | StoreUrl, config: HarvestConfig, contexts: Ite
             f"the store '{store}' cannot be resumed: its context {n_same} is not the one packed now ({difference}); "
             "use the same text, tokenizer and versions, or name another store"
         )
-    n_kept = whole(n_same, header.contexts_per_shard) if n_free else stored.n_contexts
+    n_kept = contexts_in_full_shards(n_same, header.contexts_per_shard) if n_free else stored.n_contexts
     return Resumed(chain(repeat(None, first), recent, contexts), n_kept)
 
 
-def whole(n_contexts: int, per_shard: int) -> int:
+def contexts_in_full_shards(n_contexts: int, per_shard: int) -> int:
     """Return how many of the contexts are in full shards."""
     return n_contexts // per_shard * per_shard
 

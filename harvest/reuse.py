@@ -30,7 +30,7 @@ LATER = ("special_tokens", "holdout", "trust_remote_code")
 """Settings that are recorded only if they differ from the default."""
 NEUTRAL = ("batch_size", "tokens")
 """Settings that are recorded but not compared: they affect only rounding, or the number of rows."""
-CONTENT = {
+_CONTENT = {
     "text": ("dataset", "dataset_revision"),
     "weights": ("model", "revision"),
     "tokenizer": (),
@@ -111,10 +111,10 @@ class StoreStatus(NamedTuple):
 
 def is_complete(store: Path | StoreUrl, wanted: dict[str, Any]) -> bool:
     """Return whether the store exists, is complete, and has this identity; raise as `compare` does."""
-    return compare(store, wanted).complete
+    return compare_store(store, wanted).complete
 
 
-def compare(store: Path | StoreUrl, wanted: dict[str, Any]) -> StoreStatus:
+def compare_store(store: Path | StoreUrl, wanted: dict[str, Any]) -> StoreStatus:
     """Compare an existing store with the identity of a harvest.
 
     Raises `StoreError` if the store is from a different harvest, with the differences.
@@ -169,7 +169,7 @@ def _differing_settings(
     found: dict[str, Any], wanted: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ, with both values; a setting that is not recorded had its default."""
-    named = {name for names in CONTENT.values() for name in names}
+    named = {name for names in _CONTENT.values() for name in names}
     ignored = {*NOT_RECORDED, *NEUTRAL, *named, "content", "weights"}
     defaults = _defaults()
     differing = {}
@@ -192,7 +192,7 @@ def _defaults() -> dict[str, Any]:
 def _differing_content(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the differences in text, weights and tokenizer: in content or, if that is unknown, in names."""
     differing = {}
-    for what, names in CONTENT.items():
+    for what, names in _CONTENT.items():
         was, now = _content(found, what), _content(wanted, what)
         if was is not None and now is not None:
             if was != now:
@@ -262,7 +262,9 @@ def _notes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             "weights: only names and settings were compared"
         ]
     recorded = found["content"].keys() | wanted["content"].keys()
-    unknown = [what for what in CONTENT if what in recorded and None in (_content(found, what), _content(wanted, what))]
+    unknown = [
+        what for what in _CONTENT if what in recorded and None in (_content(found, what), _content(wanted, what))
+    ]
     if not unknown:
         return []
     return [f"the content of {' and '.join(unknown)} is unknown here: names and settings were compared instead"]

@@ -14,8 +14,8 @@ from ..shared.core.location import StoreUrl, locate, staging_folder
 from ..shared.store.format.layout import STAGED_FOLDER
 from ..shared.synthetic.law import is_synthetic
 from .config import HarvestConfig
-from .progress import Progress
-from .reuse import check_unchanged, compare, identity
+from .progress import HarvestProgress
+from .reuse import check_unchanged, compare_store, identity
 from .steps import open_writer, print_status, print_stored, run_model, write_sources
 from .synthetic import harvest_synthetic
 
@@ -35,7 +35,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
 
         return harvest_ranks(config)
     wanted = identity(config)
-    status = compare(store, wanted)
+    status = compare_store(store, wanted)
     print_status(store, status)
     if status.complete:
         return store
@@ -53,7 +53,7 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
     with Interrupt() as interrupt, open_writer(config, plan, wanted, ActivationStoreWriter, n_kept) as writer:
         write_sources(config, plan, writer)
-        with Progress(writer, config.context_size, config.n_contexts, writer.assignment.n_done) as progress:
+        with HarvestProgress(writer, config.context_size, config.n_contexts, writer.assignment.n_done) as progress:
             run_model(config, plan, writer, contexts, progress, interrupt.check)
         check_unchanged(config, wanted)
     print_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)

@@ -13,14 +13,14 @@ from ..shared.core.location import StoreUrl, locate
 from .config import HarvestConfig
 from .estimate import human_bytes, report_estimate
 from .prefetch import Prefetch
-from .progress import Progress
+from .progress import HarvestProgress
 from .reuse import StoreStatus, find_manifest, resumed_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..shared.store import ActivationStoreWriter
-    from .plan import Plan
+    from .plan import HarvestPlan
     from .tokens.packing import Context, ContextBatch
 
     Writer = TypeVar("Writer", bound=ActivationStoreWriter)
@@ -29,7 +29,7 @@ BATCHES_AHEAD = 4
 
 
 def open_writer(
-    config: HarvestConfig, plan: Plan, identity: dict[str, object], make: Callable[..., Writer], n_kept: int = 0
+    config: HarvestConfig, plan: HarvestPlan, identity: dict[str, object], make: Callable[..., Writer], n_kept: int = 0
 ) -> Writer:
     """Create the store's writer, or reopen the store of an earlier harvest.
 
@@ -71,7 +71,7 @@ def make_writer(
     )
 
 
-def write_sources(config: HarvestConfig, plan: Plan, writer: ActivationStoreWriter) -> None:
+def write_sources(config: HarvestConfig, plan: HarvestPlan, writer: ActivationStoreWriter) -> None:
     """Write the configuration beside the store, and the tokenizer's files if they match the store's digest."""
     from ..shared.store.read.tokenizer_folder import describe_tokenizer, tokenizer_key
 
@@ -84,10 +84,10 @@ def write_sources(config: HarvestConfig, plan: Plan, writer: ActivationStoreWrit
 
 def run_model(
     config: HarvestConfig,
-    plan: Plan,
+    plan: HarvestPlan,
     writer: ActivationStoreWriter,
     contexts: Iterator[Context],
-    progress: Progress,
+    progress: HarvestProgress,
     check: Callable[[], object],
 ) -> None:
     """Run the model and append every context of the writer's assignment; call `check` after each batch.
@@ -137,7 +137,7 @@ def print_status(store: Path | StoreUrl, status: StoreStatus) -> None:
         print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
 
 
-def print_stored(config: HarvestConfig, plan: Plan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
+def print_stored(config: HarvestConfig, plan: HarvestPlan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
     """Print what the store holds and what this run wrote."""
     n_hook_points = len(plan.widths)
     print(

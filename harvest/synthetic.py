@@ -22,8 +22,8 @@ from ..shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
 from ..shared.synthetic.law import HOOK_POINT, SyntheticLaw, find_law
 from .config import HarvestConfig
 from .estimate import human_bytes
-from .progress import Progress
-from .reuse import compare, find_manifest
+from .progress import HarvestProgress
+from .reuse import compare_store, find_manifest
 from .steps import make_writer, print_status
 from .tokens.holdout import is_held_out
 
@@ -56,7 +56,7 @@ def harvest_synthetic(config: HarvestConfig, store: Path | StoreUrl) -> Path | S
     law = find_law(config.model)
     _check_settings(config)
     wanted = _identity(config, law)
-    status = compare(store, wanted)
+    status = compare_store(store, wanted)
     print_status(store, status)
     if status.complete:
         return store
@@ -72,7 +72,7 @@ def harvest_synthetic(config: HarvestConfig, store: Path | StoreUrl) -> Path | S
     with Interrupt() as interrupt, _open_writer(config, store, wanted, law, truth_digest(content)) as writer:
         writer.write_beside("harvest.toml", to_toml(config))
         writer.write_beside(TRUTH_FILE, content)
-        with Progress(writer, config.context_size, config.n_contexts, writer.n_committed_contexts) as progress:
+        with HarvestProgress(writer, config.context_size, config.n_contexts, writer.n_committed_contexts) as progress:
             for rows, held_out in _batches(config, sampler, law, writer.n_committed_contexts):
                 writer.append({HOOK_POINT: rows}, held_out=held_out, copy=False)
                 progress.update(len(rows))

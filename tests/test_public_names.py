@@ -1,14 +1,19 @@
-"""The names of `thresher` itself: what they are, and that none costs an import before it is used."""
+"""The public names: those of `thresher` cost no import before they are used, and those of modules are defined once."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path, PurePath
 
 import pytest
 
 import thresher
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
 
 STAGES = ("harvest", "train", "evaluate")
 
@@ -96,3 +101,87 @@ MISSING = {
     "train": {"store": "./no-such-store", "output": "o", "sae": [{"hook_point": "a", "d_sae": 4, "k": 1}]},
     "evaluate": {"store": "./no-such-store", "saes": "./no-such-saes", "output": "o"},
 }
+
+# Names that every module of a kind defines, by the modules that may.
+CONTRACTS = {
+    "**/*command.py": {"CONFIG", "SUMMARY", "USAGE", "main"},
+    "shared/core/cli.py": {"main"},
+    "shared/sae/formats/**": {
+        *("CONFIG_NAME", "FORMAT", "WEIGHTS_NAME"),
+        *("read", "recognises", "weights_name", "write"),
+    },
+    "train/kernels/**": {
+        *("decode", "dequantise", "grad_values", "grad_weights", "grad_weights_and_bias", "normalise"),
+        *("pre_activations", "reconstruct", "select_batch_topk", "select_threshold", "select_topk"),
+        *("sum_by_latent", "to_csc", "topk_of_rows", "update"),
+    },
+}
+
+
+def definitions(root):
+    """Return the files, relative to `root`, that define each public class, function and constant of a module."""
+    found = {}
+    for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                stored = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+                names = [part.id for part in stored if isinstance(part.ctx, ast.Store)]
+            else:
+                continue
+            for name in names:
+                if not name.startswith("_"):
+                    found.setdefault(name, set()).add(file.relative_to(root).as_posix())
+    return found
+
+
+def defined_twice(found):
+    """Return the names that several files define, but for those that a contract gives to all of its modules."""
+    twice = {}
+    for name, files in found.items():
+        patterns = [pattern for pattern, names in CONTRACTS.items() if name in names]
+        others = [file for file in files if not any(matches(file, pattern) for pattern in patterns)]
+        if len(files) > 1 and others:
+            twice[name] = sorted(files)
+    return twice
+
+
+def matches(file, pattern):
+    """Return whether a path is in the folder of a pattern that ends with `/**`, or matches it."""
+    return file.startswith(pattern[:-2]) if pattern.endswith("/**") else PurePath(file).match(pattern)
+
+
+def test_a_public_name_is_defined_once():
+    found = definitions(ROOT)
+    assert len(found) > 1000
+    assert defined_twice(found) == {}
+
+
+def test_every_name_of_a_contract_is_defined_by_several_modules():
+    found = definitions(ROOT)
+    once = {name for names in CONTRACTS.values() for name in names if len(found.get(name, ())) < 2}
+    assert once == set()
+
+
+def test_a_second_definition_is_seen(tmp_path):
+    files = {
+        "shared/a.py": "class Plan:\n    pass\ndef read():\n    pass\n_T = 1\ndef one():\n    two = 2\n",
+        "train/b.py": "from shared.a import read\nPlan: type = int\n_T = 1\ntwo = 2\n",
+        "train/c.py": "async def read():\n    pass\nSIZE, (x, y) = 1, (2, 3)\n",
+        "evaluate/d.py": "x = 2\nSIZE[0] = Plan.x = 1\ndef main():\n    pass\n",
+        "evaluate/x_command.py": "def main():\n    pass\n",
+        "shared/y/command.py": "def main():\n    pass\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert defined_twice(definitions(tmp_path)) == {
+        "Plan": ["shared/a.py", "train/b.py"],
+        "read": ["shared/a.py", "train/c.py"],
+        "x": ["evaluate/d.py", "train/c.py"],
+        "main": ["evaluate/d.py", "evaluate/x_command.py", "shared/y/command.py"],
+    }
+    (tmp_path / "evaluate" / "d.py").unlink()
+    assert defined_twice(definitions(tmp_path)).keys() == {"Plan", "read"}

@@ -14,7 +14,7 @@ from .architectures.contract import SINGLE_PROCESS, Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
 from .parallel.layout import Layout
-from .plan import Plan
+from .plan import TrainPlan
 from .step.sae_trainer import SaeTrainer
 from .step.step_graphs import capture_on_cuda
 from .stream.normalization import normalization_across, normalization_at, scale_of
@@ -22,7 +22,7 @@ from .stream.normalization import normalization_across, normalization_at, scale_
 
 def make_trainers(
     config: TrainConfig,
-    plan: Plan,
+    plan: TrainPlan,
     store: ActivationStore,
     layout: Layout,
     scales: Mapping[str, float] | None = None,
@@ -56,11 +56,11 @@ def make_trainers(
     ]
 
 
-Prepared = dict[tuple[tuple[str, ...], tuple[str, ...]], Batch]
+PreparedBatches = dict[tuple[tuple[str, ...], tuple[str, ...]], Batch]
 """A batch for every combination of hook points that an SAE of the sweep reads and writes."""
 
 
-def step_all(trainers: list[SaeTrainer], prepared: Prepared) -> dict[str, dict[str, Number]]:
+def step_all(trainers: list[SaeTrainer], prepared: PreparedBatches) -> dict[str, dict[str, Number]]:
     """Take a step with every SAE that has not diverged; return their metrics by name.
 
     On a CPU, steps run in parallel, those that took longest last time first, so that all cores finish at about the same
@@ -94,9 +94,9 @@ def _side_by_side(batch: dict[str, Tensor], hook_points: tuple[str, ...]) -> Ten
     return batch[hook_points[0]] if len(hook_points) == 1 else torch.cat([batch[hook] for hook in hook_points], 1)
 
 
-def prepare(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Prepared:
+def prepare_batches(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> PreparedBatches:
     """Normalise activations once for all SAEs that read and write the same hook points."""
-    prepared: Prepared = {}
+    prepared: PreparedBatches = {}
     for trainer in trainers:
         reads, writes = key = _key(trainer)
         if key not in prepared:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainPlan:
     """A checked run: the SAEs, their schedule, and what they take."""
 
     saes: tuple[SaeConfig, ...]
@@ -105,7 +105,7 @@ def plan_run(
     rows_per_epoch: int,
     ranks: TrainRanks | None = None,
     began: Began | None = None,
-) -> Plan:
+) -> TrainPlan:
     """Expand the sweep and check it against the store and the machine; memory is that of the rank that needs most.
 
     `began` are the settings with which a run in the output began; it keeps them.
@@ -162,7 +162,7 @@ def plan_run(
             f"the run needs about {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
             "train fewer SAEs at once, narrower ones, or with a smaller window_bytes"
         )
-    return Plan(
+    return TrainPlan(
         tuple(saes),
         schedule,
         rows_per_epoch,

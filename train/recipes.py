@@ -30,7 +30,7 @@ _LR_SHARES = {
 }
 """Each architecture's best rate, as a share of TopK's; one that is not here keeps its own."""
 
-C = TypeVar("C", bound=SaeConfig)
+_C = TypeVar("_C", bound=SaeConfig)
 
 
 class RunFacts(NamedTuple):
@@ -82,7 +82,7 @@ def warmup_for(n_steps: int, recipe: str) -> Setting:
     return Setting(n, f"a twentieth of {n_steps:,} steps, at most {PUBLISHED_WARMUP_STEPS:,}")
 
 
-def completed(config: C, settings: Mapping[str, Any]) -> C:
+def completed(config: _C, settings: Mapping[str, Any]) -> _C:
     """Return a configuration with settings where it leaves them open."""
     return msgspec.structs.replace(config, **{k: v for k, v in settings.items() if getattr(config, k, v) is None})
 

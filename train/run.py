@@ -14,12 +14,12 @@ from ..shared.core.interrupt import Interrupt
 from ..shared.store import ActivationStore
 from .checkpoints.output import locked
 from .config import TrainConfig
-from .lockstep import make_trainers, prepare, step_all
+from .lockstep import make_trainers, prepare_batches, step_all
 from .parallel.layout import Layout
 from .parallel.ranks import Agreement, TrainRanks, open_ranks
-from .plan import Plan, plan_run
+from .plan import TrainPlan, plan_run
 from .reporting.metrics import PendingLines
-from .reporting.progress import Progress
+from .reporting.progress import TrainProgress
 from .run_state import RunState, began_with
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
@@ -104,7 +104,7 @@ def _divergence_line(diverged: Mapping[str, str], n_trained: int) -> str:
     )
 
 
-def _open_batches(config: TrainConfig, plan: Plan, store: ActivationStore, layout: Layout) -> ShuffledBatches:
+def _open_batches(config: TrainConfig, plan: TrainPlan, store: ActivationStore, layout: Layout) -> ShuffledBatches:
     hook_points = sorted({place for sae in layout.saes_here(plan.saes) for place in sae.wiring.hook_points})
     part, n_parts = layout.batch_slice
     return ShuffledBatches(
@@ -122,7 +122,7 @@ def _open_batches(config: TrainConfig, plan: Plan, store: ActivationStore, layou
 
 def _take_steps(
     config: TrainConfig,
-    plan: Plan,
+    plan: TrainPlan,
     run: RunState,
     trainers: list[SaeTrainer],
     batches: ShuffledBatches,
@@ -134,11 +134,11 @@ def _take_steps(
     agreement, pending = Agreement(layout.ranks), PendingLines(run.step)
     with (
         Interrupt() as interrupt,
-        Progress(config, plan.schedule, run.step, saved_here, shown=layout.ranks.first) as progress,
+        TrainProgress(config, plan.schedule, run.step, saved_here, shown=layout.ranks.first) as progress,
     ):
         while run.step < n_steps:
             with progress.waiting():
-                prepared = prepare(next(batches), trainers)
+                prepared = prepare_batches(next(batches), trainers)
             metrics = step_all(trainers, prepared)
             run.step += 1
             progress.advance()

@@ -18,6 +18,7 @@ from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import ConfigError
 from ..shared.model.content import stored_model_content
 from ..shared.sae.formats.files import CONFIG_NAME as SAE_CONFIG_NAME
+from ..shared.sae.formats.files import DIVERGED_NAME
 from ..shared.sae.formats.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
 from .checkpoints.checkpoint import fault_of, load_state, remove_states, save_state, state_path
 from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
@@ -25,9 +26,9 @@ from .config import SaeConfig, TrainConfig
 from .parallel.latents import is_per_latent
 from .parallel.layout import Layout
 from .parallel.ranks import TrainRanks
-from .plan import Plan
+from .plan import TrainPlan
 from .recipes import PUBLISHED_WARMUP_STEPS, Began
-from .same_run import Difference, Request, compare
+from .same_run import Difference, Request, compare_run
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
 from .stream.normalization import scale_of, scale_of_raw_norm
@@ -35,8 +36,7 @@ from .stream.normalization import scale_of, scale_of_raw_norm
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
 
-CONFIG_NAME = "config.toml"
-DIVERGED_NAME = "diverged.json"
+_CONFIG_NAME = "config.toml"
 
 
 def began_with(output: Path) -> Began | None:
@@ -60,7 +60,7 @@ class RunState:
     def __init__(
         self,
         config: TrainConfig,
-        plan: Plan,
+        plan: TrainPlan,
         store: ActivationStore,
         ranks: TrainRanks,
         say: Callable[..., None] = print,
@@ -81,7 +81,7 @@ class RunState:
         record, saved, notes = loaded
         for note in notes:
             self._tell(f"note: {note}")
-        difference = compare(self.output, record, saved, request, store) if record else Difference()
+        difference = compare_run(self.output, record, saved, request, store) if record else Difference()
         self.scales = ranks.from_first(self._scales(record, plan, store) if ranks.first else {})
         names = [str(sae.name) for sae in plan.saes]
         self._on_disk = record
@@ -124,15 +124,15 @@ class RunState:
             self._write()
         if ranks.first and not self.finished:
             self._remove_leftovers(difference.retried)
-            write_file(self.output / CONFIG_NAME, to_toml(self._config).encode())
+            write_file(self.output / _CONFIG_NAME, to_toml(self._config).encode())
 
     def _load(self) -> tuple[RunRecord | None, dict[str, Any], list[str]]:
         record, notes = load_record(self.output)
         if record is None or record.config is not None:
             return record, (record.config or {}) if record else {}, notes
-        return record, read_toml(self.output / CONFIG_NAME), notes
+        return record, read_toml(self.output / _CONFIG_NAME), notes
 
-    def _scales(self, record: RunRecord | None, plan: Plan, store: ActivationStore) -> dict[str, float]:
+    def _scales(self, record: RunRecord | None, plan: TrainPlan, store: ActivationStore) -> dict[str, float]:
         """Return the scale of each hook point with which the run began, computed as its release did."""
         scales = dict((record.scales or {}) if record else {})
         old = record is not None and record.scales is None
@@ -330,7 +330,7 @@ class RunState:
                 with writing(folder):
                     trainer.to_sae(self._metadata, parameters).save(folder)
                 own = msgspec.structs.replace(self._config, sae=[trainer.config])
-                write_file(folder / CONFIG_NAME, to_toml(own).encode())
+                write_file(folder / _CONFIG_NAME, to_toml(own).encode())
         final = Checkpoint(
             step=n_steps,
             stream=batches.state_dict() | {"rows_taken": n_steps * batch_size},

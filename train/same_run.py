@@ -16,7 +16,7 @@ from .recipes import PUBLISHED_WARMUP_STEPS
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
-    from .plan import Plan
+    from .plan import TrainPlan
 
 _MAY_CHANGE = {
     "checkpoint_every_tokens",
@@ -55,7 +55,7 @@ class Request:
     recipes: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, table: dict[str, Any], plan: Plan, store: ActivationStore) -> Request:
+    def of(cls, table: dict[str, Any], plan: TrainPlan, store: ActivationStore) -> Request:
         """Return the request that a configuration's table, its plan and a store make."""
         return cls(
             table,
@@ -83,7 +83,9 @@ class Difference:
     continued: bool = False
 
 
-def compare(output: Path, record: RunRecord, saved: Mapping[str, Any], request: Request, store: object) -> Difference:
+def compare_run(
+    output: Path, record: RunRecord, saved: Mapping[str, Any], request: Request, store: object
+) -> Difference:
     """Return how a request differs from the run in a folder.
 
     Raises:

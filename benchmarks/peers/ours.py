@@ -11,7 +11,7 @@ import torch
 from thresher.train.architectures import make_config
 from thresher.train.kernels import kernels_for
 from thresher.train.kernels.backend import Backend
-from thresher.train.lockstep import prepare, step_all
+from thresher.train.lockstep import prepare_batches, step_all
 from thresher.train.memory import keep_freed_memory
 from thresher.train.step.op_by_op import OpByOp
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
@@ -72,7 +72,7 @@ class Thresher:
 
     def step(self, x: torch.Tensor) -> None:
         """Train on one batch."""
-        step_all([self.trainer], prepare({"h": x}, [self.trainer]))
+        step_all([self.trainer], prepare_batches({"h": x}, [self.trainer]))
         if self.trainer.diverged:
             raise RuntimeError(self.trainer.diverged)
 

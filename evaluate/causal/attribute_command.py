@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(config: AttributeConfig) -> Any:
-    from .run import attribute  # here, so that --help stays quick
+    from .run import report_attribution  # here, so that --help stays quick
 
-    attribute(config)
+    report_attribution(config)
     return 0

@@ -9,11 +9,11 @@ from msgspec import Meta, field
 from ...shared.core.config import MAX_SEED, Config, Device
 from ...shared.core.errors import ConfigError
 
-Texts = Annotated[
+TextsSetting = Annotated[
     str | Annotated[list[str], Meta(min_length=1)],
     Meta(description="A text, a list of texts, or the path of a .txt file with one text on each line."),
 ]
-Positive = Annotated[int, Meta(ge=1)]
+_Positive = Annotated[int, Meta(ge=1)]
 
 
 class CausalConfig(Config, frozen=True, kw_only=True):
@@ -32,14 +32,14 @@ class CausalConfig(Config, frozen=True, kw_only=True):
     model_dtype: Annotated[str, Meta(description="float32, bfloat16, float16 or auto.")] = "float32"
     device: Device = "auto"
     trust_remote_code: Annotated[bool, Meta(description="Run code that comes with the model.")] = False
-    batch_size: Annotated[Positive, Meta(description="Texts, or ablations, that run at once.")] = 32
+    batch_size: Annotated[_Positive, Meta(description="Texts, or ablations, that run at once.")] = 32
 
 
 class SteerConfig(CausalConfig, frozen=True, kw_only=True):
     """A latent, the strengths to steer it at, and how to judge them."""
 
     latent: Annotated[int, Meta(ge=0, description="Number of the latent to steer.")]
-    prompts: Texts
+    prompts: TextsSetting
     hook_point: Annotated[str | None, Meta(description="Hook point of the latent (default: the only SAE's).")] = None
     action: Annotated[Literal["add", "clamp", "scale"], Meta(description="What a strength does to the latent.")] = "add"
     strengths: Annotated[list[float], Meta(min_length=1, description="Strengths to compare.")] = field(
@@ -50,7 +50,7 @@ class SteerConfig(CausalConfig, frozen=True, kw_only=True):
         Meta(description="Unit of the strengths: activations, or multiples of each latent's maximum on maxima_texts."),
     ] = "max"
     maxima_texts: Annotated[
-        Texts | None, Meta(description="Texts that latents' maxima are measured on (default: the prompts).")
+        TextsSetting | None, Meta(description="Texts that latents' maxima are measured on (default: the prompts).")
     ] = None
     where: Annotated[
         Literal["all", "prompt", "generated", "active"], Meta(description="The tokens at which the latent is edited.")
@@ -58,9 +58,9 @@ class SteerConfig(CausalConfig, frozen=True, kw_only=True):
     concept: Annotated[
         list[str], Meta(description="Tokens whose log-probability after the prompts is the effect, of one token each.")
     ] = []
-    max_new_tokens: Annotated[Positive, Meta(description="Length of each continuation.")] = 40
+    max_new_tokens: Annotated[_Positive, Meta(description="Length of each continuation.")] = 40
     temperature: Annotated[float, Meta(ge=0, description="Temperature of sampling; 0 takes the likeliest.")] = 0.8
-    n: Annotated[Positive, Meta(description="Continuations of each prompt.")] = 2
+    n: Annotated[_Positive, Meta(description="Continuations of each prompt.")] = 2
     random_latents: Annotated[int, Meta(ge=0, description="Random latents steered for comparison.")] = 8
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of sampling and of the random latents.")] = 0
 
@@ -76,8 +76,8 @@ class AttributeConfig(CausalConfig, frozen=True, kw_only=True):
     method: Annotated[
         Literal["attribution_patching", "integrated_gradients"], Meta(description="How latents are scored.")
     ] = "integrated_gradients"
-    steps: Annotated[Positive, Meta(description="Points of each path of integrated gradients.")] = 2
-    groups: Annotated[Positive, Meta(description="Paths of integrated gradients; 1 moves all latents at once.")] = 32
+    steps: Annotated[_Positive, Meta(description="Points of each path of integrated gradients.")] = 2
+    groups: Annotated[_Positive, Meta(description="Paths of integrated gradients; 1 moves all latents at once.")] = 32
     verify: Annotated[int, Meta(ge=0, description="Latents of largest score to ablate as well, each at its token.")] = (
         32
     )
@@ -87,12 +87,12 @@ class AttributeConfig(CausalConfig, frozen=True, kw_only=True):
 class ContrastConfig(CausalConfig, frozen=True, kw_only=True):
     """Two sets of texts, and how the latents that tell them apart are found and confirmed."""
 
-    a: Texts
-    b: Texts
+    a: TextsSetting
+    b: TextsSetting
     pool: Annotated[
         Literal["mean", "max", "last"], Meta(description="How a latent's activations in a text become one number.")
     ] = "mean"
-    top: Annotated[Positive, Meta(description="Latents to list and to ablate.")] = 20
+    top: Annotated[_Positive, Meta(description="Latents to list and to ablate.")] = 20
     right: Annotated[
         str | None,
         Meta(description="Token of the metric, a logit difference (default: the texts' log-probability)."),

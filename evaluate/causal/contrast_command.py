@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(config: ContrastConfig) -> Any:
-    from .run import contrast  # here, so that --help stays quick
+    from .run import report_contrast  # here, so that --help stays quick
 
-    contrast(config)
+    report_contrast(config)
     return 0

@@ -13,11 +13,11 @@ from ...shared.core.disk import write_file
 from ...shared.core.version import thresher_version
 from ..report.write import asset, environment, json_for_script
 
-Kind = Literal["steering", "attribution", "contrast"]
+PageKind = Literal["steering", "attribution", "contrast"]
 REPORT_SCRIPTS = ("dom.js", "axes.js")
 
 
-def write_page(path: Path, kind: Kind, title: str, model: str, found: Mapping[str, Any]) -> Path:
+def write_page(path: Path, kind: PageKind, title: str, model: str, found: Mapping[str, Any]) -> Path:
     """Write the page of a command's results, and return its path."""
     page = (
         environment()

@@ -67,7 +67,7 @@ def steer(config: SteerConfig) -> SteeringCurve:
     return curve
 
 
-def attribute(config: AttributeConfig) -> list[dict[str, Any]]:
+def report_attribution(config: AttributeConfig) -> list[dict[str, Any]]:
     """Score each latent's part in a prediction; write attribution.parquet, attribution.json and attribution.html."""
     lm = _open(config)
     run = lm.run(config.text)
@@ -112,7 +112,7 @@ def attribute(config: AttributeConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def contrast(config: ContrastConfig) -> list[dict[str, Any]]:
+def report_contrast(config: ContrastConfig) -> list[dict[str, Any]]:
     """Compare two sets of texts, and write contrast.parquet and contrast.html."""
     a, b = read_texts(config.a, "a"), read_texts(config.b, "b")
     lm = _open(config)

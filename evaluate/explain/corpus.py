@@ -19,7 +19,7 @@ from ..metrics.held_out import HeldOut, context_spans, held_out, training_rows
 from ..saes.hook_group import concatenate
 from ..saes.sae_folders import EvaluatedSae
 
-BLOCK_ROWS = 8192
+_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def read_firings(corpus: Corpus, sae: EvaluatedSae, latents: Sequence[int] | np.
     hook_points = members(sae.hook_point)
     with show_progress(total=len(usable), unit="token", unit_scale=True, desc=f"encode {sae.name}") as progress:
         for part in (corpus.train, corpus.test):
-            for block in part.blocks(hook_points, BLOCK_ROWS, device):
+            for block in part.blocks(hook_points, _BLOCK_ROWS, device):
                 x = concatenate(block.activations, sae.hook_point)
                 active = active_latents(sae.sae, x, np.ones(len(x), dtype=bool), 0, len(x), step)
                 if not np.isfinite(active.value).all():

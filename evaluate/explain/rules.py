@@ -17,7 +17,7 @@ from ...shared.core.progress import progress as show_progress
 from .corpus import Corpus, Firings
 from .views import View
 
-LATENTS_AT_A_TIME = 128
+_LATENTS_AT_A_TIME = 128
 FALSE_ALARM_WEIGHTS = (2.0, 16.0)
 """Weights of false firings against missed ones by which candidates are ranked.
 
@@ -99,8 +99,8 @@ class RuleSearch:
         rules: list[Rule] = []
         n = len(self.firings.latents)
         with show_progress(total=n, unit="latent", desc="search rules") as progress:
-            for first in range(0, n, LATENTS_AT_A_TIME):
-                numbers = range(first, min(first + LATENTS_AT_A_TIME, n))
+            for first in range(0, n, _LATENTS_AT_A_TIME):
+                numbers = range(first, min(first + _LATENTS_AT_A_TIME, n))
                 tables = [self._candidates(view, numbers) for view in range(len(self.views))]
                 for place, number in enumerate(numbers):
                     found = [part for table in tables for part in table[place]]

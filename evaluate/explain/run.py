@@ -30,7 +30,7 @@ from ..with_model.store_model import model_name, open_tokenizer
 from .config import ExplainConfig
 from .corpus import Corpus, read_corpus, read_firings
 from .rules import RuleSearch, in_words, token_frequency_rules
-from .samples import Sample, Sampler, SampleSettings
+from .samples import LatentSampler, Sample, SampleSettings
 from .scores import ScoreSums, score_intruders, score_rules
 from .table import (
     RANDOM_LATENT,
@@ -45,7 +45,7 @@ from .table import (
 )
 from .views import View, build_views
 
-VERSION = 1
+_VERSION = 1
 """Increased whenever the same inputs give other explanations or scores."""
 WITHOUT_EFFECT = ("evaluation", "saes", "cache", "cache_bytes")
 
@@ -145,7 +145,7 @@ def _load(evaluation: Evaluation, names: Sequence[str], device: str) -> dict[str
 
 def _fingerprint(config: ExplainConfig, evaluation: Evaluation, index: FeatureIndex) -> str:
     settings = {name: getattr(config, name) for name in config.__struct_fields__ if name not in WITHOUT_EFFECT}
-    return digest_of([VERSION, settings, index.metadata.get("fingerprint"), evaluation.store.manifest.checksum])
+    return digest_of([_VERSION, settings, index.metadata.get("fingerprint"), evaluation.store.manifest.checksum])
 
 
 def explain_sae(
@@ -165,7 +165,7 @@ def explain_sae(
     search = RuleSearch(corpus, firings, views, config.max_parts, config.seed)
     rules = search.search()
     settings = SampleSettings(config.n_score, config.n_quantiles, config.n_intruder_trials, neighbours, config.seed)
-    sampler = Sampler(corpus, firings, settings, near)
+    sampler = LatentSampler(corpus, firings, settings, near)
     samples = [sampler.draw(number) for number in range(len(latents))]
     intruders = ScoreSums(corpus.test.n_groups, len(latents))
     score_intruders(corpus, views, samples, intruders)

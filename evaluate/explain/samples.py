@@ -50,7 +50,7 @@ class SampleSettings:
     seed: int
 
 
-class Sampler:
+class LatentSampler:
     """Draws the sample of each latent. It depends on the seed and the latent, not on which others are drawn."""
 
     def __init__(self, corpus: Corpus, firings: Firings, settings: SampleSettings, near: Firings | None = None):

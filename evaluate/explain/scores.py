@@ -19,7 +19,7 @@ EXACT = ("precision", "recall", "balanced_accuracy")
 """The scores of rules over all held-out rows."""
 CHANCE = {"detection": 0.5, "fuzzing": 0.5, "simulation": 0.0, "intruder": 0.2, "balanced_accuracy": 0.5}
 
-Columns = dict[str, Float64[np.ndarray, "groups latents"]]
+ScoreColumns = dict[str, Float64[np.ndarray, "groups latents"]]
 
 
 class ScoreSums:
@@ -31,7 +31,7 @@ class ScoreSums:
     )
 
     def __init__(self, n_groups: int, n_latents: int):
-        self.sums: Columns = {name: np.zeros((n_groups, n_latents)) for name in self.COUNTS}
+        self.sums: ScoreColumns = {name: np.zeros((n_groups, n_latents)) for name in self.COUNTS}
 
     def add_answers(
         self,

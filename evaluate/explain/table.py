@@ -15,13 +15,13 @@ from ...shared.core.disk import replacing
 from ..features.files import FeatureIndex
 from .scores import EXACT, SCORES
 
-METADATA_KEY = b"thresher.explanations"
+_METADATA_KEY = b"thresher.explanations"
 RULES = "rules"
 TOKEN_FREQUENCY, RANDOM_LATENT = "token frequency", "random latent"
 BASELINES = (TOKEN_FREQUENCY, RANDOM_LATENT)
 """Explainers that the others are compared with."""
 SCORED = (*SCORES, *EXACT)
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     {
         "latent": pa.int64(),
         "explanation": pa.string(),
@@ -56,7 +56,7 @@ def write_explanations(path: Path, parts: Sequence[Explained], metadata: Mapping
     """Write the explanations by latent, for each latent those of all explainers."""
     tables = []
     for part in parts:
-        columns: dict[str, Any] = {name: pa.nulls(len(part.latents)) for name in SCHEMA.names}
+        columns: dict[str, Any] = {name: pa.nulls(len(part.latents)) for name in _SCHEMA.names}
         columns |= {name: pa.array(values, from_pandas=True) for name, values in part.scores.items() if name in columns}
         columns |= {
             "latent": part.latents,
@@ -68,11 +68,11 @@ def write_explanations(path: Path, parts: Sequence[Explained], metadata: Mapping
             "prompts": pa.array([part.prompts or None] * len(part.latents), pa.string()),
         }
         tables.append(
-            pa.table([pa.array(columns[name]).cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA)
+            pa.table([pa.array(columns[name]).cast(_SCHEMA.field(name).type) for name in _SCHEMA.names], _SCHEMA)
         )
     table = pa.concat_tables(tables)
     order = np.argsort(table["latent"].to_numpy(), kind="stable")
-    described = {METADATA_KEY: json.dumps(dict(metadata), ensure_ascii=False).encode()}
+    described = {_METADATA_KEY: json.dumps(dict(metadata), ensure_ascii=False).encode()}
     with replacing(path) as unfinished:
         pq.write_table(table.take(order).replace_schema_metadata(described), unfinished, compression="zstd")
 
@@ -80,7 +80,7 @@ def write_explanations(path: Path, parts: Sequence[Explained], metadata: Mapping
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a file of explanations says of itself; nothing if there is none, or none that can be read."""
     try:
-        return dict(json.loads((pq.read_schema(path).metadata or {})[METADATA_KEY]))
+        return dict(json.loads((pq.read_schema(path).metadata or {})[_METADATA_KEY]))
     except (OSError, KeyError, ValueError):  # includes Arrow's errors
         return {}
 

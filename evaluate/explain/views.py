@@ -51,7 +51,7 @@ class View:
         return self._order[self._first[value] : self._first[value + 1]]
 
 
-def plain(text: str) -> str:
+def token_in_words(text: str) -> str:
     """Return a token's text as words show it: in backquotes, or named where it shows nothing."""
     if text and not text.strip():
         if set(text) == {" "}:
@@ -118,7 +118,7 @@ def build_views(corpus: Corpus, texts: TokenTexts) -> list[View]:
         number = {text: i for i, text in enumerate(kinds)}
         table = np.array([number.get(text, -1) for text in of_token], dtype=np.int64)
         value = table[token]
-        shown = [plain(kind) if quoted else kind for kind in kinds]
+        shown = [token_in_words(kind) if quoted else kind for kind in kinds]
         return View(
             name,
             before(value, distance) if distance else value,
@@ -130,16 +130,18 @@ def build_views(corpus: Corpus, texts: TokenTexts) -> list[View]:
     prefixes = ["".join(word[:AFFIX]) if len(word) > AFFIX and word[0].isalnum() else "" for word in letters]
     suffixes = ["".join(word[-AFFIX:]) if len(word) > AFFIX and word[-1].isalnum() else "" for word in letters]
     views = [
-        View("token", token, len(ids), lambda i: plain(alone[i])),
+        View("token", token, len(ids), lambda i: token_in_words(alone[i])),
         by_text("word", words, "the word {} in any case"),
         by_text("prefix", prefixes, "words that begin with {}"),
         by_text("suffix", suffixes, "words that end in {}"),
         by_text("shape", shapes, "{}", quoted=False),
-        View("after", before(token, 1), len(ids), lambda i: f"the token after {plain(alone[i])}"),
+        View("after", before(token, 1), len(ids), lambda i: f"the token after {token_in_words(alone[i])}"),
         by_text("after word", words, "the token after the word {} in any case", 1),
         by_text("after shape", shapes, "the token after {}", 1, quoted=False),
-        View("second after", before(token, 2), len(ids), lambda i: f"the second token after {plain(alone[i])}"),
-        View("third after", before(token, 3), len(ids), lambda i: f"the third token after {plain(alone[i])}"),
+        View(
+            "second after", before(token, 2), len(ids), lambda i: f"the second token after {token_in_words(alone[i])}"
+        ),
+        View("third after", before(token, 3), len(ids), lambda i: f"the third token after {token_in_words(alone[i])}"),
     ]
     views += [_after("pair", views[5], views[0], alone), _after("kind after", views[5], views[4], alone)]
     views.append(_positions(corpus))
@@ -150,8 +152,8 @@ def build_views(corpus: Corpus, texts: TokenTexts) -> list[View]:
 
 
 def _surroundings(found: Surroundings) -> list[View]:
-    words = [plain(word) for word in found.words]
-    opened = [plain(mark) for mark in found.enclosures]
+    words = [token_in_words(word) for word in found.words]
+    opened = [token_in_words(mark) for mark in found.enclosures]
     return [
         View("spelling", found.word, len(words), lambda i: f"{words[i]} as a word or its beginning"),
         View("after spelling", found.previous_word, len(words), lambda i: f"the word after {words[i]}"),
@@ -171,7 +173,9 @@ def _surroundings(found: Surroundings) -> list[View]:
 
 
 def _near(token: np.ndarray, alone: Sequence[str], reach: int) -> View:
-    return View(f"near {reach}", token, len(alone), lambda i: f"the {reach} tokens after {plain(alone[i])}", reach)
+    return View(
+        f"near {reach}", token, len(alone), lambda i: f"the {reach} tokens after {token_in_words(alone[i])}", reach
+    )
 
 
 def _after(name: str, previous: View, here: View, alone: Sequence[str]) -> View:
@@ -184,7 +188,7 @@ def _after(name: str, previous: View, here: View, alone: Sequence[str]) -> View:
 
     def describe(i: int) -> str:
         first, second = divmod(int(kept[i]), here.n_values)
-        return f"{here.describe(second)} after {plain(alone[first])}"
+        return f"{here.describe(second)} after {token_in_words(alone[first])}"
 
     return View(name, value, len(kept), describe)
 
@@ -213,4 +217,4 @@ def _lines(token: np.ndarray, alone: Sequence[str], within: np.ndarray) -> View:
     first = next_word[line_start]
     begun_here = (first <= row) & (within[line_start.clip(0)] > 0)  # a line that began before the context is unknown
     value = np.where(begun_here, token[first.clip(max=len(token) - 1)], -1)
-    return View("line", value, len(alone), lambda i: f"lines that begin with {plain(alone[i])}")
+    return View("line", value, len(alone), lambda i: f"lines that begin with {token_in_words(alone[i])}")

@@ -18,9 +18,9 @@ from ...shared.core.paths import user_path
 from .token_text import TokenTexts
 
 ROW_GROUP = 512
-METADATA_KEY = b"thresher.features"
+_METADATA_KEY = b"thresher.features"
 
-CONTEXT = pa.struct(
+CONTEXT_TYPE = pa.struct(
     {
         "activation": pa.float32(),
         "context": pa.int64(),
@@ -34,7 +34,7 @@ CONTEXT = pa.struct(
 )
 TOKEN_EFFECT = pa.struct({"token": pa.int32(), "effect": pa.float32()})
 NEIGHBOUR = pa.struct({"latent": pa.int64(), "score": pa.float32()})
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     {
         "latent": pa.int64(),
         "firings": pa.int64(),
@@ -44,8 +44,8 @@ SCHEMA = pa.schema(
         "interestingness": pa.float32(),
         "histogram_end": pa.float32(),
         "histogram": pa.list_(pa.int32()),
-        "top": pa.list_(CONTEXT),
-        "sampled": pa.list_(CONTEXT),
+        "top": pa.list_(CONTEXT_TYPE),
+        "sampled": pa.list_(CONTEXT_TYPE),
         "promoted": pa.list_(TOKEN_EFFECT),
         "suppressed": pa.list_(TOKEN_EFFECT),
         "neighbours": pa.list_(NEIGHBOUR),
@@ -84,7 +84,7 @@ class FeatureIndex:
             raise MissingFileError(f"no feature index at '{path}'; build it with build_feature_index")
         try:
             file = pq.ParquetFile(path, page_checksum_verification=True)
-            described = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+            described = json.loads((file.schema_arrow.metadata or {})[_METADATA_KEY])
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise DataError(f"'{path}' is not a feature index: {error}") from None
         return cls(path, file, described)
@@ -140,7 +140,7 @@ def write_index(
     """Write an index atomically, one row group at a time; `rows(start, stop)` returns the columns of those latents."""
     partial = {token: piece.hex() for token, piece in texts.partial.items()}
     described = {"metadata": dict(metadata), "vocabulary": texts.vocabulary, "partial": partial, "documents": documents}
-    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(described, ensure_ascii=False).encode()})
+    schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(described, ensure_ascii=False).encode()})
     with (
         replacing(path) as unfinished,
         unfinished.open("wb") as file,
@@ -148,7 +148,9 @@ def write_index(
     ):
         for start in range(0, n_latents, ROW_GROUP):
             columns = rows(start, min(start + ROW_GROUP, n_latents))
-            writer.write_table(pa.table([columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], schema))
+            writer.write_table(
+                pa.table([columns[name].cast(_SCHEMA.field(name).type) for name in _SCHEMA.names], schema)
+            )
     return FeatureIndex.open(path)
 
 

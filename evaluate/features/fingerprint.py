@@ -12,7 +12,7 @@ from .readout import Readout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 3
+_VERSION = 3
 """Increased whenever the same SAE, store, model and settings give a different index."""
 
 
@@ -20,7 +20,7 @@ def context_fingerprint(
     store: ActivationStore, readout: Readout | str | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
     """Return a digest of what all SAEs' indexes depend on: the store, the model's readout and the tokenizer."""
-    facts = [VERSION, store.n_rows, store.context_size, store.manifest.checksum, tokenizer_digest(tokenizer)]
+    facts = [_VERSION, store.n_rows, store.context_size, store.manifest.checksum, tokenizer_digest(tokenizer)]
     facts += [] if store.used_roles is None else [store.used_roles]
     if not isinstance(readout, Readout):
         return digest_of([*facts, readout])

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int64
 
 from ...shared.store import ActivationStore
 from .contexts import BestContexts, window_start
-from .files import CONTEXT, NEIGHBOUR, TOKEN_EFFECT, nested, struct
+from .files import CONTEXT_TYPE, NEIGHBOUR, TOKEN_EFFECT, nested, struct
 from .logits import LogitEffects
 from .statistics import N_BINS, ActivationStatistics
 
-LATENTS_AT_A_TIME = 4096
+_LATENTS_AT_A_TIME = 4096
 MAX_NAME_LOOKUPS = 20_000
 HIGH_DENSITY = 0.2
 HIGH_PEAK = 10.0
@@ -80,7 +80,7 @@ class LatentRows:
         self.interestingness = np.concatenate([self._interestingness(part) for part in self._parts()])
 
     def _parts(self) -> Iterator[slice]:
-        return (slice(start, start + LATENTS_AT_A_TIME) for start in range(0, len(self.top.row), LATENTS_AT_A_TIME))
+        return (slice(start, start + _LATENTS_AT_A_TIME) for start in range(0, len(self.top.row), _LATENTS_AT_A_TIME))
 
     def _interestingness(self, part: slice) -> Float[np.ndarray, " latents"]:
         return interestingness(
@@ -156,7 +156,7 @@ class LatentRows:
             "tokens": self.visited.at("token", first[:, None] + np.arange(best.window)),
             "activations": activations[real].astype(np.float32),
         }
-        return nested(real.sum(axis=1), struct(CONTEXT, columns))
+        return nested(real.sum(axis=1), struct(CONTEXT_TYPE, columns))
 
     def _effects(self, kind: str, part: slice, n: int) -> pa.Array:
         if self.effects is None:

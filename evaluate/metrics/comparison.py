@@ -14,10 +14,10 @@ from ...shared.core.progress import progress
 from ..saes.sae_folders import EvaluatedSae
 from .dictionary import compare_directions, decoder_directions, live
 
-Kind = Literal["widths", "seeds", "other"]
+PairKind = Literal["widths", "seeds", "other"]
 
 
-def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> Kind:
+def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> PairKind:
     """Return how the training settings of two SAEs differ: in width, only in seed, or otherwise."""
     if a["d_sae"] != b["d_sae"]:
         return "widths" if a["architecture"] == b["architecture"] else "other"

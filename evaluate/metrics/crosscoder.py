@@ -13,7 +13,7 @@ from ...shared.model.hook_points import members
 from ...shared.sae import CrossLayerTranscoder, Sae
 from ..saes.sae_folders import EvaluatedSae
 from .bootstrap import point_estimates
-from .encoding import Encoded
+from .encoding import EncodedRows
 from .reconstruction import InputSums, ReconstructionSums, reconstruction_metrics
 
 WRITES = 0.1
@@ -46,7 +46,7 @@ class HookPointSums:
         self.writes: Bool[Tensor, "hook_points d_sae"] = (norms >= WRITES * norms.amax(dim=1, keepdim=True)).T
         self.sums = {hook_point: ReconstructionSums(n_groups, device) for hook_point in self.hook_points}
 
-    def add(self, x: Float[Tensor, "rows d_in"], encoded: Encoded, group: Int64[Tensor, " rows"]) -> None:
+    def add(self, x: Float[Tensor, "rows d_in"], encoded: EncodedRows, group: Int64[Tensor, " rows"]) -> None:
         """Add rows. L0 and L1 of a hook point count only the latents that write to it."""
         n = len(self.hook_points)
         parts = zip(self.hook_points, x.chunk(n, 1), encoded.x_hat.chunk(n, 1), strict=True)

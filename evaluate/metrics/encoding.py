@@ -21,7 +21,7 @@ FEWEST_ROWS = 128
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRows:
     """The latents of some rows: values and their indices, or a dense matrix if `top_indices` is None."""
 
     latents: Float[Tensor, "rows m"]
@@ -58,7 +58,7 @@ class Encoded:
             sums.add_sparse(self.latents, self.top_indices)
 
 
-def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
+def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> EncodedRows:
     """Return the latents and the reconstruction of rows."""
     top_indices = None
     if sae.selection == "topk":
@@ -69,7 +69,7 @@ def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Encoded:
         x_hat = sae.decode(latents)
     skipped = sae.skip_path(x)
     x_hat = x_hat if skipped is None else x_hat + skipped
-    return Encoded(latents, top_indices, x_hat)
+    return EncodedRows(latents, top_indices, x_hat)
 
 
 def reconstruct_in_parts(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:

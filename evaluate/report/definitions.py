@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 Style = Literal["text", "integer", "fraction", "percent", "number"]
 
 
-class Metric(NamedTuple):
+class Column(NamedTuple):
     """One column; `better` says which direction is better, or is empty if neither is."""
 
     key: str
@@ -18,44 +18,44 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("name", "SAE", "text", "", "Name of the SAE, which is also its folder in the sweep."),
-    Metric("architecture", "Architecture", "text", "", "How the latents are made sparse."),
-    Metric("hook_point", "Hook point", "text", "", "Where in the language model the activations were taken."),
-    Metric("d_sae", "d_sae", "integer", "", "Number of latents."),
-    Metric("k", "k", "integer", "", "Latents kept per token, for the TopK architectures."),
-    Metric("l1_coefficient", "L1 coefficient", "number", "", "Weight of the L1 penalty, for ReLU and gated SAEs."),
-    Metric("l0_coefficient", "L0 coefficient", "number", "", "Weight of the sparsity penalty, for JumpReLU."),
-    Metric("target_l0", "Target L0", "number", "", "The L0 that JumpReLU's penalty aims at, if one was set."),
-    Metric("l0", "L0", "number", "lower", "Mean number of latents active per token."),
-    Metric("published_l0", "Published L0", "number", "", "The L0 that the release of the SAE states."),
-    Metric(
+    Column("name", "SAE", "text", "", "Name of the SAE, which is also its folder in the sweep."),
+    Column("architecture", "Architecture", "text", "", "How the latents are made sparse."),
+    Column("hook_point", "Hook point", "text", "", "Where in the language model the activations were taken."),
+    Column("d_sae", "d_sae", "integer", "", "Number of latents."),
+    Column("k", "k", "integer", "", "Latents kept per token, for the TopK architectures."),
+    Column("l1_coefficient", "L1 coefficient", "number", "", "Weight of the L1 penalty, for ReLU and gated SAEs."),
+    Column("l0_coefficient", "L0 coefficient", "number", "", "Weight of the sparsity penalty, for JumpReLU."),
+    Column("target_l0", "Target L0", "number", "", "The L0 that JumpReLU's penalty aims at, if one was set."),
+    Column("l0", "L0", "number", "lower", "Mean number of latents active per token."),
+    Column("published_l0", "Published L0", "number", "", "The L0 that the release of the SAE states."),
+    Column(
         "published_explained_variance",
         "Published explained variance",
         "fraction",
         "",
         "The explained variance that the release of the SAE states.",
     ),
-    Metric(
+    Column(
         "explained_variance",
         "Explained variance",
         "fraction",
         "higher",
         "1 - E‖x - x̂‖² / (E‖x‖² - ‖E x‖²), over all evaluated tokens.",
     ),
-    Metric("fvu", "FVU", "fraction", "lower", "Fraction of variance unexplained: 1 - explained variance."),
-    Metric("mse", "MSE", "number", "lower", "E‖x - x̂‖²: squared error summed over d_in, averaged over tokens."),
-    Metric("cossim", "Cosine", "fraction", "higher", "Mean over tokens of the cosine between x and x̂."),
-    Metric("l2_ratio", "L2 ratio", "fraction", "nearer 1", "Mean of ‖x̂‖ / ‖x‖: below 1 the SAE shrinks its input."),
-    Metric(
+    Column("fvu", "FVU", "fraction", "lower", "Fraction of variance unexplained: 1 - explained variance."),
+    Column("mse", "MSE", "number", "lower", "E‖x - x̂‖²: squared error summed over d_in, averaged over tokens."),
+    Column("cossim", "Cosine", "fraction", "higher", "Mean over tokens of the cosine between x and x̂."),
+    Column("l2_ratio", "L2 ratio", "fraction", "nearer 1", "Mean of ‖x̂‖ / ‖x‖: below 1 the SAE shrinks its input."),
+    Column(
         "relative_reconstruction_bias",
         "Reconstruction bias",
         "fraction",
         "nearer 1",
         "E‖x̂‖² / E[x · x̂]: 1 if the scale of the reconstruction is unbiased.",
     ),
-    Metric("l1", "L1", "number", "", "Mean over tokens of the sum of the latents' activations."),
-    Metric("dead_fraction", "Dead", "percent", "lower", "Share of latents that fired on no evaluated token."),
-    Metric(
+    Column("l1", "L1", "number", "", "Mean over tokens of the sum of the latents' activations."),
+    Column("dead_fraction", "Dead", "percent", "lower", "Share of latents that fired on no evaluated token."),
+    Column(
         "ce_loss_score",
         "CE loss score",
         "fraction",
@@ -63,21 +63,21 @@ METRICS = (
         "(CE_zero - CE_sae) / (CE_zero - CE_clean): 1 if the model with the SAE spliced in predicts as well as without "
         "it; 0 if it predicts as badly as with the activation set to zero.",
     ),
-    Metric(
+    Column(
         "kl_div_score",
         "KL score",
         "fraction",
         "higher",
         "(KL_zero - KL_sae) / KL_zero, with KL the divergence of the model's predictions from the clean model's.",
     ),
-    Metric(
+    Column(
         "top1_agreement",
         "Top-1 agreement",
         "percent",
         "higher",
         "Share of tokens after which the model with the SAE predicts the same next token as the clean model.",
     ),
-    Metric(
+    Column(
         "ce_clean",
         "CE clean",
         "number",
@@ -85,43 +85,43 @@ METRICS = (
         "Cross-entropy of the unmodified model, in nats per token. This and the other cross-entropies do not count "
         "predictions of masked tokens, such as a BOS before a document.",
     ),
-    Metric("ce_sae", "CE with SAE", "number", "lower", "Cross-entropy with the SAE spliced in, in nats per token."),
-    Metric("ce_zero", "CE zero", "number", "", "Cross-entropy with the activation set to zero, in nats per token."),
-    Metric("ce_mean", "CE mean", "number", "", "Cross-entropy with the activation set to its mean, in nats per token."),
-    Metric(
+    Column("ce_sae", "CE with SAE", "number", "lower", "Cross-entropy with the SAE spliced in, in nats per token."),
+    Column("ce_zero", "CE zero", "number", "", "Cross-entropy with the activation set to zero, in nats per token."),
+    Column("ce_mean", "CE mean", "number", "", "Cross-entropy with the activation set to its mean, in nats per token."),
+    Column(
         "kl_sae", "KL with SAE", "number", "lower", "KL divergence of the predictions with the SAE, in nats per token."
     ),
-    Metric("kl_zero", "KL zero", "number", "", "KL divergence with the activation set to zero, in nats per token."),
-    Metric("kl_mean", "KL mean", "number", "", "KL divergence with the activation set to its mean, in nats per token."),
-    Metric(
+    Column("kl_zero", "KL zero", "number", "", "KL divergence with the activation set to zero, in nats per token."),
+    Column("kl_mean", "KL mean", "number", "", "KL divergence with the activation set to its mean, in nats per token."),
+    Column(
         "ce_loss_score_mean_ablation",
         "CE loss score, mean",
         "fraction",
         "higher",
         "The CE loss score with the activation set to its mean instead of zero.",
     ),
-    Metric(
+    Column(
         "kl_div_score_mean_ablation",
         "KL score, mean",
         "fraction",
         "higher",
         "The KL score with the activation set to its mean instead of zero.",
     ),
-    Metric(
+    Column(
         "max_decoder_cosine_mean",
         "Max decoder cosine",
         "fraction",
         "lower",
         "Mean over live latents of the largest cosine of their decoder row with another. Near 1, latents are copies.",
     ),
-    Metric(
+    Column(
         "encoder_decoder_cosine_mean",
         "Encoder-decoder cosine",
         "fraction",
         "",
         "Mean over live latents of the cosine between encoder column and decoder row.",
     ),
-    Metric(
+    Column(
         "f1",
         "F1",
         "fraction",
@@ -129,24 +129,24 @@ METRICS = (
         "Mean over latents of the harmonic mean of precision and recall, each latent taken as a detector of the true "
         "feature whose direction is closest to its decoder row.",
     ),
-    Metric("precision", "Precision", "fraction", "higher", "Mean share of a latent's firings where its feature fires."),
-    Metric("recall", "Recall", "fraction", "higher", "Mean share of a feature's firings where its latent fires."),
-    Metric(
+    Column("precision", "Precision", "fraction", "higher", "Mean share of a latent's firings where its feature fires."),
+    Column("recall", "Recall", "fraction", "higher", "Mean share of a feature's firings where its latent fires."),
+    Column(
         "mcc",
         "MCC",
         "fraction",
         "higher",
         "Mean absolute cosine of decoder rows and true directions under the best one-to-one matching.",
     ),
-    Metric(
+    Column(
         "uniqueness",
         "Uniqueness",
         "fraction",
         "higher",
         "Number of features that are some latent's closest one, per latent: 1 if no two latents share one.",
     ),
-    Metric("shrinkage", "Shrinkage", "fraction", "nearer 1", "Mean of ‖x̂‖ / ‖x‖ over the rows drawn from the law."),
-    Metric(
+    Column("shrinkage", "Shrinkage", "fraction", "nearer 1", "Mean of ‖x̂‖ / ‖x‖ over the rows drawn from the law."),
+    Column(
         "absorption",
         "Absorption",
         "fraction",
@@ -154,7 +154,7 @@ METRICS = (
         "For latents whose feature has children: the share of its firings that they miss when a child fires, minus the "
         "share when none does.",
     ),
-    Metric(
+    Column(
         "splitting",
         "Splitting",
         "fraction",
@@ -162,10 +162,10 @@ METRICS = (
         "Among features with children of which a latent exists for itself or a child: the share that has no latent of "
         "its own.",
     ),
-    Metric("true_l0", "True L0", "number", "", "Mean number of features that fire per row of the law."),
-    Metric("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
-    Metric("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
-    Metric(
+    Column("true_l0", "True L0", "number", "", "Mean number of features that fire per row of the law."),
+    Column("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
+    Column("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
+    Column(
         "n_predictions",
         "Predictions",
         "integer",
@@ -181,26 +181,26 @@ NOT_COLUMNS = (
 PER_HOOK = (
     *(metric for metric in METRICS if metric.key in ("hook_point", "l0", "explained_variance", "mse")),
     *(metric for metric in METRICS if metric.key in ("ce_loss_score", "kl_div_score")),
-    Metric(
+    Column(
         "decoder_norm_share", "Decoder norm share", "percent", "", "Mean share of the live latents' decoder norms here."
     ),
 )
 """The columns of the table of crosscoders and cross-layer transcoders at each hook point that they write."""
 PROVENANCE_LABELS = {"n_rows": "Tokens", "n_contexts": "Contexts", "n_documents": "Documents"}
-MISSING = "\N{EN DASH}"
+NOT_MEASURED = "\N{EN DASH}"
 KNOWN = {metric.key: metric for metric in METRICS}
 FIRST = ("name", "l0", "explained_variance", "ce_loss_score", "kl_div_score", "dead_fraction")
 ALWAYS_SHOWN = (*FIRST[:-2], "dead_fraction", "architecture", "hook_point", "d_sae")
 
 
-def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
+def columns(metrics: list[dict[str, Any]]) -> list[Column]:
     """Return the columns of a table of `metrics`: the known metrics that any SAE has, then other plain numbers."""
     present = {key for row in metrics for key, value in row.items() if value is not None}
     ordered = [KNOWN[key] for key in FIRST] + [metric for metric in METRICS if metric.key not in FIRST]
     known = [metric for metric in ordered if metric.key in present or metric.key in ALWAYS_SHOWN]
     others = [key for key in dict.fromkeys(key for row in metrics for key in row) if key not in (*KNOWN, *NOT_COLUMNS)]
     return known + [
-        Metric(key, key.replace("_", " "), "number", "", f"`{key}` in metrics.json.")
+        Column(key, key.replace("_", " "), "number", "", f"`{key}` in metrics.json.")
         for key in others
         if any(isinstance(row.get(key), int | float) and not isinstance(row.get(key), bool) for row in metrics)
     ]
@@ -209,7 +209,7 @@ def columns(metrics: list[dict[str, Any]]) -> list[Metric]:
 def format_value(value: Any, style: Style) -> str:
     """Format a value for the report; a missing value gives a dash."""
     if value is None or value != value:
-        return MISSING
+        return NOT_MEASURED
     if style == "text" or isinstance(value, str):
         return str(value)
     if isinstance(value, list):

@@ -17,7 +17,7 @@ from ...shared.core.paths import user_path
 from ..features.files import FeatureIndex
 from ..metrics.held_out import HeldOut
 from ..results.provenance import logit_effects_note, provenance, report_title
-from .definitions import PER_HOOK, PROVENANCE_LABELS, Metric, columns, format_value
+from .definitions import PER_HOOK, PROVENANCE_LABELS, Column, columns, format_value
 from .feature_blocks import Explanations, pack_features
 from .labels import point_labels
 
@@ -169,7 +169,7 @@ def _sort_key(value: Any) -> str:
     return repr(value) if _is_number(value) else str(value)
 
 
-def _interval(row: Mapping[str, Any], metric: Metric) -> str:
+def _interval(row: Mapping[str, Any], metric: Column) -> str:
     """Return a metric's confidence interval as text; empty if it has none."""
     bounds = (row.get("confidence_95") or {}).get(metric.key)
     if not bounds:

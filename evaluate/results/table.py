@@ -7,10 +7,10 @@ from typing import Any
 
 WIDTH = 100
 
-Row = Mapping[str, Any]
+ResultRow = Mapping[str, Any]
 
 
-def metrics_table(metrics: Sequence[Row]) -> str:
+def metrics_table(metrics: Sequence[ResultRow]) -> str:
     """Return the rows of `metrics.json` as a table, with a dash for values that were not measured.
 
     SAEs that could not be read are left out.
@@ -30,7 +30,7 @@ def metrics_table(metrics: Sequence[Row]) -> str:
     return "\n".join(lines[1:])
 
 
-def published_lines(metrics: Sequence[Row]) -> list[str]:
+def published_lines(metrics: Sequence[ResultRow]) -> list[str]:
     """Return a line per SAE whose release states its L0 or explained variance, beside what was measured here."""
     lines = []
     for row in metrics:
@@ -43,7 +43,7 @@ def published_lines(metrics: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ResultRow) -> list[str]:
     interval = (row.get("confidence_95") or {}).get("explained_variance")
     return [
         str(row["name"]),
@@ -58,7 +58,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _sparsity(row: Row) -> str:
+def _sparsity(row: ResultRow) -> str:
     if row.get("k") is not None:
         return f"{row['k']}"
     if row.get("target_l0") is not None:

@@ -14,7 +14,7 @@ from .sae_folders import EvaluatedSae
 
 Relation = Literal["same", "perhaps", "other"]
 
-CONTENT = "model_content"
+_CONTENT = "model_content"
 """Key of an SAE's metadata for the identity of its model's files, as recorded in the store by the harvest."""
 
 TRANSFORMER_LENS = {"gpt2small": "gpt2"}
@@ -64,7 +64,7 @@ def compare_origins(
 def _compare_models(recorded: Mapping[str, Any], store: ActivationStore) -> tuple[Relation, str]:
     """Return how the SAE's model and the store's relate, and a description of the difference, if any."""
     trained, stored = recorded.get("model_name"), store.metadata.get("model")
-    contents = recorded.get(CONTENT), stored_model_content(store.metadata)
+    contents = recorded.get(_CONTENT), stored_model_content(store.metadata)
     if all(isinstance(content, str) and "blake2b" in content for content in contents):
         if contents[0] == contents[1]:
             return "same", ""

@@ -14,7 +14,7 @@ from ...shared.core.errors import HookPointError, MissingFileError, SaeError
 from ...shared.model.hook_points import canonical_hook_point, group_name, members
 from ...shared.sae import CrossLayerTranscoder, Sae
 from ...shared.sae.formats import find_saes, is_sae, natural_order, walk_saes
-from ...shared.sae.formats.files import CONFIG_NAME
+from ...shared.sae.formats.files import CONFIG_NAME, DIVERGED_NAME
 from ...shared.sae.sources import locate_source
 from ...shared.store import ActivationStore
 from .hook_group import width
@@ -22,8 +22,6 @@ from .names import printable
 
 SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
 """The training settings that control sparsity."""
-DIVERGED_NAME = "diverged.json"
-"""The file that `thresher train` writes in the folder of an SAE that diverged, instead of weights."""
 
 
 @dataclass(frozen=True)

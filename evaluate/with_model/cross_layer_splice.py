@@ -21,7 +21,7 @@ from ...shared.model.hook_points import ResolvedHookPoint
 from ...shared.sae import CrossLayerTranscoder
 from ..metrics.encoding import rows_at_a_time
 
-Activation = Float[Tensor, "batch context d"]
+_Activation = Float[Tensor, "batch context d"]
 Positions = tuple[Int64[Tensor, " positions"], Int64[Tensor, " positions"]]
 """Contexts of a batch and places within them, by which an activation is indexed."""
 
@@ -34,7 +34,7 @@ class _Written:
         self.layers_done = 0
         self.totals: dict[int, Tensor] = {}
 
-    def read(self, layer: int, activation: Activation) -> None:
+    def read(self, layer: int, activation: _Activation) -> None:
         """Compute a layer's latents and add what they write to this and each later layer's target."""
         if layer == 0:
             self.layers_done, self.totals = 0, {}
@@ -51,7 +51,7 @@ class _Written:
             self.totals[layer] = self.totals[layer] + torch.cat([skip for skip in skips if skip is not None])
         self.layers_done = layer + 1
 
-    def write(self, target: int, activation: Activation) -> Activation:
+    def write(self, target: int, activation: _Activation) -> _Activation:
         """Return the activation, with the usable positions replaced by what the latents wrote to this target."""
         if self.layers_done != target + 1:
             raise self._out_of_order(self.sae.writes[target])

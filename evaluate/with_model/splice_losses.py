@@ -30,7 +30,7 @@ from ..saes.hook_group import concatenate
 from ..saes.sae_folders import EvaluatedSae
 from .cross_layer_splice import Positions, replacing_all
 
-Activation = Float[Tensor, "batch context d"]
+_Activation = Float[Tensor, "batch context d"]
 VOCABULARY_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Log-probabilities held at a time. On a CPU this is 8 MiB in float32, which fits in its caches."""
 
@@ -124,12 +124,12 @@ def token_losses(
 @contextmanager
 def read_at(
     model: PreTrainedModel, hook_points: Mapping[str, ResolvedHookPoint], where: Sequence[str]
-) -> Iterator[dict[str, Activation]]:
+) -> Iterator[dict[str, _Activation]]:
     """Return a dictionary that a forward pass within this context fills with activations, by hook point."""
-    seen: dict[str, Activation] = {}
+    seen: dict[str, _Activation] = {}
 
-    def reader(name: str) -> Callable[[Activation], None]:
-        def read(activation: Activation) -> None:
+    def reader(name: str) -> Callable[[_Activation], None]:
+        def read(activation: _Activation) -> None:
             seen[name] = activation.clone()
 
         return read
@@ -140,10 +140,10 @@ def read_at(
         yield seen
 
 
-def replacement(x_hat: Float[Tensor, "rows d"], usable: Positions) -> Callable[[Activation], Activation]:
+def replacement(x_hat: Float[Tensor, "rows d"], usable: Positions) -> Callable[[_Activation], _Activation]:
     """Return a function that replaces the activation at every usable position with the rows of a reconstruction."""
 
-    def replace(activation: Activation) -> Activation:
+    def replace(activation: _Activation) -> _Activation:
         replaced = activation.clone()
         replaced[usable] = x_hat.to(activation.dtype)
         return replaced
@@ -156,7 +156,7 @@ def run_name(sae: EvaluatedSae, hook_point: str) -> str:
     return sae.name if hook_point == sae.target else f"{sae.name} at {hook_point}"
 
 
-def ablation(value: Float[Tensor, " d"] | float) -> Callable[[Activation], Activation]:
+def ablation(value: Float[Tensor, " d"] | float) -> Callable[[_Activation], _Activation]:
     """Return a function that replaces every position's activation with `value`."""
     return lambda activation: (
         torch.zeros_like(activation) + (value.to(activation) if isinstance(value, Tensor) else value)

@@ -13,7 +13,7 @@ LIST_COLUMNS = ("messages", "conversation", "conversations", "input_ids", "token
 MAX_NAME = 200
 MAX_COLUMNS = 20
 SKIP = 'or set on_bad_document = "skip" to skip it'
-ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for the roles."""
 _MISSING = object()
 
@@ -157,5 +157,5 @@ def _message(item: Any) -> dict[str, Any] | None:
     message = {key: value for key, value in item.items() if value is not None or key == "content"}
     if "role" not in message and {"from", "value"} <= message.keys():
         role = message.pop("from")
-        message = {"role": ROLES.get(str(role), role), "content": message.pop("value"), **message}
+        message = {"role": _ROLES.get(str(role), role), "content": message.pop("value"), **message}
     return message if isinstance(message.get("role"), str) else None

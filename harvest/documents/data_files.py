@@ -24,7 +24,7 @@ from .columns import SKIP, Columns
 from .find_files import COMPRESSIONS, format_of, suffix_of
 from .tally import RowLocation, Tally
 
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 HEAD_BYTES = 1 << 16
 CHUNK_CHARACTERS = 1 << 20
 MAX_VALUE_CHARACTERS = 1 << 28
@@ -94,7 +94,7 @@ class DataFile:
         self._tally = tally
         self._csv_line = 0
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[DataRow]:
         kind = format_of(self.path.name)
         try:
             if kind == "json":
@@ -117,7 +117,7 @@ class DataFile:
             self._tally.bad(self.at.source, fault)
         return None if fault else head
 
-    def _json(self) -> Iterator[Row]:
+    def _json(self) -> Iterator[DataRow]:
         head = self._head()
         if head is None:
             return
@@ -132,7 +132,7 @@ class DataFile:
             with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
                 yield from self._json_values(text, head.startswith(b"["))
 
-    def _json_lines(self, file: BinaryIO) -> Iterator[Row]:
+    def _json_lines(self, file: BinaryIO) -> Iterator[DataRow]:
         decode = msgspec.json.Decoder().decode
         for number, line in enumerate(file, 1):
             self.at.number = number
@@ -151,7 +151,7 @@ class DataFile:
             else:
                 self._tally.bad(self.at, f"is not a JSON object, but {_json_kind(row)}")
 
-    def _json_values(self, text: TextIO, is_array: bool) -> Iterator[Row]:
+    def _json_values(self, text: TextIO, is_array: bool) -> Iterator[DataRow]:
         """Yield the objects of an array, or objects that span several lines."""
         decode = json.JSONDecoder().raw_decode
         buffer, position, size = text.read(CHUNK_CHARACTERS), 0, CHUNK_CHARACTERS
@@ -197,7 +197,7 @@ class DataFile:
                 self._tally.bad(self.at, f"is not a JSON object, but {_json_kind(row)}")
             position, size = end, CHUNK_CHARACTERS
 
-    def _csv(self) -> Iterator[Row]:
+    def _csv(self) -> Iterator[DataRow]:
         if self._head() is None:
             return
         delimiter = "\t" if suffix_of(self.path.name) == ".tsv" else ","
@@ -242,7 +242,7 @@ class DataFile:
                 fault = "is not UTF-8"
             self._tally.bad(RowLocation(self.at.source, "line", number), fault)
 
-    def _parquet(self) -> Iterator[Row]:
+    def _parquet(self) -> Iterator[DataRow]:
         import pyarrow.parquet as pq
 
         if self.path.suffix.lower() != ".parquet":
@@ -257,7 +257,7 @@ class DataFile:
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
                     yield from self._numbered(batch.to_pylist())
 
-    def _arrow(self) -> Iterator[Row]:
+    def _arrow(self) -> Iterator[DataRow]:
         import pyarrow as pa
 
         with open_bytes(self.path) as file:
@@ -279,7 +279,7 @@ class DataFile:
             if is_stream and columns and not compressed and source.seek(-8, 2) and source.read() != ARROW_END:
                 self._tally.bad(self.at.source, "the file is cut off: its end-of-stream marker is missing")
 
-    def _numbered(self, rows: list[Row]) -> Iterator[Row]:
+    def _numbered(self, rows: list[DataRow]) -> Iterator[DataRow]:
         for row in rows:
             self.at.number += 1
             yield row

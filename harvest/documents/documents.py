@@ -12,7 +12,7 @@ from ..config import HarvestConfig
 from .columns import Columns, encodable
 from .columns import Document as Document
 from .data_files import LFS, DataFile, damage, open_bytes, read_error, signature
-from .find_files import PYTHON_STDLIB, SAVED, SNIFFED_BYTES, TEXT, FoundFiles, find_files, is_binary
+from .find_files import PYTHON_STDLIB, SAVED, SNIFFED_BYTES, TEXT_FILE, FoundFiles, find_files, is_binary
 from .tally import RowLocation, Tally
 
 
@@ -32,7 +32,7 @@ def read_documents(config: HarvestConfig, *, report: bool = False) -> Iterator[D
         tally.print_left_out()
     if found is None:
         documents = _rows(_hub_dataset(config), config, tally)
-    elif found.format == TEXT:
+    elif found.format == TEXT_FILE:
         documents = _texts(found, tally)
     elif found.format == SAVED:
         documents = _rows(_saved_dataset(found, config), config, tally)

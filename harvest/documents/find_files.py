@@ -17,10 +17,10 @@ from ...shared.core.errors import ConfigError, DataError, MissingFileError
 from ...shared.core.paths import user_path
 from ...shared.store.format.layout import MANIFEST
 from ..config import HarvestConfig
-from .splits import ALL, DEFAULT, by_name, matching, named_splits, split_files, split_order
+from .splits import ALL, DEFAULT, by_name, matching_paths, named_splits, split_files, split_order
 
 PYTHON_STDLIB = "python-stdlib"
-FORMATS = {
+_FORMATS = {
     ".jsonl": "json",
     ".jsonlines": "json",
     ".ndjson": "json",
@@ -30,11 +30,11 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-TEXT, SAVED = "text", "saved"
+TEXT_FILE, SAVED = "text", "saved"
 AMBIGUOUS = {".json", ".csv", ".tsv"}
 """Suffixes of data files that also occur in folders of text, such as a project's package.json."""
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-METADATA = {
+_METADATA = {
     "config.json",
     "croissant.json",
     "dataset_dict.json",
@@ -98,7 +98,7 @@ def find_files(config: HarvestConfig) -> FoundFiles | None:
         splits = by_name([path.name])
         if config.split not in (DEFAULT, ALL, *splits):
             raise ConfigError(f"split is '{config.split}', but '{path}' is read whole; remove split")
-        return FoundFiles(path.parent, format_of(path.name) or TEXT, [path])
+        return FoundFiles(path.parent, format_of(path.name) or TEXT_FILE, [path])
     if _looks_like_a_path(config.dataset):
         raise MissingFileError(f"no text at '{config.dataset}'; give a file, a folder, or a Hugging Face dataset id")
     return None
@@ -106,7 +106,7 @@ def find_files(config: HarvestConfig) -> FoundFiles | None:
 
 def format_of(name: str) -> str | None:
     """Return the format of a data file by its name; None for other files."""
-    return FORMATS.get(suffix_of(name))
+    return _FORMATS.get(suffix_of(name))
 
 
 def suffix_of(name: str) -> str:
@@ -134,7 +134,7 @@ def _refuse(config: HarvestConfig, **reasons: str) -> None:
 
 def _looks_like_a_path(name: str) -> bool:
     suffix = suffix_of(name)
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or suffix == ".txt" or suffix in FORMATS
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or suffix == ".txt" or suffix in _FORMATS
 
 
 def _stdlib_files(root: Path) -> list[Path]:
@@ -148,7 +148,7 @@ def _stdlib_files(root: Path) -> list[Path]:
 def _text_files(root: Path, paths: Iterable[Path], config: HarvestConfig) -> FoundFiles:
     """Return text files shuffled by the seed; only those of the split if the names of .txt files name splits."""
     _refuse(config, dataset_config="text files have no configurations")
-    if config.text_column != TEXT:
+    if config.text_column != "text":
         raise ConfigError(
             f"text_column is '{config.text_column}', but '{config.dataset}' is read as text files; remove text_column, "
             "or set files to the patterns of data files"
@@ -158,7 +158,7 @@ def _text_files(root: Path, paths: Iterable[Path], config: HarvestConfig) -> Fou
     chosen = _text_names(config, [_name(path, root) for path in files])
     return FoundFiles(
         root,
-        TEXT,
+        TEXT_FILE,
         [path for path in files if _name(path, root) in chosen],
         [("of other splits", name) for name in sorted({_name(path, root) for path in files} - chosen)],
     )
@@ -192,7 +192,7 @@ def _in_folder(folder: Path, config: HarvestConfig) -> FoundFiles:
     paths, left_out = walk(folder)
     if config.files is not None:
         patterns = [pattern if "/" in pattern else f"**/{pattern}" for pattern in config.files]
-        chosen = set(matching([_name(path, folder) for path in paths], patterns))
+        chosen = set(matching_paths([_name(path, folder) for path in paths], patterns))
         left_out.append(("not matched by files", [path for path in paths if _name(path, folder) not in chosen]))
         paths = [path for path in paths if _name(path, folder) in chosen]
         if not paths:
@@ -200,7 +200,7 @@ def _in_folder(folder: Path, config: HarvestConfig) -> FoundFiles:
     if not paths:
         raise DataError(f"no files in '{folder}'; expected text, JSONL, CSV, Parquet or Arrow files")
     others = [path for path in paths if not format_of(path.name)]
-    data = [path for path in paths if format_of(path.name) and path.name.lower() not in METADATA]
+    data = [path for path in paths if format_of(path.name) and path.name.lower() not in _METADATA]
     if not data and not others:
         data = paths
     if _reads_text(folder, data, others, config):
@@ -251,7 +251,7 @@ def _data_files(folder: Path, paths: list[Path], config: HarvestConfig) -> Found
         raise _no_split(config, [split for split, found in splits.items() if found and split != ALL])
     chosen = {names[name] for name in splits[config.split]}
     files = sorted(chosen)
-    formats = sorted({format_of(path.name) or TEXT for path in files})
+    formats = sorted({format_of(path.name) or TEXT_FILE for path in files})
     if len(formats) > 1:
         raise DataError(
             f"'{folder}' mixes {' and '.join(formats)} files ({_kinds(files)}); set files to the patterns of those to "
@@ -357,7 +357,7 @@ def _name(path: Path, root: Path) -> str:
 
 def _is_incidental(path: Path) -> bool:
     """Return whether a file only documents a dataset, or is a cache."""
-    return bool(_DOCUMENTATION.match(path.name)) or path.name.lower() in METADATA or CACHE in path.parts
+    return bool(_DOCUMENTATION.match(path.name)) or path.name.lower() in _METADATA or CACHE in path.parts
 
 
 def _is_binary_file(path: Path) -> bool:

@@ -25,7 +25,7 @@ SYNONYMS = {
 _KEYWORDS = {word: split for split, words in SYNONYMS.items() for word in words}
 _KEYWORD = re.compile(rf"(?<![^-._ 0-9])({'|'.join(_KEYWORDS)})(?![^-._ 0-9])", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-CARD = "README.md"
+_CARD = "README.md"
 
 Splits = dict[str, list[str]]
 """Relative paths by split."""
@@ -45,7 +45,7 @@ def split_files(folder: Path, names: Sequence[str], config_name: str | None) -> 
         splits = _of_config({"data_dir": config_name}, names)
         if not splits:
             raise ConfigError(
-                f"'{folder}' has no configuration '{config_name}': no {CARD} lists it and no sub-folder has that name"
+                f"'{folder}' has no configuration '{config_name}': no {_CARD} lists it and no sub-folder has that name"
             )
         return splits
     return by_name(names)
@@ -99,7 +99,7 @@ def _shard_folders(names: Sequence[str]) -> set[PurePosixPath]:
     return folders
 
 
-def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def matching_paths(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """Return the relative paths that match a glob pattern, or are in a folder that does.
 
     Raises `ConfigError` for a malformed pattern.
@@ -116,7 +116,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """Return the configurations that a dataset card lists in its YAML header."""
-    card = folder / CARD
+    card = folder / _CARD
     if not card.is_file():
         return []
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -148,7 +148,7 @@ def _choose_config(folder: Path, configs: list[dict[str, Any]], name: str | None
             raise ConfigError(f"'{folder}' has the configurations {', '.join(by_name)}; set dataset_config to one")
         return chosen
     if name not in by_name:
-        raise ConfigError(f"'{folder}' has no configuration '{name}'; its {CARD} lists {', '.join(by_name)}")
+        raise ConfigError(f"'{folder}' has no configuration '{name}'; its {_CARD} lists {', '.join(by_name)}")
     return by_name[name]
 
 
@@ -165,7 +165,7 @@ def _of_config(config: dict[str, Any], names: Sequence[str]) -> Splits:
             patterns = [{"split": split, "path": path} for split, path in patterns.items()]
         elif isinstance(patterns, str) or not all(isinstance(entry, dict) for entry in patterns):
             patterns = [{"split": DEFAULT, "path": patterns}]
-        splits = {str(entry["split"]): matching(below, _as_list(entry["path"])) for entry in patterns}
+        splits = {str(entry["split"]): matching_paths(below, _as_list(entry["path"])) for entry in patterns}
     return {split: [prefix + name for name in found] for split, found in splits.items()}
 
 

@@ -26,18 +26,18 @@ from ...shared.store.write.rank_store import POLL_SECONDS
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
 from ..forward import MAX_WORKERS
-from ..plan import Plan, make_plan
+from ..plan import HarvestPlan, make_plan
 from ..resume import resume_contexts
-from ..reuse import check_unchanged, compare, identity
+from ..reuse import check_unchanged, compare_store, identity
 from ..steps import open_writer, print_status, print_stored, run_model, write_sources
 from ..tokens.packing import Context
 from ..tokens.tokens import read_contexts
 from .rank_group import RankGroup, join_ranks, rank_device
 from .rank_progress import RankProgress
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 SECONDS_UNTIL_VISIBLE = 120
-MAX_THREADS = 8
+_MAX_THREADS = 8
 
 
 def harvest_ranks(config: HarvestConfig) -> Path | StoreUrl:
@@ -46,7 +46,7 @@ def harvest_ranks(config: HarvestConfig) -> Path | StoreUrl:
     with join_ranks() as ranks:
         wanted = identity_of_ranks(config, ranks)
         ranks.agree(wanted | {"store": str(store)})
-        status = ranks.lead(lambda: compare(store, wanted))
+        status = ranks.lead(lambda: compare_store(store, wanted))
         print_status(store, status)
         if status.complete:
             return store
@@ -80,7 +80,7 @@ def rank_config(config: HarvestConfig, ranks: RankGroup) -> HarvestConfig:
     return msgspec.structs.replace(
         config,
         device=rank_device(config.device, ranks),
-        threads=config.threads or min(cores, MAX_THREADS),
+        threads=config.threads or min(cores, _MAX_THREADS),
         workers=config.workers or min(cores, MAX_WORKERS),
     )
 
@@ -96,7 +96,7 @@ def harvest_assignment(
     config: HarvestConfig,
     wanted: dict[str, Any],
     own_config: HarvestConfig,
-    plan: Plan,
+    plan: HarvestPlan,
     writer: RankWriter,
     ranks: RankGroup,
     interrupt: Interrupt,
@@ -168,7 +168,7 @@ def complete(
     writer.complete()
 
 
-def wait_for(ready: Callable[[], T | None], check: Callable[[], None]) -> T:
+def wait_for(ready: Callable[[], _T | None], check: Callable[[], None]) -> _T:
     """Poll `ready` until it returns a value other than None, and return that."""
     while (found := ready()) is None:
         check()

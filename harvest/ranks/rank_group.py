@@ -24,7 +24,7 @@ from ...shared.core.compute.processes import Ranks, start_group
 from ...shared.core.errors import ConfigError, RankError
 from ...shared.store.local.liveness import LivenessLock
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_TO_READ = 5.0
 _RESUME = "what was harvested is kept: run the same command again to resume"
@@ -45,7 +45,7 @@ class RankGroup(Ranks):
         self._next_check = 0.0
         self._has_reported = False
 
-    def lead(self, action: Callable[[], T]) -> T:
+    def lead(self, action: Callable[[], _T]) -> _T:
         """Run an action on rank 0 only and return its result on every rank; if it fails, every rank raises."""
         if self.n == 1:
             return action()

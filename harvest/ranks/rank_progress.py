@@ -6,13 +6,13 @@ import time
 
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
-from ..progress import Progress
+from ..progress import HarvestProgress
 from .rank_group import RankGroup
 
 SECONDS = 1.0
 
 
-class RankProgress(Progress):
+class RankProgress(HarvestProgress):
     """Each rank publishes its progress once a second; rank 0 shows the sum."""
 
     def __init__(self, ranks: RankGroup, writer: RankWriter, config: HarvestConfig) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LOOK_AT_CHARACTERS = 50_000
+_LOOK_AT_CHARACTERS = 50_000
 _BRACKETS = re.compile(r"[<\[{(|].*[>\]})|]", re.DOTALL)
 
 
@@ -121,6 +121,6 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def most_frequent_special(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """Return the special token that occurs in the text of most documents, and in how many."""
     special = tokenizer.convert_ids_to_tokens(sorted(all_special_ids(tokenizer)))
-    texts = [document.text[:LOOK_AT_CHARACTERS] for document in documents]
+    texts = [document.text[:_LOOK_AT_CHARACTERS] for document in documents]
     counts = {token: sum(token in text for text in texts) for token in special}
     return max(counts.items(), key=lambda item: item[1], default=("", 0))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOOK_AT_DOCUMENTS = 32
-LOOK_AT_CHARACTERS = 1 << 20
+_LOOK_AT_CHARACTERS = 1 << 20
 
 
 def find_text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -> TextRules:
@@ -30,7 +30,7 @@ def find_text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -
         if document.messages != []:
             first.append(document)
             n_characters += len(document.text)
-        if len(first) == LOOK_AT_DOCUMENTS or n_characters > LOOK_AT_CHARACTERS:
+        if len(first) == LOOK_AT_DOCUMENTS or n_characters > _LOOK_AT_CHARACTERS:
             break
     rules = text_rules(config, tokenizer, first[0] if first else None)
     if rules.kind == "text" and not rules.keeps_special_tokens:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from .config import C, Config, help_text, load_config, read_toml
+from .config import Config, ConfigT, help_text, load_config, read_toml
 from .errors import ConfigError, ThresherError
 from .version import thresher_version
 
@@ -76,7 +76,7 @@ def run_guarded(action: Callable[[], Any]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def run_stage(stage: str, cls: type[C], run: Callable[[C], Any], summary: str, arguments: list[str]) -> int:
+def run_stage(stage: str, cls: type[ConfigT], run: Callable[[ConfigT], Any], summary: str, arguments: list[str]) -> int:
     """Run one configured stage: `thresher STAGE [CONFIG.toml] [--key value ...]`.
 
     `run` may return an exit code, such as `PARTLY_FAILED`.

@@ -59,7 +59,7 @@ Roles = Annotated[
 ]
 """Fields of the stages that read a store."""
 
-C = TypeVar("C", bound=Config)
+ConfigT = TypeVar("ConfigT", bound=Config)
 _COMMAND_LINE = "command line"
 
 
@@ -88,7 +88,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read '{path}': {error.strerror}") from None
 
 
-def to_config(cls: type[C], table: Mapping[str, Any], where: str, overridden: Iterable[str] = ()) -> C:
+def to_config(cls: type[ConfigT], table: Mapping[str, Any], where: str, overridden: Iterable[str] = ()) -> ConfigT:
     """Check a table's keys and values and return the configuration.
 
     `where` names the origin of the table in error messages. Keys in `overridden` came from the command line instead.
@@ -128,7 +128,9 @@ def _check_table(table: Any, kind: msgspec.inspect.Type, where: str) -> None:
                 _check_table(value, fields[key], f"{where}: [[{key}]]")
 
 
-def action_config(cls: type[C], arguments: list[str], names: tuple[str, ...], missing: str, unexpected: str) -> C:
+def action_config(
+    cls: type[ConfigT], arguments: list[str], names: tuple[str, ...], missing: str, unexpected: str
+) -> ConfigT:
     """Return the configuration of a command's action, whose first arguments are the values of `names`.
 
     Raises:
@@ -210,7 +212,7 @@ def _parse_value(text: str, accepted: tuple[type, ...]) -> Any:
     return value
 
 
-def load_config(cls: type[C], path: str | Path | None, arguments: list[str]) -> C:
+def load_config(cls: type[ConfigT], path: str | Path | None, arguments: list[str]) -> ConfigT:
     """Return the configuration from a TOML file, if `path` is given, and command-line overrides."""
     named, overrides = parse_arguments(cls, arguments)
     if named is not None and path is not None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from .errors import ConfigError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _HOME = re.compile(r"~[^/\s]*(/|$)")
 
 
@@ -20,7 +20,7 @@ def user_path(path: str | Path) -> Path:
         raise ConfigError(f"no home folder is known for '{path}'; write the path in full") from None
 
 
-def expand_home(value: T) -> T:
+def expand_home(value: _T) -> _T:
     """Expand `~/...` and `~user/...` in a string or path, or in every one inside lists and tables.
 
     A lone `~` is left as it is, because it may be a token rather than a path.

@@ -39,7 +39,7 @@ class ConvertConfig(TargetConfig, frozen=True):
     rows: Annotated[int, Meta(ge=1, description="How many rows to measure on.")] = 8192
 
 
-class PushConfig(SourceConfig, frozen=True):
+class PushSaeConfig(SourceConfig, frozen=True):
     """Options of `push`."""
 
     repo: Annotated[str, Meta(description="The repository, USER/NAME; it is made if there is none.")]
@@ -51,10 +51,10 @@ class PushConfig(SourceConfig, frozen=True):
     dry_run: Annotated[bool, Meta(description="Print the model card and the files, and upload nothing.")] = False
 
 
-C = TypeVar("C", bound=Config)
+_C = TypeVar("_C", bound=Config)
 
 
-def run_command(arguments: list[str]) -> int:
+def run_sae_command(arguments: list[str]) -> int:
     """Run `info`, `convert`, `verify`, `push` or `pull`."""
     action, rest = arguments[0], arguments[1:]
     actions = {"info": _info, "convert": _convert, "verify": _verify, "push": _push, "pull": _pull}
@@ -63,7 +63,7 @@ def run_command(arguments: list[str]) -> int:
     return actions[action](rest)
 
 
-def _options(cls: type[C], arguments: list[str], action: str, *names: str) -> C:
+def _options(cls: type[_C], arguments: list[str], action: str, *names: str) -> _C:
     """Return the configuration of an action, whose first arguments are the values of `names`."""
     missing = f"`thresher sae {action}` needs {' and '.join(names)} first; see thresher sae --help"
     return action_config(cls, arguments, names, missing, "options, --key value")
@@ -85,22 +85,22 @@ def found_saes(source: str) -> tuple[Path, list[tuple[SaeFormat, Path]]]:
 
 
 def _info(arguments: list[str]) -> int:
-    from .describe import describe
+    from .describe import describe_sae
 
     config = _options(SourceConfig, arguments, "info", "source")
     root, found = found_saes(config.source)
-    print("\n\n".join("\n".join(describe(fmt, path, root)) for fmt, path in found))
+    print("\n\n".join("\n".join(describe_sae(fmt, path, root)) for fmt, path in found))
     return 0
 
 
 def _verify(arguments: list[str]) -> int:
-    from .verify import verify
+    from .verify import verify_sae
 
     config = _options(SourceConfig, arguments, "verify", "source")
     root, found = found_saes(config.source)
     n_faults = 0
     for fmt, path in found:
-        fault = verify(fmt, path)
+        fault = verify_sae(fmt, path)
         n_faults += fault is not None
         name = path.relative_to(root) if path != root else path.name
         print(f"fault  {name}: {fault}" if fault else f"ok     {name}  {fmt.name}")
@@ -123,7 +123,7 @@ def _convert(arguments: list[str]) -> int:
 def _push(arguments: list[str]) -> int:
     from .push import push
 
-    config = _options(PushConfig, arguments, "push", "source")
+    config = _options(PushSaeConfig, arguments, "push", "source")
     evaluation = user_path(config.evaluation) if config.evaluation else None
     for line in push(user_path(config.source), config.repo, evaluation, config.license, config.private, config.dry_run):
         print(line)

@@ -17,7 +17,7 @@ from ..core.version import thresher_version
 from ..sae import Sae
 from ..sae.formats.files import WEIGHTS_NAME
 from ..store import ActivationStore
-from .describe import selection, sizes
+from .describe import selection, sizes_in_words
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TAGS = ["saelens", "sparse-autoencoder", "mechanistic-interpretability", "sae", "thresher"]
@@ -99,7 +99,7 @@ def _table(saes: Sequence[CardSae], rows: Mapping[str, Mapping[str, Any]]) -> st
     for name, _, sae in saes:
         row = rows.get(name, {})
         writes = ", ".join(sae.writes) if sae.reads != _writes(sae) else "the same"
-        cells = [_named(name), sae.architecture, ", ".join(sae.reads), writes, sizes(sae), selection(sae)]
+        cells = [_named(name), sae.architecture, ", ".join(sae.reads), writes, sizes_in_words(sae), selection(sae)]
         lines.append([*cells, *(_figure(row, key, decimals) for key, _, decimals in figures)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
 
     def run() -> int:
-        from .actions import run_command  # here, so that --help stays quick
+        from .actions import run_sae_command  # here, so that --help stays quick
 
-        return run_command(arguments)
+        return run_sae_command(arguments)
 
     return run_guarded(run)

@@ -11,7 +11,7 @@ from ..sae import CrossLayerTranscoder, Sae
 from ..sae.formats import SaeFormat
 
 
-def describe(fmt: SaeFormat, path: Path, root: Path) -> list[str]:
+def describe_sae(fmt: SaeFormat, path: Path, root: Path) -> list[str]:
     """Return the lines of `info` on one SAE; why it cannot be read is one of them."""
     name = str(path.relative_to(root)) if path != root else path.name
     lines = [name, f"  format      {fmt.name}: {fmt.layout}"]
@@ -25,7 +25,7 @@ def describe(fmt: SaeFormat, path: Path, root: Path) -> list[str]:
         lines.append(f"  writes      {', '.join(sae.writes) if sae.hook_point else 'not said'}")
     except SaeError:
         lines.append("  writes      not said; add hook_name_out to the metadata")
-    lines.append(f"  sizes       {sizes(sae)}, {str(next(sae.parameters()).dtype).removeprefix('torch.')}")
+    lines.append(f"  sizes       {sizes_in_words(sae)}, {str(next(sae.parameters()).dtype).removeprefix('torch.')}")
     lines.append(f"  chooses     {selection(sae)}")
     if sae.wiring_kind not in ("transcoder", "cross_layer"):
         lines.append(f"  b_dec       {'' if sae.apply_b_dec_to_input else 'not '}subtracted from the input")
@@ -37,7 +37,7 @@ def describe(fmt: SaeFormat, path: Path, root: Path) -> list[str]:
     return lines
 
 
-def sizes(sae: Sae) -> str:
+def sizes_in_words(sae: Sae) -> str:
     """Return the sizes in words."""
     if isinstance(sae, CrossLayerTranscoder):
         return str(sae.sizes)

@@ -10,7 +10,7 @@ from ..sae import Sae
 from ..sae.formats import SaeFormat, find_saes
 
 
-def verify(fmt: SaeFormat, path: Path) -> str | None:
+def verify_sae(fmt: SaeFormat, path: Path) -> str | None:
     """Return what is wrong with an SAE, or None.
 
     Formats that are not written are checked in the form in which Thresher writes them.

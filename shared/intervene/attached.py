@@ -30,7 +30,7 @@ class Codes(NamedTuple):
         return torch.stack([(self.values * (self.latents == latent)).sum(dim=1) for latent in latents], dim=1)
 
 
-class Group(NamedTuple):
+class LatentGroup(NamedTuple):
     """Latents that are computed together: from the hook points `reads`, with numbers from `first` on."""
 
     first: int
@@ -51,9 +51,9 @@ class Attached:
         self.same = [point.name for point in self.reads] == [point.name for point in self.writes]
         if isinstance(sae, CrossLayerTranscoder):
             n, size, *_ = sae.sizes
-            self.groups = [Group(layer * size, size, (layer,)) for layer in range(n)]
+            self.groups = [LatentGroup(layer * size, size, (layer,)) for layer in range(n)]
         else:
-            self.groups = [Group(0, sae.d_sae, tuple(range(len(self.reads))))]
+            self.groups = [LatentGroup(0, sae.d_sae, tuple(range(len(self.reads))))]
 
     @property
     def reads_several(self) -> bool:

@@ -23,7 +23,7 @@ from .attached import Attached, Codes
 from .edits import Edit, Fires, places
 
 ErrorTerm = Literal["keep", "drop"]
-Rows = Float[Tensor, "rows d"]
+ActivationRows = Float[Tensor, "rows d"]
 
 
 class LatentEdit(NamedTuple):
@@ -74,8 +74,8 @@ class Recorded:
 
     clean: dict[int, Codes] = field(default_factory=dict)
     codes: dict[int, Codes] = field(default_factory=dict)
-    reads: dict[int, Rows] = field(default_factory=dict)
-    writes: dict[int, Rows] = field(default_factory=dict)
+    reads: dict[int, ActivationRows] = field(default_factory=dict)
+    writes: dict[int, ActivationRows] = field(default_factory=dict)
 
 
 class Splicer:
@@ -346,7 +346,7 @@ class Splicer:
         total = change[:, None] * vector.to(rows.dtype)
         return self._at_rows(activation, total, change.detach() != 0, None)
 
-    def _at_rows(self, activation: Tensor, change: Rows, touched: Tensor, one: Attached | None) -> Tensor:
+    def _at_rows(self, activation: Tensor, change: ActivationRows, touched: Tensor, one: Attached | None) -> Tensor:
         """Return the activation with a change added to some of the rows that SAEs read; others keep their bits."""
         touched = touched.to(activation.device)
         if not bool(touched.any()):

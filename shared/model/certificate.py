@@ -21,7 +21,7 @@ from .probe.block_probe import BlockProbe
 from .probe.blocks import Blocks, block_lists, text_config
 from .probe.finding import Finding, Findings
 from .probe.passes import Passes
-from .probe.probe import Place, Record, run
+from .probe.probe import Place, Record, run_recorded
 from .probe.stream import check_stream
 
 FLOAT32_COPY_PARAMETERS = 1 << 28
@@ -112,7 +112,7 @@ def running_blocks(model: nn.Module) -> Blocks | None:
     with ExitStack() as stack:
         for block in {block for found in lists for block in found.modules}:
             stack.callback(block.register_forward_hook(lambda module, *_: ran.add(module)).remove)
-        run(model, [])
+        run_recorded(model, [])
     return next((found for found in lists if ran.issuperset(found.modules)), None)
 
 

@@ -27,8 +27,8 @@ SETTLED_SECONDS = 2.0
 """Minimum time since a file's last change for its digest to be cached. File systems record times with a resolution of
 up to two seconds, so a second change soon after might leave the times unchanged (Git's "racily clean" entries)."""
 BLOCK_BYTES = 4 << 20
-MAX_THREADS = 8
-SECONDS_BEFORE_BAR = 2.0
+_MAX_THREADS = 8
+_SECONDS_BEFORE_BAR = 2.0
 HUB_SECONDS = 5.0
 
 WEIGHT_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.index.json", "*.py")
@@ -58,8 +58,8 @@ def describe_files(files: Mapping[str, Path], cache: str | Path | None = None) -
     sizes = {name: _status(path).st_size for name, path in files.items()}
     n_bytes = sum(sizes.values())
     digest = hashlib.blake2b(digest_size=16)
-    bar = progress(total=n_bytes, desc="checksum", unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR)
-    with closing(bar), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    bar = progress(total=n_bytes, desc="checksum", unit="B", unit_scale=True, delay=_SECONDS_BEFORE_BAR)
+    with closing(bar), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         names = sorted(files)
         digests = pool.map(lambda name: file_digest(files[name], cache, bar.update), names)
         for name, found in zip(names, digests, strict=True):
@@ -133,7 +133,7 @@ def _write_entry(entry: Path, fields: tuple[int, ...], digest: str) -> None:
         os.replace(partial, entry)
 
 
-def matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+def matching_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
     """Return the files in a folder that match any of the patterns, by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {path.relative_to(folder).as_posix(): path for path in found}
@@ -148,7 +148,7 @@ def model_content(model: str, revision: str | None = None, cache: str | Path | N
     if folder.suffix == ".gguf" and folder.is_file():
         return dict.fromkeys(("weights", "tokenizer"), describe_files({folder.name: folder}, cache))
     if folder.is_dir():
-        found = {"weights": matching(folder, WEIGHT_FILES), "tokenizer": matching(folder, TOKENIZER_FILES)}
+        found = {"weights": matching_files(folder, WEIGHT_FILES), "tokenizer": matching_files(folder, TOKENIZER_FILES)}
         return {what: describe_files(files, cache) if files else None for what, files in found.items()}
     commit = hub_commit(model, revision)
     return dict.fromkeys(("weights", "tokenizer"), f"commit {commit}" if commit else None)

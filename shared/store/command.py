@@ -25,11 +25,11 @@ def main(arguments: list[str]) -> int:
 
     def run() -> int:
         if arguments[0] in ("push", "pull"):
-            from .share.actions import run_command as run_on_hub
+            from .share.actions import run_hub_command
 
-            return run_on_hub(arguments)
-        from .read.inspect import run_command  # imported here to keep --help fast
+            return run_hub_command(arguments)
+        from .read.inspect import run_store_command  # imported here to keep --help fast
 
-        return run_command(arguments)
+        return run_store_command(arguments)
 
     return run_guarded(run)

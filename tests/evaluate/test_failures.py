@@ -19,6 +19,7 @@ from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.run import evaluate
 from thresher.shared.core.errors import ThresherError
 from thresher.shared.sae import Sae
+from thresher.shared.sae.formats.files import DIVERGED_NAME
 from thresher.shared.store import ActivationStore
 
 MEASURED = ("explained_variance", "l0", "dead_fraction", "ce_loss_score", "kl_div_score", "max_decoder_cosine_mean")
@@ -87,10 +88,6 @@ def test_where_every_sae_fails_the_evaluation_does(tiny, saes, tmp_path, capsys)
 
 
 def test_an_sae_that_diverged_in_training_is_named(tiny, saes, tmp_path, capsys):
-    from thresher.evaluate.saes.sae_folders import DIVERGED_NAME
-    from thresher.train import run_state
-
-    assert run_state.DIVERGED_NAME == DIVERGED_NAME
     (saes / "gone").mkdir()
     (saes / "gone" / DIVERGED_NAME).write_text('{"reason": "loss NaN at step 7", "lr": 1}')
     assert run(tiny, saes, tmp_path / "out", "--model", "false", "--feature_rows", 0) == 0

@@ -7,7 +7,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from thresher.harvest.forward import choose_workers, forward_passes
-from thresher.harvest.plan import Plan
+from thresher.harvest.plan import HarvestPlan
 from thresher.harvest.tokens.packing import ContextBatch
 from thresher.shared.model.language_model import resolve_hook_points
 
@@ -45,6 +45,6 @@ def test_activations_are_read_on_the_gpu(name):
     with fake_cuda():
         to_gpu(model)
         assert choose_workers(4, model.device) == 1
-        found = list(forward_passes(Plan(model, None, hook_points, 1), batches(), 1))
+        found = list(forward_passes(HarvestPlan(model, None, hook_points, 1), batches(), 1))
     assert [harvested.activations[NAMES[0]].shape for harvested in found] == [(n, CONTEXT, D) for n in (3, 3, 1)]
     assert {str(x.device) for harvested in found for x in harvested.activations.values()} == {DEVICE}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from thresher.harvest.forward import choose_workers, forward_passes
-from thresher.harvest.plan import Plan
+from thresher.harvest.plan import HarvestPlan
 from thresher.harvest.tokens.packing import ContextBatch
 from thresher.shared.model.hook_points import ResolvedHookPoint
 
@@ -42,7 +42,7 @@ def batches_of(n):
 
 
 def plan_of(model):
-    return Plan(model, None, {"embed": HOOK}, 1)
+    return HarvestPlan(model, None, {"embed": HOOK}, 1)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

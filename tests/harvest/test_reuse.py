@@ -15,7 +15,7 @@ from thresher.harvest import reuse as identity_module
 from thresher.harvest import run as run_module
 from thresher.harvest import steps as steps_module
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.reuse import compare, identity, is_complete, sampled_fingerprint
+from thresher.harvest.reuse import compare_store, identity, is_complete, sampled_fingerprint
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore
 from thresher.shared.core.errors import DataError, StoreBusyError, StoreError
@@ -314,7 +314,7 @@ def test_a_moved_hub_revision_is_refused_with_the_earlier_commit(config, monkeyp
     now = found | {"content": found["content"] | {"weights": "commit b2", "tokenizer": "commit b2"}}
     without_content(config.store, content=found["content"], model="lab/m")
     with pytest.raises(StoreError, match=r"weights \('commit a1', now 'commit b2'\); .* revision = 'a1'$"):
-        compare(Path(config.store), now)
+        compare_store(Path(config.store), now)
     assert is_complete(Path(config.store), found | {"revision": "a1"})
 
 

@@ -119,7 +119,7 @@ def test_an_interrupted_harvest_resumes_to_the_same_bytes(config, tmp_path, monk
     whole = files_of(harvest(replaced(config, store=str(tmp_path / "whole"))))
     (toml := tmp_path / "harvest.toml").write_text(to_toml(config))
     n_updates = 0
-    update = progress.Progress.update
+    update = progress.HarvestProgress.update
 
     def interrupt(self, n_contexts):
         nonlocal n_updates
@@ -129,7 +129,7 @@ def test_an_interrupted_harvest_resumes_to_the_same_bytes(config, tmp_path, monk
         update(self, n_contexts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Progress, "update", interrupt)
+        patch.setattr(progress.HarvestProgress, "update", interrupt)
         assert run_stage("harvest", HarvestConfig, harvest, "", [str(toml)]) == 130
     assert n_updates == batches
     assert not is_complete(Path(config.store), identity(config))

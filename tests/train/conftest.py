@@ -84,7 +84,7 @@ def train_killed(monkeypatch):
     from thresher.train import run, train
 
     def train_until(config, at_step):
-        prepare, calls = run.prepare, []
+        prepare, calls = run.prepare_batches, []
 
         def dying(*arguments):
             calls.append(None)
@@ -93,7 +93,7 @@ def train_killed(monkeypatch):
             return prepare(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run, "prepare", dying)
+            patch.setattr(run, "prepare_batches", dying)
             with pytest.raises(Killed):
                 train(config)
 

@@ -10,7 +10,7 @@ import torch
 
 import thresher.shared.core.compute.device as device_module
 from thresher.evaluate.config import EvaluateConfig
-from thresher.evaluate.prepare import prepare
+from thresher.evaluate.prepare import prepare_evaluation
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.plan import make_plan
 from thresher.shared import ActivationStoreWriter, Sae
@@ -75,7 +75,7 @@ def test_every_stage_accepts_a_gpu_with_or_without_its_number(
     with pytest.raises(ModelError, match="contains no tokenizer"):
         make_plan(HarvestConfig(model=str(tmp_path), dataset="text", hook_points=("x",), store=store, device=device))
     with pytest.raises(MissingFileError, match="no SAE in"):
-        prepare(EvaluateConfig(store=store, saes=str(tmp_path), output=str(tmp_path / "out"), device=device))
+        prepare_evaluation(EvaluateConfig(store=store, saes=str(tmp_path), output=str(tmp_path / "out"), device=device))
     assert current == 2 * made_current
 
 

@@ -84,7 +84,7 @@ def test_a_sweep_repeats_and_resumes_in_every_bit(config, tmp_path, monkeypatch)
     whole = train(config)
     assert 'device = "cuda"' in (whole[0] / "config.toml").read_text()
     assert weights(train(to(config, tmp_path, "again"))) == weights(whole)
-    prepare, calls = run_module.prepare, []
+    prepare, calls = run_module.prepare_batches, []
 
     def dying(*arguments):
         calls.append(None)
@@ -94,7 +94,7 @@ def test_a_sweep_repeats_and_resumes_in_every_bit(config, tmp_path, monkeypatch)
 
     cut = to(config, tmp_path, "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "prepare", dying)
+        patch.setattr(run_module, "prepare_batches", dying)
         with pytest.raises(Killed):
             train(cut)
     assert weights(train(cut)) == weights(whole)

@@ -22,7 +22,7 @@ from thresher.shared.core.config import read_toml, to_toml
 from thresher.shared.core.errors import ConfigError, DiskSpaceError, OutputBusyError, OutputError
 from thresher.train import ShuffledBatches, TrainConfig, train
 from thresher.train.kernels import kernels_for
-from thresher.train.lockstep import prepare
+from thresher.train.lockstep import prepare_batches
 from thresher.train.reporting.metrics import MetricsLog
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.step.schedule import lr_factor
@@ -336,7 +336,7 @@ def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_pat
     with ShuffledBatches(opened, ["h"], BATCH, window_bytes=1 << 16) as batches:
         for step in range(70):
             trainer.schedule = Schedule(30 if step < 30 else 70, BATCH, 5, 0.2)
-            trainer.step(prepare(next(batches), [trainer])[("h",), ("h",)])
+            trainer.step(prepare_batches(next(batches), [trainer])[("h",), ("h",)])
     expected = trainer.to_sae({}).save(tmp_path / "expected")
     assert weights([folder]) == weights([expected])
     assert read_toml(tmp_path / "out/config.toml")["tokens"] == LONGER

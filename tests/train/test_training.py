@@ -172,7 +172,7 @@ def test_a_mixed_sweep_of_every_architecture_resumes_to_the_same_end(
 def test_a_signal_to_stop_writes_a_checkpoint_to_go_on_from(config, tmp_path, monkeypatch):
     whole = train(config)
     stopped = change(config, output=str(tmp_path / "stopped"))
-    prepare, calls = run_module.prepare, []
+    prepare, calls = run_module.prepare_batches, []
 
     def signalled(*arguments):
         calls.append(None)
@@ -181,7 +181,7 @@ def test_a_signal_to_stop_writes_a_checkpoint_to_go_on_from(config, tmp_path, mo
         return prepare(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "prepare", signalled)
+        patch.setattr(run_module, "prepare_batches", signalled)
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     assert json.loads((tmp_path / "stopped" / "checkpoint.json").read_text())["step"] == 17

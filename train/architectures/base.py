@@ -27,10 +27,10 @@ from .contract import Batch, Buffers, L0Target, Parameters, StepInput, StepOutpu
 from .parts.decoder_norms import DecoderNorms, are_unit_norms, fold_decoder_norms
 from .parts.raw_units import in_order, to_normalized, to_raw
 
-C = TypeVar("C", bound=SaeConfig)
+_C = TypeVar("_C", bound=SaeConfig)
 
 
-class Architecture(Generic[C]):
+class Architecture(Generic[_C]):
     """Base of the architectures: `config` holds the keys of its `[[sae]]` table.
 
     A subclass sets `saved_as` to the selection of the SAE that `exported` returns, and `resolved` to the names of
@@ -58,7 +58,7 @@ class Architecture(Generic[C]):
     latents_here: slice | None = None
     resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "unit_norm_decoder")
 
-    def __init__(self, config: C, d_in: int, d_out: int | None = None):
+    def __init__(self, config: _C, d_in: int, d_out: int | None = None):
         self.config = config
         self.d_in, self.d_out = d_in, d_out or d_in
         self.d_sae = config.d_sae

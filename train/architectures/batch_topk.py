@@ -27,11 +27,11 @@ class BatchTopKConfig(CompetingConfig, frozen=True, kw_only=True):
     architecture: Literal["batch_topk"] = "batch_topk"
 
 
-L = TypeVar("L", bound=LargestConfig)
+_L = TypeVar("_L", bound=LargestConfig)
 
 
 @register(BatchTopKConfig)
-class BatchTopK(TopK[L]):
+class BatchTopK(TopK[_L]):
     """Keeps the `batch * k` largest of `ReLU(W_enc (x - b_dec) + b_enc)`, with TopK's loss and AuxK.
 
     Saved as a JumpReLU SAE whose one threshold is the running mean of each batch's smallest kept latent.
@@ -53,7 +53,7 @@ class BatchTopK(TopK[L]):
         latents = within_room(step, parameters, batch, bias, k)
         if latents is None:
             pre_acts = step.kernels.pre_activations(batch.x_compute, step.W_enc_compute, bias)
-            latents = sparse_at(step, parameters, batch.x, bias, largest_of_all_ranks(step, pre_acts, k))
+            latents = sparse_at(step, parameters, batch.x, bias, batch_largest_of_all_ranks(step, pre_acts, k))
         positive = latents.pre_acts.where(latents.pre_acts > 0, torch.inf)
         smallest = positive.amin().float() if len(positive) else positive.new_full((), torch.inf, dtype=torch.float32)
         smallest, threshold = step.across.least(smallest), step.buffers["threshold"]
@@ -81,7 +81,7 @@ class BatchTopK(TopK[L]):
         return found
 
 
-def largest_of_all_ranks(step: StepInput, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Entries:
+def batch_largest_of_all_ranks(step: StepInput, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Entries:
     """Return which pre-activations here are among the `batch * k` largest positive ones of all ranks."""
     n, across = len(pre_acts), step.across
     if across is SINGLE_PROCESS:

@@ -9,7 +9,7 @@ import torch
 
 from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of_nothing, product, squared
-from .parts.latents import SparseLatents, add_rows
+from .parts.latents import SparseLatents, scatter_add_rows
 from .registry import register
 from .topk import LargestConfig, TopK
 
@@ -58,7 +58,7 @@ class HierarchicalTopK(TopK[HierarchicalTopKConfig]):
         for j in range(k):
             directions = W_dec[indices[:, j]]
             by_values[:, j] = torch.linalg.vecdot(g, directions)
-            add_rows(by_W_dec, indices[:, j], g * values[:, j : j + 1])
+            scatter_add_rows(by_W_dec, indices[:, j], g * values[:, j : j + 1])
             error = error.addcmul(values[:, j : j + 1], directions)
             g = g - error * scale
         by_pre_acts = torch.where(values > 0, by_values, 0).view(-1)

@@ -24,8 +24,8 @@ from .parts.latents import (
     SparseLatents,
     count,
     gradients_of,
-    largest_of_all_ranks,
     largest_of_rows,
+    row_largest_of_all_ranks,
     scaled_gradients_of,
 )
 from .registry import register
@@ -97,10 +97,10 @@ class TopKConfig(CompetingConfig, frozen=True, kw_only=True):
     ] = None
 
 
-L = TypeVar("L", bound=LargestConfig)
+_L = TypeVar("_L", bound=LargestConfig)
 
 
-class TopK(Architecture[L]):
+class TopK(Architecture[_L]):
     """`f = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, loss `||x - x_hat||^2 / Var(x)` and AuxK.
 
     The k latents of a row are chosen from a product in the compute dtype, and their values are then computed in the
@@ -139,7 +139,7 @@ class TopK(Architecture[L]):
         k = int(self.config.k or 0)
         if self.latents_here is None:
             return largest_of_rows(step, parameters, batch, k, self.centred)
-        return largest_of_all_ranks(step, parameters, batch, k, self.centred)
+        return row_largest_of_all_ranks(step, parameters, batch, k, self.centred)
 
     def fused_options(self, total_variance: float, dead_after_tokens: int) -> TopKOptions | None:
         """Return the options of the fused step, which holds decoder rows at unit norm."""

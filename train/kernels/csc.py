@@ -14,7 +14,7 @@ from torch import Tensor
 MAX_SEGMENT = 256
 
 
-class Csc(NamedTuple):
+class SegmentedCsc(NamedTuple):
     """Entries by latent: those of latent i are `order[starts[i]:starts[i + 1]]`, in the order of their rows.
 
     A latent with more than `max_segment` entries is hot: its entries are split into segments `segment_starts[i]` to
@@ -31,7 +31,7 @@ class Csc(NamedTuple):
 
 def to_csc(
     indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch_plus_1"], d_sae: int, max_segment: int = MAX_SEGMENT
-) -> Csc:
+) -> SegmentedCsc:
     """Sort entries by latent; entries from `offsets[-1]` on belong to no latent.
 
     There are at most `2 * nnz / max_segment` segments, because only the last segment of a hot latent is not full.
@@ -49,4 +49,4 @@ def to_csc(
     capacity = 2 * nnz // max_segment + 1
     segments = torch.arange(capacity, device=device)
     segment_latents = (torch.searchsorted(segment_starts, segments, right=True) - 1).clamp_(max=d_sae - 1)
-    return Csc(order, rows, starts, segment_starts, segment_latents, max_segment)
+    return SegmentedCsc(order, rows, starts, segment_starts, segment_latents, max_segment)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import Backend
 from .cpu import topk
-from .csc import Csc
+from .csc import SegmentedCsc
 from .entries import entries_of, torch_topk
 from .fused_state import AdamState, DenseGradients, Hyperparameters
 
@@ -156,7 +156,7 @@ def reconstruct(
 def update(
     acts: Float[Tensor, " nnz"],
     grad_pre_acts: Float[Tensor, " nnz"],
-    csc: Csc,
+    csc: SegmentedCsc,
     x: Float[Tensor, "batch d_in"],
     g: Float[Tensor, "batch d_in"],
     W_enc: AdamState,

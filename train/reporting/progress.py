@@ -18,7 +18,7 @@ from .metrics import Line, MetricsLog
 _MOST_SHOWN = 12
 
 
-class Progress:
+class TrainProgress:
     """The bar, if `shown`, and the logs of the SAEs in `folders`; a context manager around training."""
 
     def __init__(self, config: TrainConfig, schedule: Schedule, step: int, folders: Sequence[Path], shown: bool = True):

@@ -17,7 +17,7 @@ from ..architectures.contract import Batch, Number
 _EAGER_STEPS = 3
 _MOST_GRAPHS = 4
 
-Run = Callable[[Batch], dict[str, Number]]
+RunStep = Callable[[Batch], dict[str, Number]]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -43,7 +43,7 @@ class StepGraphs:
         self._key: Hashable = None
         self._steps_alike = 0
 
-    def __call__(self, run: Run, batch: Batch, key: Hashable | None) -> dict[str, Number]:
+    def __call__(self, run: RunStep, batch: Batch, key: Hashable | None) -> dict[str, Number]:
         """Take a step with `run` and return its metrics, which later steps do not change.
 
         A key of None is never captured. If a capture fails, this and later steps run normally, and raise errors that
@@ -73,7 +73,7 @@ class StepGraphs:
         return self._steps_alike >= _EAGER_STEPS
 
 
-def _capture_step(run: Run, batch: Batch, capture: Capture | None) -> _Captured:
+def _capture_step(run: RunStep, batch: Batch, capture: Capture | None) -> _Captured:
     assert capture is not None
     x = torch.empty_like(batch.x)
     x_compute = x if batch.x_compute is batch.x else torch.empty_like(batch.x_compute)

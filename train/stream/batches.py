@@ -17,10 +17,10 @@ from torch import Tensor
 from ...shared.core.compute.device import choose_device, make_current, numbered
 from ...shared.core.errors import ConfigError, HookPointError, StoreError
 from ...shared.model.hook_points import canonical_hook_point
-from .gpu_windows import Rows, Staging, take_rows, used_here
+from .gpu_windows import Staging, WindowRows, take_rows, used_here
 from .order import ORDER_VERSION, Epoch, epoch_and_row, order_epoch, place_window
 from .row_mask import TrainingRowMask
-from .window_memory import Buffers
+from .window_memory import WindowBuffers
 
 if TYPE_CHECKING:
     from ...shared.store import ActivationStore
@@ -31,7 +31,7 @@ _WINDOWS_IN_MEMORY = 2
 class Window(NamedTuple):
     """Decoded chunks, and the order of their training rows; None if the rows are already in order."""
 
-    rows: dict[str, Rows]
+    rows: dict[str, WindowRows]
     order: Tensor | None
 
 
@@ -112,7 +112,7 @@ class ShuffledBatches:
         self._epochs: dict[int, Epoch] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._usable = TrainingRowMask(store)
-        self._buffers: dict[str, Buffers] = {}
+        self._buffers: dict[str, WindowBuffers] = {}
         self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
         # Pinned memory belongs to the current device, which is set per thread.
         self._decoder = ThreadPoolExecutor(1, "decode-window", make_current, (str(self.device),))
@@ -247,7 +247,7 @@ class ShuffledBatches:
         if hook_point not in self._buffers:
             n_chunks = min(self._chunks_per_window(), len(self._rows_per_chunk))
             n_bytes = (n_chunks * self.store.chunk_rows + 1) * d_in * self.store.dtype.itemsize
-            self._buffers[hook_point] = Buffers(n_bytes, _WINDOWS_IN_MEMORY)
+            self._buffers[hook_point] = WindowBuffers(n_bytes, _WINDOWS_IN_MEMORY)
         rows = self._buffers[hook_point].take((n_rows + 1, d_in), self.store.dtype)
         self.store.place_rows(hook_point, chunks, places, rows)
         return rows[:n_rows]

@@ -32,10 +32,10 @@ class QuantisedRows(NamedTuple):
     dtype: torch.dtype
 
 
-Rows = Tensor | QuantisedRows
+WindowRows = Tensor | QuantisedRows
 
 
-def take_rows(rows: Rows, places: Int64[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
+def take_rows(rows: WindowRows, places: Int64[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
     """Return some of a window's rows, in the store's dtype."""
     if isinstance(rows, Tensor):
         return rows.index_select(0, places)
@@ -44,7 +44,7 @@ def take_rows(rows: Rows, places: Int64[Tensor, " batch"]) -> Float[Tensor, "bat
         return kernels_for(rows.values.device).dequantise(rows.values, rows.scales, places, rows.dtype)
 
 
-def used_here(rows: Rows | Tensor) -> None:
+def used_here(rows: WindowRows | Tensor) -> None:
     """Keep a window's memory from being reused until the pending work of this thread's stream has read it."""
     for tensor in (rows,) if isinstance(rows, Tensor) else (rows.values, rows.scales):
         if tensor.is_cuda:
@@ -78,7 +78,7 @@ class Staging:
         self._copied: list[torch.Event | None] = [None, None]
         self._turn = 0
 
-    def read_chunks(self, hook_point: str, chunks: Sequence[int] | np.ndarray) -> Rows:
+    def read_chunks(self, hook_point: str, chunks: Sequence[int] | np.ndarray) -> WindowRows:
         """Copy the rows of some chunks to the device and return them; only the calling thread waits."""
         store, d_in = self.store, self.store.d_in(hook_point)
         dtype = torch.int8 if self.quantised else store.dtype

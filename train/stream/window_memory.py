@@ -12,7 +12,7 @@ _OWN_REFERENCES = 3
 """References to a free array: the list, the loop variable, and the argument of `getrefcount`."""
 
 
-class Buffers:
+class WindowBuffers:
     """At most `n_kept` arrays of one size. An array is in use while a tensor made from it, or a view, exists."""
 
     def __init__(self, n_bytes: int, n_kept: int) -> None:

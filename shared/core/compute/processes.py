@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..errors import RankError
 from .launcher import local_position
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Ranks:
@@ -37,15 +37,15 @@ class Ranks:
         """Whether this is rank 0, which shows progress and writes the files that all ranks share."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: _T) -> list[_T]:
         """Return every rank's value, in order of rank. Returns only after all ranks have called it."""
-        values: list[T] = [value] * self.n
+        values: list[_T] = [value] * self.n
         if self.n > 1:
             with self.reaching():
                 dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def from_first(self, value: T) -> T:
+    def from_first(self, value: _T) -> _T:
         """Return rank 0's value."""
         values = [value]
         if self.n > 1:

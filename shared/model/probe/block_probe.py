@@ -16,10 +16,10 @@ from ...core.errors import NonFiniteError
 from .candidates import attention_candidates, attention_projections, mlp_candidates, mlp_inputs
 from .finding import Finding
 from .norms import affine_of
-from .probe import Edit, Place, Record
+from .probe import Place, ProbeEdit, Record
 from .scales import explain_scale, fit, same, tolerance
 
-Stages = Generator[list[Edit], Record, None]
+Stages = Generator[list[ProbeEdit], Record, None]
 
 PRE_ATTN_MID = "resid_pre + attn_out = resid_mid"
 MID_MLP_POST = "resid_mid + mlp_out = resid_post"
@@ -71,7 +71,7 @@ class BlockProbe:
 
     def stages(self) -> Stages:
         """Yield the edits of each pass, receive its record, and fill `findings`."""
-        start = Edit(Place(self.path, "input"), self.pre)
+        start = ProbeEdit(Place(self.path, "input"), self.pre)
         plain = yield [start]
         if not bool(plain.values[Place(self.path, "output")].isfinite().all()):
             raise NonFiniteError(
@@ -85,7 +85,7 @@ class BlockProbe:
 
     # What the parts add
 
-    def _find_parts(self, plain: Record, start: Edit) -> Stages:
+    def _find_parts(self, plain: Record, start: ProbeEdit) -> Stages:
         """Find the modules whose outputs attention and MLP add to the stream, by trying the candidates in turn."""
         attention = self._candidates(attention_candidates(self.block), plain)
         mlp = self._candidates(mlp_candidates(self.block), plain)
@@ -98,7 +98,7 @@ class BlockProbe:
                 break
             if any(places.get(kind, place) != place for kind, place in known.items()):
                 continue  # keep the part that was found, and try the other part's candidates with it
-            record = yield [start, *(Edit(place, noises[kind]) for kind, place in places.items())]
+            record = yield [start, *(ProbeEdit(place, noises[kind]) for kind, place in places.items())]
             self._try_parts(record, places, noises)
 
     def _candidates(self, paths: Iterable[str], plain: Record) -> list[Place]:
@@ -202,19 +202,19 @@ class BlockProbe:
 
     # What the parts read
 
-    def _find_inner(self, plain: Record, start: Edit) -> Stages:
+    def _find_inner(self, plain: Record, start: ProbeEdit) -> Stages:
         """Find the MLP's input and attention's heads. Each part's output must depend on nothing else."""
         mlp_in = self._mlp_input(plain)
         z = self._first_input(attention_projections(self.block), plain)
         edits = []
         if z is not None:
-            edits.append(Edit(z, self.noise(4, plain.values[z])))
+            edits.append(ProbeEdit(z, self.noise(4, plain.values[z])))
         if mlp_in is not None:
-            edits.append(Edit(mlp_in, self.noise(5, plain.values[mlp_in])))
+            edits.append(ProbeEdit(mlp_in, self.noise(5, plain.values[mlp_in])))
         if not edits:
             return
         one = yield [start, *edits]
-        two = yield [Edit(start.place, self.other_pre), *edits]
+        two = yield [ProbeEdit(start.place, self.other_pre), *edits]
         for kind, place, part in (("attn_z", z, "attn_out"), ("mlp_in", mlp_in, "mlp_out")):
             whole = self.findings.get(part)
             if place is None or whole is None or whole.place is None:
@@ -251,14 +251,14 @@ class BlockProbe:
 
     # Splicing between the parts
 
-    def _check_mid(self, plain: Record, start: Edit) -> Stages:
+    def _check_mid(self, plain: Record, start: ProbeEdit) -> Stages:
         """Check that writing into `resid_mid` replaces it for everything downstream; find the MLP's branch."""
         mid, mlp_in, mlp_out = (self.findings.get(kind) for kind in ("resid_mid", "mlp_in", "mlp_out"))
         norm = self._norm_before(mlp_in, plain) if not self.post_norm else None
         value = self.noise(6, self.pre)
         if mid is not None and mid.place is not None:
-            one = yield [start, Edit(mid.place, value, in_place=True)]
-            two = yield [Edit(start.place, self.other_pre), Edit(mid.place, value, in_place=True)]
+            one = yield [start, ProbeEdit(mid.place, value, in_place=True)]
+            two = yield [ProbeEdit(start.place, self.other_pre), ProbeEdit(mid.place, value, in_place=True)]
             posts = [record.values[Place(self.path, "output")] for record in (one, two)]
             post_of_plain = plain.values[Place(self.path, "output")]
             if not same(*posts) or same(posts[0], post_of_plain):
@@ -269,7 +269,7 @@ class BlockProbe:
         if norm is None:
             return
         source, result = Place(norm, "input"), Place(norm, "output")
-        branch = yield [start, Edit(source, value)]
+        branch = yield [start, ProbeEdit(source, value)]
         others = [f.place for k, f in self.findings.items() if k in ("attn_out", "attn_z") and f.place is not None]
         apart = all(same(branch.values[place], plain.values[place]) for place in others)
         alone = apart and self._only_mlp(branch, plain)

@@ -9,7 +9,7 @@ from torch import nn
 
 from .arguments import with_output
 from .blocks import Blocks
-from .probe import Edit, Place, Record, run
+from .probe import Place, ProbeEdit, Record, run_recorded
 from .scales import same
 
 
@@ -47,14 +47,14 @@ class Passes:
         if self._skipped and not self._skipping_changes_nothing():
             self._skipped = {}
 
-    def run(self, edits: list[Edit]) -> Record:
+    def run(self, edits: list[ProbeEdit]) -> Record:
         """Run the model with edits; record the inputs and outputs of the measured blocks and the modules in them."""
-        return run(self.model, self._inside, edits, self._stop, self._skipped)
+        return run_recorded(self.model, self._inside, edits, self._stop, self._skipped)
 
-    def run_after(self, edits: list[Edit]) -> Record:
+    def run_after(self, edits: list[ProbeEdit]) -> Record:
         """Run the model with edits; record the inputs and outputs of the blocks and of the modules outside them."""
         after = [(f"{self.blocks.path}.{layer}", block) for layer, block in enumerate(self.blocks.modules) if layer]
-        return run(self.model, [*after, *self.outside()], edits, self._stop, self._skipped)
+        return run_recorded(self.model, [*after, *self.outside()], edits, self._stop, self._skipped)
 
     def outside(self) -> list[tuple[str, nn.Module]]:
         """Return the modules without children that are not inside the blocks."""
@@ -69,9 +69,9 @@ class Passes:
     def _natural(self, recorded: list[tuple[str, nn.Module]]) -> Record:
         """Run the model unedited, with its own hidden states if it can return them."""
         try:
-            return run(self.model, recorded, output_hidden_states=True)
+            return run_recorded(self.model, recorded, output_hidden_states=True)
         except (TypeError, ValueError, NotImplementedError):
-            return run(self.model, recorded)
+            return run_recorded(self.model, recorded)
 
     def _skipping_changes_nothing(self) -> bool:
         try:

@@ -24,7 +24,7 @@ class Place(NamedTuple):
     side: Side
 
 
-class Edit(NamedTuple):
+class ProbeEdit(NamedTuple):
     """Replace the activation at `place` by `value`; with `in_place`, write it into the existing tensor."""
 
     place: Place
@@ -82,10 +82,10 @@ def probe_tokens(model: nn.Module) -> Int[Tensor, "batch context"]:
     return torch.tensor(tokens, device=next(model.parameters()).device).reshape(BATCH, CONTEXT)
 
 
-def run(
+def run_recorded(
     model: nn.Module,
     recorded: Iterable[tuple[str, nn.Module]],
-    edits: Sequence[Edit] = (),
+    edits: Sequence[ProbeEdit] = (),
     stop_before: nn.Module | None = None,
     skipped: Mapping[nn.Module, Any] | None = None,
     **arguments: Any,
@@ -135,7 +135,7 @@ def _stop(*_: Any) -> None:
     raise Stop
 
 
-def _editor(edit: Edit) -> Callable[[Any], Tensor | None]:
+def _editor(edit: ProbeEdit) -> Callable[[Any], Tensor | None]:
     def replace(value: Any) -> Tensor | None:
         if not isinstance(value, Tensor) or value.numel() != edit.value.numel():
             return None

@@ -11,7 +11,7 @@ from torch import nn
 from .block_probe import BlockProbe
 from .finding import Finding, Findings
 from .passes import Passes
-from .probe import Edit, Place, Record
+from .probe import Place, ProbeEdit, Record
 from .scales import same
 
 _ENDS = {"resid_pre": "input", "resid_post": "output"}
@@ -77,7 +77,9 @@ def _is_hidden(hidden: Any, probe: BlockProbe, is_last: bool, natural: Record) -
 def _check_replaced_post(passes: Passes, probes: list[BlockProbe], findings: Findings) -> None:
     """Replace the blocks' outputs by noise, and check that the modules downstream read it."""
     blocks, last = passes.blocks, passes.last
-    edits = {probe.layer: Edit(Place(probe.path, "output"), probe.noise(9, probe.natural_post)) for probe in probes}
+    edits = {
+        probe.layer: ProbeEdit(Place(probe.path, "output"), probe.noise(9, probe.natural_post)) for probe in probes
+    }
     record = passes.run_after(list(edits.values()))
     for layer, edit in edits.items():
         found = findings[layer, "resid_post"]

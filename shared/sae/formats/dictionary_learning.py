@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core.disk import write_file
 from ...core.errors import SaeError
 from ...model.hook_points import block_and_kind
-from .folding import plain, require, subtracting_b_dec, subtracts_b_dec
+from .folding import float32_copy, require, subtracting_b_dec, subtracts_b_dec
 from .format import SaeFormat, folders
 from .parts import SaeParts, check_known, check_tensors, check_top_k, integer, mapping, take, text
 from .reading import read_json, read_safetensors, read_torch_archive
@@ -190,7 +190,7 @@ def write(parts: SaeParts, folder: Path) -> None:
     parts = subtracting_b_dec(parts, theirs.subtracts)
     state = {}
     for ours, named in theirs.names.items():
-        tensor = plain(parts.tensors[ours])
+        tensor = float32_copy(parts.tensors[ours])
         state[named.removesuffix(".T")] = tensor.T.contiguous() if named.endswith(".T") else tensor
     d_in, d_sae = parts.tensors["W_enc"].shape
     trainer: dict[str, Any] = {

@@ -18,6 +18,8 @@ from .kinds import find_kind
 
 CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
+DIVERGED_NAME = "diverged.json"
+"""The file that `thresher train` writes in the folder of an SAE that diverged, instead of weights."""
 SAELENS_VERSION = "6.0.0"
 """The oldest SAELens whose reader takes these files as they are."""
 

@@ -89,6 +89,6 @@ def require(parts: SaeParts, format_name: str, selections: tuple[str, ...], wiri
     return kind
 
 
-def plain(tensor: Tensor) -> Tensor:
+def float32_copy(tensor: Tensor) -> Tensor:
     """Return a tensor as float32 in memory of its own, for a file."""
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()

@@ -44,7 +44,7 @@ class Kind(NamedTuple):
         return (*selection, *places[self.wiring])
 
 
-KINDS: dict[str, Kind] = {
+SAE_KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         *map(Kind, SELECTIONS),
@@ -64,6 +64,6 @@ def find_kind(name: str, where: str = "this SAE") -> Kind:
     Raises:
         SaeError: there is none.
     """
-    if name not in KINDS:
-        raise SaeError(f"{where}: architecture '{name}' is not supported; expected one of: {', '.join(KINDS)}")
-    return KINDS[name]
+    if name not in SAE_KINDS:
+        raise SaeError(f"{where}: architecture '{name}' is not supported; expected one of: {', '.join(SAE_KINDS)}")
+    return SAE_KINDS[name]

@@ -149,7 +149,7 @@ def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
-def check_finite(name: str, tensor: Tensor, path: Path, where: str) -> None:
+def check_finite_tensor(name: str, tensor: Tensor, path: Path, where: str) -> None:
     """Raise `SaeError` unless a tensor is finite in float32; reads a part at a time, so that it takes no memory."""
     flat = tensor.detach().reshape(-1)
     n_bad = 0
@@ -173,5 +173,5 @@ def _plain(tensors: dict[str, Tensor], path: Path, where: str) -> dict[str, Tens
                 f"{where} is damaged: {name} in {path.name} holds {tensor.dtype}, expected floating-point numbers"
             )
         if tensor.dtype in _FLOATS:
-            check_finite(name, tensor, path, where)
+            check_finite_tensor(name, tensor, path, where)
     return tensors

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ...core.disk import replacing, write_file
 from ...core.errors import SaeError
 from ...model.hook_points import block_and_kind, canonical_hook_point
-from .folding import plain, require, subtracting_b_dec
+from .folding import float32_copy, require, subtracting_b_dec
 from .format import SaeFormat, folders
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, take, text
 from .reading import read_json, read_safetensors
@@ -105,7 +105,7 @@ def write(parts: SaeParts, folder: Path) -> None:
     kind = require(parts, "sparsify", ("topk",), ("sae", "transcoder", "skip"))
     transcodes = kind.wiring == "transcoder"
     parts = subtracting_b_dec(parts, not transcodes)
-    tensors = {name: plain(tensor) for name, tensor in parts.tensors.items()}
+    tensors = {name: float32_copy(tensor) for name, tensor in parts.tensors.items()}
     d_in, d_sae = tensors["W_enc"].shape
     if tensors["W_dec"].shape[1] != d_in:
         raise SaeError(f"sparsify's transcoders write as many channels as they read; this one reads {d_in}")

@@ -64,6 +64,8 @@ def quantise(rows: Float32[np.ndarray, "n d_in"]) -> tuple[Int8[np.ndarray, "n d
     return np.clip(np.rint(scaled, out=scaled), -QUANTISED_LIMIT, QUANTISED_LIMIT).astype(np.int8), scales
 
 
-def dequantise(values: Int8[np.ndarray, "n d_in"], scales: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, "n d_in"]:
+def dequantise_rows(
+    values: Int8[np.ndarray, "n d_in"], scales: Float32[np.ndarray, " n"]
+) -> Float32[np.ndarray, "n d_in"]:
     """Return scale * q."""
     return values.astype(np.float32) * scales[:, None]

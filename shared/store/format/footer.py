@@ -12,7 +12,7 @@ import numpy as np
 from ...core.errors import StoreError
 from .checksum import crc32c
 
-MISSING = np.uint64(2**64 - 1)
+MISSING_CHUNK = np.uint64(2**64 - 1)
 CHECKSUM_BYTES = 4
 
 
@@ -25,7 +25,7 @@ def encode_footer(sizes: list[int], checksums: list[int], n_chunks: int) -> byte
     """Return the footer of chunks that lie one after another, their checksums included in `sizes`."""
     table = np.zeros(n_chunks, dtype="<u4")
     table[: len(checksums)] = checksums
-    index = np.full((n_chunks, 2), MISSING, dtype="<u8")
+    index = np.full((n_chunks, 2), MISSING_CHUNK, dtype="<u8")
     index[: len(sizes), 0] = np.cumsum([0, *sizes[:-1]])
     index[: len(sizes), 1] = sizes
     packed = index.tobytes()
@@ -45,7 +45,7 @@ def parse_footer(footer: bytes, n_chunks: int, n_written: int, file_bytes: int) 
     if crc32c(packed) != int.from_bytes(footer[-CHECKSUM_BYTES:], "little"):
         raise StoreError("the shard index does not have its checksum")
     index = np.frombuffer(packed, dtype="<u8").reshape(n_chunks, 2)
-    if not 0 < n_written <= n_chunks or (index[n_written:] != MISSING).any() or table[n_written:].any():
+    if not 0 < n_written <= n_chunks or (index[n_written:] != MISSING_CHUNK).any() or table[n_written:].any():
         raise StoreError(f"expected {n_written} chunks in the shard index, got another number")
     end = file_bytes - len(footer)
     sizes = index[:n_written, 1]

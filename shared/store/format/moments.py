@@ -84,6 +84,6 @@ def _squared_norms(rows: Float64[np.ndarray, "n d_in"]) -> Float64[np.ndarray, "
     return np.einsum("ij,ij->i", rows, rows)
 
 
-def merge(parts: Iterable[Moments], d_in: int) -> Moments:
+def merge_moments(parts: Iterable[Moments], d_in: int) -> Moments:
     """Merge moments in order; the same parts in the same order give the same bits."""
     return reduce(Moments.__add__, parts, Moments.none(d_in))

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from ...core.errors import StoreError
 
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     [
         pa.field("context", pa.int64(), nullable=False),
         pa.field("held_out", pa.bool_(), nullable=False),
@@ -83,7 +83,7 @@ def encode_segments(segments: Segments, info: Mapping[int, tuple[int, str]]) -> 
         _numbers(segments.position, known=segments.position >= 0),
     ]
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
+    pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, compression="zstd")
     return buffer.getvalue()
 
 
@@ -125,8 +125,8 @@ def decode_segments(content: bytes) -> pa.Table:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"not a provenance table: {error}") from None
-    if table.schema.names != SCHEMA.names:
-        raise StoreError(f"expected provenance columns {', '.join(SCHEMA.names)}; got {', '.join(table.schema.names)}")
+    if table.schema.names != _SCHEMA.names:
+        raise StoreError(f"expected provenance columns {', '.join(_SCHEMA.names)}; got {', '.join(table.schema.names)}")
     return table
 
 

@@ -15,7 +15,7 @@ from ..format.provenance import Segments, encode_segments, join_segments
 from ..format.statistics import Statistics, encode_statistics
 from .durable import announce, close, make_folder, stage, sync, temporary_name
 
-Encoded = list[tuple[str, Any]]
+EncodedChunks = list[tuple[str, Any]]
 """The stored bytes of one chunk of each of some arrays, by array."""
 
 
@@ -61,7 +61,7 @@ class ShardInProgress:
         self._n_chunks = n_chunks
         self._files: dict[str, ShardFile] = {}
 
-    def append(self, encoded: Encoded) -> int:
+    def append(self, encoded: EncodedChunks) -> int:
         """Write the next chunk of each array; return the bytes written."""
         written = 0
         for name, stored in encoded:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core.errors import ConfigError
 from ..format.bits import TORCH_DTYPES
-from ..format.codecs import dequantise
+from ..format.codecs import dequantise_rows
 from ..format.layout import arrays_of, scales_name
 from ..format.manifest import Manifest
 from ..local.store_files import StoreFiles
@@ -143,7 +143,7 @@ class ChunkReader:
         scales = np.empty(len(out), dtype=np.float32)
         self.caches[hook_point].decode(chunk, values.reshape(-1).view(np.uint8), self._verify)
         self.caches[scales_name(hook_point)].decode(chunk, scales.view(np.uint8), self._verify)
-        out.copy_(torch.from_numpy(dequantise(values, scales)))
+        out.copy_(torch.from_numpy(dequantise_rows(values, scales)))
 
     def _fits(self, out: Tensor, shape: tuple[int, int]) -> bool:
         is_ours = out.dtype == self._dtype and out.is_contiguous() and out.device.type == "cpu"

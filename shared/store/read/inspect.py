@@ -31,7 +31,7 @@ class SampleConfig(StoreConfig, frozen=True):
     tokenizer: Annotated[str | None, Meta(description="Tokenizer to decode with (default: the store's own).")] = None
 
 
-def run_command(arguments: list[str]) -> int:
+def run_store_command(arguments: list[str]) -> int:
     """Run `info PATH`, `verify PATH` or `sample PATH [--contexts N] [--seed N] [--tokenizer PATH]`."""
     action, rest = arguments[0], arguments[1:]
     known: dict[str, type[StoreConfig]] = {"info": StoreConfig, "verify": StoreConfig, "sample": SampleConfig}
@@ -41,13 +41,13 @@ def run_command(arguments: list[str]) -> int:
     config = action_config(known[action], rest, ("path",), missing, "one store and options, --key value")
     store = ActivationStore.open(config.path, verify="always")
     if action == "verify":
-        return verify(store)
-    lines = sample(store, config) if isinstance(config, SampleConfig) else describe(store)
+        return verify_store(store)
+    lines = sample_store(store, config) if isinstance(config, SampleConfig) else describe_store(store)
     print("\n".join(lines))
     return 0
 
 
-def describe(store: ActivationStore) -> list[str]:
+def describe_store(store: ActivationStore) -> list[str]:
     """Return the lines of `info`."""
     header = store.manifest.header
     files: dict[str, int] = {}
@@ -88,7 +88,7 @@ def describe(store: ActivationStore) -> list[str]:
     return lines
 
 
-def verify(store: ActivationStore) -> int:
+def verify_store(store: ActivationStore) -> int:
     """Check the whole store, with a progress bar; print each fault; return 1 if there is one."""
     header = store.manifest.header
     keys = {array.shard_key(record.shard) for array in arrays_of(header) for record in store.manifest.shards}
@@ -103,7 +103,7 @@ def verify(store: ActivationStore) -> int:
     return FAULTS_FOUND if faults else 0
 
 
-def sample(store: ActivationStore, config: SampleConfig) -> list[str]:
+def sample_store(store: ActivationStore, config: SampleConfig) -> list[str]:
     """Return some contexts as text, with the norms of their rows at each hook point."""
     n = min(config.contexts, store.n_contexts)
     rng = np.random.default_rng(config.seed)

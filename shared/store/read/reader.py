@@ -17,7 +17,7 @@ from ...core.location import StoreUrl, locate
 from ..format.bits import TORCH_DTYPES
 from ..format.layout import ROLES, STATISTICS, TOKENS
 from ..format.manifest import Manifest
-from ..format.moments import Moments, merge
+from ..format.moments import Moments, merge_moments
 from ..format.roles import PLACED, ROLE_NAMES, role_codes
 from ..format.statistics import Statistics, merge_statistics
 from ..local.store_files import StoreFiles, load_statistics, shard_statistics
@@ -235,7 +235,7 @@ class ActivationStore:
         d_in = self.d_in(hook_point)
         if self._used_codes:
             by_role = self._statistics.by_role[hook_point]
-            return merge([by_role[code] for code in self._used_codes], d_in)
+            return merge_moments([by_role[code] for code in self._used_codes], d_in)
         return self._statistics.moments[hook_point]
 
     @cached_property

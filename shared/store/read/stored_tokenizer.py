@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .reader import ActivationStore
 
-CONFIG = "tokenizer_config.json"
+_CONFIG = "tokenizer_config.json"
 OF_LOADING = ("name_or_path", "is_local", "local_files_only")
 """Keys that transformers writes and that depend on where the tokenizer was loaded from."""
 
@@ -26,9 +26,9 @@ def serialise_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
         tokenizer.save_pretrained(folder)
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    if CONFIG in files:
-        config = {key: value for key, value in json.loads(files[CONFIG]).items() if key not in OF_LOADING}
-        files[CONFIG] = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    if _CONFIG in files:
+        config = {key: value for key, value in json.loads(files[_CONFIG]).items() if key not in OF_LOADING}
+        files[_CONFIG] = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     return files
 
 

@@ -27,7 +27,7 @@ PIECE_BYTES = 8 << 20
 """Bytes per request of a large object: the most that a dropped connection makes us read again."""
 PIECES_AT_ONCE = 4
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and so on",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT, the path of a key file",
@@ -192,7 +192,7 @@ class RemoteStore:
 
         return self._again("list the objects", attempt)
 
-    def _again(self, what: str, attempt: Callable[[], T]) -> T:
+    def _again(self, what: str, attempt: Callable[[], _T]) -> _T:
         if os.getpid() != self._process:
             raise StoreError(f"'{self.url}' cannot be used in a forked process; start processes by spawn")
         pause = FIRST_PAUSE

@@ -13,7 +13,7 @@ from .pull import pull_store
 from .push import push_store
 
 
-class PushConfig(Config, frozen=True):
+class PushStoreConfig(Config, frozen=True):
     """Options of `push`."""
 
     store: Annotated[str, Meta(description="The store's folder.")]
@@ -22,7 +22,7 @@ class PushConfig(Config, frozen=True):
     private: Annotated[bool, Meta(description="Make a private repository.")] = False
 
 
-def run_command(arguments: list[str]) -> int:
+def run_hub_command(arguments: list[str]) -> int:
     """Run `push FOLDER --repo USER/NAME` or `pull hf://datasets/USER/NAME FOLDER`."""
     action, rest = arguments[0], arguments[1:]
     if action == "pull":
@@ -31,7 +31,7 @@ def run_command(arguments: list[str]) -> int:
         lines = pull_store(rest[0], user_path(rest[1]))
     else:
         missing = "`thresher store push` needs the folder of a store first"
-        config = action_config(PushConfig, rest, ("store",), missing, "one store and options, --key value")
+        config = action_config(PushStoreConfig, rest, ("store",), missing, "one store and options, --key value")
         lines = push_store(user_path(config.store), config.repo, config.license, config.private)
     print("\n".join(lines))
     return 0

@@ -14,7 +14,7 @@ from ..format.provenance import Segments, find_segments
 from ..format.roles import N_ROLES, PLACED, TEXT
 from ..format.statistics import Statistics, add_by_role, moments_of_roles
 from ..local.shard_writer import ShardInProgress, WrittenShard
-from .batch import Batch
+from .batch import ActivationBatch
 from .encode import EncodedChunk, encode_hook_chunk, encode_integers
 from .pipeline import Pipeline
 from .sink import ShardSink
@@ -69,7 +69,7 @@ class ShardAssembly:
         self._moments = {name: Moments.none(d_in) for name, d_in in header.hook_points.items()}
         self._by_role = {name: moments_of_roles(header, d_in) for name, d_in in header.hook_points.items()}
 
-    def add(self, batch: Batch, start: int, stop: int, info: Mapping[int, tuple[int, str]]) -> None:
+    def add(self, batch: ActivationBatch, start: int, stop: int, info: Mapping[int, tuple[int, str]]) -> None:
         """Add contexts [start, stop) of a batch, which must fit into the shard."""
         header = self._header
         first = self._number * header.contexts_per_shard + self.n_contexts

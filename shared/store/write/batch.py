@@ -13,7 +13,7 @@ from ..format.layout import MAX_ROWS, Header
 from ..format.roles import N_ROLES, PLACED
 
 
-class Batch:
+class ActivationBatch:
     """Some contexts of activations, tokens, roles and provenance, after all checks."""
 
     def __init__(self, n: int, rows: dict[str, np.ndarray]) -> None:
@@ -39,7 +39,7 @@ class Batch:
         documents: Any,
         positions: Any,
         roles: Any,
-    ) -> Batch:
+    ) -> ActivationBatch:
         names = list(header.hook_points)
         if set(activations) != set(names):
             raise ConfigError(f"expected activations of {', '.join(names)}; got {', '.join(map(str, activations))}")

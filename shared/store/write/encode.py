@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..format.bits import float64_blocks, to_bits, to_float32
-from ..format.codecs import dequantise, encode_chunk, quantise
+from ..format.codecs import dequantise_rows, encode_chunk, quantise
 from ..format.layout import ArrayLayout, Header, scales_name
-from ..format.moments import Moments, merge
+from ..format.moments import Moments, merge_moments
 from ..format.roles import N_ROLES, PLACED
-from ..local.shard_writer import Encoded
+from ..local.shard_writer import EncodedChunks
 
 
 class EncodedChunk(NamedTuple):
@@ -20,7 +20,7 @@ class EncodedChunk(NamedTuple):
     `by_role` has the moments of each role's training rows; it is empty in a store without roles.
     """
 
-    stored: Encoded
+    stored: EncodedChunks
     moments: Moments
     by_role: tuple[Moments, ...]
 
@@ -40,13 +40,13 @@ def encode_hook_chunk(
             (name, encode_chunk(arrays[name], values, header.codec_level)),
             (scales_array.name, encode_chunk(scales_array, scales, header.codec_level)),
         ]
-        as_read = to_bits(dequantise(_rows_of(values, training), scales[training]), header.dtype, name)
+        as_read = to_bits(dequantise_rows(_rows_of(values, training), scales[training]), header.dtype, name)
     d_in = bits.shape[1]
     by_role: tuple[Moments, ...] = ()
     if header.has_roles:
         roles = training_roles[training]
         by_role = tuple(Moments.of(float64_blocks(as_read[roles == r], header.dtype), d_in) for r in range(N_ROLES))
-        moments = merge(by_role, d_in)
+        moments = merge_moments(by_role, d_in)
     else:
         moments = Moments.of(float64_blocks(as_read, header.dtype), d_in)
     return EncodedChunk(stored, moments, by_role)
@@ -57,7 +57,7 @@ def _rows_of(rows: np.ndarray, training: np.ndarray) -> np.ndarray:
     return rows if training.all() else rows.compress(training, axis=0)
 
 
-def encode_integers(array: ArrayLayout, values: np.ndarray) -> Encoded:
+def encode_integers(array: ArrayLayout, values: np.ndarray) -> EncodedChunks:
     """Encode one chunk of tokens or roles, padded with zeros to its full size."""
     padded = np.zeros(array.chunk_rows, dtype=np.dtype(array.dtype).newbyteorder("<"))
     padded[: len(values)] = values

@@ -23,19 +23,19 @@ from .assignment import ShardAssignment
 if TYPE_CHECKING:
     from ..remote.remote_folder import RemoteStoreFolder
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 SHARDS_AHEAD = 2
 """Shards per rank that may be staged ahead of those that rank 0 has adopted, if it uploads them."""
 POLL_SECONDS = 0.1
 
 
-class Group(Protocol):
+class WriterGroup(Protocol):
     """The processes that write a store together."""
 
     rank: int
     n: int
 
-    def lead(self, action: Callable[[], T]) -> T:
+    def lead(self, action: Callable[[], _T]) -> _T:
         """Run the action on rank 0 alone and return its result on every rank; if it fails, every rank raises."""
         ...
 
@@ -55,7 +55,7 @@ class RankStore:
         self,
         location: Path | StoreUrl,
         proposed: Header,
-        group: Group,
+        group: WriterGroup,
         resume: bool,
         any_level: bool,
         cache: str | Path | None,
@@ -172,7 +172,7 @@ class RankSink:
         self,
         folder: Path,
         header: Header,
-        group: Group,
+        group: WriterGroup,
         n_committed: int,
         opened: StoreFolder | RemoteStoreFolder | None,
         uploads: bool,

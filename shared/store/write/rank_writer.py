@@ -10,7 +10,7 @@ from ...core.location import StoreUrl
 from ..format.layout import Header
 from ..local.liveness import LivenessLock
 from .assignment import ShardAssignment
-from .rank_store import Group, RankStore
+from .rank_store import RankStore, WriterGroup
 from .sink import ShardSink
 from .writer import ActivationStoreWriter
 
@@ -32,7 +32,7 @@ class RankWriter(ActivationStoreWriter):
         hook_points: Mapping[str, int],
         context_size: int,
         *,
-        group: Group,
+        group: WriterGroup,
         **settings: Any,
     ) -> None:
         self._group = group

@@ -18,7 +18,7 @@ from ..local.shard_writer import ShardInProgress
 from ..local.store_folder import StoreFolder
 from .assembly import ChunkBuffers, ShardAssembly
 from .assignment import ShardAssignment
-from .batch import Batch
+from .batch import ActivationBatch
 from .pipeline import Pipeline
 from .sink import ShardSink
 
@@ -139,7 +139,7 @@ class ActivationStoreWriter:
             raise StoreError(f"the writer of '{self.path}' is closed; open the store again to append")
         self._pipeline.check()
         header = self._start(tokens is not None)
-        batch = Batch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions, roles)
+        batch = ActivationBatch.of(header, self._n_contexts, activations, tokens, held_out, documents, positions, roles)
         batch.lasting = not copy
         self._check_room(batch.n)
         start = 0

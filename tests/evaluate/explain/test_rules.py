@@ -9,9 +9,9 @@ import pytest
 
 from thresher.evaluate.explain.corpus import Corpus, Firings
 from thresher.evaluate.explain.rules import RuleSearch, in_words, predicted, token_frequency_rules
-from thresher.evaluate.explain.samples import Sampler, SampleSettings
+from thresher.evaluate.explain.samples import LatentSampler, SampleSettings
 from thresher.evaluate.explain.scores import ScoreSums, score_intruders, score_rules
-from thresher.evaluate.explain.views import build_views, plain, shape
+from thresher.evaluate.explain.views import build_views, shape, token_in_words
 from thresher.evaluate.features.token_text import TokenTexts
 
 WORDS = [*(f" w{i}" for i in range(30)), " def", " class", "(", ")", "\n", " 42", " Жуки", " naïve"]
@@ -86,7 +86,7 @@ def test_held_out_rows_do_not_change_what_is_said(known):
 
 def sampled(known, **changes):
     settings = {"n_score": 12, "n_quantiles": 4, "n_trials": 6, "neighbours": None, "seed": 3} | changes
-    sampler = Sampler(known.corpus, known.firings, SampleSettings(**settings), known.firings)
+    sampler = LatentSampler(known.corpus, known.firings, SampleSettings(**settings), known.firings)
     return [sampler.draw(number) for number in range(len(known.firings.latents))]
 
 
@@ -210,4 +210,4 @@ def test_kinds_of_tokens(text, kind):
     ],
 )
 def test_tokens_in_words(text, said):
-    assert plain(text) == said
+    assert token_in_words(text) == said

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from thresher.evaluate.report import write_report
-from thresher.evaluate.report.definitions import MISSING, columns, format_value
+from thresher.evaluate.report.definitions import NOT_MEASURED, columns, format_value
 from thresher.evaluate.report.labels import point_labels
 from thresher.evaluate.report.write import json_for_script, thin_curve
 
@@ -88,13 +88,13 @@ def test_the_table_holds_every_metric_without_any_script(tmp_path):
     assert by_name["Explained variance"] == "0.9031"
     assert by_name["Dead"] == "25.0%"
     assert by_name["Tokens"] == "81,920"
-    assert dict(zip(heads, second, strict=True))["k"] == MISSING
+    assert dict(zip(heads, second, strict=True))["k"] == NOT_MEASURED
 
 
 def test_missing_model_metrics_are_dashes_and_a_sentence(tmp_path):
     rows = [sae_row(ce_loss_score=None), sae_row("other", ce_loss_score=None, l0=float("nan"))]
     page = render(tmp_path, rows)
-    assert page.cells[1][page.cells[0].index("CE loss score")] == MISSING
+    assert page.cells[1][page.cells[0].index("CE loss score")] == NOT_MEASURED
     assert "pareto-loss" not in [attributes.get("id") for _, attributes in page.tags]
     data = json.loads(page.data)
     assert data["saes"][1]["l0"] is None
@@ -176,7 +176,7 @@ def test_a_crosscoder_has_a_line_for_each_of_its_hook_points(tmp_path):
     cells = [re.findall(r"<t[hd][^>]*>([^<]*)<", line) for line in lines]
     assert cells[0][:5] == ["cross", "blocks.1.resid_post", "21", "0.8125", "7.5"]
     assert [line[1] for line in cells] == ["blocks.1.resid_post", "blocks.2.resid_post"]
-    assert set(cells[0][5:]) == {MISSING}
+    assert set(cells[0][5:]) == {NOT_MEASURED}
     assert 'id="across"' not in write_report(tmp_path / "b.html", [sae_row()], {}).read_text()
     assert "ran without the language model" not in write_report(tmp_path / "c.html", [row], {}).read_text()
 
@@ -191,8 +191,8 @@ def test_columns_put_unknown_numbers_last():
 @pytest.mark.parametrize(
     ("value", "style", "text"),
     [
-        (None, "number", MISSING),
-        (float("nan"), "fraction", MISSING),
+        (None, "number", NOT_MEASURED),
+        (float("nan"), "fraction", NOT_MEASURED),
         (0.12345, "fraction", "0.1235"),
         (1234567.0, "number", "1,234,567"),
         (3e-5, "number", "3e-05"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.store.format.bits import TORCH_DTYPES, float64_blocks, to_bits
-from thresher.shared.store.format.moments import Moments, merge
+from thresher.shared.store.format.moments import Moments, merge_moments
 from thresher.shared.store.format.provenance import decode_segments, encode_segments, expand_segments, find_segments
 
 CONTEXT = 16
@@ -62,7 +62,7 @@ def test_moments_are_exact_over_the_training_rows(tmp_path: Path, codec: str, dt
 def test_moments_merge_whatever_the_parts(sizes: list[int], seed: int) -> None:
     parts = [np.random.default_rng(seed + i).normal(100, 0.01, (size, 3)) for i, size in enumerate(sizes)]
     rows = np.concatenate([np.zeros((0, 3)), *parts])
-    moments = merge([Moments.of([part.copy()], 3) for part in parts], 3)
+    moments = merge_moments([Moments.of([part.copy()], 3) for part in parts], 3)
     assert moments.count == len(rows)
     if len(rows):
         np.testing.assert_allclose(moments.mean, rows.mean(axis=0), rtol=1e-12)

@@ -17,7 +17,7 @@ from thresher.shared.store import ActivationStoreWriter
 from thresher.shared.store.format.layout import make_header
 from thresher.shared.store.format.manifest import Manifest, encode_line, parse_manifest
 from thresher.shared.store.format.roles import ASSISTANT, PLACED, USER, role_codes
-from thresher.shared.store.read.inspect import describe
+from thresher.shared.store.read.inspect import describe_store
 from thresher.shared.store.write.rank_writer import RankWriter
 
 CONTEXT, D_IN, N, HOOK = 6, 5, 40, "blocks.0.resid_post"
@@ -47,7 +47,7 @@ def test_roles_are_stored_and_read_by_zarr(written):
     assert store.verify() == []
     assert store.roles(5, 200).tolist() == roles[5:200].tolist()
     assert np.array_equal(zarr.open_group(path, mode="r")["roles"][:], roles)
-    assert "by role     text " in "\n".join(describe(store))
+    assert "by role     text " in "\n".join(describe_store(store))
     assert store.training_rows_by_role()["placed"] == 0
 
 

@@ -14,7 +14,7 @@ from thresher.shared.sae import CrossLayerTranscoder
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
-from thresher.train.architectures.cross_layer.selection import largest_of_batch
+from thresher.train.architectures.cross_layer.selection import largest_of_batch_and_layers
 from thresher.train.kernels import kernels_for
 from thresher.train.memory import held_bytes, parameter_shapes
 from thresher.train.stream.normalization import Normalization, normalization_across
@@ -237,7 +237,7 @@ def test_the_largest_of_a_batch_are_found_whatever_a_sample_of_its_rows_shows(sa
     step = StepInput(kernels_for("cpu"), parameters["W_enc"].bfloat16(), TOTAL_VARIANCE)
     inputs = architecture.layers.inputs(parameters, Batch(x, x.bfloat16()), step)
     z = pre_activations({name: tensor.double() for name, tensor in parameters.items()}, x.double()).flatten()
-    chosen = largest_of_batch(inputs, step, 5)
+    chosen = largest_of_batch_and_layers(inputs, step, 5)
     values = torch.cat([some.pre_acts for some in chosen])
     torch.testing.assert_close(
         values.double().sort().values, z.topk(256 * 5).values.sort().values, rtol=1e-4, atol=1e-4

@@ -9,7 +9,7 @@ import torch
 
 from thresher.evaluate import EvaluateConfig, evaluate
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
-from thresher.shared.sae.formats.kinds import KINDS
+from thresher.shared.sae.formats.kinds import SAE_KINDS
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.stream.normalization import Normalization, normalization_across
@@ -195,5 +195,5 @@ def test_kinds_have_saelens_names():
     assert {
         *("standard", "topk", "jumprelu", "gated", "transcoder", "skip_transcoder"),
         *("jumprelu_transcoder", "jumprelu_skip_transcoder"),
-    } < KINDS.keys()
-    assert len(KINDS) == 4 * 5
+    } < SAE_KINDS.keys()
+    assert len(SAE_KINDS) == 4 * 5

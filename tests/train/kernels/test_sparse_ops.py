@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.shared.store.format.codecs import dequantise as store_dequantise
+from thresher.shared.store.format.codecs import dequantise_rows as store_dequantise
 from thresher.train.kernels import cpu, reference
 from thresher.train.kernels import triton as fused
 from thresher.train.kernels.csc import to_csc

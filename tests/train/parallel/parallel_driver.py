@@ -27,16 +27,16 @@ class Killed(BaseException):
 
 def at_step(step, action):
     """Act before a step, counted from 1 in this process."""
-    prepare, begun = run_module.prepare, []
+    prepare, begun = run_module.prepare_batches, []
 
     def counted(*arguments):
         begun.append(None)
         if len(begun) == step:
-            run_module.prepare = prepare
+            run_module.prepare_batches = prepare
             action()
         return prepare(*arguments)
 
-    run_module.prepare = counted
+    run_module.prepare_batches = counted
 
 
 def drop():

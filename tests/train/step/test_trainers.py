@@ -7,7 +7,7 @@ import torch
 from thresher.shared.core.compute.cores import single_threaded_operators
 from thresher.train.architectures import make_config
 from thresher.train.kernels import kernels_for
-from thresher.train.lockstep import prepare, step_all
+from thresher.train.lockstep import prepare_batches, step_all
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.stream.normalization import Normalization
 
@@ -26,7 +26,7 @@ def test_steps_that_took_longest_come_first_and_are_reported_in_the_order_of_the
         )
         for name in ("a", "b", "c")
     ]
-    prepared = prepare({"h": torch.randn(8, 6)}, trainers)
+    prepared = prepare_batches({"h": torch.randn(8, 6)}, trainers)
     with single_threaded_operators():
         assert list(step_all(trainers, prepared)) == taken == ["a", "b", "c"]
         assert all(trainer.seconds > 0 for trainer in trainers)

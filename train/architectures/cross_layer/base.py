@@ -18,12 +18,12 @@ from ..contract import Batch, Buffers, Parameters
 from ..parts.first_batch import exceeded_by
 from .layers import Layers
 
-C = TypeVar("C", bound=SaeConfig)
+_C = TypeVar("_C", bound=SaeConfig)
 
 _FIRST_NORM = 0.1
 
 
-class CrossLayer(Architecture[C]):
+class CrossLayer(Architecture[_C]):
     """Base: `f_l` from `W_enc_l x_l + b_enc_l`, and `y_hat_m = sum_{l <= m} f_l W_dec[l -> m] + b_dec_m`.
 
     `b_dec` starts at the targets' means; encoders do not subtract it. Decoder norms are unconstrained in training. A
@@ -40,7 +40,7 @@ class CrossLayer(Architecture[C]):
     folds: ClassVar[bool] = True
     refused: ClassVar[tuple[str, ...]] = ("unit_norm_decoder", "resample_every_tokens")
 
-    def __init__(self, config: C, d_in: int, d_out: int | None = None):
+    def __init__(self, config: _C, d_in: int, d_out: int | None = None):
         super().__init__(config, d_in, d_out)
         for key in self.refused:
             if getattr(config, key, None) is not None:

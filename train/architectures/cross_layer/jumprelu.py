@@ -170,6 +170,6 @@ def _fired(latents: Sequence[Latents], values: Sequence[Tensor]) -> Tensor:
 
 
 @register(JumpReLUConfig, cross_layer=True)
-def make_jumprelu(config: JumpReLUConfig, d_in: int, d_out: int | None = None) -> CrossLayerJumpReLU:
+def make_cross_layer_jumprelu(config: JumpReLUConfig, d_in: int, d_out: int | None = None) -> CrossLayerJumpReLU:
     """Return the architecture with a penalty on L0, or with the tanh penalty."""
     return (CrossLayerTanhJumpReLU if config.uses_tanh else CrossLayerJumpReLU)(config, d_in, d_out)

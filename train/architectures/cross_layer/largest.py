@@ -20,12 +20,12 @@ from ..topk import CompetingConfig, TopK, TopKConfig
 from .auxk import add_auxk_across
 from .base import CrossLayer
 from .layers import LayerInput, squared_errors
-from .selection import entries_at, largest_of_batch
+from .selection import entries_at, largest_of_batch_and_layers
 
-L = TypeVar("L", bound=CompetingConfig)
+_L = TypeVar("_L", bound=CompetingConfig)
 
 
-class CrossLayerLargest(CrossLayer[L], TopK[L]):
+class CrossLayerLargest(CrossLayer[_L], TopK[_L]):
     """Loss `sum_m ||y_m - y_hat_m||^2 / sum_m Var(y_m)` and AuxK.
 
     With `select_over = "all"`, the k largest latents of a row are chosen among all layers; with `"layer"`, k in each
@@ -123,7 +123,7 @@ class CrossLayerBatchTopK(CrossLayerLargest[BatchTopKConfig], BatchTopK[BatchTop
     def choose(self, inputs: Sequence[LayerInput], step: StepInput) -> list[SparseLatents]:
         """Return each layer's chosen entries, and update the running thresholds."""
         groups = [inputs] if self.over_all else [[one] for one in inputs]
-        latents = [some for group in groups for some in largest_of_batch(group, step, self.config.k)]
+        latents = [some for group in groups for some in largest_of_batch_and_layers(group, step, self.config.k)]
         smallest = torch.stack([_smallest_positive(some.pre_acts) for some in latents])
         if self.over_all:
             smallest = smallest.amin(0, keepdim=True)

@@ -18,7 +18,7 @@ _SAMPLE_ROWS = 64
 _MARGIN = 1.5
 
 
-def largest_of_batch(inputs: Sequence[LayerInput], step: StepInput, k: int) -> list[SparseLatents]:
+def largest_of_batch_and_layers(inputs: Sequence[LayerInput], step: StepInput, k: int) -> list[SparseLatents]:
     """Return, by layer, the `rows * k` largest positive entries of all layers, or all positive ones if they are fewer.
 
     A sample of rows gives a lower bound that rarely fails. Entries above it are computed in the parameters' precision,

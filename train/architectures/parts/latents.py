@@ -177,7 +177,9 @@ def largest_of_rows(step: StepInput, parameters: Parameters, batch: Batch, k: in
     return SparseLatents.of(step.kernels, found, len(encoder.b_enc))
 
 
-def largest_of_all_ranks(step: StepInput, parameters: Parameters, batch: Batch, k: int, centred: bool) -> SparseLatents:
+def row_largest_of_all_ranks(
+    step: StepInput, parameters: Parameters, batch: Batch, k: int, centred: bool
+) -> SparseLatents:
     """Return the entries here, of the latents of this rank, that are positive and among each row's k largest of all."""
     bias = encoded_bias(parameters, centred)
     acts, top = step.kernels.select_topk(batch.x_compute, step.W_enc_compute, bias, min(k, len(bias)))
@@ -227,7 +229,7 @@ def above_threshold(
     return sparse_at(step, parameters, batch.x, bias, entries)
 
 
-def add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
+def scatter_add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
     """Add rows in place, in the same order every time: on CUDA `index_add_` does not, `index_put_` sorts."""
     if out.is_cuda:
         out.index_put_((indices.long(),), rows, accumulate=True)

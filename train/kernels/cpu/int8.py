@@ -55,7 +55,7 @@ class Int8Encoder(NamedTuple):
 
         def round_rows(block: slice) -> tuple[Tensor, ...]:
             scaled = W_enc[block] * columns
-            peaks, norms = sizes(scaled)
+            peaks, norms = peaks_and_norms(scaled)
             steps = peaks / LEVELS
             scaled.div_(steps[:, None]).add_(of_weights).floor_()
             q[block, :d_in], q[block, d_in:] = scaled, digits
@@ -84,7 +84,7 @@ class Int8Encoder(NamedTuple):
         return self.steps * step, self.offsets * step, variance.sqrt_().mul_(DEVIATIONS)
 
 
-def sizes(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def peaks_and_norms(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Return each row's largest magnitude and its norm."""
     return peaks_of(rows), torch.linalg.vector_norm(rows, dim=1)
 

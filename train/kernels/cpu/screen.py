@@ -22,7 +22,7 @@ from torch import Tensor
 from ....shared.core.compute.cores import by_blocks, even_blocks, joined, on_cores
 from .csc import csc_of
 from .dots import dot_products
-from .int8 import LEVELS, Int8Encoder, multiplies_int8, peaks_of, sizes
+from .int8 import LEVELS, Int8Encoder, multiplies_int8, peaks_and_norms, peaks_of
 from .topk import n_parts, topk_of_rows
 
 LEAST_WEIGHTS = 1 << 22
@@ -66,7 +66,7 @@ def screened_topk(
     # A row has a single step, so columns with large entries are scaled down and the matching weights scaled up.
     columns = torch.stack(by_column).amax(0).sqrt_()
     encoder = Int8Encoder.of(W_enc, columns)
-    peaks, norms = joined(by_blocks(lambda rows: sizes(centred[rows] / columns), len(x)))
+    peaks, norms = joined(by_blocks(lambda rows: peaks_and_norms(centred[rows] / columns), len(x)))
     if not bool(torch.isfinite(peaks.sum() + encoder.norms.sum() + b_enc.sum())):
         return None
     order = peaks.argsort()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....shared.core.compute.cores import even_blocks, joined, on_cores
 from ..entries import Entries
-from .topk import BITS
+from .topk import INTEGER_DTYPE
 
 _GROUP = 8
 _SAMPLE = 1 << 16
@@ -57,9 +57,9 @@ def largest_of_batch(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Ent
 def _search(pre_acts: Tensor, floor: float, most_hits: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return rows, columns and bits of the entries that are at least `floor`, row by row."""
     n_rows, d_sae = pre_acts.shape
-    if pre_acts.dtype not in BITS or d_sae % _GROUP or not len(pre_acts):
+    if pre_acts.dtype not in INTEGER_DTYPE or d_sae % _GROUP or not len(pre_acts):
         return None
-    bits = pre_acts.view(BITS[pre_acts.dtype])
+    bits = pre_acts.view(INTEGER_DTYPE[pre_acts.dtype])
     least = int(pre_acts.new_tensor(floor).view(bits.dtype))
     stride = d_sae // _GROUP
     blocks = even_blocks(n_rows, 512)

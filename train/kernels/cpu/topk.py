@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+INTEGER_DTYPE = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _FEW = 12
 _MANY = 64
 _MOST_CANDIDATES = 1 << 16
@@ -28,16 +28,16 @@ def topk_of_rows(
     Positive floats are ordered like their bits as integers, and negative ones come after them. This is enough if ReLU
     follows, and integers are compared ten times as fast as bfloat16.
     """
-    if pre_acts.dtype not in BITS or k > _MOST_CANDIDATES // 8:
+    if pre_acts.dtype not in INTEGER_DTYPE or k > _MOST_CANDIDATES // 8:
         return torch.topk(pre_acts, k, dim=1, sorted=False)
-    bits = pre_acts.view(BITS[pre_acts.dtype])
+    bits = pre_acts.view(INTEGER_DTYPE[pre_acts.dtype])
     values, columns = _largest(bits, k)
     return values.view(pre_acts.dtype), columns
 
 
 def n_parts(dtype: torch.dtype, d_sae: int, k: int) -> int:
     """Return the best number of equal parts for `topk_of_parts`, for rows of `d_sae` entries."""
-    size = _group_size(d_sae, k) if dtype in BITS and k <= _MOST_CANDIDATES // 8 else 1
+    size = _group_size(d_sae, k) if dtype in INTEGER_DTYPE and k <= _MOST_CANDIDATES // 8 else 1
     return size if d_sae % size == 0 else 1
 
 
@@ -50,7 +50,7 @@ def topk_of_parts(
     """
     if len(parts) == 1:
         return topk_of_rows(parts[0], k)
-    bits = [part.view(BITS[part.dtype]) for part in parts]
+    bits = [part.view(INTEGER_DTYPE[part.dtype]) for part in parts]
     maxima = bits[0].clone()
     for others in bits[1:]:
         torch.maximum(maxima, others, out=maxima)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import Backend
-from ..csc import Csc, to_csc
+from ..csc import SegmentedCsc, to_csc
 from ..entries import Selection, torch_topk
 from ..fused_state import AdamState, DenseGradients, Hyperparameters
 from .adam import update
@@ -23,9 +23,9 @@ from .topk_step import TopKOptions, TopKStep
 
 __all__ = [
     "AdamState",
-    "Csc",
     "DenseGradients",
     "Hyperparameters",
+    "SegmentedCsc",
     "Selection",
     "TopKOptions",
     "TopKStep",

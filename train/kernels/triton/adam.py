@@ -17,7 +17,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from ..csc import Csc
+from ..csc import SegmentedCsc
 from ..fused_state import AdamState, DenseGradients, Hyperparameters
 from .feature_major import sum_latent, sum_segments
 from .token_major import row_tiling
@@ -208,7 +208,7 @@ def update_kernel(
 def update(
     acts: Float[Tensor, " nnz"],
     grad_pre_acts: Float[Tensor, " nnz"],
-    csc: Csc,
+    csc: SegmentedCsc,
     x: Float[Tensor, "batch d_in"],
     g: Float[Tensor, "batch d_in"],
     W_enc: AdamState,

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..csc import Csc, to_csc
+from ..csc import SegmentedCsc, to_csc
 from .token_major import row_tiling
 
 
@@ -163,7 +163,7 @@ def grad_weights_kernel(
 
 
 def sum_segments(
-    values: Float[Tensor, " nnz"], csc: Csc, matrix: Float[Tensor, "rows d_in"]
+    values: Float[Tensor, " nnz"], csc: SegmentedCsc, matrix: Float[Tensor, "rows d_in"]
 ) -> tuple[Float[Tensor, "n_segments d_in"], Float[Tensor, " n_segments"]]:
     """Return the partial sums of hot latents; the rest of the buffers is undefined."""
     capacity, d_in = len(csc.segment_latents), matrix.shape[1]
@@ -196,7 +196,7 @@ def grad_weights_and_bias(
     offsets: Int[Tensor, " batch_plus_1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
-    csc: Csc | None = None,
+    csc: SegmentedCsc | None = None,
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Return each latent's sum of `values_j g[row_j]`, and of `values_j`; zero for an unused latent."""
     csc, d_in = csc or to_csc(indices, offsets, d_sae), g.shape[1]
@@ -229,7 +229,7 @@ def grad_weights(
     offsets: Int[Tensor, " batch_plus_1"],
     g: Float[Tensor, "batch d_in"],
     d_sae: int,
-    csc: Csc | None = None,
+    csc: SegmentedCsc | None = None,
 ) -> Float[Tensor, "d_sae d_in"]:
     """Return for each latent the sum of `values_j g[row_j]` over its entries; `csc` if already sorted."""
     return grad_weights_and_bias(values, indices, offsets, g, d_sae, csc)[0]
@@ -240,7 +240,7 @@ def sum_by_latent(
     indices: Int[Tensor, " nnz"],
     offsets: Int[Tensor, " batch_plus_1"],
     d_sae: int,
-    csc: Csc | None = None,
+    csc: SegmentedCsc | None = None,
 ) -> Float[Tensor, " d_sae"]:
     """Return the sum of each latent's values, as the gradients of biases and thresholds need it."""
     nothing = values.new_zeros(1, 1).expand(len(offsets) - 1, 1)

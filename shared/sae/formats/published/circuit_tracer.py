@@ -21,7 +21,7 @@ from ....model.hook_points import block_and_kind, canonical_hook_point
 from ..cross_layer import ARCHITECTURE as CROSS_LAYER
 from ..cross_layer import check_cross_layer
 from ..files import saelens_hook_name
-from ..folding import NotExactError, plain, require, subtracting_b_dec
+from ..folding import NotExactError, float32_copy, require, subtracting_b_dec
 from ..format import SaeFormat
 from ..kinds import Kind
 from ..parts import SaeParts, check_known, check_tensors, check_top_k, integer, take, text
@@ -137,13 +137,13 @@ def write(parts: SaeParts, folder: Path) -> None:
     parts = subtracting_b_dec(parts, False)
     saved = {}
     for ours, name in _TENSORS.items():
-        tensor = plain(parts.tensors[ours])
+        tensor = float32_copy(parts.tensors[ours])
         saved[name.removesuffix(".T")] = tensor.T.contiguous() if name.endswith(".T") else tensor
     if kind.selection == "jumprelu":
         # Latents are positive here, so a threshold below zero does as much as zero.
-        saved[_THRESHOLD] = plain(parts.tensors["threshold"]).clamp_min(0)
+        saved[_THRESHOLD] = float32_copy(parts.tensors["threshold"]).clamp_min(0)
     if kind.skip:
-        saved["W_skip"] = plain(parts.tensors["W_skip"])
+        saved["W_skip"] = float32_copy(parts.tensors["W_skip"])
     _write_config(folder, "transcoder_set", hooks, parts.metadata)
     with replacing(folder / f"layer_{layer}.safetensors") as partial:
         save_file(saved, partial, metadata={"format": "pt"})
@@ -163,7 +163,7 @@ def _write_cross_layer(parts: SaeParts, folder: Path) -> None:
         names = [f"{name}_{i}" for name in ("W_enc", "b_enc", "b_dec", "threshold") if f"{name}_{i}" in parts.tensors]
         for file, saved in ((f"W_enc_{i}", names), (f"W_dec_{i}", [f"W_dec_{i}"])):
             with replacing(folder / f"{file}.safetensors") as partial:
-                tensors = {name: plain(parts.tensors[name]) for name in saved}
+                tensors = {name: float32_copy(parts.tensors[name]) for name in saved}
                 if f"threshold_{i}" in tensors:
                     tensors[f"threshold_{i}"].clamp_min_(0)
                 save_file(tensors, partial, metadata={"format": "pt"})

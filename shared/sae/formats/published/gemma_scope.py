@@ -15,7 +15,7 @@ import numpy as np
 
 from ....core.disk import replacing
 from ....core.errors import SaeError
-from ..folding import as_jumprelu, plain, require, subtracting_b_dec
+from ..folding import as_jumprelu, float32_copy, require, subtracting_b_dec
 from ..format import SaeFormat
 from ..parts import SaeParts, check_tensors, encoder_shape, take
 from ..reading import read_npz
@@ -106,7 +106,7 @@ def write(parts: SaeParts, folder: Path) -> None:
     if parts.tensors["W_enc"].shape[0] != parts.tensors["W_dec"].shape[1]:
         raise SaeError("gemma-scope has transcoders that write as many channels as they read; this one does not")
     with replacing(folder / WEIGHTS_NAME) as partial, partial.open("wb") as file:
-        arrays: dict[str, Any] = {name: plain(parts.tensors[name]).numpy() for name in _NAMES}
+        arrays: dict[str, Any] = {name: float32_copy(parts.tensors[name]).numpy() for name in _NAMES}
         np.savez(file, **arrays)
 
 

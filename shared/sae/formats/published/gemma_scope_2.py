@@ -20,7 +20,7 @@ from torch import Tensor
 from ....core.disk import replacing, write_file
 from ....core.errors import SaeError
 from ..cross_layer import ARCHITECTURE as CROSS_LAYER
-from ..folding import as_jumprelu, plain, require, subtracting_b_dec
+from ..folding import as_jumprelu, float32_copy, require, subtracting_b_dec
 from ..format import SaeFormat
 from ..kinds import Kind
 from ..parts import SaeParts, check_known, check_tensors, flag, take, text
@@ -202,7 +202,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     names = _TENSORS | (_SKIP if "W_skip" in tensors else {})
     saved = {}
     for ours, name in names.items():
-        tensor = plain(tensors[ours])
+        tensor = float32_copy(tensors[ours])
         saved[name.removesuffix(".T")] = tensor.T.contiguous() if name.endswith(".T") else tensor
     with replacing(path) as partial:
         save_file(saved, partial, metadata={"format": "pt"})

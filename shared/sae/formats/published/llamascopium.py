@@ -22,7 +22,7 @@ from ....model.hook_points import canonical_hook_point
 from ..cross_layer import ARCHITECTURE as CROSS_LAYER
 from ..cross_layer import check_cross_layer
 from ..files import saelens_hook_name
-from ..folding import plain, require, subtracting_b_dec
+from ..folding import float32_copy, require, subtracting_b_dec
 from ..format import SaeFormat
 from ..kinds import Kind
 from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, flag, integer, take, text
@@ -197,7 +197,9 @@ def write(parts: SaeParts, folder: Path) -> None:
     else:
         config, saved = _sae_files(parts)
     with replacing(folder / WEIGHTS_NAME) as partial:
-        save_file({name: plain(tensor) for name, tensor in saved.items()}, partial, metadata={"version": "2.0.0"})
+        save_file(
+            {name: float32_copy(tensor) for name, tensor in saved.items()}, partial, metadata={"version": "2.0.0"}
+        )
     write_file(folder / CONFIG_NAME, (json.dumps(config, indent=4) + "\n").encode())
 
 
