@@ -18,8 +18,9 @@ from ..shared.core.location import StoreUrl
 from ..shared.model.content import describe_files, model_content
 from ..shared.model.hook_points import block_and_kind, unique_canonical
 from ..shared.model.loading.adapters import model_parts
-from ..shared.store.format.layout import MANIFEST, Header
-from ..shared.store.format.manifest import Manifest, read_manifest
+from ..shared.store.format.layout import Header
+from ..shared.store.format.manifest import Manifest
+from ..shared.store.read.open import find_manifest as find_manifest
 from .config import HarvestConfig
 from .documents.documents import PYTHON_STDLIB, hub_fingerprint, source_files
 from .tokens.chat import template_source
@@ -297,16 +298,3 @@ def sampled_fingerprint(model: Path) -> str | None:
                 file.seek(size * sample // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def find_manifest(store: Path | StoreUrl) -> Manifest | None:
-    """Return a store's manifest; None if it has none."""
-    if isinstance(store, Path):
-        return read_manifest(store) if (store / MANIFEST).is_file() else None
-    from ..shared.store.remote.objects import RemoteStore
-    from ..shared.store.remote.remote_files import read_remote_manifest
-
-    try:
-        return read_remote_manifest(RemoteStore(store))
-    except MissingFileError:
-        return None

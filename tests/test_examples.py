@@ -6,11 +6,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thresher import ActivationStore, Sae
 
@@ -35,7 +37,8 @@ def load(name):
 
 def test_every_example_is_tested_and_in_the_readme():
     names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert names == {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py"} | NOTEBOOKS
+    scripts = {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py", "harvest_with_vllm.py"}
+    assert names == scripts | NOTEBOOKS
     readme = (EXAMPLES.parent / "README.md").read_text()
     assert all(f"examples/{name}" in readme for name in names)
 
@@ -119,3 +122,39 @@ def test_from_a_latent_to_its_cause(tmp_path, monkeypatch):
     assert strongest["score"] == pytest.approx(clean - ablated, rel=0.4)
     aucs = [abs(row["auc"] - 0.5) for row in names["rows"]]
     assert aucs == sorted(aucs, reverse=True)
+
+
+@torch.no_grad()
+def test_harvest_with_vllm_imports_what_an_engine_of_its_documented_interface_writes(tmp_path, monkeypatch):
+    """vLLM is not installed here: the engine is a stand-in that runs the model by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    class LLM:
+        def __init__(self, model, speculative_config, kv_transfer_config, **options):
+            draft = speculative_config["draft_model_config"]["hf_config"]
+            self.layers = draft["eagle_aux_hidden_state_layer_ids"]
+            self.folder = Path(kv_transfer_config["kv_connector_extra_config"]["shared_storage_path"])
+
+        def generate(self, prompts, sampling_params):
+            self.folder.mkdir(parents=True)
+            for number, prompt in enumerate(prompts):
+                tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+                states = model(tokens, output_hidden_states=True).hidden_states
+                kept = torch.stack([states[layer][0] for layer in self.layers], dim=1)
+                save_file({"hidden_states": kept, "token_ids": tokens[0]}, self.folder / f"{number}.safetensors")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"def f{n}(x):\n    return x + {n}" for n in range(40)))
+    assert load("harvest_with_vllm").main(str(MODEL), text, tmp_path / "out", [1, 3]) == 0
+    store = ActivationStore.open(tmp_path / "out" / "store")
+    documents, positions = store.documents(0, store.n_rows)
+    first = store.tokens(0, store.n_rows)[documents == documents[0]][None].long()
+    expected = model(first, output_hidden_states=True).hidden_states[3][0]
+    rows = store.read("blocks.2.resid_post", 0, store.n_rows)[documents == documents[0]]
+    assert positions[: len(rows)].tolist() == list(range(len(rows)))
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit, match="vLLM is not installed"):
+        load("harvest_with_vllm").main(str(MODEL), text, tmp_path / "other", [1])

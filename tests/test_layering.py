@@ -31,6 +31,7 @@ FLOORS = [
     "shared/store/write",
     "shared/store/read",
     "shared/store/share",
+    "shared/store/foreign",
     "shared/store",
     "shared/exchange",
     "shared",

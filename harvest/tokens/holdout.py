@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-from jaxtyping import Int32
+from ...shared.core.holdout import ids_hash as ids_hash
+from ...shared.core.holdout import is_held_out as is_held_out
 
 CYCLE = 80
 """The period of the choice of held-out contexts, not counting the contexts that are left out."""
@@ -18,20 +18,6 @@ def document_hash(text: str) -> int:
     """
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
-
-
-def ids_hash(ids: Int32[np.ndarray, " tokens"]) -> int:
-    """Return the 64-bit BLAKE2b hash of a document's token ids as little-endian int32."""
-    return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "big")
-
-
-def is_held_out(document: int, fraction: float) -> bool:
-    """Return whether a document, by its hash, is in the held-out `fraction`.
-
-    The sets are nested: what is held out at 1% is also held out at 5%, so a model whose own
-    held-out documents were chosen at the smaller fraction never saw any of them.
-    """
-    return document < fraction * 2**64
 
 
 def context_split(number: int, fraction: float) -> bool | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...core.errors import MissingFileError
 from ...core.location import StoreUrl, cache_folder, cache_limit
+from ..format.layout import MANIFEST
+from ..format.manifest import Manifest, read_manifest
 from ..local.store_files import LocalFiles, StoreFiles
 
 
@@ -17,3 +20,16 @@ def open_files(location: Path | StoreUrl, cache: str | Path | None, cache_bytes:
     from ..remote.remote_files import RemoteFiles
 
     return RemoteFiles(RemoteStore(location), CacheFolder(cache_folder(cache), cache_limit(cache_bytes)))
+
+
+def find_manifest(store: Path | StoreUrl) -> Manifest | None:
+    """Return a store's manifest; None if it has none."""
+    if isinstance(store, Path):
+        return read_manifest(store) if (store / MANIFEST).is_file() else None
+    from ..remote.objects import RemoteStore
+    from ..remote.remote_files import read_remote_manifest
+
+    try:
+        return read_remote_manifest(RemoteStore(store))
+    except MissingFileError:
+        return None
