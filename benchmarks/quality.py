@@ -56,16 +56,18 @@ SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
 }
 
 
-def export_rows(store: ActivationStore, path: Path, tokens: int) -> None:
+def export_rows(store: ActivationStore, hook_point: str, path: Path, tokens: int) -> None:
     """Write the training rows, in the stream's order, and held-out rows for evaluation."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     size = store.context_size
-    with ShuffledBatches(store, [HOOK], BATCH, 0, "cpu") as batches:
-        train_rows = torch.cat([next(batches)[HOOK].to(torch.bfloat16) for _ in range(tokens // BATCH)])
+    with ShuffledBatches(store, [hook_point], BATCH, 0, "cpu") as batches:
+        train_rows = torch.cat([next(batches)[hook_point].to(torch.bfloat16) for _ in range(tokens // BATCH)])
     held_out = torch.from_numpy(store.held_out_contexts()).nonzero().flatten().tolist()[: TEST_ROWS // size]
-    parts = [(store.read(HOOK, c * size, (c + 1) * size), store.row_mask(c * size, (c + 1) * size)) for c in held_out]
+    parts = [
+        (store.read(hook_point, c * size, (c + 1) * size), store.row_mask(c * size, (c + 1) * size)) for c in held_out
+    ]
     test = torch.cat([rows[torch.from_numpy(mask)] for rows, mask in parts])
     partial = path.with_suffix(".partial")
     save_file({"train": train_rows, "test": test.to(torch.bfloat16)}, partial)
@@ -109,11 +111,13 @@ def judge(sae: Sae, test: torch.Tensor) -> dict[str, float]:
     return {"explained_variance": 1 - error / variance, "l0": active / len(test), "dead_fraction": dead}
 
 
-def theirs(options: argparse.Namespace, library: str, architecture: str, lr: float, sparsity: float) -> dict[str, Any]:
-    """Train a peer's SAE in the peers' environment."""
+def train_peer(
+    rows: Path, library: str, architecture: str, lr: float, sparsity: float, warmup_steps: int = WARMUP, seed: int = 0
+) -> dict[str, Any]:
+    """Train a peer's SAE on exported rows in the peers' environment."""
     command = [ROOT / ".venv-peers/bin/python", ROOT / "benchmarks/peers/train_quality.py", library, architecture]
-    command += [options.rows, "--lr", lr, "--sparsity", sparsity]
-    command += ["--d-sae", D_SAE, "--batch-size", BATCH, "--warmup-steps", WARMUP]
+    command += [rows, "--lr", lr, "--sparsity", sparsity, "--seed", seed]
+    command += ["--d-sae", D_SAE, "--batch-size", BATCH, "--warmup-steps", warmup_steps]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -129,7 +133,7 @@ def result_of(options: argparse.Namespace, library: str, architecture: str, lr: 
         trained = (
             ours(options, architecture, lr, sparsity)
             if library == "thresher"
-            else theirs(options, library, architecture, lr, sparsity)
+            else train_peer(options.rows, library, architecture, lr, sparsity)
         )
         path.write_text(json.dumps(run | trained) + "\n")
         print(json.dumps(run | trained), flush=True)
@@ -184,7 +188,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="train the peers too, in .venv-peers")
     options = parser.parse_args()
     options.rows = options.output / "rows.safetensors"
-    export_rows(ActivationStore.open(options.store), options.rows, options.tokens)
+    export_rows(ActivationStore.open(options.store), HOOK, options.rows, options.tokens)
     results = {
         architecture: {
             library: [result_of(options, library, architecture, lr, s) for lr in LRS[architecture] for s in sparsities]

@@ -89,7 +89,7 @@ def dictionary_learning(options: argparse.Namespace, batches: list[Tensor], d_in
         "lm_name": "",
         "device": "cpu",
     }
-    shared |= {"lr": options.lr, "warmup_steps": options.warmup_steps, "decay_start": n - n // 5, "seed": 0}
+    shared |= {"lr": options.lr, "warmup_steps": options.warmup_steps, "decay_start": n - n // 5, "seed": options.seed}
     thresholds = {"threshold_start_step": n // 2}
     sparse_warmup = {"sparsity_warmup_steps": n // 20}
     make: dict[str, Callable[[], Any]] = {
@@ -156,13 +156,14 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--warmup-steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     data = load_file(options.rows)
     train, test = data["train"], data["test"].float()
     norms = torch.cat([x.float().norm(dim=1) for x in train.split(65536)])
     one = options.library == "dictionary_learning"
     scale = float(norms.square().mean().rsqrt()) if one else train.shape[1] ** 0.5 / float(norms.mean())
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     batches = Scaled(train, options.batch_size, scale)
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
