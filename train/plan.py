@@ -47,6 +47,7 @@ class TrainPlan:
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     warmup: Setting | None = None
     settings: dict[str, dict[str, Setting]] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
 
     def completed(self, sae: SaeConfig) -> SaeConfig:
         """Return an SAE's table with the settings that were chosen where it leaves them open."""
@@ -82,6 +83,10 @@ class TrainPlan:
         process = "the process that needs most" if self.n_ranks > 1 else "the process"
         lines.append(f"memory of {process}, in GiB: {parts}")
         lines += self._chosen()
+        for how in dict.fromkeys(self.steps.values()):
+            names = [f"'{name}'" for name, own in self.steps.items() if own == how]
+            of = "" if len(names) == len(self.steps) else f" of {', '.join(names)}"
+            lines.append(f"steps{of}: {how}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -176,7 +181,25 @@ def plan_run(
         {name: architecture.recipe for name, architecture in architectures.items()},
         warmup,
         settings,
+        {name: _how_steps_run(config, architecture, device, ranks.n) for name, architecture in architectures.items()},
     )
+
+
+def _how_steps_run(config: TrainConfig, architecture: Architecture, device: str, n_ranks: int) -> str:
+    """Return whether an SAE's steps are fused and captured in CUDA graphs, and why not, if not."""
+    backend = backend_for(device, config.kernels)
+    if backend != "triton":
+        return f"operation by operation (kernels '{backend}' have no fused step)"
+    why = architecture.not_fused
+    steps = "fused kernels" if why is None else f"operation by operation ({why})"
+    if not config.cuda_graphs:
+        return f"{steps}; no CUDA graphs (cuda_graphs = false)"
+    if torch.device(device).type != "cuda":
+        return f"{steps}; no CUDA graphs (device '{device}')"
+    if n_ranks > 1 and config.parallel != "spread":
+        return f"{steps}; no CUDA graphs (parallel = '{config.parallel}' exchanges tensors within a step)"
+    captures = architecture.declares("capturable")
+    return f"{steps}; {'in CUDA graphs' if captures else 'no CUDA graphs (a step waits for the device)'}"
 
 
 def _memory(
@@ -190,17 +213,19 @@ def _memory(
     """Return the bytes, by what they are, of the process that needs most.
 
     `windows` bounds the decoded activations. `batch` counts the pre-activations of the widest SAE in 2 bytes, and the
-    rows of the widest hook points in 16: as stored, normalised in both dtypes, and the error.
+    rows of the widest hook points in 16: as stored, normalised in both dtypes, and the error. Ranks whose fused steps
+    share a batch also hold its other rows in the compute dtype, their errors, and the entries in 12 bytes.
     """
     together = n_ranks > 1 and config.parallel != "spread"
     n_shards = n_ranks if together and config.parallel == "latents" else 1
-    fuses = backend_for(device, config.kernels) == "triton" and not together
+    has_kernels = backend_for(device, config.kernels) == "triton"
+    fused = [architecture for architecture in architectures.values() if has_kernels and architecture.not_fused is None]
     on_cpu = torch.device(device).type == "cpu"
     each = [
         sae_memory(
             architecture,
             config.compute_dtype,
-            "fused" if fuses and architecture.fused_options(1.0, 1) else "cpu" if on_cpu else "ops",
+            "fused" if architecture in fused else "cpu" if on_cpu else "ops",
             n_shards,
         )
         for architecture in architectures.values()
@@ -213,12 +238,14 @@ def _memory(
     rows = config.batch_size // (n_ranks if config.parallel == "data" else 1)
     widest = max(-(-architecture.d_sae // n_shards) for architecture in architectures.values())
     width = max(max(architecture.d_in, architecture.d_out) for architecture in architectures.values())
+    n_bytes = getattr(torch, config.compute_dtype).itemsize
+    a_row = max(((n_bytes + 4) * one.d_in + 12 * int(one.config.k or 0) for one in fused), default=0)
     hook_points = {place for architecture in architectures.values() for place in architecture.config.wiring.hook_points}
     windows = [store.n_rows * store.d_in(hook) * store.dtype.itemsize for hook in hook_points]
     return {
         **max(of_ranks, key=sum)._asdict(),
         "windows": sum(min(config.window_bytes, n_bytes) for n_bytes in windows),
-        "batch": rows * (2 * widest + 16 * width),
+        "batch": rows * (2 * widest + 16 * width) + (config.batch_size - rows) * a_row,
     }
 
 

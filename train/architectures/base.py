@@ -96,6 +96,11 @@ class Architecture(Generic[_C]):
             return parameters
         return {name: tensor[rows].clone() if is_per_latent(name) else tensor for name, tensor in parameters.items()}
 
+    @property
+    def not_fused(self) -> str | None:
+        """Why fused kernels cannot take this step whole, in words; None if they can."""
+        return None if self.declares("fusable") else "only plain topk has fused kernels"
+
     def fused_options(self, total_variance: float, dead_after_tokens: int) -> TopKOptions | None:
         """Return the options of the fused kernels that take this step whole; None if there are none."""
         return None

@@ -76,6 +76,10 @@ class Collectives(Across):
         """Return the whole batch's output from the output for this rank's rows."""
         return output
 
+    def most_over_latents(self, numbers: Tensor) -> Tensor:
+        """Return the elementwise maximum over the ranks that share the latents."""
+        return numbers
+
     def room_for_dead(self, dead: Bool[Tensor, " latents_here"]) -> int | None:
         """Return the number of this rank's dead latents that AuxK allocates for; None if it counts them itself."""
         return None

@@ -141,10 +141,21 @@ class TopK(Architecture[_L]):
             return largest_of_rows(step, parameters, batch, k, self.centred)
         return row_largest_of_all_ranks(step, parameters, batch, k, self.centred)
 
+    @property
+    def not_fused(self) -> str | None:
+        """Why the fused kernels cannot take this step; they hold decoder rows at unit norm."""
+        found = super().not_fused
+        if found is None and not self.centred:
+            found = "it writes another hook point than it reads"
+        if found is None and not self.unit_norm_decoder:
+            found = "unit_norm_decoder = false"
+        if found is None and self.config.weight_decay:
+            found = "weight_decay is given"
+        return found
+
     def fused_options(self, total_variance: float, dead_after_tokens: int) -> TopKOptions | None:
-        """Return the options of the fused step, which holds decoder rows at unit norm."""
-        fuses = self.declares("fusable") and self.centred and self.unit_norm_decoder and not self.config.weight_decay
-        if not fuses:
+        """Return the options of the fused step, or None if there is none."""
+        if self.not_fused is not None:
             return None
         beta1, beta2 = self.adam_betas
         return TopKOptions(

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8, Int64
 from torch import Tensor
 
+from .across import Across
 from .encoder import Encoder
 from .entries import DenseEntries, Entries, EntryValues, Selection, batch_threshold, entries_of
 from .fused_state import TopKOptions
@@ -87,8 +88,13 @@ class FixedShapes(Protocol):
         ...
 
     @staticmethod
-    def topk_step(parameters: Mapping[str, Tensor], options: TopKOptions, compute_dtype: torch.dtype) -> TopKStep:
-        """Return the training state of a TopK SAE whose steps run as a few fused kernels."""
+    def topk_step(
+        parameters: Mapping[str, Tensor],
+        options: TopKOptions,
+        compute_dtype: torch.dtype,
+        across: Across | None = None,
+    ) -> TopKStep:
+        """Return the training state of a TopK SAE whose steps run as a few fused kernels, `across` several ranks."""
         ...
 
 

@@ -58,6 +58,20 @@ def entries_of(chosen: Bool[Tensor, "batch d_sae"]) -> Entries:
     return Entries(indices, offsets)
 
 
+def packed_positive(acts: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> Selection:
+    """Return the positive entries, in buffers of `batch * k` entries, without waiting for the device.
+
+    Values from `offsets[-1]` on are zero, and their indices arbitrary.
+    """
+    n, there = acts.numel(), (acts > 0).flatten()
+    ends = there.cumsum(0)
+    places = torch.where(there, ends - 1, n)
+    values = acts.new_zeros(n + 1).scatter_(0, places, acts.flatten())[:n]
+    latents = indices.new_zeros(n + 1).scatter_(0, places, indices.flatten())[:n]
+    offsets = torch.nn.functional.pad(ends[acts.shape[1] - 1 :: acts.shape[1]], (1, 0))
+    return Selection(values, latents, offsets)
+
+
 def torch_topk(pre_acts: Float[Tensor, "batch n"], k: int) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
     """Return each row's `k` largest entries and their columns, in any order, by `torch.topk`."""
     values, columns = torch.topk(pre_acts, k, dim=1, sorted=False)

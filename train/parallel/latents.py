@@ -23,11 +23,19 @@ from .collectives import RankCollectives
 class LatentShards(RankCollectives):
     """Reductions for latents that are divided into one part per rank, in order."""
 
+    shares_latents = True
+
     def over_latents(self, total: Tensor) -> Tensor:
         """Return the sum over all ranks."""
         total = total.clone()
         self.ranks.add(total)
         return total
+
+    def most_over_latents(self, numbers: Tensor) -> Tensor:
+        """Return the elementwise maximum over all ranks."""
+        most = numbers.clone()
+        self.ranks.greatest(most)
+        return most
 
     def only_largest(self, values: Float[Tensor, "batch k_here"], k: int) -> Float[Tensor, "batch k_here"]:
         """Keep the candidates that are among each row's k largest over all ranks, and set the others to -inf.

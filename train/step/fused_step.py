@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..architectures.contract import Batch, Number
+from ..architectures.contract import SINGLE_PROCESS, Batch, Collectives, Number
 from .host_polls import DEAD_STATE, DeadLatentPoll
 from .step_numbers import StepNumbers
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class FusedStep:
     """One SAE that is trained by a `TopKStep`, which owns its weights and moments."""
 
-    def __init__(self, step: TopKStep, numbers: StepNumbers):
+    def __init__(self, step: TopKStep, numbers: StepNumbers, across: Collectives = SINGLE_PROCESS):
         self.step = step
         self.numbers = numbers
+        self.across = across
         self.parameters = step.parameters()
         self.exp_avg, self.exp_avg_sq = step.moments()
         self.tokens_since_fired = step.tokens_since_fired
@@ -37,8 +38,9 @@ class FusedStep:
     def before(self, batch: Batch, steps_done: int, lr: float) -> Hashable | None:
         """Set the learning rate, poll the device if a poll is due, and return what determines the step's shapes."""
         self.step.set_lr(lr)
-        n_dead = self.dead.before(steps_done, len(batch.x), self.tokens_since_fired) if self.dead else 0
-        return len(batch.x), n_dead
+        n_rows = self.across.rows(len(batch.x))
+        n_dead = self.dead.before(steps_done, n_rows, self.tokens_since_fired, self.across) if self.dead else 0
+        return n_rows, n_dead
 
     def take(
         self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
@@ -61,7 +63,9 @@ class FusedStep:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that later steps depend on."""
-        return self.step.state_dict() | ({DEAD_STATE: self.dead.state()} if self.dead else {})
+        # A bound on the dead latents of each rank does not hold for another number of ranks.
+        polled = {} if self.dead is None or self.across.shares_latents else {DEAD_STATE: self.dead.state()}
+        return self.step.state_dict() | polled
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a saved state."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..architectures.base import Architecture
-from ..architectures.contract import Collectives, Number
+from ..architectures.contract import SINGLE_PROCESS, Collectives, Number
 from ..architectures.parts.latents import SPARSE_BELOW
 from ..kernels.capacity import STEPS_BETWEEN, EntryCapacity, power_of_two
 
@@ -23,7 +23,7 @@ DEAD_STATE, _ROOM_STATE = "looks.dead", "looks.room"
 
 
 class DeadLatentPoll:
-    """An upper bound on the number of dead latents, for which AuxK must allocate.
+    """An upper bound on the number of dead latents of every rank, for which AuxK must allocate.
 
     The largest number of tokens since any latent fired gives a number of steps during which no latent can be dead and
     AuxK has nothing to do. While some latents may be dead, the host polls every 16 steps how many can be dead before
@@ -35,13 +35,17 @@ class DeadLatentPoll:
         self.n_dead = 0
         self.next_poll = 0
 
-    def before(self, step: int, batch_size: int, tokens_since_fired: Tensor) -> int:
+    def before(
+        self, step: int, batch_size: int, tokens_since_fired: Tensor, across: Collectives = SINGLE_PROCESS
+    ) -> int:
         """Return the bound for this step, 0 if no latent can be dead; steps count from 0."""
         if step >= self.next_poll:
             soon = tokens_since_fired >= self.dead_after_tokens - STEPS_BETWEEN * batch_size
-            longest, count = torch.stack([tokens_since_fired.max(), torch.count_nonzero(soon)]).tolist()
+            n_latents = tokens_since_fired.new_full((), len(tokens_since_fired))
+            found = torch.stack([tokens_since_fired.max(), torch.count_nonzero(soon), n_latents])
+            longest, count, most_latents = across.most_over_latents(found).tolist()
             left = self.dead_after_tokens - longest
-            self.n_dead = min(power_of_two(count), len(tokens_since_fired)) if left <= 0 else 0
+            self.n_dead = min(power_of_two(count), most_latents) if left <= 0 else 0
             self.next_poll = step + (STEPS_BETWEEN if left <= 0 else -(-left // batch_size))
         return self.n_dead
 

@@ -124,10 +124,11 @@ class SaeTrainer:
         initial = architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
         initial = architecture.part_here(initial)
         parameters = {name: tensor.to(self.device) for name, tensor in initial.items()}
-        fixed = self.kernels.fixed_shapes if self._has_fixed_shapes else None
+        fixed = self.kernels.fixed_shapes
         if fixed is not None and fuse and (options := architecture.fused_options(variance, self.dead_after_tokens)):
-            return FusedStep(fixed.topk_step(parameters, options, compute_dtype), self.numbers)
-        if fixed is not None:
+            step = fixed.topk_step(parameters, options, compute_dtype, self.across)
+            return FusedStep(step, self.numbers, self.across)
+        if self._has_fixed_shapes:
             polls = Polled(architecture, self.dead_after_tokens, self.device)
         else:
             polls = Unpolled(architecture, self.dead_after_tokens, self.schedule.batch_size, self.across)

@@ -11,6 +11,8 @@ Clipping by the exact global norm takes the kernel twice: once for each latent's
 # pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -219,13 +221,14 @@ def update(
     max_norm: float | None = None,
     other_squared_norm: Float[Tensor, ""] | None = None,
     dense: DenseGradients | None = None,
+    over_latents: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Tensor | None:
     """Update the encoder and the decoder, in place, from a step's sparse entries; return the norm if it is clipped.
 
     The pre-activations were `W_enc (x - centre) + b_enc`; `centre` is `b_dec`, or zeros. `dense` gradients are added
     to those of the entries. With `max_norm`, gradients (the decoder's projected) are scaled so that their global norm,
     `other_squared_norm` of the parameters updated elsewhere included, is at most that, and
-    `schedule[3]` holds the coefficient for those.
+    `schedule[3]` holds the coefficient for those. `over_latents` adds those of latents on other ranks.
     """
     d_sae, d_in = W_enc.weight.shape
     tiling = row_tiling(d_in)
@@ -280,7 +283,7 @@ def update(
     norm = None
     if max_norm is not None:
         run(norm_only=True)
-        total = squared_norm.double().sum()
+        total = over_latents(squared_norm.double().sum())
         if other_squared_norm is not None:
             total = total + other_squared_norm
         norm = total.sqrt()

@@ -4,6 +4,10 @@
 captured in a CUDA graph: what changes between steps (learning rate, Adam's corrections, which latents are
 dead) is read from the device. AuxK (arXiv 2406.04093, A.2) is dense over the dead latents alone, whose gradients
 the update adds to those of the sparse entries.
+
+Ranks that share the rows of a batch exchange their entries, with the rows of x and of the error, before the update,
+which every rank then takes of the whole batch. Ranks that share the latents exchange candidates and partial
+reconstructions, and update their own latents.
 """
 
 from __future__ import annotations
@@ -11,17 +15,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ..across import Across
 from ..auxk import auxk_of_rows
 from ..csc import to_csc
-from ..entries import torch_topk
+from ..entries import Selection, packed_positive, torch_topk
 from ..fused_state import AdamState, DenseGradients, Hyperparameters, TopKOptions
 from .adam import update
 from .feature_major import sum_by_latent
 from .select import select_topk
-from .token_major import reconstruct
+from .token_major import Reconstruction, decode, grad_values, reconstruct
 
 _AUXK_ENTRIES = 1 << 26
 """AuxK's pre-activations that are held at a time."""
@@ -32,13 +37,18 @@ class TopKStep:
     """The state of one TopK SAE in training; `W_enc` and `W_dec` are `[d_sae, d_in]`.
 
     Products read copies of the weights in `compute_dtype`, which is that of the batches. Where gradients are
-    clipped, `grad_norm` is the last step's.
+    clipped, `grad_norm` is the last step's. The parameters are of the latents that this rank trains.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], options: TopKOptions, compute_dtype: torch.dtype = torch.bfloat16
+        self,
+        parameters: Mapping[str, Tensor],
+        options: TopKOptions,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        across: Across | None = None,
     ):
         self.options = options
+        self.across = across or Across()
         self.W_enc = AdamState.of(parameters["W_enc"], compute_dtype)
         self.b_enc = AdamState.of(parameters["b_enc"], compute_dtype)
         self.W_dec = AdamState.of(parameters["W_dec"], compute_dtype)
@@ -91,44 +101,46 @@ class TopKStep:
         self.hyperparameters.schedule[0].fill_(lr)
 
     def __call__(self, x: Float[Tensor, "batch d_in"], n_dead: int | None = None) -> Float[Tensor, " 3"]:
-        """Take one step on `x`, normalised; return [mse, l0, auxiliary loss] on the device.
+        """Take one step on this rank's rows, normalised; return [mse, l0, auxiliary loss] of the whole batch.
 
-        AuxK's selection is among as many latents as `n_dead`, which must not be fewer than are dead: it costs as many
-        columns of a product. With 0 there is no AuxK; None is all latents.
+        AuxK's selection is among as many latents as `n_dead`, which must not be fewer than are dead here, and is the
+        same on all ranks: it costs as many columns of a product. With 0 there is no AuxK; None is all latents.
         """
-        options, batch = self.options, len(x)
+        options, across, batch = self.options, self.across, self.across.rows(len(x))
         self._steps.add_(1)
         self.hyperparameters.schedule[1:3].copy_(1 - self._betas ** self.steps["W_enc"].double())
         bias = self.b_enc.weight - self.W_enc.weight @ self.b_dec.weight
-        acts, indices = select_topk(x, self.W_enc.shadow, bias, options.k)
-        offsets = torch.arange(0, batch * options.k + 1, options.k, device=x.device)
-        values, latents = acts.flatten(), indices.flatten()
-        values_fired = (values > 0).sum()
+        chosen = self._select(x, bias)
+        scale = torch.full((), 2 / (batch * options.total_variance), device=x.device)
+        here = self._reconstruct(chosen, x, scale)
+        # From here on, entries and rows are those of the whole batch.
+        values, latents, by_pre_acts, squared_error, g, all_x = across.all_rows(
+            chosen.values, chosen.indices, here.grad_pre_acts, here.squared_error, here.g, x
+        )
+        offsets = chosen.offsets if batch == len(x) else self._offsets(batch, x.device)
         fired = torch.zeros_like(self.b_enc.weight, dtype=torch.int32)
         fired.scatter_reduce_(0, latents.long(), (values > 0).int(), "amax")
         dead = self.tokens_since_fired >= options.dead_after_tokens
         self.tokens_since_fired.add_(batch).mul_(1 - fired)
 
-        scale = torch.full((), 2 / (batch * options.total_variance), device=x.device)
-        main = reconstruct(values, latents, offsets, self.W_dec.shadow, self.b_dec.weight, x, scale)
-        b_dec_grad = main.g.sum(0)
+        b_dec_grad = g.sum(0)
         dense: DenseGradients | None = None
         aux_loss = scale.new_zeros(())
         n_dead = self.d_sae if n_dead is None else n_dead
         if n_dead and options.aux_coefficient > 0 and options.k_aux > 0:
-            aux_loss, dense = self._auxk(x, main.g / scale, main.squared_error.sum(), bias, dead, n_dead)
+            aux_loss, dense = self._auxk(x, here.g / scale, squared_error.sum(), bias, dead, n_dead)
 
         csc = to_csc(latents, offsets, self.d_sae)
-        by_bias = sum_by_latent(main.grad_pre_acts, latents, offsets, self.d_sae, csc)
+        by_bias = sum_by_latent(by_pre_acts, latents, offsets, self.d_sae, csc)
         if dense is not None:
             by_bias += dense.b_enc[dense.slots.clamp(min=0)].where(dense.slots >= 0, 0.0)
-        b_dec_grad -= self.W_enc.weight.T @ by_bias
+        b_dec_grad -= across.over_latents(self.W_enc.weight.T @ by_bias)
         self.grad_norm = update(
             values,
-            main.grad_pre_acts,
+            by_pre_acts,
             csc,
-            x,
-            main.g,
+            all_x,
+            g,
             self.W_enc,
             self.b_enc,
             self.W_dec,
@@ -137,10 +149,35 @@ class TopKStep:
             options.max_norm,
             b_dec_grad.square().sum(),
             dense,
+            across.over_latents,
         )
         self._update_b_dec(b_dec_grad)
-        mse = main.squared_error.sum() / batch
-        return torch.stack([mse, values_fired / batch, aux_loss])
+        mse = squared_error.sum() / batch
+        l0 = across.over_latents((values > 0).sum()) / batch
+        return torch.stack([mse, l0, aux_loss])
+
+    def _offsets(self, n_rows: int, device: torch.device) -> Int64[Tensor, " n_rows_plus_1"]:
+        return torch.arange(0, n_rows * self.options.k + 1, self.options.k, device=device)
+
+    def _select(self, x: Float[Tensor, "batch d_in"], bias: Float[Tensor, " d_sae"]) -> Selection:
+        """Return the entries here that are among the k largest of their rows."""
+        acts, indices = select_topk(x, self.W_enc.shadow, bias, min(self.options.k, self.d_sae))
+        if not self.across.shares_latents:
+            return Selection(acts.flatten(), indices.flatten(), self._offsets(len(x), x.device))
+        return packed_positive(self.across.only_largest(acts, self.options.k), indices)
+
+    def _reconstruct(
+        self, chosen: Selection, x: Float[Tensor, "batch d_in"], scale: Float[Tensor, ""]
+    ) -> Reconstruction:
+        """Return the error of the rows' reconstructions and its gradients; in one kernel if all latents are here."""
+        W_dec, b_dec = self.W_dec.shadow, self.b_dec.weight
+        if not self.across.shares_latents:
+            return reconstruct(*chosen, W_dec, b_dec, x, scale)
+        error = self.across.over_latents(decode(*chosen, W_dec)).add_(b_dec).sub_(x)
+        squared_error = error.square().sum(1)
+        g = error.mul_(scale)
+        by_pre_acts = grad_values(g, W_dec, chosen.indices, chosen.offsets)
+        return Reconstruction(squared_error, g, by_pre_acts)
 
     def _auxk(
         self,
@@ -151,8 +188,11 @@ class TopKStep:
         dead: Bool[Tensor, " d_sae"],
         n_dead: int,
     ) -> tuple[Float[Tensor, ""], DenseGradients]:
-        """Return AuxK's loss, 0 where no latent is dead, and its gradients; `error` is `x_hat - x`, held constant."""
-        coefficient = self.options.aux_coefficient
+        """Return AuxK's loss, 0 where no latent is dead, and its gradients; `error` is `x_hat - x`, held constant.
+
+        `x` and `error` are of this rank's rows, and `squared_error` is of the whole batch.
+        """
+        across, coefficient = self.across, self.options.aux_coefficient
         # The dead come first; those after them have no part in any sum.
         some = torch.argsort((~dead).byte(), stable=True)[:n_dead]
         bias = bias[some].where(dead[some], -torch.inf)
@@ -163,13 +203,25 @@ class TopKStep:
         n_rows = max(1, _AUXK_ENTRIES // n_dead)
         for x_part, error_part in zip(x.split(n_rows), error.split(n_rows), strict=True):
             sums = auxk_of_rows(
-                x_part, error_part, W_enc, W_dec, bias, self.options.k_aux, weight, torch_topk, _squared
+                x_part,
+                error_part,
+                W_enc,
+                W_dec,
+                bias,
+                self.options.k_aux,
+                weight,
+                torch_topk,
+                _squared,
+                across.only_largest,
+                across.over_latents,
             )
             for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), sums, strict=True):
                 total += addend
+        across.over_rows(loss, by_W_dec, by_W_enc, by_b_enc)
         slots = torch.full((self.d_sae,), -1, dtype=torch.int32, device=x.device)
         slots.scatter_(0, some, torch.arange(len(some), dtype=torch.int32, device=x.device))
-        loss = (coefficient * loss / squared_error).where(dead.any() & (squared_error > 0), 0.0)
+        any_dead = across.over_latents(torch.count_nonzero(dead)) > 0
+        loss = (coefficient * loss / squared_error).where(any_dead & (squared_error > 0), 0.0)
         return loss, DenseGradients(slots, by_W_enc, by_W_dec, by_b_enc)
 
     def _update_b_dec(self, gradient: Float[Tensor, " d_in"]) -> None:
