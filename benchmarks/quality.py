@@ -103,7 +103,7 @@ def judge(sae: Sae, test: torch.Tensor) -> dict[str, float]:
     error, active, fired = 0.0, 0, torch.zeros(D_SAE, dtype=torch.int64)
     for x in test.float().split(4096):
         latents = sae.encode(x)
-        error += float((sae.decode(latents) - x).double().square().sum())
+        error += float((sae.decode(latents, x) - x).double().square().sum())
         active += int((latents != 0).sum())
         fired += (latents != 0).sum(0)
     variance = float((test.double() - test.double().mean(0)).square().sum())

@@ -129,6 +129,11 @@ def layer_of(hook_point: str) -> int:
 @torch.no_grad()
 def _normalise_decoder(sae: Sae) -> None:
     norms = sae.W_dec.norm(dim=1)
+    if sae.normalizes_rows:
+        raise SaeError(
+            "SAEBench decodes latents without the rows that they are of, which an SAE with "
+            f"{sae.normalize_activations} needs; expected one that takes rows as they are"
+        )
     if sae.wiring_kind != "sae":
         raise SaeError(f"SAEBench evaluates SAEs that reconstruct their input, got architecture '{sae.architecture}'")
     if sae.architecture == "topk" and (norms.max() - norms.min()) > 1e-3 * norms.mean():

@@ -63,10 +63,10 @@ def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> EncodedRows:
     top_indices = None
     if sae.selection == "topk":
         latents, top_indices = sae.encode_sparse(x)
-        x_hat = sae.decode_sparse(latents, top_indices)
+        x_hat = sae.decode_sparse(latents, top_indices, x)
     else:
         latents = sae.encode(x)
-        x_hat = sae.decode(latents)
+        x_hat = sae.decode(latents, x)
     skipped = sae.skip_path(x)
     x_hat = x_hat if skipped is None else x_hat + skipped
     return EncodedRows(latents, top_indices, x_hat)

@@ -79,7 +79,7 @@ def _measured(sae: Sae, x: Tensor, y: Tensor) -> tuple[float, float]:
     for rows, target in zip(x.split(_ROWS_AT_A_TIME), y.split(_ROWS_AT_A_TIME), strict=True):
         latents = sae.encode(rows)
         n_active += int((latents > 0).sum())
-        y_hat, skipped = sae.decode(latents), sae.skip_path(rows)
+        y_hat, skipped = sae.decode(latents, rows), sae.skip_path(rows)
         y_hat = y_hat if skipped is None else y_hat + skipped
         error += float((target - y_hat).double().square().sum())
     y = y.double()

@@ -100,7 +100,9 @@ def written(
     n_rows: int,
 ) -> dict[tuple[int, int], Float[Tensor, "rows context d"]]:
     """Return what changes of latents, each in its row of a batch, add at each hook point that the SAE writes."""
-    device = one.sae.device
+    device, scale = one.sae.device, run.scale(number)
+    if scale is not None:
+        change = change * scale[indices[0].to(device), indices[1].to(device)].to(change)
     group, latent = indices[2] // one.groups[0].size, indices[2] % one.groups[0].size
     found = {}
     for write, point in enumerate(one.writes):

@@ -113,9 +113,16 @@ class Attached:
     def reconstruct(
         self, codes: Mapping[int, Codes], write: int, reads: Mapping[int, Float[Tensor, "rows d"]]
     ) -> Float[Tensor, "rows d_out"]:
-        """Return `decode` plus the skip path, if there is one."""
+        """Return `decode`, scaled back where rows were normalised, plus the skip path, if there is one."""
         x_hat, skipped = self.decode(codes, write), self.skip(write, reads)
+        if self.sae.rescales_rows:
+            x_hat = self.sae.rescaled(x_hat, reads[write])
         return x_hat if skipped is None else x_hat + skipped
+
+    def scale(self, reads: Mapping[int, Float[Tensor, "rows d"]]) -> Float[Tensor, "rows 1"] | None:
+        """Return by what an SAE that normalises rows multiplies what its latents write to each, or None for others."""
+        statistics = self.sae.row_statistics(reads[0]) if self.sae.rescales_rows else None
+        return None if statistics is None else statistics.scale
 
     def locate(self, latent: int) -> tuple[int, int]:
         """Return the group of a latent and its number in it."""

@@ -71,7 +71,7 @@ def attribute(
             continue
         active = run.latents[name]
         indices = active.indices()
-        scores = _slopes(one, mine, indices[0], indices) * (active.values() - base[indices[2]])
+        scores = _slopes(run, number, mine, indices[0], indices) * (active.values() - base[indices[2]])
         latents[name] = torch.sparse_coo_tensor(
             indices, scores, active.shape, is_coalesced=True, check_invariants=False
         )
@@ -126,7 +126,8 @@ def _integrated(
             some = indices[:, mine]
             additions = written(run, number, one, at, some, (kept - 1) * beyond[mine], len(part))
             _, grads = _gradients(lm, run, metric, text[part.cpu()], additions)
-            scores[mine] += weight * _slopes(one, {w: grads[number, w] for w in range(len(one.writes))}, at, some)
+            own = {write: grads[number, write] for write in range(len(one.writes))}
+            scores[mine] += weight * _slopes(run, number, own, at, some)
     return torch.sparse_coo_tensor(indices, scores * beyond, latents.shape, is_coalesced=True, check_invariants=False)
 
 
@@ -153,12 +154,14 @@ def _baseline(one: Attached, given: Tensor | None) -> Float[Tensor, " d_sae"]:
 
 
 def _slopes(
-    one: Attached,
+    run: Run,
+    number: int,
     grads: Mapping[int, Float[Tensor, "rows context d"]],
     row: Int64[Tensor, " n"],
     indices: Int64[Tensor, "3 n"],
 ) -> Float[Tensor, " n"]:
-    """Return the gradient of each latent, from those in its row and at its token of what it writes."""
+    """Return the gradient of each latent, from those in its row and at its token of what the SAE `number` writes."""
+    one, scale = run.attached(number), run.scale(number)
     group, latent = indices[2] // one.groups[0].size, indices[2] % one.groups[0].size
     total = torch.zeros(indices.shape[1], dtype=next(one.sae.parameters()).dtype, device=indices.device)
     for which in range(len(one.groups)):
@@ -170,7 +173,7 @@ def _slopes(
             for part in mine.split(max(1, _ENTRIES // decoder.shape[1])):
                 rows = grad[row[part].to(grad.device), indices[1, part].to(grad.device)].to(decoder)
                 total[part] += (rows * decoder[latent[part]]).sum(dim=1)
-    return total
+    return total if scale is None else total * scale[indices[0], indices[1]]
 
 
 def _error_scores(

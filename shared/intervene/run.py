@@ -84,6 +84,20 @@ class Run:
         number = [one.name for one in self._attached].index(name)
         return number, self._attached[number], self._sites[number]
 
+    def attached(self, number: int) -> Attached:
+        """Return an SAE by its number."""
+        return self._attached[number]
+
+    def scale(self, number: int) -> Float[Tensor, "batch context"] | None:
+        """Return by what an SAE multiplies what its latents write at each token; None if that is one everywhere."""
+        one, recorded = self._attached[number], self._sites[number]
+        rows = one.scale(recorded.reads)
+        if rows is None:
+            return None
+        whole = rows.new_ones(self.tokens.shape)
+        whole[self.usable.to(rows.device)] = rows[:, 0]
+        return whole
+
     def _latents(self, number: int) -> Tensor:
         one, recorded = self._attached[number], self._sites[number]
         where = self.usable.nonzero().to(one.sae.device)

@@ -300,6 +300,8 @@ class Splicer:
             numbers = edited.latents[0, -n_edited:] if len(edited.latents) else edited.latents.new_zeros(n_edited)
             change = (edited.values[:, -n_edited:] - clean.of(numbers)) @ decoder[numbers]
             total = change if total is None else total + change
+        if total is not None and (scale := one.scale(recorded.reads)) is not None:
+            total = total * scale
         return activation if total is None else self._at_rows(activation, total, (total.detach() != 0).any(dim=1), one)
 
     def _without_error(self, site: int, at: int, activation: Tensor) -> Tensor:

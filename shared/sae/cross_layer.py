@@ -63,7 +63,7 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         self.selection, self.wiring_kind = "cross_layer", "cross_layer"
         self.activation = str(config["activation"])
         self.select_over = str(config.get("select_over", "all"))
-        self.apply_b_dec_to_input = False
+        self.apply_b_dec_to_input, self.normalize_activations = False, "none"
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
         d_sae, d_in = self.get_parameter("W_enc_0").shape
@@ -167,8 +167,10 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
             raise SaeError("the k largest latents of all layers cannot be chosen from what one layer reads")
         return activations.topk(pre_acts, int(self.config["k"]))
 
-    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the reconstructions of all targets."""
+    def decode(
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Return the reconstructions of all targets; `x` is not used."""
         flat = latents.reshape(-1, self.d_sae)
         written: list[Tensor] = []
         for i, part in enumerate(flat.chunk(self.sizes.n_layers, dim=1)):
@@ -200,9 +202,12 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         return written.chunk(self.sizes.n_layers - layer, dim=1)
 
     def decode_sparse(
-        self, top_acts: Float[Tensor, "batch m"], top_indices: Int64[Tensor, "batch m"]
+        self,
+        top_acts: Float[Tensor, "batch m"],
+        top_indices: Int64[Tensor, "batch m"],
+        x: Float[Tensor, "batch d_in"] | None = None,
     ) -> Float[Tensor, "batch d_out"]:
-        """Return the reconstructions from sparse latents."""
+        """Return the reconstructions from sparse latents; `x` is not used."""
         latents = top_acts.new_zeros(len(top_acts), self.d_sae).scatter_add_(1, top_indices, top_acts)
         return self.decode(latents)
 

@@ -16,7 +16,8 @@ from ..core.paths import user_path
 from ..model.hook_points import canonical_hook_point
 from . import activations
 from .formats import SaeParts, find_format, read_sae
-from .formats.kinds import find_kind
+from .formats.kinds import ROW_NORMALIZATIONS, find_kind
+from .row_normalization import RowStatistics, normalize_rows
 from .selection import active_entries, largest
 from .sources import locate_source
 
@@ -25,12 +26,16 @@ MODEL_PROCESSING = ("center_writing_weights", "fold_value_biases", "refactor_fac
 
 
 class Sae(nn.Module):
-    """An SAE, transcoder or crosscoder: `x_hat = decode(encode(x))`.
+    """An SAE, transcoder or crosscoder: `x_hat = decode(encode(x), x)`.
 
     `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in if the SAE reconstructs its input.
     `selection` says how latents are chosen (standard, topk, jumprelu or gated), `wiring_kind` whether this is an sae,
     transcoder or crosscoder. `config` holds the hyperparameters (such as `k`), `metadata` what else the files say.
     `format` is the format that it was read from, and `folded` says in words what reading folded into the weights.
+
+    With `normalize_activations` layer_norm or constant_norm_rescale, each row is normalised by its own statistics
+    before it is encoded. An autoencoder's reconstruction is scaled back with them, so that `decode` needs the rows too.
+    A transcoder's is not. Weights and latents are then of normalised rows.
     """
 
     W_enc: nn.Parameter
@@ -75,6 +80,14 @@ class Sae(nn.Module):
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
         self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", kind.wiring != "transcoder"))
+        self.normalize_activations = str(self.config.get("normalize_activations") or "none")
+        if self.normalize_activations not in ("none", *ROW_NORMALIZATIONS):
+            raise SaeError(
+                f"normalize_activations is '{self.normalize_activations}', expected one of: "
+                f"{', '.join(('none', *ROW_NORMALIZATIONS))}"
+            )
+        if self.normalizes_rows and kind.wiring == "crosscoder":
+            raise SaeError(f"a {architecture} reads several hook points, and cannot normalise rows; expected 'none'")
         k = self.config.get("k")
         if kind.selection == "topk" and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
             raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
@@ -101,9 +114,9 @@ class Sae(nn.Module):
             HubError: the Hub does not give it.
         """
         located = locate_source(path)
-        parts = read_sae(located.path, dtype)
+        parts = read_sae(located.path, dtype, located.stated)
         sae = cls._kinds.get(parts.architecture, cls)._of(parts).to(device)
-        sae.metadata = located.metadata | sae.metadata
+        sae.metadata = located.metadata | {key: value for key, value in sae.metadata.items() if value not in (None, {})}
         return sae
 
     @classmethod
@@ -123,6 +136,7 @@ class Sae(nn.Module):
     def parts(self) -> SaeParts:
         """Return what a writer of a format needs: the tensors, without copies, and what is known of the SAE."""
         config = self.config | {"apply_b_dec_to_input": self.apply_b_dec_to_input}
+        config |= {"normalize_activations": self.normalize_activations} if self.normalizes_rows else {}
         tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
         return SaeParts(self.architecture, tensors, self.hook_point, config, dict(self.metadata))
 
@@ -161,6 +175,16 @@ class Sae(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.W_enc.device
+
+    @property
+    def normalizes_rows(self) -> bool:
+        """Whether each row is normalised by its own statistics before it is encoded."""
+        return self.normalize_activations != "none"
+
+    @property
+    def rescales_rows(self) -> bool:
+        """Whether reconstructions are scaled back by the statistics of the rows that were encoded."""
+        return self.normalizes_rows and self.wiring_kind == "sae"
 
     def decoder_norms(self, n_targets: int = 1) -> Float[Tensor, "d_sae n_targets"]:
         """Return the norm of each latent's decoder row for each of the targets, which are side by side."""
@@ -228,16 +252,46 @@ class Sae(nn.Module):
             return top_acts.relu(), top_indices
         return active_entries(self.encode(x))
 
-    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the reconstruction; a skip transcoder's skip path is `forward`'s."""
-        return latents @ self.W_dec + self.b_dec
+    def decode(
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Return the reconstruction; a skip transcoder's skip path is `forward`'s.
+
+        `x`, the rows that were encoded, is needed if `rescales_rows`, and otherwise not used.
+
+        Raises:
+            SaeError: the rows are needed and not given.
+        """
+        return self.rescaled(latents @ self.W_dec + self.b_dec, x)
 
     def decode_sparse(
-        self, top_acts: Float[Tensor, "batch m"], top_indices: Int64[Tensor, "batch m"]
+        self,
+        top_acts: Float[Tensor, "batch m"],
+        top_indices: Int64[Tensor, "batch m"],
+        x: Float[Tensor, "batch d_in"] | None = None,
     ) -> Float[Tensor, "batch d_out"]:
-        """Return the reconstruction from sparse latents."""
+        """Return the reconstruction from sparse latents; `x` is that of `decode`."""
         decoded = nn.functional.embedding_bag(top_indices, self.W_dec, mode="sum", per_sample_weights=top_acts)
-        return decoded + self.b_dec
+        return self.rescaled(decoded + self.b_dec, x)
+
+    def row_statistics(self, x: Float[Tensor, "*batch d_in"]) -> RowStatistics | None:
+        """Return what scales the reconstructions of rows back, or None unless `rescales_rows`."""
+        return normalize_rows(x.to(self.W_enc.dtype), self.normalize_activations)[1] if self.rescales_rows else None
+
+    def rescaled(
+        self, x_hat: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"] | None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Return what latents and `b_dec` write, `x_hat`, in the units of the rows that were encoded."""
+        if not self.rescales_rows:
+            return x_hat
+        if x is None:
+            raise SaeError(
+                f"this SAE normalises each row ({self.normalize_activations}), so its latents can be decoded only with "
+                "the rows that were encoded: decode(latents, x)"
+            )
+        statistics = self.row_statistics(x)
+        assert statistics is not None
+        return x_hat * statistics.scale + statistics.shift
 
     def skip_path(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:
         """Return what a skip transcoder adds to the reconstruction from latents, `W_skip x`; None for other SAEs."""
@@ -245,9 +299,11 @@ class Sae(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction of `x`, or a transcoder's estimate of its target."""
-        x_hat, skipped = self.decode(self.encode(x)), self.skip_path(x)
+        x_hat, skipped = self.decode(self.encode(x), x), self.skip_path(x)
         return x_hat if skipped is None else x_hat + skipped
 
     def _centred(self, x: Tensor) -> Tensor:
         x = x.to(self.W_enc.dtype)
+        if self.normalizes_rows:
+            x, _ = normalize_rows(x, self.normalize_activations)
         return x - self.b_dec if self.apply_b_dec_to_input else x

@@ -24,6 +24,9 @@ def test_published_figures_stand_beside_those_measured_here(tiny, make_sae, tmp_
     sae = Sae("jumprelu", tensors, hook_point="blocks.1.resid_post", metadata=metadata)
     sae.save(tmp_path / "saes" / "resid_post" / "layer_1_width_16k_l0_small", "gemma-scope-2")
     make_sae().save(tmp_path / "saes" / "layers.1", "sparsify")
+    normalised = make_sae(seed=3)
+    normalised.normalize_activations = "layer_norm"
+    normalised.save(tmp_path / "saes" / "layer_norm")
     (tmp_path / "saes" / "unknown").mkdir()
     (tmp_path / "saes" / "unknown" / "weights.pt").write_bytes(b"no archive")
     config = EvaluateConfig(
@@ -42,6 +45,11 @@ def test_published_figures_stand_beside_those_measured_here(tiny, make_sae, tmp_
     l0 = float((sae.encode(x) > 0).sum(1).float().mean())
     assert row["l0"] == pytest.approx(l0)
     assert f"published  layer_1_width_16k_l0_small: L0 7.0, here {l0:.1f}" in printed.out + printed.err
+    y = normalised(x)
+    variance = float((x - x.mean(0)).square().sum())
+    assert rows["layer_norm"]["explained_variance"] == pytest.approx(
+        1 - float((x - y).square().sum()) / variance, rel=1e-4
+    )
     saved = {row["name"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
     assert saved["layer_1_width_16k_l0_small"]["published_l0"] == 7.0
     assert saved["layers.1"]["published_l0"] is None

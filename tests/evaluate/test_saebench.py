@@ -44,5 +44,8 @@ def test_what_cannot_be_adapted(make_sae):
     uneven.W_dec.data[0] *= 2
     with pytest.raises(SaeError, match="unit norm"):
         SaeBenchSae(uneven, "gpt2")
+    uneven.normalize_activations = "layer_norm"
+    with pytest.raises(SaeError, match="decodes latents without the rows that they are of"):
+        SaeBenchSae(uneven, "gpt2")
     with pytest.raises(HookPointError, match=r"blocks\.2\.resid_post"):
         layer_of("transformer.h.0.mlp")

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...shared.core.errors import ConfigError
+from ...shared.core.errors import ConfigError, SaeError
 from ...shared.sae import Sae
 from ...shared.sae.formats.files import saelens_hook_name
 from ...shared.sae.formats.kinds import Kind
@@ -287,6 +287,10 @@ class Architecture(Generic[_C]):
 
     def check_source(self, sae: Sae) -> None:
         """Raise `SaeError` if training cannot start from an SAE of the right kind and sizes."""
+        if sae.normalizes_rows:
+            raise SaeError(
+                f"it normalises each row by itself ({sae.normalize_activations}), and training takes rows as they are"
+            )
         in_order(sae, self.config.wiring)
 
     def differences(self, sae: Sae, normalization: Normalization) -> list[str]:

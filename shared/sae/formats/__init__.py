@@ -6,8 +6,10 @@ Every reader refuses by name what it does not understand, so that no key that ch
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,8 +94,10 @@ def find_format(name: str) -> SaeFormat:
     return written[name]
 
 
-def read_sae(path: str | Path, dtype: torch.dtype | None = torch.float32) -> SaeParts:
-    """Read the SAE in a folder or file, whose format its files tell.
+def read_sae(
+    path: str | Path, dtype: torch.dtype | None = torch.float32, stated: Mapping[str, Any] | None = None
+) -> SaeParts:
+    """Read the SAE in a folder or file, whose format its files tell; `stated` is what SAELens's registry says of it.
 
     Tensors are of type `dtype`, or with None of that of the files. Those of safetensors are mapped into memory, unless
     their type changes: they are read once, to check that they are finite, and again when they are used.
@@ -103,7 +107,7 @@ def read_sae(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Sae
         SaeError: it is damaged, or cannot be computed here as its library computes it.
     """
     try:
-        parts = _read(path)
+        parts = _read(path, stated)
     except OSError as error:
         if isinstance(error, MissingFileError):
             raise
@@ -113,7 +117,7 @@ def read_sae(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Sae
     return replace(parts, tensors={name: tensor.to(dtype) for name, tensor in parts.tensors.items()})
 
 
-def _read(path: str | Path) -> SaeParts:
+def _read(path: str | Path, stated: Mapping[str, Any] | None) -> SaeParts:
     folder = user_path(path)
     folder.exists()  # raises for a name that no file system holds
     found = find_saes(folder)
@@ -126,7 +130,8 @@ def _read(path: str | Path) -> SaeParts:
             raise MissingFileError(
                 f"no SAE at '{each}': it has {fmt.weights_name(each)} but no {fmt.config_name}; copy it there"
             )
-        return replace(fmt.read(each), format=fmt.name)
+        parts = saelens.read(each, stated) if fmt is saelens.FORMAT else fmt.read(each)
+        return replace(parts, format=fmt.name)
     for file in [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []:
         if file.suffix in _PICKLES:
             raise SaeError(

@@ -81,7 +81,7 @@ def saelens_config(
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", kind.wiring != "transcoder")),
-        "normalize_activations": "none",
+        "normalize_activations": str(config.get("normalize_activations") or "none"),
         # SAELens runs SAEs on the heads side by side, where it hooks them as [.., heads, d_head].
         "reshape_activations": "hook_z" if by_head and kind.wiring == "sae" else "none",
         "metadata": {

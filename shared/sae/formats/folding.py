@@ -68,8 +68,20 @@ def as_jumprelu(parts: SaeParts, format_name: str) -> SaeParts:
     return replace(parts, architecture=name, tensors=tensors)
 
 
-def require(parts: SaeParts, format_name: str, selections: tuple[str, ...], wirings: tuple[str, ...]) -> Kind:
-    """Return an SAE's kind, if a format has it.
+def normalizes_rows(parts: SaeParts) -> str:
+    """Return how an SAE normalises each row before it encodes it, or an empty text."""
+    kind = str(parts.config.get("normalize_activations") or "none")
+    return "" if kind == "none" else kind
+
+
+def require(
+    parts: SaeParts,
+    format_name: str,
+    selections: tuple[str, ...],
+    wirings: tuple[str, ...],
+    normalizations: tuple[str, ...] = (),
+) -> Kind:
+    """Return an SAE's kind, if a format has it; `normalizations` are those of rows that it can state.
 
     Raises:
         SaeError: it is wired in a way that the format does not have.
@@ -77,7 +89,12 @@ def require(parts: SaeParts, format_name: str, selections: tuple[str, ...], wiri
     """
     if parts.architecture == "cross_layer_transcoder":
         raise SaeError(f"{format_name} has no cross-layer transcoders; expected one of: circuit-tracer, thresher")
-    kind = find_kind(parts.architecture)
+    kind, normalization = find_kind(parts.architecture), normalizes_rows(parts)
+    if normalization and normalization not in normalizations:
+        raise SaeError(
+            f"{format_name} cannot state that each row is normalised before it is encoded, as this SAE does "
+            f"({normalization}); expected format saelens"
+        )
     if kind.wiring not in wirings or (kind.skip and "skip" not in wirings):
         kinds = ", ".join(f"{wiring}s" for wiring in wirings if wiring != "skip")
         raise SaeError(f"{format_name} cannot hold a {parts.architecture}; expected one of: {kinds}")

@@ -8,6 +8,8 @@ from ...core.errors import SaeError
 
 SELECTIONS = ("standard", "topk", "jumprelu", "gated")
 """How latents are chosen: by ReLU, the k largest, above a threshold each, or where a gate is open."""
+ROW_NORMALIZATIONS = ("layer_norm", "constant_norm_rescale")
+"""SAELens's names of how each row may be normalised by its own statistics before it is encoded."""
 
 
 class Kind(NamedTuple):

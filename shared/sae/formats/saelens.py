@@ -18,11 +18,13 @@ from ...core.errors import SaeError
 from ...model.hook_points import canonical_hook_point
 from .files import CONFIG_NAME, WEIGHTS_NAME, saelens_config, write_folder
 from .format import SaeFormat, folders
-from .kinds import find_kind
+from .kinds import ROW_NORMALIZATIONS, find_kind
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
 from .reading import read_json, read_safetensors
 from .saelens_keys import METADATA, READ, RENAMED, TRAINING
 
+_DECIDED_ABOVE = ("normalize_activations", "reshape_activations")
+"""Keys of the top level that decide what an SAE computes, whatever a note of it in the metadata says."""
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -36,14 +38,19 @@ def weights_name(folder: Path) -> str:
     return WEIGHTS_NAME
 
 
-def read(folder: Path) -> SaeParts:
+def read(folder: Path, stated: Mapping[str, Any] | None = None) -> SaeParts:
     """Read an SAE, checked against its configuration.
+
+    `stated` is what SAELens's registry says about a release: `normalize_activations`, which goes before the file's, and
+    `norm_scaling_factor`, which is folded where the file asks for a factor that it does not say.
 
     Raises:
         SaeError: it is damaged, or computes something that this version cannot.
     """
     where = f"SAE at '{folder}'"
     saved = _with_new_names(read_json(folder / CONFIG_NAME, where), where)
+    stated = stated or {}
+    saved |= {key: stated[key] for key in ("normalize_activations",) if key in stated}
     metadata = mapping(saved, "metadata", where)
     own = mapping(metadata, "thresher", where)
     metadata.pop("thresher", None)
@@ -56,6 +63,7 @@ def read(folder: Path) -> SaeParts:
     known += ("d_out",) if saved.get("d_out") == saved.get("d_in") else ()
     check_known(saved, known, where)
     metadata = _joined_metadata(saved, metadata, where)
+    factor = _norm_factor(saved, stated)
     config = _config(saved, architecture, metadata, old, where)
     tensors = _rescaled(saved, config, read_safetensors(folder / WEIGHTS_NAME, where), where)
     d_in, d_sae = integer(saved, "d_in", where), integer(saved, "d_sae", where)
@@ -65,13 +73,32 @@ def read(folder: Path) -> SaeParts:
         check_top_k(config["k"], d_sae, where)
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
+    folded: tuple[str, ...] = ()
+    if factor is not None:
+        tensors |= {"W_enc": tensors["W_enc"] * factor} | {n: tensors[n] / factor for n in ("W_dec", "b_dec")}
+        folded = (f"the factor {factor:.4g} of what is read, which SAELens's registry states",)
     return SaeParts(
         architecture,
         tensors,
         _hook_point(text(own, "hook_point", where), metadata.pop("hook_name", None) or "", where),
-        mapping(own, "config", where) | config,
+        _noted(mapping(own, "config", where), config) | config,
         metadata,
+        folded,
     )
+
+
+def _noted(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the metadata notes, apart from what only the top level may say."""
+    return {key: value for key, value in own.items() if key in config or key not in _DECIDED_ABOVE}
+
+
+def _norm_factor(saved: dict[str, Any], stated: Mapping[str, Any]) -> float | None:
+    """Return the factor by which rows are scaled, if a registry says it, and set the configuration to `none`."""
+    factor = stated.get("norm_scaling_factor")
+    if factor is None or saved.get("normalize_activations") not in (True, "expected_average_only_in"):
+        return None
+    saved["normalize_activations"] = "none"
+    return float(factor)
 
 
 def _with_new_names(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -172,7 +199,8 @@ def _config(
     dtype = text(saved, "dtype", where)
     if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
         raise SaeError(f"{where} has dtype '{dtype}', expected one of: {', '.join(_DTYPES)}")
-    _check_normalization(saved.get("normalize_activations"), where)
+    normalization = _normalization(saved.get("normalize_activations"), kind.wiring, where)
+    config |= {"normalize_activations": normalization} if normalization != "none" else {}
     if _reshapes(saved, metadata.get("hook_name"), old, where):
         config["reshape_activations"] = "hook_z"
     return config
@@ -200,18 +228,27 @@ def _hook_points(saved: Mapping[str, Any], key: str, width: int, least: int, whe
     return names
 
 
-def _check_normalization(kind: object, where: str) -> None:
-    """Raise `SaeError` unless rows are taken as they are: true is the old name of expected_average_only_in."""
+def _normalization(kind: object, wiring: str, where: str) -> str:
+    """Return how each row is normalised by its own statistics: true is the old name of expected_average_only_in.
+
+    Raises:
+        SaeError: rows are normalised by what the file does not say.
+    """
     if kind is None or kind is False or kind == "none":
-        return
+        return "none"
+    if kind in ROW_NORMALIZATIONS and wiring != "crosscoder":
+        return str(kind)
     kind = "expected_average_only_in" if kind is True else kind
     advice = (
         "fold it into the weights first, with fold_activation_norm_scaling_factor, because the file does not say the "
         "factor; if the weights take activations as they are, set it to 'none'"
         if kind == "expected_average_only_in"
-        else "SAEs that normalise their input themselves are not supported"
+        else "fold it with SAELens's fold_activation_whitening, as training does at its end, because the file lacks it"
+        if kind == "covariance_whitening"
+        else "no other is known of this kind of SAE"
     )
-    raise SaeError(f"{where} has normalize_activations '{kind}', expected 'none'; {advice}")
+    known = ("none", *ROW_NORMALIZATIONS) if wiring != "crosscoder" else ("none",)
+    raise SaeError(f"{where} has normalize_activations '{kind}', expected one of: {', '.join(known)}; {advice}")
 
 
 def _reshapes(saved: Mapping[str, Any], hook_name: str | None, old: bool, where: str) -> bool:

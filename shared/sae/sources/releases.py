@@ -15,10 +15,11 @@ _REGISTRY = "pretrained_saes.yaml"
 
 
 class Release(NamedTuple):
-    """Where an SAE of a release is, and what the registry says about it."""
+    """Where an SAE of a release is, and what the registry says about it: `stated` changes how its files are read."""
 
     address: HubAddress
     metadata: dict[str, Any]
+    stated: dict[str, Any]
 
 
 def registry_file() -> Path | None:
@@ -53,7 +54,8 @@ def find_release(name: str) -> Release | None:
         for sae in entry.get("saes") or []:
             ids.append(str(sae.get("id")))
             if ids[-1] == identity:
-                return Release(HubAddress(str(entry["repo_id"]), str(sae["path"])), _metadata(entry, sae))
+                address = HubAddress(str(entry["repo_id"]), str(sae["path"]))
+                return Release(address, _metadata(entry, sae), _stated(entry, sae))
     if not found:
         return None
     raise SaeError(f"the release '{release}' has no SAE '{identity}'; expected one of {len(ids)}, such as {ids[0]}")
@@ -73,6 +75,13 @@ def _entry(file: Path, release: str) -> dict[str, Any] | None:
     return yaml.safe_load("".join(lines))[release]
 
 
+def _stated(entry: dict[str, Any], sae: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the registry adds to those of the files."""
+    stated = {"normalize_activations": (entry.get("config_overrides") or {}).get("normalize_activations")}
+    stated["norm_scaling_factor"] = sae.get("norm_scaling_factor")
+    return {key: value for key, value in stated.items() if value is not None}
+
+
 def _metadata(entry: dict[str, Any], sae: dict[str, Any]) -> dict[str, Any]:
     published = {
         ours: sae[theirs]
@@ -81,4 +90,6 @@ def _metadata(entry: dict[str, Any], sae: dict[str, Any]) -> dict[str, Any]:
     }
     metadata: dict[str, Any] = {"model_name": entry["model"]} if entry.get("model") else {}
     metadata |= {"neuronpedia_id": sae["neuronpedia"]} if sae.get("neuronpedia") else {}
+    processing = (entry.get("config_overrides") or {}).get("model_from_pretrained_kwargs")
+    metadata |= {"model_from_pretrained_kwargs": processing} if processing else {}
     return metadata | ({"published": published} if published else {})

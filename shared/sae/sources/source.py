@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,14 @@ _NOT_SAES = ("sparsity.safetensors",)
 
 
 class Located(NamedTuple):
-    """Where an SAE is on this machine, and what a registry says about it: `published` figures and names."""
+    """Where an SAE is on this machine, and what a registry says about it.
+
+    `metadata` are names and `published` figures, and `stated` what changes how its files are read.
+    """
 
     path: Path
     metadata: dict[str, Any]
+    stated: Mapping[str, Any] = {}
 
 
 def local_source(source: str | Path) -> Path:
@@ -47,7 +52,7 @@ def locate_source(source: str | Path, several: bool = False) -> Located:
     if isinstance(source, str) and "/" in source and not _exists(path):
         release = find_release(source)
         if release is not None:
-            return Located(_download(release.address, several), release.metadata)
+            return Located(_download(release.address, several), release.metadata, release.stated)
     return Located(path, {})
 
 

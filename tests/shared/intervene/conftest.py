@@ -23,7 +23,9 @@ def random_weights(d_in, d_out, d_sae, seed):
 def make():
     """The function that makes an SAE of random weights in float64, of a kind, at one or several hook points."""
 
-    def sae(architecture="topk", reads="blocks.1.resid_post", writes=None, seed=0, d_sae=48, k=16, width=WIDTH):
+    def sae(
+        architecture="topk", reads="blocks.1.resid_post", writes=None, seed=0, d_sae=48, k=16, width=WIDTH, norm=""
+    ):
         several = isinstance(reads, list)
         n = len(reads) if several else 1
         tensors = random_weights(n * width, n * width, d_sae, seed)
@@ -32,6 +34,7 @@ def make():
         if "skip" in architecture:
             tensors["W_skip"] = 0.1 * random_weights(n * width, n * width, n * width, seed + 1)["W_dec"]
         config = {"k": k} if "topk" in architecture else {}
+        config |= {"normalize_activations": norm} if norm else {}
         if several:
             config |= {"hook_points": reads, "apply_b_dec_to_input": False}
         metadata = {} if writes is None else {"hook_name_out": writes}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from thresher import Clamp, KLDivergence, LogitDifference, LogProbability, Sae, SaeModel
+from thresher import Ablate, Clamp, KLDivergence, LogitDifference, LogProbability, Sae, SaeModel
 from thresher.shared.core.errors import InterventionError
 
 HOOK = "blocks.1.resid_post"
@@ -94,12 +94,14 @@ def test_without_errors_gradients_go_through_the_later_saes(gpt2, make, tokens):
     torch.testing.assert_close(found, (grad * leaf).detach(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["crosscoder", "cross_layer", "transcoder"])
+@pytest.mark.parametrize("kind", ["crosscoder", "cross_layer", "transcoder", "layer_norm", "constant_norm_rescale"])
 def test_latents_that_write_elsewhere_are_attributed_by_a_small_change(gpt2, make, make_cross_layer, tokens, kind):
     if kind == "crosscoder":
         sae = make("standard", reads=["blocks.0.resid_post", "blocks.2.resid_post"])
     elif kind == "cross_layer":
         sae = make_cross_layer()
+    elif "norm" in kind:
+        sae = make("standard", norm=kind)
     else:
         sae = make("transcoder", reads="blocks.2.mlp_in", writes="blocks.2.mlp_out")
     lm = SaeModel.open(gpt2, [sae])
@@ -114,6 +116,11 @@ def test_latents_that_write_elsewhere_are_attributed_by_a_small_change(gpt2, mak
                 ends.append(loss(lm.run(tokens[text : text + 1]).logits))
         slope = float((ends[0] - ends[1]) / (2 * step))
         assert float(scores[text, position, latent]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    text, position, latent = run.latents[name].indices()[:, 5].tolist()
+    with lm.steer({(name, latent): Ablate(where=position)}):
+        without = loss(lm.run(tokens[text : text + 1]).logits)
+    effects = lm.ablate(run, loss, only={name: [latent]}).latents[name]
+    assert float(effects[text, position, latent]) == pytest.approx(float(loss(run.logits)[text] - without), rel=1e-8)
 
 
 def test_integrated_gradients_add_up_to_the_ablation_of_each_group(gpt2, make, tokens):

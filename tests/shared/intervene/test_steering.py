@@ -77,6 +77,44 @@ def test_an_edit_adds_the_difference_of_the_decodings(gpt2, make, tokens, name):
     torch.testing.assert_close(lm.run(tokens).logits, clean, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@torch.no_grad()
+def test_an_edit_of_a_latent_of_normalised_rows_is_scaled_back(gpt2, make, tokens, norm):
+    sae = make(norm=norm)
+
+    def statistics(x):
+        if norm == "layer_norm":
+            mean = x.sum(-1, keepdim=True) / x.shape[-1]
+            deviation = ((x - mean).square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+            return mean, deviation, deviation + 1e-5
+        scale = x.square().mean(-1, keepdim=True).sqrt()
+        return 0, scale, scale
+
+    def change(x, edited=lambda f: torch.full_like(f, 3.0), error=True):
+        mean, scale, divisor = statistics(x)
+        f = latents_of(sae, (x - mean) / divisor)
+        new = f.clone()
+        new[..., 7] = edited(f[..., 7])
+        x_hat, clean = ((g @ sae.W_dec + sae.b_dec) * scale + mean for g in (new, f))
+        return x + x_hat - clean if error else x_hat
+
+    lm = SaeModel.open(gpt2, {HOOK: sae})
+    with lm.steer({(HOOK, 7): Clamp(3.0)}):
+        run = lm.run(tokens)
+    expected = hooked(gpt2, "transformer.h.1", change, tokens)
+    torch.testing.assert_close(run.logits, expected, rtol=1e-10, atol=1e-10)
+    clean = lm.run(tokens)
+    assert torch.equal(clean.logits, gpt2(input_ids=tokens, use_cache=False).logits)
+    with lm.steer({(HOOK, 7): Scale(1.0)}):
+        assert torch.equal(lm.run(tokens).logits, clean.logits)
+    x = []
+    hooked(gpt2, "transformer.h.1", lambda y: x.append(y) or y, tokens)
+    torch.testing.assert_close(clean.errors[HOOK], x[0] - change(x[0], lambda f: f, error=False))
+    with SaeModel.open(gpt2, {HOOK: sae}, error="drop").steer({(HOOK, 7): Clamp(3.0)}) as without:
+        dropped = hooked(gpt2, "transformer.h.1", lambda y: change(y, error=False), tokens)
+        torch.testing.assert_close(without.run(tokens).logits, dropped, rtol=1e-10, atol=1e-10)
+
+
 @torch.no_grad()
 def test_edits_of_projections_and_of_directions(gpt2, make, tokens):
     sae = make()

@@ -64,6 +64,26 @@ READ = {
     "new transcoder": (NEW | TRANSCODER, ()),
     "new skip transcoder": (NEW | TRANSCODER | {"architecture": "skip_transcoder"}, ("W_skip",)),
 }
+for kind in ("layer_norm", "constant_norm_rescale"):
+    READ |= {
+        f"old {kind}": (OLD | {"normalize_activations": kind}, ()),
+        f"old topk {kind}": (OLD | TOPK | {"normalize_activations": kind, "apply_b_dec_to_input": False}, ()),
+        f"new gated {kind}": (
+            NEW | {"architecture": "gated", "normalize_activations": kind},
+            ("b_gate", "b_mag", "r_mag"),
+        ),
+        f"new jumprelu {kind}": (NEW | {"architecture": "jumprelu", "normalize_activations": kind}, ("threshold",)),
+        f"new heads {kind}": (
+            NEW | {"reshape_activations": "hook_z", "metadata": Z, "normalize_activations": kind},
+            (),
+        ),
+        f"new skip transcoder {kind}": (
+            NEW | TRANSCODER | {"architecture": "skip_transcoder", "normalize_activations": kind},
+            ("W_skip",),
+        ),
+    }
+OURS = ("old heads", "old topk layer_norm", "new jumprelu constant_norm_rescale", "new skip transcoder layer_norm")
+"""What is saved again, for SAELens to load."""
 REFUSED = {
     "scaling factor that is not used": (OLD, ("scaling_factor",)),
     "transcoder that subtracts": (NEW | TRANSCODER | {"apply_b_dec_to_input": True}, ()),
@@ -120,15 +140,15 @@ def test_files_of_every_version_are_read_as_saelens_reads_them(tmp_path, run_pee
     save_file({"x": x}, tmp_path / "x.safetensors")
     for name, (config, others) in (READ | REFUSED).items():
         write(tmp_path / name, config, others)
-    ours = Sae.load(tmp_path / "old heads")
-    ours.save(tmp_path / "ours of heads")
+    for name in OURS:
+        Sae.load(tmp_path / name).save(tmp_path / f"ours of {name}")
     refused = json.loads(run_peers("-c", SCRIPT, tmp_path))
     assert set(refused) == set(REFUSED)
     for name in REFUSED:
         with pytest.raises(SaeError):
             Sae.load(tmp_path / name)
     theirs = load_file(tmp_path / "out.safetensors")
-    for name in (*READ, "ours of heads"):
+    for name in (*READ, *(f"ours of {name}" for name in OURS)):
         sae = Sae.load(tmp_path / name)
         torch.testing.assert_close(sae.encode(x), theirs[f"{name}.latents"], rtol=1e-5, atol=1e-5, msg=name)
         torch.testing.assert_close(sae(x), theirs[f"{name}.x_hat"], rtol=1e-5, atol=1e-5, msg=name)

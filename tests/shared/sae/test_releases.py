@@ -1,11 +1,15 @@
 """Short names of releases, from the registry file of SAELens, which is not imported."""
 
+import json
 import sys
 
 import pytest
+import torch
 
 from thresher.shared.core.errors import SaeError
 from thresher.shared.hub.address import HubAddress, is_hub_address, parse_address
+from thresher.shared.sae import Sae
+from thresher.shared.sae.formats import read_sae
 from thresher.shared.sae.sources.releases import find_release
 
 REGISTRY = """
@@ -27,6 +31,19 @@ gemma-scope-2b-pt-res-canonical:
   - id: layer_12/width_16k/canonical
     path: layer_12/width_16k/average_l0_82
     l0: 82
+mistral-7b-res-wg:
+  config_overrides:
+    normalize_activations: constant_norm_rescale
+    model_from_pretrained_kwargs:
+      center_writing_weights: true
+  model: mistral-7b
+  repo_id: me/demo
+  saes:
+  - id: by-row
+    path: layer_8
+  - id: by-average
+    path: layer_9
+    norm_scaling_factor: 1.5
 """
 
 
@@ -48,6 +65,33 @@ def test_a_release_is_found_by_its_name(end, registry):
     assert release.metadata["published"] == figures
     assert release.metadata["model_name"] == "gemma-2-2b"
     assert "sae_lens" not in sys.modules
+
+
+def test_settings_of_the_registry_go_to_reading(registry):
+    release = find_release("mistral-7b-res-wg/by-average")
+    assert release.stated == {"normalize_activations": "constant_norm_rescale", "norm_scaling_factor": 1.5}
+    assert release.metadata["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+
+
+@pytest.mark.parametrize("given", ["expected_average_only_in", True, "none"])
+def test_a_factor_that_the_registry_states_is_folded(given, tmp_path):
+    """As SAELens folds it: only where the file says that rows are scaled, and does not say by what."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (6, 12), "b_enc": (12,), "W_dec": (12, 6), "b_dec": (6,)}
+    tensors = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+    Sae("standard", tensors, hook_point="blocks.1.resid_post").save(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text()) | {"normalize_activations": given}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    stated = {"norm_scaling_factor": 1.5}
+    parts = read_sae(tmp_path, stated=stated)
+    factor, x = (1.0 if given == "none" else 1.5), torch.randn(9, 6, generator=draw, dtype=torch.float64)
+    f = ((x * factor - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    expected = (f @ tensors["W_dec"] + tensors["b_dec"]) / factor
+    sae = Sae(parts.architecture, parts.tensors, config=parts.config)
+    torch.testing.assert_close(sae(x.float()).double(), expected, rtol=1e-4, atol=1e-4)
+    assert len(parts.folded) == (given != "none")
+    by_row = read_sae(tmp_path, stated={"normalize_activations": "constant_norm_rescale"})
+    assert by_row.config["normalize_activations"] == "constant_norm_rescale"
 
 
 def test_what_is_not_in_the_registry(registry):

@@ -136,7 +136,7 @@ def edit(folder, **changes):
     ("changes", "message"),
     [
         ({"architecture": "banana"}, "'banana' is not supported; expected one of: standard"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm', expected 'none'"),
+        ({"normalize_activations": "batch_norm"}, "normalize_activations 'batch_norm', expected one of: none, layer"),
         ({"d_sae": 12}, r"W_enc has shape \(5, 11\), expected \(5, 12\)"),
         ({"k": 99}, "k is 99, expected 1 to d_sae = 11"),
     ],

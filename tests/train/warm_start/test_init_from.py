@@ -181,9 +181,13 @@ def test_a_run_starts_from_another_runs_saes(store, tmp_path, capsys):
 def test_what_does_not_fit_is_refused_in_a_line(store, tmp_path):
     (folder, *_) = train(run_config(store, tmp_path / "first"))
     table = {"architecture": "topk", "hook_point": HOOK, "d_sae": 48, "k": 3, "name": "x", "init_from": str(folder)}
+    by_row = Sae.load(folder)
+    by_row.normalize_activations = "layer_norm"
+    by_row.save(tmp_path / "by-row")
     for changes, error, message in (
         ({"d_sae": 64}, SaeError, r"it has d_sae 48, expected 64$"),
         ({"architecture": "gated", "k": None, "l1_coefficient": 1.0}, SaeError, "is a 'topk' SAE; expected 'gated'"),
+        ({"init_from": str(tmp_path / "by-row")}, SaeError, r"it normalises each row by itself \(layer_norm\)"),
         ({"init_from": str(tmp_path / "nowhere")}, MissingFileError, "no SAE to start from at .*nowhere"),
     ):
         merged = {key: value for key, value in (table | changes).items() if value is not None}

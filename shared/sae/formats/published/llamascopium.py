@@ -22,12 +22,12 @@ from ....model.hook_points import canonical_hook_point
 from ..cross_layer import ARCHITECTURE as CROSS_LAYER
 from ..cross_layer import check_cross_layer
 from ..files import saelens_hook_name
-from ..folding import float32_copy, require, subtracting_b_dec
+from ..folding import float32_copy, normalizes_rows, require, subtracting_b_dec
 from ..format import SaeFormat
 from ..kinds import Kind
 from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, flag, integer, take, text
 from ..reading import read_json, read_safetensors
-from .norm_factors import fold_norms, positive, weighted_threshold
+from .norm_factors import TOKEN_WISE, fold_norms, positive, token_wise, weighted_threshold
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -115,7 +115,11 @@ def _read_sae(config: Mapping[str, Any], tensors: dict[str, Tensor], selection: 
     elif weighed and selection == "jumprelu":
         taken["threshold"] = weighted_threshold(taken["threshold"], taken["W_dec"])
         folded = ("the decoders' norms, by which latents are weighed before a threshold, into the thresholds",)
-    taken, scaled = fold_norms(taken, _norms(config, tensors, hooks, where))
+    if text(config, "norm_activation", where) == "token-wise":
+        own["normalize_activations"] = token_wise(hooks[0], hooks[1], where)
+        scaled: tuple[str, ...] = ()
+    else:
+        taken, scaled = fold_norms(taken, _norms(config, tensors, hooks, where))
     metadata = {"hook_name_out": canonical_hook_point(hooks[1])} if transcodes else {}
     return SaeParts(kind.name, taken, canonical_hook_point(hooks[0]), own, metadata, folded + scaled)
 
@@ -128,8 +132,8 @@ def _norms(
         return None
     if kind != "dataset-wise":
         raise SaeError(
-            f"{where} has norm_activation '{kind}', which scales every row or batch by its own norm; expected "
-            "'dataset-wise' or 'inference'"
+            f"{where} has norm_activation '{kind}', which scales by the norms of a batch, or of each token in a "
+            "cross-layer transcoder; expected 'dataset-wise' or 'inference', or 'token-wise' of an autoencoder"
         )
     found = []
     for hook in hooks:
@@ -204,7 +208,7 @@ def write(parts: SaeParts, folder: Path) -> None:
 
 
 def _sae_files(parts: SaeParts) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    kind = require(parts, "llamascopium", ("standard", "jumprelu", "topk"), ("sae", "transcoder"))
+    kind = require(parts, "llamascopium", ("standard", "jumprelu", "topk"), ("sae", "transcoder"), (TOKEN_WISE,))
     parts = subtracting_b_dec(parts, False)
     tensors = parts.tensors
     d_in, d_sae = tensors["W_enc"].shape
@@ -216,6 +220,10 @@ def _sae_files(parts: SaeParts) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise SaeError("llamascopium needs the hook points that an SAE reads and writes; set hook_point first")
     activation = {"standard": "relu"}.get(kind.selection, kind.selection)
     config = _config("sae", d_in, d_sae, activation, parts.config.get("k"))
+    if normalizes_rows(parts):
+        if kind.wiring == "transcoder":
+            raise SaeError("llamascopium scales a transcoder's output by the norm of its own target; expected 'none'")
+        config["norm_activation"] = "token-wise"
     config |= {"hook_point_in": reads, "hook_point_out": writes, "use_glu_encoder": False}
     saved = {"W_E": tensors["W_enc"], "b_E": tensors["b_enc"], "W_D": tensors["W_dec"], "b_D": tensors["b_dec"]}
     if kind.selection == "jumprelu":

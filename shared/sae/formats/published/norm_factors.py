@@ -9,6 +9,23 @@ from torch import Tensor
 
 from ....core.errors import SaeError
 
+TOKEN_WISE = "constant_norm_rescale"
+"""SAELens's name of `norm_activation = "token-wise"`: each row is scaled to the norm sqrt(d), and back afterwards."""
+
+
+def token_wise(reads: str, writes: str, where: str) -> str:
+    """Return how an SAE with `norm_activation = "token-wise"` normalises rows.
+
+    Raises:
+        SaeError: it is a transcoder, whose output is scaled by the norm of what it is to estimate.
+    """
+    if reads != writes:
+        raise SaeError(
+            f"{where} is a transcoder with norm_activation 'token-wise', whose output is scaled by the norm of the row "
+            "that it estimates; expected 'dataset-wise' or 'inference'"
+        )
+    return TOKEN_WISE
+
 
 def positive(value: object, what: str) -> float:
     """Return a number above zero, or raise `SaeError`, whose message begins with `what`."""

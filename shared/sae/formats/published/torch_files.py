@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....core.errors import SaeError
 from ..format import SaeFormat
-from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, take
+from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, integer, mapping, take
 from ..reading import read_torch_archive
 
 _ENDINGS = (".pt", ".pth")
@@ -33,6 +33,8 @@ _GOODFIRE_TENSORS = {ours: theirs.replace("oder.", "oder_linear.") for ours, the
 _OPENAI = {"W_enc": "encoder.weight.T", "b_enc": "latent_bias", "W_dec": "decoder.weight.T", "b_dec": "pre_bias"}
 _OPENAI_SITES = {"mlp_post_act": "", "resid_delta_attn": "attn_out", "resid_post_attn": "resid_mid"}
 _OPENAI_SITES |= {"resid_delta_mlp": "mlp_out", "resid_post_mlp": "resid_post"}
+_OPENAI_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+"""Buffers of training, which change nothing."""
 
 
 def _find(path: Path) -> list[Path]:
@@ -103,21 +105,30 @@ def _qwen(tensors: Mapping[str, Tensor], path: Path, where: str) -> SaeParts:
 
 
 def _openai(tensors: dict[str, Tensor], described: Mapping[str, Any], place: str, where: str) -> SaeParts:
-    """Read an SAE of OpenAI's sparse_autoencoder: ReLU, or TopK, which standardises each row and is refused."""
-    activation = described.get("activation", "ReLU")
-    if activation != "ReLU":
-        raise SaeError(
-            f"{where} has activation '{activation}': OpenAI's TopK SAEs standardise each row before encoding and undo "
-            "it after decoding, which no weights can hold; expected 'ReLU'"
-        )
+    """Read an SAE of OpenAI's sparse_autoencoder: ReLU, or TopK, which the library takes as a sign of layer_norm."""
+    activation, options = described.get("activation", "ReLU"), mapping(described, "activation_state_dict", where)
+    if activation not in ("ReLU", "TopK"):
+        raise SaeError(f"{where} has activation '{activation}', expected 'ReLU' or 'TopK'")
     check_known(dict(described), ("activation", "activation_state_dict"), where)
-    taken = take(tensors, _OPENAI, ("stats_last_nonzero",), where)
-    _checked("standard", taken, where)
+    own: dict[str, Any] = {"apply_b_dec_to_input": True}
+    architecture = "standard"
+    if activation == "TopK":
+        check_known(options, ("k", "postact_fn"), where)
+        if options.get("postact_fn", "ReLU") != "ReLU":
+            raise SaeError(
+                f"{where} has postact_fn '{options['postact_fn']}', with which latents may be negative; expected 'ReLU'"
+            )
+        architecture = "topk"
+        own |= {"k": integer(options, "k", where), "normalize_activations": "layer_norm"}
+    taken = take(tensors, _OPENAI, _OPENAI_STATISTICS, where)
+    d_sae = _checked(architecture, taken, where)
+    if activation == "TopK":
+        check_top_k(own["k"], d_sae, where)
     site, layer = re.search("|".join(_OPENAI_SITES), place), re.search(r"layer_?(\d+)|/(\d+)\.pt$", place)
     kind = _OPENAI_SITES[site[0]] if site else ""
     number = next((part for part in layer.groups() if part), None) if layer else None
     hook_point = f"blocks.{int(number)}.{kind}" if kind and number else ""
-    return SaeParts("standard", taken, hook_point, {"apply_b_dec_to_input": True}, {"model_name": "gpt2"})
+    return SaeParts(architecture, taken, hook_point, own, {"model_name": "gpt2"})
 
 
 FORMAT = SaeFormat("torch-file", "one .pt or .pth file", _find, read)

@@ -1,6 +1,7 @@
 """Published files, laid out as their releases are: values against the releases' definitions, and what is refused."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,11 @@ def test_llama_scope_transcoders_have_two_factors(rows, tmp_path):
     ("change", "message"),
     [
         ({"act_fn": "batchtopk"}, "has act_fn 'batchtopk', which chooses among the rows of a batch"),
-        ({"norm_activation": "token-wise"}, "which scales every row or batch by its own norm"),
+        ({"norm_activation": "batch-wise"}, "which scales by the norms of a batch"),
+        (
+            {"norm_activation": "token-wise", "hook_point_out": "blocks.4.hook_mlp_out"},
+            "scaled by the norm of the row that it estimates",
+        ),
         ({"norm_activation": "dataset-wise"}, "dataset_average_activation_norm.blocks.4.hook_resid_post None"),
         ({"sae_type": "lorsa"}, "has sae_type 'lorsa', expected 'sae' or 'clt'"),
         ({"use_glu_encoder": True}, "has use_glu_encoder = True"),
@@ -313,25 +318,58 @@ def test_qwen_scope_has_its_k_in_its_name(rows, tmp_path):
         Sae.load(tmp_path / "layer11.sae.pt")
 
 
-def test_openai_saes_of_relu_are_read_and_of_topk_are_refused(rows, tmp_path):
-    tensors, x = gemma(), rows()
+def openai_model(tensors, x, k=None):
+    """Return latents and reconstruction as `Autoencoder` of openai/sparse_autoencoder defines them, in float64.
+
+    With TopK, `Autoencoder.from_state_dict` sets `normalize`: LN before encoding, undone without its epsilon.
+    """
+    t, x = {name: tensor.double() for name, tensor in tensors.items()}, x.double()
+    mean, deviation = 0, 1
+    if k:
+        mean = x.mean(-1, keepdim=True)
+        deviation = (x - mean).std(-1, keepdim=True)
+        x = (x - mean) / (deviation + 1e-5)
+    pre_acts = torch.nn.functional.linear(x - t["pre_bias"], t["encoder.weight"], t["latent_bias"])
+    latents = pre_acts.relu()
+    if k:
+        chosen = pre_acts.topk(k)
+        latents = torch.zeros_like(pre_acts).scatter(-1, chosen.indices, chosen.values.relu())
+    return latents, (latents @ t["decoder.weight"].T + t["pre_bias"]) * deviation + mean
+
+
+def test_openai_saes_are_read(rows, tmp_path):
+    tensors, x = gemma(), 4 * rows() + 1
     saved = {
         "pre_bias": tensors["b_dec"],
         "latent_bias": tensors["b_enc"],
         "encoder.weight": tensors["W_enc"].T.contiguous(),
         "decoder.weight": tensors["W_dec"].T.contiguous(),
         "stats_last_nonzero": torch.zeros(N, dtype=torch.int64),
+        "latents_activation_frequency": torch.ones(N),
+        "latents_mean_square": torch.zeros(N),
     }
-    folder = tmp_path / "resid_post_mlp" / "autoencoders"
+    folder = tmp_path / "resid_post_mlp_v5_32k" / "autoencoders"
     folder.mkdir(parents=True)
-    torch.save(saved | {"activation": "ReLU"}, folder / "6.pt")
-    sae = Sae.load(folder / "6.pt")
-    inside = (x - tensors["b_dec"]).double() @ tensors["W_enc"].double() + tensors["b_enc"].double()
-    close(sae(x), inside.relu() @ tensors["W_dec"].double() + tensors["b_dec"].double())
-    assert (sae.reads, sae.metadata["model_name"]) == (("blocks.6.resid_post",), "gpt2")
-    torch.save(saved | {"activation": "TopK", "activation_state_dict": {"k": 3}}, folder / "6.pt")
-    with pytest.raises(SaeError, match="has activation 'TopK': OpenAI's TopK SAEs standardise each row"):
-        Sae.load(folder / "6.pt")
+    topk = {"activation": "TopK", "activation_state_dict": {"k": 3, "postact_fn": "ReLU"}}
+    for content, k in (({"activation": "ReLU", "activation_state_dict": {}}, None), (topk, 3)):
+        torch.save(OrderedDict(saved | content), folder / "6.pt")
+        sae = Sae.load(folder / "6.pt")
+        latents, x_hat = openai_model(saved, x, k)
+        close(sae.encode(x), latents)
+        close(sae(x), x_hat)
+        close(sae.decode(sae.encode(x), x), x_hat)
+        assert (sae.reads, sae.metadata["model_name"]) == (("blocks.6.resid_post",), "gpt2")
+        assert sae.normalize_activations == ("layer_norm" if k else "none")
+        close(Sae.load(sae.save(tmp_path / f"saelens {k}"))(x), x_hat)
+    for content, message in (
+        ({"activation": "Identity"}, "has activation 'Identity', expected 'ReLU' or 'TopK'"),
+        ({"activation_state_dict": {"k": 3, "postact_fn": "Identity"}}, "postact_fn 'Identity', with which latents"),
+        ({"activation_state_dict": {"k": 99}}, "k is 99, expected 1 to d_sae"),
+        ({"activation_state_dict": {"k": 3, "gate": 2}}, "has gate = 2"),
+    ):
+        torch.save(saved | topk | content, folder / "6.pt")
+        with pytest.raises(SaeError, match=message):
+            Sae.load(folder / "6.pt")
     torch.save({"A": torch.zeros(2)}, folder / "7.pt")
     with pytest.raises(SaeError, match="has the tensors A, which are no known format's"):
         Sae.load(folder / "7.pt")

@@ -1,5 +1,7 @@
 """Every format that is written: read again it computes the same, and written again it has the same bytes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,14 @@ CASES = [(name, architecture) for name, held in HELD.items() for architecture in
 def reference(sae, x):
     """Return the reconstruction in float64, from the definition of each selection."""
     t = {name: value.detach().double().numpy() for name, value in sae.named_parameters()}
-    x = x.double().numpy()
+    raw = x = x.double().numpy()
+    mean, scale = 0, 1
+    if sae.normalize_activations == "layer_norm":
+        mean, scale = x.mean(1, keepdims=True), x.std(1, keepdims=True, ddof=1)
+        x = (x - mean) / (scale + 1e-5)
+    elif sae.normalize_activations == "constant_norm_rescale":
+        scale = np.sqrt((x**2).mean(1, keepdims=True))
+        x = x / scale
     inside = (x - t["b_dec"] if sae.apply_b_dec_to_input else x) @ t["W_enc"]
     if sae.selection == "gated":
         latents = (inside * np.exp(t["r_mag"]) + t["b_mag"]).clip(0) * (inside + t["b_gate"] > 0)
@@ -39,8 +48,9 @@ def reference(sae, x):
             latents = latents * (pre_acts > t["threshold"])
         if sae.selection == "topk":
             latents = latents * (pre_acts >= np.sort(pre_acts, axis=1)[:, -sae.config["k"]][:, None])
-    skipped = x @ t["W_skip"].T if "W_skip" in t else 0
-    return latents @ t["W_dec"] + t["b_dec"] + skipped
+    skipped = raw @ t["W_skip"].T if "W_skip" in t else 0
+    y = latents @ t["W_dec"] + t["b_dec"]
+    return (y * scale + mean if sae.wiring_kind == "sae" else y) + skipped
 
 
 def files(folder):
@@ -71,6 +81,43 @@ def test_what_is_written_computes_the_same(name, architecture, subtracts, make_s
     written = files(folder)
     again.save(tmp_path / "again", name)
     assert files(tmp_path / "again") == written
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("name", [fmt.name for fmt in FORMATS if fmt.write is not None and fmt.name != "thresher"])
+def test_normalisation_of_rows_is_written_or_refused(name, kind, make_sae, rows, tmp_path):
+    states = name == "saelens" or (name == "llamascopium" and kind == "constant_norm_rescale")
+    for architecture in HELD[name]:
+        sae, x, folder = make_sae(architecture, normalize_activations=kind), 3 * rows() + 0.5, tmp_path / architecture
+        np.testing.assert_allclose(sae(x).detach().numpy(), reference(sae, x), rtol=1e-4, atol=1e-4)
+        if not states or (name == "llamascopium" and sae.wiring_kind == "transcoder"):
+            with pytest.raises(
+                SaeError, match=r"cannot state that each row is normalised|by the norm of its own target"
+            ):
+                sae.save(folder / "sae", name)
+            assert not (folder / "sae").exists()
+            continue
+        again = Sae.load(sae.save(folder / "sae", name))
+        assert again.normalize_activations == kind
+        np.testing.assert_allclose(again(x).detach().numpy(), reference(sae, x), rtol=1e-4, atol=1e-4)
+        again.save(folder / "again", name)
+        assert files(folder / "again") == files(folder / "sae")
+    if name == "saelens":
+        config = json.loads((folder / "sae" / "cfg.json").read_text())
+        (folder / "sae" / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "none"}))
+        assert Sae.load(folder / "sae").normalize_activations == "none"
+
+
+def test_rows_are_needed_to_decode_latents_of_normalised_rows(make_sae, rows):
+    sae, x = make_sae("topk", normalize_activations="layer_norm"), rows()
+    top_acts, top_indices = sae.encode_sparse(x)
+    torch.testing.assert_close(sae.decode_sparse(top_acts, top_indices, x), sae(x))
+    with pytest.raises(SaeError, match=r"can be decoded only with the rows that were encoded: decode\(latents, x\)"):
+        sae.decode(sae.encode(x))
+    still = make_sae("standard", normalize_activations="constant_norm_rescale")
+    assert torch.equal(still(torch.zeros(2, 8)), torch.zeros(2, 8))
+    with pytest.raises(SaeError, match="normalize_activations is 'batch', expected one of: none, layer_norm"):
+        make_sae("topk", normalize_activations="batch")
 
 
 @pytest.mark.parametrize("name", [fmt.name for fmt in FORMATS if fmt.write is not None])
