@@ -83,6 +83,11 @@ def _check(sae: Sae, outputs: list[str]) -> None:
         )
     if sae.selection == "gated":
         raise SaeError(f"the {sae.architecture} of '{sae.hook_point}' has a gate; expected topk, jumprelu or relu")
+    if sae.normalizes_rows:
+        raise SaeError(
+            f"the {sae.architecture} of '{sae.hook_point}' normalises each row ({sae.normalize_activations}), so its "
+            "latents are not linear in what it reads; expected one that takes rows as they are"
+        )
     for name in map(canonical_hook_point, sae.writes):
         if name not in outputs:
             raise SaeError(

@@ -209,6 +209,7 @@ def test_batches_and_limits_do_not_change_what_is_found(tokens, make_transcoders
         ("gpt2", {"tokens": []}, (InterventionError,), "a graph needs"),
         ("gpt2", {"saes": "two"}, (SaeError,), "two transcoders write"),
         ("gpt2", {"saes": "sae"}, (SaeError,), "is no transcoder"),
+        ("gpt2", {"saes": "by row"}, (SaeError,), "normalises each row"),
     ],
 )
 def test_what_does_not_fit_is_refused(family, change, error, expected, tokens, make_transcoders):
@@ -219,5 +220,7 @@ def test_what_does_not_fit_is_refused(family, change, error, expected, tokens, m
         saes.append(saes[0])
     if change.get("saes") == "sae":
         saes[0] = make_transcoders("topk", [1])[0]
+    if change.get("saes") == "by row":
+        saes[0].normalize_activations = "layer_norm"
     with pytest.raises(error, match=expected):
         attribution_graph(model, saes, change.get("tokens", tokens))
