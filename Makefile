@@ -63,6 +63,11 @@ demo-real: $(TEXT)/.ready $(SMOLLM2)  ## harvest, train and evaluate SAEs of Smo
 	$(BIN)/thresher train configs/train/smollm2-135m.toml
 	$(BIN)/thresher evaluate configs/evaluate/smollm2-135m.toml
 
+graph: $(READY)  ## train transcoders of the bundled model, and trace a prediction through them
+	$(BIN)/thresher harvest configs/harvest/graph.toml
+	$(BIN)/thresher train configs/train/graph.toml
+	$(BIN)/thresher graph configs/graph/demo.toml
+
 test: $(READY)  ## run the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 

@@ -187,16 +187,11 @@ class _Rows:
         """Return what each target is without sources, and how far its effects are from making up the rest."""
         replacement = self.replacement
         nothing = replacement.without_sources()
-        values, constants = [], []
-        for token in self.logits:
-            direction = replacement.logit_direction(token)
-            values.append(float(replacement.final[-1] @ direction))
-            constants.append(float(nothing.final[0, -1] @ direction))
-        for column in self.found:
-            key, encoder = replacement.encoder_of(column)
-            position = int(replacement.latents.position[column])
-            values.append(float(replacement.inputs[key][position] @ encoder))
-            constants.append(float(nothing.inputs[key][0, position] @ encoder))
+        values, constants = (
+            [replacement.logit_value(read, 0, token) for token in self.logits]
+            + [replacement.latent_value(read, 0, column) for column in self.found]
+            for read in (replacement.clean, nothing)
+        )
         value, constant = np.array(values), np.array(constants)
         sums = np.asarray(rows.sum(axis=1)).ravel().astype(np.float64)
         sizes = np.asarray(abs(rows).sum(axis=1)).ravel() + np.abs(constant) + np.abs(value)

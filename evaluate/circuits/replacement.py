@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -46,6 +46,7 @@ class Read(NamedTuple):
     final: Float[Tensor, "batch context d_model"]
 
 
+Held = Literal["latents", "patterns", "nothing"]
 _Seed = tuple[int, int, Tensor]
 """A row of the batch, a position, and the direction at it."""
 
@@ -66,6 +67,7 @@ class LocalReplacement:
         errors: `[n_layers, context, d_model]`, what the transcoders miss; where there is none, the MLP's whole output.
         embeddings: `[context, d_model]`, the token embeddings.
         logits: `[vocabulary]` of the last token, as the model itself computes them.
+        clean: what is read on the prompt.
         logit_gap: the largest difference between `logits` and those of this replacement.
         n_backward: backward passes so far.
     """
@@ -99,8 +101,7 @@ class LocalReplacement:
         self.logit_gap = float((logits[0, -1] - self.logits).abs().max())
         self.embeddings = embeddings[0][0]
         self._outputs = [outputs[layer][0] for layer in range(self.n_layers)]
-        self.inputs = {key: x[0].detach() for key, x in read.inputs.items()}
-        self.final = read.final[0].detach()
+        self.clean = read
         self._find_latents()
 
     def _find_latents(self) -> None:
@@ -110,7 +111,7 @@ class LocalReplacement:
         parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in range(self.n_layers)}
         start = 0
         for site, one in enumerate(self.wired.attached):
-            reads = {read: self.inputs[site, read] for read in range(len(one.reads))}
+            reads = {read: self.clean.inputs[site, read][0] for read in range(len(one.reads))}
             for group, (places, values) in enumerate(active_latents(one, reads, self.skipped)):
                 n, layer = len(values), self.wired.layer_of(one, group)
                 columns = torch.arange(start, start + n, device=values.device)
@@ -132,7 +133,7 @@ class LocalReplacement:
             for write in range(len(one.writes)):
                 self._bias[self.wired.target_of(one, write)][self.skipped :] += one.bias(write).to(self.dtype)
         self._fixed = [output.clone() for output in self._outputs]
-        for layer, skip in self._skips({key: x[None] for key, x in self.inputs.items()}).items():
+        for layer, skip in self._skips(self.clean.inputs).items():
             self._fixed[layer] -= skip[0]
         self.errors = torch.stack([fixed - bias for fixed, bias in zip(self._fixed, self._bias, strict=True)])
         for layer, writes in self._writes.items():
@@ -208,16 +209,19 @@ class LocalReplacement:
         return self._frozen_pass(torch.zeros_like(self.embeddings)[None], [bias[None] for bias in self._bias])
 
     @torch.no_grad()
-    def respond(self, changes: Mapping[int, Float[Tensor, "batch context d_model"]], frozen: bool) -> Read:
+    def respond(self, changes: Mapping[int, Float[Tensor, "batch context d_model"]], held: Held) -> Read:
         """Return what is read if something is added to the outputs of MLPs, by layer, in copies of the prompt.
 
-        With `frozen`, patterns, scales, latents and errors are held as they were; otherwise the model runs as it is.
+        `held` says what stays as it was: "latents" (with errors, patterns and norm scales: this is linear), "patterns"
+        (and norm scales, while the model's own MLPs run) or "nothing".
         """
         n = len(next(iter(changes.values())))
-        if frozen:
+        if held == "latents":
             fixed = [output[None] + changes.get(layer, 0) for layer, output in enumerate(self._fixed)]
             return self._frozen_pass(self.embeddings.expand(n, -1, -1), fixed)
         with ExitStack() as stack:
+            if held == "patterns":
+                stack.enter_context(self.frozen.replaying())
             for layer, change in changes.items():
                 stack.enter_context(splice(self.model, self.wired.outputs[layer], lambda x, change=change: x + change))
             return self._inputs_of(stack, {"input_ids": self.tokens.expand(n, -1)})[0]
@@ -233,6 +237,10 @@ class LocalReplacement:
                 total[row, writes.positions[at]] -= writes.vectors[at]
             found[layer] = total
         return found
+
+    def written(self, columns: Sequence[int]) -> Float[Tensor, "latents d_model"]:
+        """Return what each of these latents writes, summed over the layers that it writes to."""
+        return -torch.stack(list(self.change(columns).values())).sum(dim=(0, 2))
 
     # Targets and their direct effects
 
@@ -251,6 +259,15 @@ class LocalReplacement:
         """Return the direction of a logit minus the mean of all logits, before any factor or cap on logits."""
         weight = self.head.get_parameter("weight")
         return (weight[token] - weight.mean(dim=0)).to(self.dtype)
+
+    def latent_value(self, read: Read, row: int, column: int) -> float:
+        """Return a latent's pre-activation in a row of a pass, without its encoder's bias."""
+        key, encoder = self.encoder_of(column)
+        return float(read.inputs[key][row, self.latents.position[column]] @ encoder)
+
+    def logit_value(self, read: Read, row: int, token: int) -> float:
+        """Return a centred logit of the last token in a row of a pass, without its bias."""
+        return float(read.final[row, -1] @ self.logit_direction(token))
 
     def prepare(self, batch_size: int) -> None:
         """Run the pass that `effects` goes back through, `batch_size` targets at once."""

@@ -169,7 +169,7 @@ def test_cross_layer_and_missing_layers(tokens, make_transcoders, make_cross_lay
     for sae in some:
         graph, replacement = attribution_graph(model, [sae], tokens, skipped=1)
         assert graph.gap < 1e-10
-        latents = sae.encode(torch.cat([replacement.inputs[0, i] for i in range(LAYERS)], -1))[1:]
+        latents = sae.encode(torch.cat([replacement.clean.inputs[0, i][0] for i in range(LAYERS)], -1))[1:]
         assert graph.n_active == int((latents > 0).sum())
     graph, replacement = attribution_graph(model, make_transcoders(layers=[1, 3]), tokens)
     _, seen = run_plain(model, tokens, ["model.layers.0.mlp"])
