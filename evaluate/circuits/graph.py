@@ -14,10 +14,10 @@ from jaxtyping import Float, Int64
 
 from ...shared.core.disk import write_file
 from ..results.output import parquet_bytes
-from .influence import Pruned, Roles, edge_influence, prune, scores
+from .influence import NodeRoles, Pruned, edge_influence, prune, scores
 
-KINDS = ("latent", "error", "embedding", "logit")
-Kind = Literal["latent", "error", "embedding", "logit"]
+NODE_KINDS = ("latent", "error", "embedding", "logit")
+NodeKind = Literal["latent", "error", "embedding", "logit"]
 
 
 class Node(NamedTuple):
@@ -27,7 +27,7 @@ class Node(NamedTuple):
     or a token's id; that of an error is -1. `value` is a latent's activation or a logit's probability.
     """
 
-    kind: Kind
+    kind: NodeKind
     layer: int
     position: int
     number: int
@@ -74,17 +74,17 @@ class Graph:
         self.pruned = prune(self.adjacency, self.weights, self.roles, self.node_threshold, self.edge_threshold)
 
     @property
-    def roles(self) -> Roles:
+    def roles(self) -> NodeRoles:
         """Which nodes are of which kind."""
         kinds = np.array([node.kind for node in self.nodes])
-        return Roles(*(kinds == kind for kind in KINDS))
+        return NodeRoles(*(kinds == kind for kind in NODE_KINDS))
 
     @property
     def weights(self) -> Float[np.ndarray, " n"]:
         """The probability of each logit; zero for other nodes."""
         return np.array([node.value if node.kind == "logit" and node.value else 0.0 for node in self.nodes])
 
-    def strongest_edges(self, n: int, sources: Kind = "latent") -> list[tuple[int, int]]:
+    def strongest_edges(self, n: int, sources: NodeKind = "latent") -> list[tuple[int, int]]:
         """Return the kept edges of most influence from nodes of a kind, as pairs of a source and a target."""
         edges = edge_influence(self.pruned.edges, self.weights).tocoo()
         mine = np.array([self.nodes[source].kind == sources for source in edges.col], dtype=bool)

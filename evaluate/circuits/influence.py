@@ -27,7 +27,7 @@ class Pruned(NamedTuple):
     cumulated: Float[np.ndarray, " n"]
 
 
-class Roles(NamedTuple):
+class NodeRoles(NamedTuple):
     """Which nodes are latents, errors, token embeddings and logits."""
 
     latents: Bool[np.ndarray, " n"]
@@ -61,7 +61,7 @@ def influence(shares: sp.csr_array, weights: Float[np.ndarray, " n"]) -> Float[n
     )
 
 
-def scores(adjacency: sp.csr_array, weights: Float[np.ndarray, " n"], roles: Roles) -> tuple[float, float]:
+def scores(adjacency: sp.csr_array, weights: Float[np.ndarray, " n"], roles: NodeRoles) -> tuple[float, float]:
     """Return the replacement and the completeness score, each from 0 to 1.
 
     The replacement score is the token embeddings' share of the influence that reaches embeddings or errors. The
@@ -79,7 +79,7 @@ def scores(adjacency: sp.csr_array, weights: Float[np.ndarray, " n"], roles: Rol
 def prune(
     adjacency: sp.csr_array,
     weights: Float[np.ndarray, " n"],
-    roles: Roles,
+    roles: NodeRoles,
     node_threshold: float,
     edge_threshold: float,
 ) -> Pruned:

@@ -20,13 +20,13 @@ from ...shared.intervene.attached import Attached
 from ...shared.model.capture import reading, splice
 from ...shared.model.hook_points import ResolvedHookPoint
 from .frozen import Frozen
-from .transcoders import Wired, active_latents, encoder_rows
+from .transcoders import Wired, encode_by_group, encoder_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Latents(NamedTuple):
+class PromptLatents(NamedTuple):
     """The active latents of a prompt, by layer, position and number: one row each."""
 
     layer: Int64[Tensor, " n"]
@@ -112,7 +112,7 @@ class LocalReplacement:
         start = 0
         for site, one in enumerate(self.wired.attached):
             reads = {read: self.clean.inputs[site, read][0] for read in range(len(one.reads))}
-            for group, (places, values) in enumerate(active_latents(one, reads, self.skipped)):
+            for group, (places, values) in enumerate(encode_by_group(one, reads, self.skipped)):
                 n, layer = len(values), self.wired.layer_of(one, group)
                 columns = torch.arange(start, start + n, device=values.device)
                 rows.append((torch.full_like(places[0], layer), places[0], places[1], values.to(self.dtype)))
@@ -126,7 +126,7 @@ class LocalReplacement:
         device = self.tokens.device
         none = torch.zeros(0, dtype=torch.long, device=device)
         empty = (none, none, none, torch.zeros(0, dtype=self.dtype, device=device))
-        self.latents = Latents(*(torch.cat(column) for column in zip(*(rows or [empty]), strict=True)))
+        self.latents = PromptLatents(*(torch.cat(column) for column in zip(*(rows or [empty]), strict=True)))
         self._writes = {layer: _sorted(some) for layer, some in parts.items() if some}
         self._bias = [torch.zeros_like(output) for output in self._outputs]
         for one in self.wired.attached:

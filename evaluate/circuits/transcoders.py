@@ -120,7 +120,7 @@ def encoder_rows(one: Attached, group: int, latents: Int64[Tensor, " n"]) -> Flo
 
 
 @torch.no_grad()
-def active_latents(
+def encode_by_group(
     one: Attached, reads: Mapping[int, Float[Tensor, "context d_in"]], skipped: int
 ) -> list[tuple[Int64[Tensor, "2 n"], Float[Tensor, " n"]]]:
     """Return, for each group, the active latents' positions and numbers, and their activations.
