@@ -110,6 +110,7 @@ CONTRACTS = {
         *("CONFIG_NAME", "FORMAT", "WEIGHTS_NAME"),
         *("read", "recognises", "weights_name", "write"),
     },
+    "shared/store/foreign/**": {"FORMAT", "read", "recognises"},
     "train/kernels/**": {
         *("decode", "dequantise", "grad_values", "grad_weights", "grad_weights_and_bias", "normalise"),
         *("pre_activations", "reconstruct", "select_batch_topk", "select_threshold", "select_topk"),

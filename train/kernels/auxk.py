@@ -11,9 +11,9 @@ from torch import Tensor
 
 def auxk_of_rows(
     x: Float[Tensor, "rows d_in"],
-    error: Float[Tensor, "rows d_in"],
+    error: Float[Tensor, "rows d_out"],
     W_enc: Float[Tensor, "latents d_in"],
-    W_dec: Float[Tensor, "latents d_in"],
+    W_dec: Float[Tensor, "latents d_out"],
     bias: Float[Tensor, " latents"],
     k_aux: int,
     weight: Float[Tensor, ""],

@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-class Batch(NamedTuple):
+class ForeignContexts(NamedTuple):
     """Some contexts as the writer takes them: `[n, context, d_in]` rows and `[n, context]` of the others."""
 
     activations: dict[str, torch.Tensor]
@@ -79,7 +79,7 @@ class Contexts:
                     self._split.append(held_out)
                     waiting[held_out], filled[held_out] = [], 0
 
-    def batch(self, first: int, stop: int) -> Batch:
+    def batch(self, first: int, stop: int) -> ForeignContexts:
         """Return contexts [first, stop)."""
         shape = self._source.shape
         segments = self._segments(first, stop)
@@ -104,7 +104,7 @@ class Contexts:
             name: torch.cat([part.activations[name] for part in rows]).view(*grid, d_in)
             for name, d_in in shape.hook_points.items()
         }
-        return Batch(activations, tokens, roles, self._split[first:stop], documents, positions, info)
+        return ForeignContexts(activations, tokens, roles, self._split[first:stop], documents, positions, info)
 
     def _segments(self, first: int, stop: int) -> list[Segment]:
         """Return the rows of contexts [first, stop), those of one part in one segment if they are consecutive."""

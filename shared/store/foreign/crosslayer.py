@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError, StoreError
-from .source import Format, Options, Rows, Shape, check_same, chosen, dtype_name, reading
+from .source import Format, Options, Rows, Shape, chosen, dtype_name, reading_foreign, shared_value
 
 _NAME = re.compile(r"chunk_(\d+)\.(?:h5|hdf5)")
 _SIDES = {"inputs": "mlp_in", "targets": "mlp_out"}
@@ -30,7 +30,7 @@ class Hdf5Chunks:
     def __init__(self, path: Path, options: Options) -> None:
         self._files = _files(path)
         found = [_datasets(file) for file in self._files]
-        check_same("the layers", [sorted(file) for file in found], self._files)
+        shared_value("the layers", [sorted(file) for file in found], self._files)
         names = chosen(sorted(found[0], key=_by_layer), options.hook_points, path)
         layers = {name.split(".")[1] for name in names}
         if len(layers) > 1 and not options.aligned:
@@ -41,7 +41,7 @@ class Hdf5Chunks:
                 "shuffled together"
             )
         self._keys = {name: found[0][name][0] for name in names}
-        widths = check_same("the widths", [[file[name][1][1] for name in names] for file in found], self._files)
+        widths = shared_value("the widths", [[file[name][1][1] for name in names] for file in found], self._files)
         rows = []
         for file, entries in zip(self._files, found, strict=True):
             counts = {entries[name][1][0] for name in names}
@@ -59,7 +59,7 @@ class Hdf5Chunks:
 
     def read(self, part: int, start: int, stop: int) -> Rows:
         file = self._files[part]
-        with reading(file):
+        with reading_foreign(file):
             return Rows({name: _tensor(_opened(file)[key][start:stop]) for name, key in self._keys.items()})
 
     def document(self, part: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def _files(path: Path) -> list[Path]:
 def _datasets(file: Path) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
     """Return the key, shape and data type of each hook point in a file."""
     found = {}
-    with reading(file):
+    with reading_foreign(file):
         for group, content in _opened(file).items():
             match = re.fullmatch(r"layer_(\d+)", group)
             for side, kind in _SIDES.items():
@@ -101,7 +101,7 @@ def _model(path: Path) -> dict[str, Any]:
     file = path / "metadata.json"
     if not file.is_file():
         return {}
-    with reading(file):
+    with reading_foreign(file):
         facts = json.loads(file.read_text(encoding="utf-8"))
         return {"model": facts["model_name"]} if "model_name" in facts else {}
 

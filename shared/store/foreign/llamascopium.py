@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.errors import StoreError
 from ...model.hook_points import canonical_hook_point
 from .safetensors_parts import TensorInfo, read_slice, tensors_of
-from .source import Format, Options, Rows, Shape, check_same, chosen, dtype_name, reading
+from .source import Format, Options, Rows, Shape, chosen, dtype_name, reading_foreign, shared_value
 
 _NAME = re.compile(r"(?:shard-(\d+)-)?chunk-(\d+)\.(pt|safetensors)")
 _MASKS = ("mask", "attention_mask")
@@ -32,7 +32,7 @@ class Chunks:
         names = chosen(list(folders), options.hook_points, path)
         self._chunks = {name: _chunks(folders[name]) for name in names}
         listed = [[file.name.rsplit(".", 1)[0] for file in files] for files in self._chunks.values()]
-        check_same("the chunks", listed, [folders[name] for name in names])
+        shared_value("the chunks", listed, [folders[name] for name in names])
         infos = {name: [_tensors(file) for file in files] for name, files in self._chunks.items()}
         for files, of_files in zip(self._chunks.values(), infos.values(), strict=True):
             for file, info in zip(files, of_files, strict=True):
@@ -43,7 +43,7 @@ class Chunks:
                     )
         shapes = {name: [info["activation"].shape for info in found] for name, found in infos.items()}
         widths = {
-            name: check_same("activations of shape [..., *]", [shape[1:] for shape in found], self._chunks[name])
+            name: shared_value("activations of shape [..., *]", [shape[1:] for shape in found], self._chunks[name])
             for name, found in shapes.items()
         }
         first = names[0]
@@ -119,7 +119,7 @@ def _read(file: Path, name: str, start: int, stop: int) -> Tensor:
 @lru_cache(maxsize=2)
 def _loaded(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a PyTorch file, read without running code from it."""
-    with reading(file):
+    with reading_foreign(file):
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 

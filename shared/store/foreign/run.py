@@ -21,7 +21,14 @@ from .config import DEFAULT_CONTEXT, ImportConfig
 from .contexts import Contexts
 from .source import Format, Options, Source, digest
 
-FORMATS = (saev.FORMAT, saelens.FORMAT, crosslayer.FORMAT, llamascopium.FORMAT, vllm.FORMAT, tensor_folder.FORMAT)
+FOREIGN_FORMATS = (
+    saev.FORMAT,
+    saelens.FORMAT,
+    crosslayer.FORMAT,
+    llamascopium.FORMAT,
+    vllm.FORMAT,
+    tensor_folder.FORMAT,
+)
 """The formats, those that are told apart most surely first."""
 BATCH_BYTES = 32 << 20
 
@@ -50,7 +57,7 @@ def import_store(config: ImportConfig) -> Path | StoreUrl:
         raise MissingFileError(f"nothing at '{root}'; expected the folder or file of activations to import")
     if isinstance(target, Path) and target.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"the store '{target}' would be inside the source '{root}'; choose a folder outside it")
-    found = find_format(root, config.format)
+    found = find_foreign_format(root, config.format)
     source = found.open(root, Options(config.hook_points, config.layers, config.aligned))
     shape = source.shape
     if shape.context_size is not None and config.context_size not in (None, shape.context_size):
@@ -68,14 +75,14 @@ def import_store(config: ImportConfig) -> Path | StoreUrl:
     return target
 
 
-def find_format(root: Path, name: str) -> Format:
+def find_foreign_format(root: Path, name: str) -> Format:
     """Return the format of this name, or with "auto" the one that the files have.
 
     Raises:
         StoreError: the files are of no known format, or not of the one that was named.
     """
-    known = ", ".join(sorted(found.name for found in FORMATS))
-    for found in FORMATS:
+    known = ", ".join(sorted(found.name for found in FOREIGN_FORMATS))
+    for found in FOREIGN_FORMATS:
         if name in ("auto", found.name) and found.is_in(root):
             return found
     if name == "auto":

@@ -15,9 +15,9 @@ import torch
 
 from ...core.errors import StoreError
 from ...model.hook_points import canonical_hook_point
-from .source import Format, Options, Rows, Shape, chosen, dtype_name, reading
+from .source import Format, Options, Rows, Shape, chosen, dtype_name, reading_foreign
 
-TOKENS = "token_ids"
+_TOKENS = "token_ids"
 
 
 class CachedActivations:
@@ -27,7 +27,7 @@ class CachedActivations:
         from datasets import Array2D, Dataset
 
         files = _files(path)
-        with reading(path):
+        with reading_foreign(path):
             if (path / "state.json").is_file():
                 self._data = Dataset.load_from_disk(str(path))
             else:
@@ -44,7 +44,7 @@ class CachedActivations:
         if len({shape[0] for shape in shapes.values()}) > 1:
             raise StoreError(f"'{path}' has columns of different context sizes: {shapes}; choose with --hook_points")
         self._context = int(next(iter(shapes.values()))[0])
-        self._has_tokens = TOKENS in features
+        self._has_tokens = _TOKENS in features
         dtypes = [getattr(torch, features[column].dtype) for column in self._columns.values()]
         self.shape = Shape(
             hook_points={name: int(shape[1]) for name, shape in shapes.items()},
@@ -60,13 +60,13 @@ class CachedActivations:
     def read(self, part: int, start: int, stop: int) -> Rows:
         first, last = start // self._context, -(-stop // self._context)
         inside = slice(start - first * self._context, stop - first * self._context)
-        with reading(self.shape.files[0]):
+        with reading_foreign(self.shape.files[0]):
             table: Any = self._data.with_format("arrow")[first:last]  # pyright: ignore
             activations = {
                 name: torch.from_numpy(_values(table[column]).reshape(-1, self.shape.hook_points[name])[inside].copy())
                 for name, column in self._columns.items()
             }
-            return Rows(activations, _values(table[TOKENS])[inside] if self._has_tokens else None)
+            return Rows(activations, _values(table[_TOKENS])[inside] if self._has_tokens else None)
 
     def document(self, part: int) -> np.ndarray:
         raise NotImplementedError("parts are no documents")
@@ -91,7 +91,7 @@ def _files(path: Path) -> list[Path]:
     """Return the data files: those that `state.json` names, or all Parquet files."""
     state = path / "state.json"
     if state.is_file():
-        with reading(state):
+        with reading_foreign(state):
             names = [Path(entry["filename"]).name for entry in json.loads(state.read_text())["_data_files"]]
         return [path / "dataset_info.json", *(path / name for name in names)]
     return sorted(path.rglob("*.parquet"))
@@ -102,7 +102,7 @@ def _model(path: Path) -> dict[str, Any]:
     file = path / "cache_activations_runner_cfg.json"
     if not file.is_file():
         return {}
-    with reading(file):
+    with reading_foreign(file):
         facts = json.loads(file.read_text(encoding="utf-8"))
     return {"model": facts["model_name"]} if isinstance(facts.get("model_name"), str) else {}
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...core.errors import StoreError
-from .source import Format, Options, Rows, Shape, chosen, reading
+from .source import Format, Options, Rows, Shape, chosen, reading_foreign
 
 _ITEM_BYTES = 4
 
@@ -22,18 +22,18 @@ class Shards:
     """Shards in the order of `shards.json`; a context is an example with all its tokens, the class token first."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        with reading(path / "metadata.json"):
+        with reading_foreign(path / "metadata.json"):
             facts: dict[str, Any] = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
-        with reading(path / "shards.json"):
+        with reading_foreign(path / "shards.json"):
             listed: list[dict[str, Any]] = json.loads((path / "shards.json").read_text(encoding="utf-8"))
         if facts.get("dtype", "float32") != "float32":
             raise StoreError(f"'{path}/metadata.json' states dtype {facts['dtype']!r}; expected float32")
-        with reading(path / "metadata.json"):
+        with reading_foreign(path / "metadata.json"):
             content = _first(facts, "content_tokens_per_example", "patches_per_ex", "n_patches_per_img")
             self._tokens = content + bool(facts["cls_token"])
             self._layers: list[int] = list(facts["layers"])
             self._width: int = _first(facts, "d_model", "d_vit")
-        with reading(path / "shards.json"):
+        with reading_foreign(path / "shards.json"):
             self._files = [path / Path(entry["name"]).name for entry in listed]
             self._examples = [_first(entry, "n_examples", "n_ex", "n_imgs") for entry in listed]
         for file, n in zip(self._files, self._examples, strict=True):
@@ -59,7 +59,7 @@ class Shards:
         shape = (self._examples[part], len(self._layers), self._tokens, self._width)
         first, last = start // self._tokens, -(-stop // self._tokens)
         inside = slice(start - first * self._tokens, stop - first * self._tokens)
-        with reading(self._files[part]):
+        with reading_foreign(self._files[part]):
             shard = np.memmap(self._files[part], "<f4", "r", shape=shape)[first:last]
             return Rows(
                 {

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...core.errors import StoreError
-from .source import reading
+from .source import reading_foreign
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,7 +39,7 @@ class TensorInfo(NamedTuple):
 
 def tensors_of(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors that a file's header names; raise `StoreError` for a file that is cut short."""
-    with reading(path):
+    with reading_foreign(path):
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             if size > _MAX_HEADER:
@@ -57,7 +57,7 @@ def tensors_of(path: Path) -> dict[str, TensorInfo]:
 
 def read_slice(path: Path, name: str, start: int, stop: int) -> Tensor:
     """Return `tensor[start:stop]` of one tensor in a file."""
-    with reading(path):
+    with reading_foreign(path):
         return _opened(path).get_slice(name)[start:stop]
 
 

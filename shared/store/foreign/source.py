@@ -102,7 +102,7 @@ def chosen(found: Sequence[str], wanted: Sequence[str] | None, where: object) ->
     return [name for name in found if wanted is None or name in wanted]
 
 
-def check_same(what: str, values: Sequence[Any], names: Sequence[object]) -> Any:
+def shared_value(what: str, values: Sequence[Any], names: Sequence[object]) -> Any:
     """Return the value that all files share; raise `StoreError` naming the first that differs."""
     for value, name in zip(values, names, strict=True):
         if value != values[0]:
@@ -124,7 +124,7 @@ def digest(files: Sequence[Path], root: Path) -> str:
 
 
 @contextmanager
-def reading(path: object) -> Iterator[None]:
+def reading_foreign(path: object) -> Iterator[None]:
     """Turn a library's error on a damaged or unexpected file into a `StoreError` of one line."""
     try:
         yield

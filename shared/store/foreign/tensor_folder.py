@@ -9,7 +9,7 @@ import numpy as np
 from ...core.errors import StoreError
 from ...model.hook_points import canonical_hook_point
 from .safetensors_parts import TensorInfo, read_slice, tensors_of
-from .source import Format, Options, Rows, Shape, check_same, chosen, dtype_name
+from .source import Format, Options, Rows, Shape, chosen, dtype_name, shared_value
 
 TOKEN_NAMES = ("tokens", "token_ids", "input_ids")
 MASK_NAMES = ("mask", "attention_mask")
@@ -21,7 +21,7 @@ class TensorFolder:
     def __init__(self, path: Path, options: Options) -> None:
         files = safetensors_files(path)
         infos = [tensors_of(file) for file in files]
-        check_same("the tensors", [sorted(info) for info in infos], files)
+        shared_value("the tensors", [sorted(info) for info in infos], files)
         first = infos[0]
         floats = [name for name, info in first.items() if info.dtype.is_floating_point and len(info.shape) in (2, 3)]
         hook_points = {canonical_hook_point(name): name for name in floats}
@@ -35,7 +35,7 @@ class TensorFolder:
         self._tokens = next((name for name in TOKEN_NAMES if name in first), None)
         self._mask = next((name for name in MASK_NAMES if name in first), None)
         self._files = files
-        inner = check_same(
+        inner = shared_value(
             "activations of shape [..., *]",
             [[info[name].shape[1:] for name in tensors] for info in infos],
             files,

@@ -14,10 +14,10 @@ import numpy as np
 
 from ...core.errors import StoreError
 from .safetensors_parts import read_slice, tensors_of
-from .source import Format, Options, Rows, Shape, check_same, chosen, dtype_name
+from .source import Format, Options, Rows, Shape, chosen, dtype_name, shared_value
 from .tensor_folder import safetensors_files
 
-STATES, TOKENS = "hidden_states", "token_ids"
+STATES, _TOKENS = "hidden_states", "token_ids"
 
 
 class HiddenStates:
@@ -27,18 +27,18 @@ class HiddenStates:
         self._files = safetensors_files(path)
         infos = [tensors_of(file) for file in self._files]
         for file, info in zip(self._files, infos, strict=True):
-            if STATES not in info or TOKENS not in info:
+            if STATES not in info or _TOKENS not in info:
                 raise StoreError(
-                    f"'{file}' holds {', '.join(info)}; vLLM's files of hidden states hold {STATES} and {TOKENS}"
+                    f"'{file}' holds {', '.join(info)}; vLLM's files of hidden states hold {STATES} and {_TOKENS}"
                 )
-            states, tokens = info[STATES].shape, info[TOKENS].shape
+            states, tokens = info[STATES].shape, info[_TOKENS].shape
             if len(states) != 3 or tokens != states[:1]:
                 raise StoreError(
-                    f"'{file}' holds {STATES} {list(states)} and {TOKENS} {list(tokens)}; expected [tokens, layers, "
+                    f"'{file}' holds {STATES} {list(states)} and {_TOKENS} {list(tokens)}; expected [tokens, layers, "
                     "hidden] and [tokens]"
                 )
         shapes = [info[STATES].shape[1:] for info in infos]
-        n_layers, width = check_same("layers and width", shapes, self._files)
+        n_layers, width = shared_value("layers and width", shapes, self._files)
         layers = options.layers
         if layers is None or len(layers) != n_layers or len(set(layers)) != n_layers or min(layers) < 0:
             raise StoreError(
@@ -61,10 +61,10 @@ class HiddenStates:
     def read(self, part: int, start: int, stop: int) -> Rows:
         states = read_slice(self._files[part], STATES, start, stop)
         activations = {name: states[:, place] for name, place in self._places.items()}
-        return Rows(activations, read_slice(self._files[part], TOKENS, start, stop).numpy())
+        return Rows(activations, read_slice(self._files[part], _TOKENS, start, stop).numpy())
 
     def document(self, part: int) -> np.ndarray:
-        return read_slice(self._files[part], TOKENS, 0, self.shape.part_rows[part]).numpy()
+        return read_slice(self._files[part], _TOKENS, 0, self.shape.part_rows[part]).numpy()
 
 
 def _hook_point(layer: int) -> str:
@@ -73,7 +73,7 @@ def _hook_point(layer: int) -> str:
 
 def _is_in(path: Path) -> bool:
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))[:1]
-    return bool(files) and files[0].suffix == ".safetensors" and {STATES, TOKENS} == tensors_of(files[0]).keys()
+    return bool(files) and files[0].suffix == ".safetensors" and {STATES, _TOKENS} == tensors_of(files[0]).keys()
 
 
 FORMAT = Format("vllm", _is_in, HiddenStates)

@@ -229,7 +229,7 @@ def above_threshold(
     return sparse_at(step, parameters, batch.x, bias, entries)
 
 
-def scatter_add_rows(out: Float[Tensor, "d_sae d"], indices: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
+def scatter_add_rows(out: Float[Tensor, "d_sae d"], indices: Int[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
     """Add rows in place, in the same order every time: on CUDA `index_add_` does not, `index_put_` sorts."""
     if out.is_cuda:
         out.index_put_((indices.long(),), rows, accumulate=True)
