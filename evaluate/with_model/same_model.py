@@ -17,6 +17,7 @@ from ...shared.model.content import model_content
 from ...shared.model.hook_points import ResolvedHookPoint
 from ...shared.model.language_model import load_tokenizer
 from ...shared.model.loading.adapters import ModelParts
+from ...shared.model.loading.gguf import gguf_file, local_model
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..metrics.held_out import HeldOut
@@ -43,13 +44,16 @@ def harvested_commit(store: ActivationStore) -> str | None:
 
 
 def check_model_folder(name: str, store: ActivationStore, otherwise: str) -> None:
-    """Raise `ModelError` if the model was a folder that no longer exists. A hub model could have the same name.
+    """Raise `ModelError` if the model was a folder or a GGUF file that is no longer there.
+
+    A model of the Hugging Face hub could have the same name.
 
     `otherwise` completes the error's advice: the setting with which the model is not needed.
     """
     weights = harvested_content(store, "weights") or harvest_record(store).get("weights")
     was_folder = weights is not None and harvested_commit(store) is None
-    if Path(name).is_dir() or not (was_folder or Path(name).is_absolute()):
+    path = Path(local_model(name))
+    if path.is_dir() or gguf_file(str(path)) is not None or not (was_folder or path.is_absolute()):
         return
     where = (
         ""
@@ -57,7 +61,7 @@ def check_model_folder(name: str, store: ActivationStore, otherwise: str) -> Non
         else f" (relative to where it was harvested; here that is '{Path(name).absolute()}')"
     )
     raise ModelError(
-        f"no folder '{name}'{where}, which store '{store.path}' names as its model; give the model's folder "
+        f"no folder or file '{name}'{where}, which store '{store.path}' names as its model; give the model's path "
         f"(--model PATH), or set {otherwise}"
     )
 

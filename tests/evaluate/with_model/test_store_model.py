@@ -18,7 +18,13 @@ from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.metrics.held_out import held_out
 from thresher.evaluate.with_model import store_model
-from thresher.evaluate.with_model.same_model import check_hook_module, check_vocabulary, check_weights, stored_ids
+from thresher.evaluate.with_model.same_model import (
+    check_hook_module,
+    check_model_folder,
+    check_vocabulary,
+    check_weights,
+    stored_ids,
+)
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore, ActivationStoreWriter
@@ -194,8 +200,29 @@ def tokens_of_index(path):
 
 def test_a_relative_model_that_is_not_here_is_refused_with_advice(elsewhere, capsys):
     line = refused(capsys)
-    assert line.startswith("error: no folder 'model' (relative to where it was harvested; here that is '")
-    assert line.endswith("give the model's folder (--model PATH), or set model = false to evaluate without it")
+    assert line.startswith("error: no folder or file 'model' (relative to where it was harvested; here that is '")
+    assert line.endswith("give the model's path (--model PATH), or set model = false to evaluate without it")
+
+
+def test_a_gguf_file_that_is_not_here_is_refused_and_a_present_one_is_not(elsewhere):
+    store = ActivationStore.open("store")
+    with pytest.raises(ModelError, match=r"no folder or file 'tiny\.gguf' .*give the model's path"):
+        check_model_folder("tiny.gguf", store, "model = false")
+    Path("tiny.gguf").write_bytes(b"GGUF")
+    check_model_folder("tiny.gguf", store, "model = false")
+
+
+def test_a_package_stands_for_the_file_in_it(elsewhere, monkeypatch):
+    info = elsewhere / "site" / "tiny_model-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+    (info / "RECORD").write_text("tiny.gguf,,\n")
+    (elsewhere / "site" / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(str(elsewhere / "site"))
+    store = ActivationStore.open("store")
+    check_model_folder("package:tiny-model", store, "model = false")
+    with pytest.raises(ModelError, match="no package 'other-model' is installed"):
+        check_model_folder("package:other-model", store, "model = false")
 
 
 def test_a_hub_model_of_the_same_name_is_not_taken_for_the_folder(elsewhere, capsys, monkeypatch):
@@ -208,7 +235,7 @@ def test_a_hub_model_of_the_same_name_is_not_taken_for_the_folder(elsewhere, cap
 def test_the_model_covers_the_tokenizer_of_an_older_store(harvested, elsewhere, capsys):
     forget("store", "tokenizer_files", "tokenizer_digest", "content", weights="0" * 32)
     line = refused(capsys, model="false")
-    assert line.startswith("error: no folder 'model' (relative to where it was harvested")
+    assert line.startswith("error: no folder or file 'model' (relative to where it was harvested")
     assert line.endswith("or set feature_rows = 0 to leave out the feature index")
     assert run(model=harvested / "model") == 0
     assert {"dust", "grain"} <= tokens_of_index("out/features/sae.parquet")
