@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..shared.core.compute.cores import single_threaded_operators
+from ..shared.core.compute.host_copies import SLOTS, HostCopies, PendingCopy
 from ..shared.model.capture import capturing
 from .plan import HarvestPlan
 from .tokens.packing import ContextBatch
@@ -26,7 +27,10 @@ MAX_WORKERS = 16
 
 
 class Harvested(NamedTuple):
-    """A batch, its activations at each hook point, and the seconds that its forward pass took."""
+    """A batch, its activations at each hook point, and the seconds that its forward pass took.
+
+    The activations of a GPU are in buffers that are overwritten once the next batch is asked for.
+    """
 
     batch: ContextBatch
     activations: dict[str, Tensor]
@@ -40,19 +44,23 @@ def choose_workers(wanted: int | None, device: torch.device) -> int:
     return wanted or min(torch.get_num_threads(), MAX_WORKERS)
 
 
-def forward_passes(plan: HarvestPlan, batches: Iterable[ContextBatch], workers: int) -> Generator[Harvested]:
-    """Yield the activations of every batch, in order.
+def forward_passes(
+    plan: HarvestPlan, batches: Iterable[ContextBatch], workers: int, dtype: torch.dtype | None = None
+) -> Generator[Harvested]:
+    """Yield the activations of every batch, in order and on the CPU.
 
-    At most `workers + 1` batches are started before they are yielded.
+    On a CPU, at most `workers + 1` batches are started before they are yielded. On a GPU the activations are rounded to
+    `dtype` (default: the model's) there, and are copied to the host while the next batches run.
     """
     device = plan.model.device
     with capturing(plan.model, plan.hook_points) as read:
+        if device.type == "cuda":
+            yield from _overlapped(read, batches, HostCopies(device, dtype or plan.model.dtype), device)
+            return
 
         def run(batch: ContextBatch) -> Harvested:
             started = time.monotonic()
             activations = read(torch.from_numpy(batch.tokens).to(device, torch.long))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             return Harvested(batch, activations, time.monotonic() - started)
 
         if device.type != "cpu":
@@ -66,6 +74,30 @@ def forward_passes(plan: HarvestPlan, batches: Iterable[ContextBatch], workers: 
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
+
+
+def _overlapped(
+    read: Callable[[Tensor], dict[str, Tensor]],
+    batches: Iterable[ContextBatch],
+    copies: HostCopies,
+    device: torch.device,
+) -> Generator[Harvested]:
+    """Yield each batch once it is on the host; by then the next ones are queued on the device."""
+    queued: deque[tuple[ContextBatch, PendingCopy, float]] = deque()
+
+    def first() -> Harvested:
+        batch, copy, started = queued.popleft()
+        return Harvested(batch, copy.wait(), time.monotonic() - started)
+
+    for batch in batches:
+        started = time.monotonic()
+        tokens = torch.from_numpy(batch.tokens)
+        tokens = tokens.pin_memory() if device.type == "cuda" else tokens
+        queued.append((batch, copies.start(read(tokens.to(device, torch.long, non_blocking=True))), started))
+        if len(queued) == SLOTS:
+            yield first()
+    while queued:
+        yield first()
 
 
 @contextmanager

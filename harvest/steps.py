@@ -95,28 +95,32 @@ def run_model(
     Batches always start at the same contexts, so that a resumed or multi-rank harvest computes the same bits. A batch
     that lies only partly in the assignment is run whole, and its other contexts are dropped.
     """
+    from ..shared.store.format.bits import TORCH_DTYPES
     from .forward import choose_workers, forward_passes
     from .tokens.tokens import batch_contexts
 
     assignment = writer.assignment
     ahead = batch_contexts(contexts, config.batch_size, assignment.n_committed // config.batch_size, assignment.parts)
     workers = choose_workers(config.workers, plan.model.device)
+    lasting = plan.model.device.type != "cuda"
     with (
         Prefetch(ahead, BATCHES_AHEAD) as batches,
-        closing(forward_passes(plan, batches, workers)) as passes,
+        closing(forward_passes(plan, batches, workers, TORCH_DTYPES[config.dtype])) as passes,
     ):
         for number, (batch, activations, seconds) in enumerate(passes):
             if number == 0 and assignment.rank == 0:
                 rows_per_second = assignment.n_ranks * workers * batch.tokens.size / seconds
                 report_estimate(config, plan.widths, config.n_contexts - assignment.n_done, rows_per_second)
             for part in assignment.parts(batch.first, batch.stop):
-                append(writer, batch, activations, slice(part.start - batch.first, part.stop - batch.first))
+                append(writer, batch, activations, slice(part.start - batch.first, part.stop - batch.first), lasting)
                 progress.update(len(part))
             check()
 
 
-def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapping[str, Tensor], part: slice) -> None:
-    """Append the contexts `part` of a batch to the writer."""
+def append(
+    writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapping[str, Tensor], part: slice, lasting: bool
+) -> None:
+    """Append the contexts `part` of a batch to the writer; `lasting` says that nobody overwrites the activations."""
     writer.append(
         {name: activation[part] for name, activation in activations.items()},
         batch.tokens[part],
@@ -125,7 +129,7 @@ def append(writer: ActivationStoreWriter, batch: ContextBatch, activations: Mapp
         positions=batch.positions[part],
         roles=None if batch.roles is None else batch.roles[part],
         document_info=batch.info,
-        copy=False,
+        copy=not lasting,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
         patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        patch.setattr(torch.cuda, "Stream", lambda device=None: Mock(spec=["wait_stream"]))
+        patch.setattr(torch.cuda, "Event", lambda: Mock(spec=["record", "synchronize"]))
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+        patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, WithoutDevice():
             yield mode
 

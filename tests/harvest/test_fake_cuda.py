@@ -1,9 +1,10 @@
-"""A harvest's forward passes on tensors that claim to be on a GPU: no tensor of the CPU among their operands."""
+"""A harvest's forward passes on tensors that claim to be on a GPU: the model runs there, and the host gets copies."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from thresher.harvest.forward import choose_workers, forward_passes
@@ -11,7 +12,7 @@ from thresher.harvest.plan import HarvestPlan
 from thresher.harvest.tokens.packing import ContextBatch
 from thresher.shared.model.language_model import resolve_hook_points
 
-from ..fake_cuda import DEVICE, fake_cuda, to_gpu
+from ..fake_cuda import fake_cuda, to_gpu
 
 D, CONTEXT = 16, 8
 NAMES = ["blocks.0.mlp_out", "blocks.1.resid_pre", "blocks.1.resid_post"]
@@ -39,12 +40,13 @@ def batches():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_activations_are_read_on_the_gpu(name):
+def test_the_gpu_s_activations_reach_the_host(name):
     model = MODELS[name]().eval()
     hook_points = resolve_hook_points(model, NAMES)
     with fake_cuda():
         to_gpu(model)
         assert choose_workers(4, model.device) == 1
-        found = list(forward_passes(HarvestPlan(model, None, hook_points, 1), batches(), 1))
+        found = list(forward_passes(HarvestPlan(model, None, hook_points, 1), batches(), 1, torch.bfloat16))
     assert [harvested.activations[NAMES[0]].shape for harvested in found] == [(n, CONTEXT, D) for n in (3, 3, 1)]
-    assert {str(x.device) for harvested in found for x in harvested.activations.values()} == {DEVICE}
+    assert {str(x.device) for harvested in found for x in harvested.activations.values()} == {"cpu"}
+    assert {x.dtype for harvested in found for x in harvested.activations.values()} == {torch.bfloat16}
