@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..core.errors import ConfigError, MissingFileError
-from ..hub.address import HubAddress
+from ..hub.address import repository_address
 from ..hub.upload import upload
 from ..sae import Sae
 from ..sae.formats import find_saes, natural_order
 from ..sae.formats.files import CONFIG_NAME, WEIGHTS_NAME
 from .card import CardSae, measured_rows, model_card
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _TRAINING = "config.toml"
 _METRICS = "metrics.json"
 
@@ -33,8 +31,7 @@ def push(
         MissingFileError: there is no SAE.
         HubError: the Hub cannot be reached, or refuses the upload.
     """
-    if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(f"'{repository}' is not a repository on the Hub; expected --repo USER/NAME")
+    address = repository_address(repository)
     saes = _saes_of(folder)
     rows = measured_rows(evaluation or folder.parent / "evaluation", required=evaluation is not None)
     card = model_card(repository, saes, rows, license_name)
@@ -54,7 +51,7 @@ def push(
             files.append(_METRICS)
         if dry_run:
             return [card, *(f"would upload {name}" for name in files)]
-        url = upload(root, HubAddress(repository), private=private, message=f"Upload {len(saes)} SAEs with Thresher")
+        url = upload(root, address, private=private, message=f"Upload {len(saes)} SAEs with Thresher")
     return [
         f"uploaded {len(saes)} SAEs and {len(files)} files to {url}",
         f'load one with Sae.load("hf://{repository}/{saes[0].name}")',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..core.errors import HubError
+from ..core.errors import ConfigError, HubError
 
 _ADDRESS = re.compile(r"hf:/{1,2}(datasets/)?((?!datasets/)[\w.-]+/[\w.-]+)((?:/[^@]*)?)(?:@([^@]+))?")
 """A `Path` keeps only one of the two slashes."""
@@ -46,3 +46,19 @@ def parse_address(name: str) -> HubAddress:
     if found is None or any(part in (".", "..", "") for part in path.split("/") if path):
         raise HubError(f"'{name}' is not an address on the Hub; expected hf://USER/REPO/path@revision")
     return HubAddress(found[2], path, found[4] or "", "dataset" if found[1] else "model")
+
+
+def repository_address(name: str, kind: str = "model") -> HubAddress:
+    """Return the address of a whole repository that a user names as USER/NAME.
+
+    Raises:
+        ConfigError: it is no such name, or more than one.
+    """
+    prefix = "datasets/" if kind == "dataset" else ""
+    try:
+        address = parse_address(f"hf://{prefix}{name}")
+    except HubError:
+        raise ConfigError(f"'{name}' is not a repository on the Hub; expected --repo USER/NAME") from None
+    if address.path or address.revision or address.kind != kind:
+        raise ConfigError(f"'{name}' is more than a repository; expected --repo USER/NAME")
+    return address

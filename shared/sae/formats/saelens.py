@@ -25,6 +25,14 @@ from .saelens_keys import METADATA, READ, RENAMED, TRAINING
 
 _DECIDED_ABOVE = ("normalize_activations", "reshape_activations")
 """Keys of the top level that decide what an SAE computes, whatever a note of it in the metadata says."""
+_OF_OTHER_FUNCTION = {
+    "abstopk": "whose latents may be negative",
+    "temporal": "whose latents depend on the tokens before",
+    "matching_pursuit": "which encodes in as many steps as it has latents",
+    "batchtopk": "a checkpoint of training that SAELens saves as jumprelu when training ends",
+    "matryoshka_batchtopk": "a checkpoint of training that SAELens saves as jumprelu when training ends",
+}
+"""SAELens's architectures that no `Kind` computes, and why."""
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -129,6 +137,8 @@ def _architecture(saved: dict[str, Any], old: bool, where: str) -> str:
     options = mapping(saved, "activation_fn_kwargs", where)
     if activation == "topk" and architecture == "standard" and old:
         architecture = "topk"
+    if why := _OF_OTHER_FUNCTION.get(str(architecture)):
+        raise SaeError(f"{where} has architecture '{architecture}', {why}, which is not supported")
     kind = find_kind(str(architecture), where)
     if activation != "relu" and activation != kind.selection:
         raise SaeError(

@@ -12,6 +12,7 @@ from ...core.paths import user_path
 from ...hub.address import HubAddress, is_hub_address, parse_address
 from ...hub.download import HubFile, download
 from .releases import find_release
+from .transcoder_sets import assemble, parts_of
 
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 _DESCRIPTIONS = (".json", ".yaml", ".yml")
@@ -40,20 +41,38 @@ def local_source(source: str | Path) -> Path:
 def locate_source(source: str | Path, several: bool = False) -> Located:
     """Return where a source is on this machine, after downloading it if it is on the Hub.
 
-    With `several`, a folder of the Hub may hold many SAEs, which are all downloaded.
+    With `several`, a folder of the Hub may hold many SAEs, which are all downloaded. So are the parts of a set of
+    circuit-tracer that lists their addresses, wherever the set itself is.
 
     Raises:
         HubError: the Hub does not give it.
         SaeError: a folder of the Hub holds several SAEs, and one is expected.
     """
     if is_hub_address(source):
-        return Located(_download(parse_address(str(source)), several), {})
+        return Located(_with_parts(_download(parse_address(str(source)), several), source, several), {})
     path = user_path(source)
     if isinstance(source, str) and "/" in source and not _exists(path):
         release = find_release(source)
         if release is not None:
             return Located(_download(release.address, several), release.metadata, release.stated)
-    return Located(path, {})
+    return Located(_with_parts(path, source, several) if _exists(path) else path, {})
+
+
+def _with_parts(path: Path, source: str | Path, several: bool) -> Path:
+    """Return a path, or the folder of a set whose parts are downloaded from where its configuration says.
+
+    Raises:
+        SaeError: the set has several parts, and one SAE is expected.
+    """
+    try:
+        parts = parts_of(path) if path.is_dir() else []
+    except OSError:
+        return path  # which reading reports
+    if not parts:
+        return path
+    if len(parts) > 1 and not several:
+        raise SaeError(f"'{source}' lists {len(parts)} SAEs; name one, such as '{parts[0]}'")
+    return assemble(path, parts, lambda part: _download(part, several=False))
 
 
 def _exists(path: Path) -> bool:
@@ -86,6 +105,8 @@ def _one_of(files: list[HubFile], address: HubAddress) -> list[HubFile]:
     if named:
         return [*named, *described]
     weights = [file for file in files if _suffix(file) in _WEIGHTS and file.name not in _NOT_SAES]
+    if not weights and any(file.name.endswith((".yaml", ".yml")) for file in described):
+        return described  # a set that may list its parts
     if not weights:
         raise HubError(f"no SAE at '{address}': expected weights in {', '.join(_WEIGHTS)}")
     singles = [file for file in weights if _ONE_FILE_EACH.fullmatch(file.name)]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ...core.errors import ConfigError, HubError, StoreError
-from ...hub.address import HubAddress, parse_address
+from ...core.errors import StoreError
+from ...hub.address import HubAddress, repository_address
 from ...hub.download import HubFile, list_files, matches
 from ...hub.errors import explained
 from ...hub.upload import upload
@@ -32,7 +32,7 @@ def push_store(folder: Path, repository: str, license_name: str, private: bool) 
         StoreError: the store is not complete, or the repository holds another store.
         HubError: the Hub cannot be reached, or refuses the upload.
     """
-    address = _repository(repository)
+    address = repository_address(repository, "dataset")
     store = ActivationStore.open(folder)
     if not store.complete:
         raise StoreError(f"the store '{folder}' is unfinished; run its harvest again to complete it, then push it")
@@ -49,16 +49,6 @@ def push_store(folder: Path, repository: str, license_name: str, private: bool) 
         upload(folder, address, message="Upload the manifest", files=[MANIFEST])
     n_bytes = sum((folder / name).stat().st_size for name in waiting)
     return [f"uploaded {len(waiting)} of {len(names)} files, {n_bytes:,} bytes, to {url}"]
-
-
-def _repository(name: str) -> HubAddress:
-    try:
-        address = parse_address(f"hf://datasets/{name}")
-    except HubError:
-        raise ConfigError(f"'{name}' is not a repository on the Hub; expected --repo USER/NAME") from None
-    if address.path or address.revision:
-        raise ConfigError(f"'{name}' is more than a repository; expected --repo USER/NAME")
-    return address
 
 
 def _belongs(path: Path, folder: Path) -> bool:

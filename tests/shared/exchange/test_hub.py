@@ -11,6 +11,8 @@ from thresher.evaluate.saes.sae_folders import sae_folders
 from thresher.shared.core.errors import HubError, MissingFileError, SaeError
 from thresher.shared.exchange.command import main
 from thresher.shared.sae import Sae
+from thresher.shared.sae.formats import walk_saes
+from thresher.shared.sae.sources import locate_source
 from thresher.train.warm_start import read_trained_sae
 
 # What `huggingface_hub` calls its HTTP client with.
@@ -185,6 +187,42 @@ def test_a_file_of_a_repository_is_loaded_with_what_describes_it(hub, tmp_path):
     assert {path for path, _ in hub.downloads} == {"layer_1.safetensors", "config.yaml"}
     with pytest.raises(SaeError, match="holds 2 SAEs; name one, such as 'hf://me/demo/layer_0"):
         Sae.load("hf://me/demo")
+
+
+@pytest.mark.parametrize("gemma", [True, False])
+def test_a_set_that_lists_addresses_is_loaded_from_them(gemma, hub, tmp_path, capsys):
+    saes, uris = [], []
+    repository = "google/gemma-scope-2b-pt-transcoders" if gemma else "me/parts"
+    for layer in range(2):
+        parts = {name: value.detach() for name, value in make(layer, "jumprelu").named_parameters()}
+        metadata = {"hook_name_out": f"blocks.{layer}.mlp_out", "model_name": "m"}
+        reads = "mlp_in_normalized" if gemma else "mlp_in"
+        saes.append(Sae("jumprelu_transcoder", parts, hook_point=f"blocks.{layer}.{reads}", metadata=metadata))
+        folder = tmp_path / "parts" / (f"layer_{layer}/width_16k/average_l0_7" if gemma else f"x{layer}")
+        saes[-1].save(folder, "gemma-scope" if gemma else "circuit-tracer")
+        name = f"{folder.relative_to(tmp_path / 'parts')}/{'params.npz' if gemma else f'layer_{layer}.safetensors'}"
+        uris.append(f"hf://{repository}/{name}{'?revision=main' if layer else ''}")
+    published(hub, tmp_path / "parts", repository)
+    config = {"model_name": "m", "model_kind": "transcoder_set", "feature_output_hook": "hook_mlp_out"}
+    config |= {"feature_input_hook": "mlp.hook_in", "transcoders": uris}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump(config))
+    published(hub, tmp_path / "set", "me/set")
+    x = torch.randn(5, saes[0].d_in, generator=torch.Generator().manual_seed(0))
+    for source in ("hf://me/set", str(tmp_path / "set")):
+        found, notes = walk_saes(locate_source(source, several=True).path)
+        loaded = [Sae.load(path) for _, path in found]
+        assert not notes
+        assert [sae.reads for sae in loaded] == [sae.reads for sae in saes]
+        for sae, ours in zip(loaded, saes, strict=True):
+            torch.testing.assert_close(sae(x), ours(x), rtol=1e-5, atol=1e-5)
+        assert main(["info", source]) == 0
+        assert "blocks.1.mlp_out" in capsys.readouterr().out
+        with pytest.raises(SaeError, match="lists 2 SAEs; name one, such as 'hf://"):
+            Sae.load(source)
+    (tmp_path / "set" / "config.yaml").write_text(yaml.safe_dump(config | {"transcoders": ["/else/layer_0.npz"]}))
+    with pytest.raises(SaeError, match=r"lists '/else/layer_0.npz', expected hf://USER/REPO/FILE"):
+        Sae.load(tmp_path / "set")
 
 
 def test_what_cannot_be_pushed_is_refused(sweep, hub, token, tmp_path, capsys):

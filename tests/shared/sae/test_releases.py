@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from thresher.shared.core.errors import SaeError
-from thresher.shared.hub.address import HubAddress, is_hub_address, parse_address
+from thresher.shared.core.errors import ConfigError, SaeError
+from thresher.shared.hub.address import HubAddress, is_hub_address, parse_address, repository_address
 from thresher.shared.sae import Sae
 from thresher.shared.sae.formats import read_sae
 from thresher.shared.sae.sources.releases import find_release
@@ -108,3 +108,12 @@ def test_addresses_are_taken_apart_and_put_together():
     assert parse_address("hf://datasets/me/repo/x") == HubAddress("me/repo", "x", "", "dataset")
     assert str(parse_address("hf://datasets/me/repo@main")) == "hf://datasets/me/repo@main"
     assert not is_hub_address("s3://bucket/x")
+    assert repository_address("me/repo", "dataset") == HubAddress("me/repo", kind="dataset")
+    for name, message in (
+        ("me", "is not a repository on the Hub; expected --repo USER/NAME"),
+        ("me/repo/x", "is more than a repository"),
+        ("me/repo@v1", "is more than a repository"),
+        ("datasets/me/repo", "is more than a repository"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            repository_address(name)
