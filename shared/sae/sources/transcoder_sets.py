@@ -54,11 +54,12 @@ def assemble(folder: Path, parts: list[HubAddress], download: Callable[[HubAddre
     Raises:
         HubError: the Hub does not give a part.
     """
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import cached_assets_path, constants
 
     files = [download(part) for part in parts]
     content = (folder / CONFIG_NAME).read_bytes() + "\n".join(map(str, files)).encode()
-    root = Path(cached_assets_path("thresher", "transcoder-sets", hashlib.sha256(content).hexdigest()[:16]))
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    root = cached_assets_path("thresher", "transcoder-sets", digest, assets_dir=constants.HF_ASSETS_CACHE)
     config = read_yaml(folder / CONFIG_NAME, f"the set at '{folder}'")
     layers = False
     for number, (part, file) in enumerate(zip(parts, files, strict=True)):
