@@ -27,12 +27,14 @@ def test_a_pushed_sweep_is_loaded_by_saelens(hub, token, tmp_path, run_peers):
     D, N, saes = 6, 12, {}
     generator = torch.Generator().manual_seed(0)
     shapes = {"W_enc": (D, N), "W_dec": (N, D), "b_dec": (D,)}
-    for architecture in ("topk", "jumprelu", "standard", "gated"):
+    for name in ("topk", "jumprelu", "standard", "gated", "topk-by-row"):
         names = ("W_enc", "W_dec", "b_dec", "b_enc", "threshold", "b_gate", "b_mag", "r_mag")
-        tensors = {name: torch.randn(shapes.get(name, (N,)), generator=generator) for name in names}
+        tensors = {key: torch.randn(shapes.get(key, (N,)), generator=generator) for key in names}
         tensors["threshold"].abs_()
-        saes[architecture] = Sae(architecture, tensors, hook_point="blocks.1.resid_post", config={"k": 3})
-        saes[architecture].save(tmp_path / "saes" / architecture)
+        config = {"k": 3} | ({"normalize_activations": "layer_norm"} if name == "topk-by-row" else {})
+        architecture = name.removesuffix("-by-row")
+        saes[name] = Sae(architecture, tensors, hook_point="blocks.1.resid_post", config=config)
+        saes[name].save(tmp_path / "saes" / name)
     assert main(["push", str(tmp_path / "saes"), "--repo", "me/demo"]) == 0
     x = torch.randn(40, D, generator=generator)
     save_file({"x": x}, tmp_path / "x.safetensors")
