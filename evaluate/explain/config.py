@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from ...shared.core.config import MAX_SEED, Cache, CacheBytes, Config, Device
+from .llm.config import LlmConfig
 
 
 class ExplainConfig(Config, frozen=True, kw_only=True):
@@ -43,6 +44,9 @@ class ExplainConfig(Config, frozen=True, kw_only=True):
     ] = "random"
     n_intruder_trials: Annotated[int, Meta(ge=0, description="Intruder trials per latent; 0 for none.")] = 10
     max_parts: Annotated[int, Meta(ge=1, description="Most parts of a rule, such as tokens.")] = 12
+    llm: Annotated[
+        LlmConfig | None, Meta(description="A language model that explains and judges as well: a table, see below.")
+    ] = None
     device: Device = "auto"
     cache: Cache = None
     cache_bytes: CacheBytes = None

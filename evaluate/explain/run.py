@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,14 @@ from ..saes.names import printable
 from ..saes.sae_folders import EvaluatedSae, diverged_saes, load_saes, sae_folders, unique_names
 from ..with_model.store_model import model_name, open_tokenizer
 from .config import ExplainConfig
-from .corpus import Corpus, read_corpus, read_firings
-from .rules import RuleSearch, in_words, token_frequency_rules
+from .corpus import Corpus, Firings, read_corpus, read_firings
+from .judge import Counts, Judge, say_estimate
+from .llm.cache import AnswerCache
+from .llm.client import LlmClient
+from .llm.config import CHANGES_NO_ANSWER
+from .llm.prompts import PROMPTS
+from .rules.search import RuleSearch, in_words, token_frequency_rules
+from .rules.views import View, build_views
 from .samples import LatentSampler, Sample, SampleSettings
 from .scores import ScoreSums, score_intruders, score_rules
 from .table import (
@@ -43,7 +50,7 @@ from .table import (
     read_metadata,
     write_explanations,
 )
-from .views import View, build_views
+from .window_texts import WindowTexts
 
 _VERSION = 1
 """Increased whenever the same inputs give other explanations or scores."""
@@ -60,14 +67,23 @@ class Evaluation:
     indexes: dict[str, FeatureIndex]
 
 
-def explain(config: ExplainConfig) -> dict[str, Path]:
+class Written(dict[str, Path]):
+    """The files by SAE name. `complete` says whether a language model was asked all that the settings say."""
+
+    complete = True
+
+
+def explain(config: ExplainConfig) -> Written:
     """Write `explanations/NAME.parquet` for each SAE and write the report anew; return the files by SAE name.
 
-    An SAE whose explanations are there already, made from the same index, store and settings, is kept.
+    An SAE whose explanations are there already, made from the same index, store and settings, is kept. Explanations
+    that a budget cut short are written, and completed by a further call.
 
     Raises:
         MissingFileError: there is no evaluation, or it has no feature indexes.
-        ConfigError: an SAE or a latent is not in the evaluation.
+        ConfigError: an SAE or a latent is not in the evaluation, or the key of a language model is not set.
+        LlmError: the server of a language model does not answer, or refuses a request.
+        OutputBusyError: another process asks a language model about this evaluation.
         StoreError: the store holds no tokens, no training or no held-out contexts.
         NonFiniteError: a latent is NaN or infinite.
     """
@@ -80,35 +96,119 @@ def explain(config: ExplainConfig) -> dict[str, Path]:
                 f"{', '.join(evaluation.indexes)}"
             )
     prints = {name: _fingerprint(config, evaluation, evaluation.indexes[name]) for name in chosen}
-    paths = {name: explanations_path(evaluation.indexes[name]) for name in chosen}
+    paths = Written({name: explanations_path(evaluation.indexes[name]) for name in chosen})
     waiting = [name for name in chosen if read_metadata(paths[name]).get("fingerprint") != prints[name]]
     for name in chosen:
         if name not in waiting:
             tqdm.write(f"kept     the explanations of {printable(name)}")
     if waiting:
-        device = choose_device(config.device)
-        saes = _load(evaluation, waiting, device)
-        corpus = read_corpus(evaluation.store, config.explain_rows, config.score_rows, config.window)
-        tokenizer = open_tokenizer(evaluation.config, evaluation.store)
-        ids = np.unique(corpus.tokens).tolist()
-        texts = TokenTexts({}, {}) if tokenizer is None else TokenTexts.of(tokenizer, ids)
-        views = build_views(corpus, texts)
-        for name in waiting:
-            index = evaluation.indexes[name]
-            parts = explain_sae(config, corpus, views, saes[name], index, device)
-            means = {part.explainer: mean_scores(part.scores) for part in parts}
-            metadata = {
-                "name": name,
-                "index": index.metadata.get("fingerprint"),
-                "fingerprint": prints[name],
-                "means": means,
-                "n_documents": corpus.test.n_documents,
-            }
-            write_explanations(paths[name], parts, metadata)
-            _say(name, len(parts[0].latents), means)
+        with ExitStack() as stack:
+            client = None
+            if config.llm is not None:
+                cache = stack.enter_context(AnswerCache(paths[waiting[0]].parent / "answers.sqlite"))
+                client = LlmClient(config.llm, cache, config.seed)
+            _explain_all(config, evaluation, waiting, paths, prints, client)
+    if config.llm is not None and config.llm.estimate_only:
+        return paths
     report = _show(evaluation)
     tqdm.write(f"report   {printable(str(report))}")
     return paths
+
+
+def _explain_all(
+    config: ExplainConfig,
+    evaluation: Evaluation,
+    names: Sequence[str],
+    paths: Written,
+    prints: Mapping[str, str],
+    client: LlmClient | None,
+) -> None:
+    device = choose_device(config.device)
+    saes = _load(evaluation, names, device)
+    corpus = read_corpus(evaluation.store, config.explain_rows, config.score_rows, config.window)
+    tokenizer = open_tokenizer(evaluation.config, evaluation.store)
+    ids = np.unique(corpus.tokens).tolist()
+    texts = TokenTexts({}, {}) if tokenizer is None else TokenTexts.of(tokenizer, ids)
+    views = build_views(corpus, texts)
+    for name in names:
+        index = evaluation.indexes[name]
+        parts, firings, samples = explain_sae(config, corpus, views, saes[name], index, device)
+        answered = {}
+        if client is not None:
+            judge = Judge(client.config, WindowTexts(corpus, texts), firings, samples, config.n_quantiles, config.seed)
+            added, answered = _ask(config, client, judge, parts, printable(name))
+            if client.config.estimate_only:
+                continue
+            parts += added
+            paths.complete &= not client.exhausted
+        means = {part.explainer: mean_scores(part.scores) for part in parts}
+        metadata = {
+            "name": name,
+            "index": index.metadata.get("fingerprint"),
+            "fingerprint": prints[name] if paths.complete else None,
+            "means": means,
+            "n_documents": corpus.test.n_documents,
+        }
+        write_explanations(paths[name], parts, metadata | answered)
+        _say(name, len(parts[0].latents), means)
+    if not paths.complete:
+        assert client is not None
+        tqdm.write(f"stopped at the budget ({client.budget}); raise it and run again: what is answered is kept")
+
+
+def _ask(
+    config: ExplainConfig, client: LlmClient, judge: Judge, parts: Sequence[Explained], name: str
+) -> tuple[list[Explained], dict[str, Any]]:
+    """Return what a language model says of an SAE's latents, with the scores it gives; and what that took."""
+    llm, numbers = client.config, judge.chosen()
+    explains = "llm" in llm.judged
+    n_judged = len(llm.judged)
+    say_estimate(client, judge.estimate(numbers, n_judged, explains), name)
+    if llm.estimate_only:
+        return [], {}
+    n, n_groups = len(parts[0].latents), judge.corpus.test.n_groups
+    said = {part.explainer: dict(enumerate(part.explanations)) for part in parts}
+    asked = Counts.none(n)
+    own = judge.explain(client, numbers, asked) if explains else {i: said[RULES][i] for i in numbers}
+    judged: dict[str, dict[int, str]] = {}
+    if explains:
+        judged[llm.model] = own
+    for explainer in (RULES, TOKEN_FREQUENCY):
+        if explainer in llm.judged:
+            judged[f"{explainer}, judged by {llm.model}"] = {i: said[explainer][i] for i in numbers}
+    if RANDOM_LATENT in llm.judged and len(own) > 1:
+        there = sorted(own)
+        others = _others(len(there), config.seed)
+        of_others = {number: own[there[other]] for number, other in zip(there, others, strict=True)}
+        judged[f"{RANDOM_LATENT}, judged by {llm.model}"] = of_others
+    intruders = ScoreSums(n_groups, n)
+    if "intruder" in llm.scores:
+        judge.score(client, dict.fromkeys(numbers, ""), "intruder", intruders, asked)
+    found, reasons = [], asked.reasons
+    for explainer, explanations in judged.items():
+        sums, counts = ScoreSums(n_groups, n), Counts.none(n)
+        sums.sums |= {key: intruders.sums[key] for key in ("right", "trials")}
+        for score in llm.scores:
+            if score != "intruder":
+                judge.score(client, explanations, score, sums, counts)
+        if explainer == llm.model:
+            counts.answers += asked.answers
+            counts.bad += asked.bad
+        reasons.update(counts.reasons)
+        kept = np.array(sorted(explanations), dtype=np.int64)
+        scores = {key: value[kept] for key, value in sums.table(config.bootstrap_samples, config.seed).items()}
+        active, inactive = (column[kept] for column in (parts[0].n_active, parts[0].n_inactive))
+        texts = [explanations[i] for i in kept.tolist()]
+        found.append(
+            Explained(
+                *(explainer, parts[0].latents[kept], texts, scores, active, inactive, PROMPTS),
+                *(counts.answers[kept], counts.bad[kept]),
+            )
+        )
+    bad = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
+    tqdm.write(f"asked    {llm.model}: {client.n_sent:,} calls, {client.n_cached:,} answered before; {client.budget}")
+    tqdm.write(f"         bad answers: {bad}")
+    return found, {"prompts": PROMPTS, "bad_answers": dict(reasons)}
 
 
 def open_evaluation(config: ExplainConfig) -> Evaluation:
@@ -145,6 +245,10 @@ def _load(evaluation: Evaluation, names: Sequence[str], device: str) -> dict[str
 
 def _fingerprint(config: ExplainConfig, evaluation: Evaluation, index: FeatureIndex) -> str:
     settings = {name: getattr(config, name) for name in config.__struct_fields__ if name not in WITHOUT_EFFECT}
+    llm = settings.pop("llm")
+    if llm is not None:
+        asked = {name: getattr(llm, name) for name in llm.__struct_fields__ if name not in CHANGES_NO_ANSWER}
+        settings["llm"] = [PROMPTS, asked]
     return digest_of([_VERSION, settings, index.metadata.get("fingerprint"), evaluation.store.manifest.checksum])
 
 
@@ -155,8 +259,8 @@ def explain_sae(
     sae: EvaluatedSae,
     index: FeatureIndex,
     device: str,
-) -> list[Explained]:
-    """Return the rules of an SAE's latents and the two baselines, with their scores."""
+) -> tuple[list[Explained], Firings, list[Sample]]:
+    """Return the rules of an SAE's latents and the two baselines, with their scores; and what these were made from."""
     latents = chosen_latents(config, index)
     neighbours = _neighbours(index, latents) if config.negatives == "neighbours" else None
     needed = np.concatenate([latents, *(np.array(others, np.int64) for others in (neighbours or {}).values())])
@@ -181,7 +285,7 @@ def explain_sae(
         scores = sums.table(config.bootstrap_samples, config.seed)
         texts = [in_words(rule, views) for rule in said]
         parts.append(Explained(explainer, latents, texts, scores, *_counts(samples)))
-    return parts
+    return parts, firings, samples
 
 
 def chosen_latents(config: ExplainConfig, index: FeatureIndex) -> np.ndarray:

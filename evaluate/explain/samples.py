@@ -128,6 +128,13 @@ class LatentSampler:
         return tuple(trials)
 
 
+def windows_by_quantile(
+    window: np.ndarray, value: np.ndarray, n: int, n_quantiles: int, rng: np.random.Generator
+) -> Int64[np.ndarray, " chosen"]:
+    """Draw at most `n` of the windows that firings are in, equally many from each quantile of the largest one."""
+    return _by_quantile(*_largest(window, value), n, n_quantiles, rng)
+
+
 def _largest(window: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each window that occurs, in order, and the largest of its values."""
     order = np.lexsort((value, window))

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 from ..metrics.bootstrap import CONFIDENCE, resampling_weights
 from .corpus import Corpus, Firings
-from .rules import Rule, predicted
+from .rules.search import Rule, predicted
+from .rules.views import View
 from .samples import Sample
-from .views import View
 
 SCORES = ("detection", "fuzzing", "simulation", "intruder")
 """The scores of every explanation; `intruder` needs no explanation, only a judge."""

@@ -19,8 +19,9 @@ _METADATA_KEY = b"thresher.explanations"
 RULES = "rules"
 TOKEN_FREQUENCY, RANDOM_LATENT = "token frequency", "random latent"
 BASELINES = (TOKEN_FREQUENCY, RANDOM_LATENT)
-"""Explainers that the others are compared with."""
+"""Explainers that the others are compared with; those that a language model judges have its name added."""
 SCORED = (*SCORES, *EXACT)
+_COUNTED = ("n_answers", "n_bad_answers")
 _SCHEMA = pa.schema(
     {
         "latent": pa.int64(),
@@ -31,12 +32,18 @@ _SCHEMA = pa.schema(
         "n_active": pa.int32(),
         "n_inactive": pa.int32(),
         "prompts": pa.string(),
+        "n_answers": pa.int32(),
+        "n_bad_answers": pa.int32(),
     }
 )
 
 
 class Explained(NamedTuple):
-    """What one explainer says of several latents, the scores by column, and the hash of the prompts that were used."""
+    """What one explainer says of several latents, and the scores by column.
+
+    If a language model explained or judged, `prompts` is the hash of the prompts, and the last two count its answers
+    and those that were of no use.
+    """
 
     explainer: str
     latents: np.ndarray
@@ -45,6 +52,13 @@ class Explained(NamedTuple):
     n_active: np.ndarray
     n_inactive: np.ndarray
     prompts: str = ""
+    n_answers: np.ndarray | None = None
+    n_bad_answers: np.ndarray | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is only to compare others with."""
+        return self.explainer.startswith(BASELINES)
 
 
 def explanations_path(index: FeatureIndex) -> Path:
@@ -62,9 +76,10 @@ def write_explanations(path: Path, parts: Sequence[Explained], metadata: Mapping
             "latent": part.latents,
             "explanation": pa.array(list(part.explanations), pa.string()),
             "explainer": pa.array([part.explainer] * len(part.latents)),
-            "is_baseline": pa.array([part.explainer in BASELINES] * len(part.latents)),
+            "is_baseline": pa.array([part.is_baseline] * len(part.latents)),
             "n_active": part.n_active,
             "n_inactive": part.n_inactive,
+            **{name: pa.array(values) for name in _COUNTED if (values := getattr(part, name)) is not None},
             "prompts": pa.array([part.prompts or None] * len(part.latents), pa.string()),
         }
         tables.append(

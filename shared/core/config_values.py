@@ -29,7 +29,8 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
         _refuse_nonsense(plain)
         return msgspec.convert(plain, annotation)
     except msgspec.ValidationError as error:
-        if isinstance(plain, list) and any(isinstance(part, types.StructType) for part in _items(kind)):
+        parts = _items(kind) if isinstance(plain, list) else accepted_types(kind)
+        if isinstance(plain, (list, dict)) and any(isinstance(part, types.StructType) for part in parts):
             raise ConfigError(f"{key}: {error}") from None
         raise ConfigError(f"{key}: expected {expected(kind)}, got {_shown(value)}{_advice(key, value, kind)}") from None
 

@@ -55,6 +55,10 @@ class HubError(ThresherError, OSError):
     """The Hugging Face Hub does not answer, refuses a request, or sent a file that does not match its checksum."""
 
 
+class LlmError(ThresherError, OSError):
+    """The server of a language model that explains or judges does not answer, or refuses a request."""
+
+
 class RankError(ThresherError, RuntimeError):
     """Another process of the run failed, ended, cannot be reached, or was started differently."""
 

@@ -11,30 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from thresher.evaluate import EvaluateConfig, evaluate
 from thresher.evaluate.explain.config import ExplainConfig
+from thresher.evaluate.explain.rules.surroundings import read_surroundings
 from thresher.evaluate.explain.run import explain
-from thresher.evaluate.explain.surroundings import read_surroundings
 from thresher.evaluate.explain.table import read_explanations
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.shared.core.cli import run_guarded
 from thresher.shared.core.errors import ConfigError, MissingFileError
-
-
-@pytest.fixture(scope="module")
-def evaluation(tiny, sweep, tmp_path_factory):
-    output = tmp_path_factory.mktemp("evaluation")
-    evaluate(
-        EvaluateConfig(
-            store=str(tiny.store),
-            saes=[str(sweep / "topk_k10"), str(sweep / "standard")],
-            output=str(output),
-            model=False,
-            export=["neuronpedia"],
-            bootstrap_samples=0,
-        )
-    )
-    return output
 
 
 @pytest.fixture(scope="module")

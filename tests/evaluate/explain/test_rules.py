@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from thresher.evaluate.explain.corpus import Corpus, Firings
-from thresher.evaluate.explain.rules import RuleSearch, in_words, predicted, token_frequency_rules
+from thresher.evaluate.explain.rules.search import RuleSearch, in_words, predicted, token_frequency_rules
+from thresher.evaluate.explain.rules.views import build_views, shape, token_in_words
 from thresher.evaluate.explain.samples import LatentSampler, SampleSettings
 from thresher.evaluate.explain.scores import ScoreSums, score_intruders, score_rules
-from thresher.evaluate.explain.views import build_views, shape, token_in_words
 from thresher.evaluate.features.token_text import TokenTexts
 
 WORDS = [*(f" w{i}" for i in range(30)), " def", " class", "(", ")", "\n", " 42", " Жуки", " naïve"]

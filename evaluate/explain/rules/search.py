@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from ...shared.core.progress import progress as show_progress
-from .corpus import Corpus, Firings
+from ....shared.core.progress import progress as show_progress
+from ..corpus import Corpus, Firings
 from .views import View
 
 _LATENTS_AT_A_TIME = 128

@@ -16,8 +16,8 @@ import numpy as np
 import regex
 from jaxtyping import Int64
 
-from ..features.token_text import TokenTexts
-from .corpus import Corpus
+from ...features.token_text import TokenTexts
+from ..corpus import Corpus
 from .surroundings import DEEPEST_INDENTATION, Surroundings, read_surroundings
 
 REACHES = (8,)

@@ -1,0 +1,1 @@
+"""Ask a language model behind an OpenAI-compatible endpoint."""

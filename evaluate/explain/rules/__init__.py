@@ -1,0 +1,1 @@
+"""Explain latents by short rules over tokens."""
