@@ -34,6 +34,7 @@ GROUPED = SMALL | dict(num_key_value_heads=1, head_dim=16, pad_token_id=0)
 MODELS = {
     "cross_layer": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=4, n_head=2, n_positions=256)),
     "demo": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=4, n_head=2, n_positions=256)),
+    "graph": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=4, n_head=2, n_positions=256)),
     "gpt2-small": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=12, n_head=2)),
     "pythia-70m": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, num_hidden_layers=6)),
     "gemma-2-2b": lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, num_hidden_layers=26)),
