@@ -231,7 +231,7 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     counts = csc.starts.diff()
     table: dict[str, Any] = {
         "recomputed_rows": int(failed.sum()),
-        "hot_latents": int((counts > csc.max_segment).sum()),
+        "hot_latents": int((counts >= 2 * csc.max_segment).sum()),
         "most_entries": int(counts.max()),
     }
     for name, (call, operations, n_bytes) in calls.items():

@@ -18,8 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import triton
@@ -28,7 +29,7 @@ from triton.compiler import ASTSource
 
 from thresher.train.kernels.csc import MAX_SEGMENT
 from thresher.train.kernels.triton import adam as optimizer
-from thresher.train.kernels.triton import feature_major, merge, select, threshold, token_major
+from thresher.train.kernels.triton import csc, feature_major, merge, select, threshold, token_major
 from thresher.train.kernels.triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)
@@ -40,10 +41,9 @@ POINTERS = {
         "offsets_ptr",
         "order_ptr",
         "starts_ptr",
-        "segment_starts_ptr",
-        "segment_latents_ptr",
         "places_ptr",
     },
+    "*i16": {"sorted_ptr"},
     "*i32": {
         "keys_ptr",
         "failed_ptr",
@@ -66,13 +66,13 @@ HALF_RATE = {"ISETP", "SEL", "IMNMX", "VIMNMX", "VIMNMX3", "FSETP", "FSEL", "FMN
 
 
 class Variant(NamedTuple):
-    """A kernel, its compile-time constants and its launch options."""
+    """A kernel, its compile-time constants and its launch options; `max_registers` is by capability."""
 
     kernel: Any
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 3
-    limit_registers: bool = False
+    max_registers: Mapping[int, int | None] = MappingProxyType({})
     types: tuple[tuple[str, str], ...] = ()
 
 
@@ -83,7 +83,7 @@ def variants() -> Iterator[Variant]:
     packed = {"COLUMN_BITS": 7}
     for n_candidates in (5, 2, 4, 6, 8, 16, 32):
         constants = {"N_CANDIDATES": n_candidates} | packed | tile
-        yield Variant(select.candidates_kernel, constants, 8, limit_registers=True)
+        yield Variant(select.candidates_kernel, constants, 8, max_registers={90: 128})
     # 960 keys of a row at 24,576 latents, 4,096 at 131,072, and more than registers hold.
     for n_held, held in ((1024, True), (4096, True), (merge.MAX_HELD_KEYS, True), (merge.MAX_HELD_KEYS, False)):
         warps = merge.merge_warps(n_held, wide=False)
@@ -100,6 +100,7 @@ def variants() -> Iterator[Variant]:
             select.recompute_kernel,
             {"K_PADDED": k} | packed | tile | {"BLOCK_ROWS": 16},
             4,
+            max_registers=dict.fromkeys(CAPABILITIES, select.recompute_registers(packed["COLUMN_BITS"])),
             types=(("keys_ptr", "*i64"),),
         )
     for fill in (False, True):
@@ -109,7 +110,7 @@ def variants() -> Iterator[Variant]:
     exact = (("x_ptr", "*fp32"), ("W_ptr", "*fp32"), ("keys_ptr", "*i64"))
     for n_candidates in (4, 8):
         constants = {"N_CANDIDATES": n_candidates} | wide | small
-        yield Variant(select.candidates_kernel, constants, 8, limit_registers=True, types=exact)
+        yield Variant(select.candidates_kernel, constants, 8, max_registers={90: 128}, types=exact)
     for k in (32, 128):
         constants = {"K_PADDED": k} | wide | small | {"BLOCK_ROWS": 16, "BLOCK_LATENTS": max(64, k)}
         yield Variant(select.recompute_kernel, constants, 4, types=exact)
@@ -121,6 +122,7 @@ def variants() -> Iterator[Variant]:
         rows = {"ENTRIES": tiling.entries, "D": tiling.d}
         latents = rows | {"MAX_SEGMENT": MAX_SEGMENT}
         bfloat16_matrix = (("matrix_ptr", "*bf16"),)
+        alone, both = latents | {"ALSO": False}, latents | {"ALSO": True}
         yield Variant(token_major.decode_kernel, rows, tiling.num_warps)
         yield Variant(token_major.grad_values_kernel, rows, tiling.num_warps)
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps)
@@ -128,7 +130,8 @@ def variants() -> Iterator[Variant]:
         for kernel in (token_major.decode_kernel, token_major.grad_values_kernel):
             yield Variant(kernel, rows, tiling.num_warps, types=exact[1:2])
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps, types=(("target_ptr", "*fp32"),))
-        yield Variant(feature_major.segments_kernel, latents, tiling.num_warps, types=bfloat16_matrix)
+        yield Variant(feature_major.segments_kernel, both, tiling.num_warps, types=bfloat16_matrix)
+        yield Variant(feature_major.segments_kernel, alone, tiling.num_warps)
         yield Variant(feature_major.grad_weights_kernel, latents, tiling.num_warps)
         for norm_only, dense in ((False, False), (True, False), (False, True), (True, True)):
             constants = latents | {"NORM_ONLY": norm_only, "DENSE": dense}
@@ -142,8 +145,12 @@ def variants() -> Iterator[Variant]:
         "MAX_SEGMENT": MAX_SEGMENT,
         "d_in": 1,
     }
-    yield Variant(feature_major.segments_kernel, ones, tiling.num_warps)
+    yield Variant(feature_major.segments_kernel, ones | {"ALSO": False}, tiling.num_warps)
     yield Variant(feature_major.grad_weights_kernel, ones, tiling.num_warps)
+    # Narrow keys are enough for up to 65,535 latents.
+    for kind in ("*i16", "*i32"):
+        for kernel in (csc.keys_kernel, csc.places_kernel):
+            yield Variant(kernel, {"BLOCK": 256}, 4, types=(("keys_ptr", kind),))
     for quantised in (True, False):
         constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
         kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")
@@ -162,16 +169,16 @@ def argument_type(name: str) -> str:
 def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     """Compile a variant and return what it takes."""
     names = variant.kernel.arg_names
-    types = {name: argument_type(name) for name in names} | dict(variant.types)
+    types = {name: argument_type(name) for name in names}
+    types |= {name: kind for name, kind in variant.types if name in types}
     types |= dict.fromkeys(variant.constants, "constexpr")
     multiples = MULTIPLES_OF_16 - set(variant.constants)
     aligned = [place for place, name in enumerate(names) if types[name].startswith("*") or name in multiples]
     source = ASTSource(
         variant.kernel, types, variant.constants, {(place,): [["tt.divisibility", 16]] for place in aligned}
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    if variant.limit_registers and capability >= 90:
-        options["maxnreg"] = 128
+    options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options["maxnreg"] = variant.max_registers.get(capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = disassembled(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path, "-res-usage").split("Function")[-1]
     fields = dict(part.rsplit(":", 1) for part in usage.split() if ":" in part and part.rsplit(":", 1)[1].isdigit())

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
+from thresher.train.kernels.csc import MAX_SEGMENT
 
 CHECK_SECONDS = 60
 DEVICE = "cpu" if REHEARSED else "cuda"
@@ -194,8 +195,12 @@ def token_major(shape: Shape) -> None:
 
 def feature_major(shape: Shape) -> str:
     _, _, _, values, latents, offsets = chosen_entries(shape)
-    csc, on_cpu = (fused.to_csc(latents.to(on), offsets.to(on), shape.d_sae) for on in (DEVICE, "cpu"))
-    assert_same((csc.order.cpu(), csc.starts.cpu()), (on_cpu.order, on_cpu.starts), "the order of entries")
+    # A rehearsal has fewer entries than a segment of the usual length.
+    csc = fused.to_csc(latents, offsets, shape.d_sae, min(MAX_SEGMENT, shape.batch // 2))
+    by_latent, order = latents.sort(stable=True)
+    ends = torch.searchsorted(by_latent, torch.arange(shape.d_sae, device=DEVICE), right=True)
+    assert_same((csc.order, csc.starts[1:]), (order, ends), "the order of entries")
+    assert_same((csc.rows,), ((order // shape.k).int(),), "the rows of entries")
     g, some = random(shape.batch, shape.d_in, seed=4), min(shape.d_sae, 256)
     found = fused.grad_weights_and_bias(values, latents, offsets, g, shape.d_sae, csc)
     dense = torch.zeros(shape.batch, some, dtype=torch.float64, device=DEVICE)

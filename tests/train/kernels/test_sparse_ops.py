@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from thresher.shared.store.format.codecs import dequantise_rows as store_dequantise
 from thresher.train.kernels import cpu, reference
 from thresher.train.kernels import triton as fused
-from thresher.train.kernels.csc import to_csc
+from thresher.train.kernels.triton.csc import to_csc
 from thresher.train.stream.normalization import Normalization
 
 
@@ -77,8 +78,35 @@ def test_csc_leaves_out_what_is_past_the_last_row(device):
     assert csc.starts.tolist() == [0, 1, 1, 3, 3]
     assert csc.order[:3].tolist() == [1, 0, 2]
     assert csc.rows[:3].tolist() == [2, 0, 2]
-    assert csc.segment_starts.tolist() == [0, 0, 0, 2, 2]
-    assert csc.segment_latents[:2].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("d_sae", [3, 300, 65_535, 65_536, 131_072])
+def test_csc_is_numpys_stable_sort(device, d_sae):
+    """With keys of 16 bits and of 32, the first and last latents, empty rows and more entries than a block."""
+    generator = np.random.default_rng(0)
+    counts = generator.integers(0, 5, 300)
+    counts[[0, 7, -1]] = 0
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    used, nnz = offsets[-1], offsets[-1] + 20
+    indices = generator.integers(0, d_sae, nnz)
+    indices[:40:2], indices[1:40:2] = d_sae - 1, 0
+    csc = to_csc(torch.tensor(indices, device=device), torch.tensor(offsets, device=device), d_sae)
+    order = np.argsort(indices[:used], kind="stable")
+    assert csc.order[:used].tolist() == order.tolist()
+    assert csc.rows[:used].tolist() == np.repeat(np.arange(300), counts)[order].tolist()
+    assert csc.starts.tolist() == np.searchsorted(indices[:used][order], np.arange(d_sae + 1)).tolist()
+    assert csc.keys.dtype == (torch.int16 if d_sae < 65_536 else torch.int32)
+
+
+def test_no_entries_are_sorted_and_summed_to_zero(device):
+    none, offsets = torch.zeros(0, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    csc = to_csc(none.int(), offsets, 5)
+    assert csc.starts.tolist() == [0] * 6
+    by_weights, by_bias = fused.grad_weights_and_bias(
+        none, none.int(), offsets, torch.ones(2, 4, device=device), 5, csc
+    )
+    assert not by_weights.any()
+    assert not by_bias.any()
 
 
 @pytest.mark.parametrize(("counts", "d_sae", "d_in", "dtype"), SHAPES)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import Backend
-from ..csc import SegmentedCsc, to_csc
+from ..csc import SegmentedCsc
 from ..entries import Selection, torch_topk
 from ..fused_state import AdamState, DenseGradients, Hyperparameters
 from .adam import update
+from .csc import to_csc
 from .dequantise import dequantise, normalise
 from .feature_major import grad_weights, grad_weights_and_bias, sum_by_latent
 from .select import select_topk, select_topk_certified

@@ -45,7 +45,6 @@ def update_kernel(
     g_ptr,
     stride_g,
     starts_ptr,
-    segment_starts_ptr,
     partial_enc_ptr,
     partial_bias_ptr,
     partial_dec_ptr,
@@ -108,7 +107,6 @@ def update_kernel(
         g_ptr,
         stride_g,
         starts_ptr,
-        segment_starts_ptr,
         partial_dec_ptr,
         partial_unused_ptr,
         d,
@@ -132,7 +130,6 @@ def update_kernel(
         x_ptr,
         stride_x,
         starts_ptr,
-        segment_starts_ptr,
         partial_enc_ptr,
         partial_bias_ptr,
         d,
@@ -232,8 +229,7 @@ def update(
     """
     d_sae, d_in = W_enc.weight.shape
     tiling = row_tiling(d_in)
-    partial_enc, partial_bias = sum_segments(grad_pre_acts, csc, x)
-    partial_dec, partial_unused = sum_segments(acts, csc, g)
+    partial_enc, partial_dec = sum_segments(csc, grad_pre_acts, x, also=(acts, g))
     squared_norm = torch.empty(d_sae if max_norm is not None else 1, dtype=torch.float32, device=x.device)
     h = hyperparameters
 
@@ -248,11 +244,8 @@ def update(
             g,
             g.stride(0),
             csc.starts,
-            csc.segment_starts,
-            partial_enc,
-            partial_bias,
-            partial_dec,
-            partial_unused,
+            *partial_enc,
+            *partial_dec,
             W_enc.weight,
             W_enc.mean,
             W_enc.square,

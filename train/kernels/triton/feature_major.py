@@ -1,7 +1,8 @@
 """Gradients of the weights: one program a latent, over the entries sorted by latent. No atomics.
 
-A hot latent's entries are cut in segments of at most `MAX_SEGMENT`, summed by programs of their own
-into a buffer, and its program adds those partial sums in their order: two runs agree in every bit.
+Of the runs of `MAX_SEGMENT` sorted entries that start at its multiples, those with a single latent, which is hot, are
+summed by programs of their own into a buffer. The latent's program adds these partial sums, in their order, to its
+other entries, fewer than two runs: two executions agree in every bit.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -13,7 +14,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..csc import SegmentedCsc, to_csc
+from ..csc import SegmentedCsc
+from .csc import to_csc
 from .token_major import row_tiling
 
 
@@ -25,18 +27,26 @@ def sum_entries(
     matrix_ptr,
     stride,
     start,
-    stop,
+    n,
+    n_before,
+    skipped,
     d,
     d_in,
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Return `sum_j values_j matrix[row_j]` over sorted entries, and the values' own sum."""
+    """Return `sum_j values_j matrix[row_j]` over n sorted entries, and the values' own sum.
+
+    The entries start at `start`; after the first `n_before`, `skipped` are left out. Only `start` needs 64 bits.
+    """
+    order_ptr += start
+    rows_ptr += start
     total = tl.zeros([ENTRIES, D], tl.float32)
     values_total = tl.zeros([ENTRIES], tl.float32)
-    for first in range(start, stop, ENTRIES):
+    for first in range(0, n, ENTRIES):
         places = first + tl.arange(0, ENTRIES)
-        inside = places < stop
+        inside = places < n
+        places = tl.where(places < n_before, places, places + skipped)
         entry = tl.load(order_ptr + places, mask=inside, other=0)
         row = tl.load(rows_ptr + places, mask=inside, other=0).to(tl.int64)
         value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
@@ -48,36 +58,89 @@ def sum_entries(
 
 
 @triton.jit
-def segments_kernel(
+def store_segment(
+    segment,
     values_ptr,
     order_ptr,
     rows_ptr,
     matrix_ptr,
     stride,
-    starts_ptr,
-    segment_starts_ptr,
-    segment_latents_ptr,
     partial_ptr,
     partial_values_ptr,
-    d_sae,
     d_in,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
 ):
-    segment = tl.program_id(0).to(tl.int64)
-    if segment >= tl.load(segment_starts_ptr + d_sae):
-        return
-    latent = tl.load(segment_latents_ptr + segment)
-    within = segment - tl.load(segment_starts_ptr + latent)
-    start = tl.load(starts_ptr + latent) + within * MAX_SEGMENT
-    stop = tl.minimum(start + MAX_SEGMENT, tl.load(starts_ptr + latent + 1))
     d = tl.arange(0, D)
+    start = segment * MAX_SEGMENT
     total, values_total = sum_entries(
-        values_ptr, order_ptr, rows_ptr, matrix_ptr, stride, start, stop, d, d_in, ENTRIES, D
+        values_ptr, order_ptr, rows_ptr, matrix_ptr, stride, start, MAX_SEGMENT, MAX_SEGMENT, 0, d, d_in, ENTRIES, D
     )
     tl.store(partial_ptr + segment * d_in + d, total, mask=d < d_in)
     tl.store(partial_values_ptr + segment, values_total)
+
+
+@triton.jit
+def segments_kernel(
+    order_ptr,
+    rows_ptr,
+    sorted_ptr,
+    starts_ptr,
+    d_sae,
+    d_in,
+    values_ptr,
+    matrix_ptr,
+    stride,
+    partial_ptr,
+    partial_values_ptr,
+    also_values_ptr,
+    also_matrix_ptr,
+    also_stride,
+    also_partial_ptr,
+    also_partial_values_ptr,
+    ALSO: tl.constexpr,
+    MAX_SEGMENT: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    D: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    start = segment * MAX_SEGMENT
+    stop = start + MAX_SEGMENT
+    if stop > tl.load(starts_ptr + d_sae):
+        return
+    if tl.load(sorted_ptr + start) != tl.load(sorted_ptr + stop - 1):
+        return
+    if ALSO and tl.program_id(1) == 1:
+        store_segment(
+            segment,
+            also_values_ptr,
+            order_ptr,
+            rows_ptr,
+            also_matrix_ptr,
+            also_stride,
+            also_partial_ptr,
+            also_partial_values_ptr,
+            d_in,
+            MAX_SEGMENT,
+            ENTRIES,
+            D,
+        )
+    else:
+        store_segment(
+            segment,
+            values_ptr,
+            order_ptr,
+            rows_ptr,
+            matrix_ptr,
+            stride,
+            partial_ptr,
+            partial_values_ptr,
+            d_in,
+            MAX_SEGMENT,
+            ENTRIES,
+            D,
+        )
 
 
 @triton.jit
@@ -89,7 +152,6 @@ def sum_latent(
     matrix_ptr,
     stride,
     starts_ptr,
-    segment_starts_ptr,
     partial_ptr,
     partial_values_ptr,
     d,
@@ -98,10 +160,12 @@ def sum_latent(
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Return the sum over a latent's entries, or over its segments if it is hot, and the sum of its values."""
+    """Return the sum over a latent's entries, those of its segments from the partial sums, and that of its values."""
     start = tl.load(starts_ptr + latent)
     stop = tl.load(starts_ptr + latent + 1)
-    hot = stop - start > MAX_SEGMENT
+    first = tl.cdiv(start, MAX_SEGMENT)
+    n_segments = tl.maximum(stop // MAX_SEGMENT - first, 0)
+    skipped = (n_segments * MAX_SEGMENT).to(tl.int32)
     total, values_total = sum_entries(
         values_ptr,
         order_ptr,
@@ -109,13 +173,15 @@ def sum_latent(
         matrix_ptr,
         stride,
         start,
-        tl.where(hot, start, stop),
+        (stop - start).to(tl.int32) - skipped,
+        (first * MAX_SEGMENT - start).to(tl.int32),
+        skipped,
         d,
         d_in,
         ENTRIES,
         D,
     )
-    for segment in range(tl.load(segment_starts_ptr + latent), tl.load(segment_starts_ptr + latent + 1)):
+    for segment in range(first, first + n_segments):
         total += tl.load(partial_ptr + segment * d_in + d, mask=d < d_in, other=0.0)
         values_total += tl.load(partial_values_ptr + segment)
     return total, values_total
@@ -129,7 +195,6 @@ def grad_weights_kernel(
     matrix_ptr,
     stride,
     starts_ptr,
-    segment_starts_ptr,
     partial_ptr,
     partial_values_ptr,
     out_ptr,
@@ -149,7 +214,6 @@ def grad_weights_kernel(
         matrix_ptr,
         stride,
         starts_ptr,
-        segment_starts_ptr,
         partial_ptr,
         partial_values_ptr,
         d,
@@ -162,32 +226,48 @@ def grad_weights_kernel(
     tl.store(out_values_ptr + latent, values_total)
 
 
+Partial = tuple[Float[Tensor, "n_segments d_in"], Float[Tensor, " n_segments"]]
+"""Partial sums of hot latents; what is not a hot latent's segment is undefined."""
+
+
 def sum_segments(
-    values: Float[Tensor, " nnz"], csc: SegmentedCsc, matrix: Float[Tensor, "rows d_in"]
-) -> tuple[Float[Tensor, "n_segments d_in"], Float[Tensor, " n_segments"]]:
-    """Return the partial sums of hot latents; the rest of the buffers is undefined."""
-    capacity, d_in = len(csc.segment_latents), matrix.shape[1]
-    assert matrix.stride(1) == 1
-    partial = torch.empty(capacity, d_in, dtype=torch.float32, device=matrix.device)
-    partial_values = torch.empty(capacity, dtype=torch.float32, device=matrix.device)
-    tiling = row_tiling(d_in)
-    segments_kernel[(capacity,)](
-        values,
-        csc.order,
-        csc.rows,
-        matrix,
-        matrix.stride(0),
-        csc.starts,
-        csc.segment_starts,
-        csc.segment_latents,
-        partial,
-        partial_values,
-        len(csc.starts) - 1,
-        d_in,
-        MAX_SEGMENT=csc.max_segment,
-        **tiling.launch,
-    )
-    return partial, partial_values
+    csc: SegmentedCsc,
+    values: Float[Tensor, " nnz"],
+    matrix: Float[Tensor, "rows d_in"],
+    also: tuple[Float[Tensor, " nnz"], Float[Tensor, "rows d_in"]] | None = None,
+) -> tuple[Partial, Partial]:
+    """Return the partial sums of values and matrix, and in the same launch those of `also` (without it, the same)."""
+    capacity, d_in = max(1, len(csc.order) // csc.max_segment), matrix.shape[1]
+
+    def buffers() -> Partial:
+        rows = torch.empty(capacity, d_in, dtype=torch.float32, device=matrix.device)
+        return rows, torch.empty(capacity, dtype=torch.float32, device=matrix.device)
+
+    partial = buffers()
+    also_partial = partial if also is None else buffers()
+    also_values, also_matrix = also or (values, matrix)
+    assert matrix.stride(1) == also_matrix.stride(1) == 1
+    if len(csc.order) >= csc.max_segment:
+        segments_kernel[(capacity, 1 if also is None else 2)](
+            csc.order,
+            csc.rows,
+            csc.keys,
+            csc.starts,
+            len(csc.starts) - 1,
+            d_in,
+            values,
+            matrix,
+            matrix.stride(0),
+            *partial,
+            also_values,
+            also_matrix,
+            also_matrix.stride(0),
+            *also_partial,
+            ALSO=also is not None,
+            MAX_SEGMENT=csc.max_segment,
+            **row_tiling(d_in).launch,
+        )
+    return partial, also_partial
 
 
 def grad_weights_and_bias(
@@ -200,10 +280,9 @@ def grad_weights_and_bias(
 ) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, " d_sae"]]:
     """Return each latent's sum of `values_j g[row_j]`, and of `values_j`; zero for an unused latent."""
     csc, d_in = csc or to_csc(indices, offsets, d_sae), g.shape[1]
-    partial, partial_values = sum_segments(values, csc, g)
+    partial, _ = sum_segments(csc, values, g)
     out = torch.empty(d_sae, d_in, dtype=torch.float32, device=g.device)
     out_values = torch.empty(d_sae, dtype=torch.float32, device=g.device)
-    tiling = row_tiling(d_in)
     grad_weights_kernel[(d_sae,)](
         values,
         csc.order,
@@ -211,14 +290,12 @@ def grad_weights_and_bias(
         g,
         g.stride(0),
         csc.starts,
-        csc.segment_starts,
-        partial,
-        partial_values,
+        *partial,
         out,
         out_values,
         d_in,
         MAX_SEGMENT=csc.max_segment,
-        **tiling.launch,
+        **row_tiling(d_in).launch,
     )
     return out, out_values
 

@@ -69,6 +69,14 @@ def padded_k(k: int) -> int:
     return max(2, triton.next_power_of_2(k))
 
 
+def recompute_registers(column_bits: int) -> int | None:
+    """Return the registers a thread of `recompute` may have: of packed keys as many as let two programs share an SM.
+
+    Left to itself, ptxas aims at three and spills at k = 128. Wide keys take all there are.
+    """
+    return 224 if column_bits > 0 else None
+
+
 @triton.jit
 def candidates_kernel(
     x_ptr,
@@ -259,6 +267,7 @@ def select_topk_certified(
         BLOCK_D=tiling.d,
         num_warps=4,
         num_stages=3,
+        maxnreg=recompute_registers(column_bits),
     )
     merge(wide_keys, n_parts * K_PADDED, *found, 0, redo=True)
     return top_acts, top_indices, failed

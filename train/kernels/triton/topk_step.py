@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..across import Across
 from ..auxk import auxk_of_rows
-from ..csc import to_csc
 from ..entries import Selection, packed_positive, torch_topk
 from ..fused_state import AdamState, DenseGradients, Hyperparameters, TopKOptions
 from .adam import update
+from .csc import to_csc
 from .feature_major import sum_by_latent
 from .select import select_topk
 from .token_major import Reconstruction, decode, grad_values, reconstruct

@@ -18,6 +18,8 @@ KERNELS = TENSOR_CORES | {
     "decode_kernel",
     "grad_values_kernel",
     "reconstruct_kernel",
+    "keys_kernel",
+    "places_kernel",
     "segments_kernel",
     "grad_weights_kernel",
     "update_kernel",
@@ -37,8 +39,8 @@ def compile_all(capability, *options):
 def assert_fits(results, capability):
     assert {result["kernel"] for result in results} == KERNELS
     for result in results:
-        # ptxas keeps 8 or 16 bytes of stack now and then, whatever registers are left; spilled rows take hundreds.
-        assert result["stack"] <= 16, result
+        # ptxas keeps 8 to 24 bytes of stack now and then, whatever registers are left; spilled rows take hundreds.
+        assert result["stack"] <= 24, result
         assert result["shared"] <= SHARED_MEMORY[capability], result
         assert result["registers"] <= 255, result
         if result["kernel"] == "candidates_kernel" and capability == 90:

@@ -7,7 +7,7 @@ import torch
 
 from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
-from thresher.train.kernels.csc import to_csc
+from thresher.train.kernels.triton.csc import to_csc
 from thresher.train.kernels.triton.select import SelectTiling, select_topk_certified
 from thresher.train.kernels.triton.threshold import ThresholdTiling
 
@@ -208,7 +208,7 @@ def test_every_op_gives_the_same_bits_twice(device):
         lambda: fused.grad_weights_and_bias(values, indices, offsets, x, 9, csc),
         lambda: fused.normalise(x, g[0], 0.5),
         lambda: (fused.dequantise(stored, values[:6], indices.long() % 6),),
-        lambda: to_csc(indices, offsets, 9)[:5],
+        lambda: to_csc(indices, offsets, 9)[:4],
     )
     for call in calls:
         assert_same(call(), call())
