@@ -126,11 +126,14 @@ test-peers: $(READY) $(PEERS)/.ready  ## run the tests that need other libraries
 check: $(READY)  ## check lint, format and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deno lint --quiet
+	$(BIN)/deno fmt --check --quiet
 	$(BIN)/basedpyright
 
 format: $(READY)  ## format, and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/deno fmt --quiet
 
 clean:  ## remove runs and build files, but not the environment
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -32,15 +32,25 @@ function draw() {
   const rows = found.rows.filter((row) => chosen === null || row.position === chosen);
   const some = rows.slice(0, SHOWN);
   const about = chosen === null ? "of all tokens" : `of token ${chosen}, ${shown(found.token_texts[chosen])}`;
-  document.getElementById("latents-note").textContent =
-    rows.length > some.length ? `The ${SHOWN} largest scores ${about}, of ${rows.length.toLocaleString("en")}.` : `${rows.length} scores ${about}.`;
+  document.getElementById("latents-note").textContent = rows.length > some.length
+    ? `The ${SHOWN} largest scores ${about}, of ${rows.length.toLocaleString("en")}.`
+    : `${rows.length} scores ${about}.`;
   document.getElementById("latents").replaceChildren(
     ...some.map((row) =>
       html(
         "tr",
         {},
-        html("th", { scope: "row", class: "text" }, hooks.length > 1 ? `${row.hook_point} ${row.latent}` : `${row.latent}`),
-        html("td", { class: "text" }, html("code", { class: "token" }, shown(found.token_texts[row.position])), ` ${row.position}`),
+        html(
+          "th",
+          { scope: "row", class: "text" },
+          hooks.length > 1 ? `${row.hook_point} ${row.latent}` : `${row.latent}`,
+        ),
+        html(
+          "td",
+          { class: "text" },
+          html("code", { class: "token" }, shown(found.token_texts[row.position])),
+          ` ${row.position}`,
+        ),
         html("td", {}, formatNumber(row.activation)),
         html("td", {}, signed(row.score)),
         html("td", {}, signed(row.ablation)),
@@ -49,7 +59,7 @@ function draw() {
           { class: `share ${tone(row.score)}` },
           html("div", { style: `--share: ${((100 * Math.abs(row.score)) / largestRow).toFixed(1)}%` }),
         ),
-      ),
+      )
     ),
   );
 }

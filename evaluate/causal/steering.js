@@ -25,7 +25,9 @@ function drawCurve(width, height, key, log, title) {
     { room: 0.04, count: width < 420 ? 4 : 6 },
   );
   root.append(drawAxes(frame, x, y, "Strength", log ? "log scale" : ""));
-  for (const point of others) root.append(svg("circle", { class: "random", cx: x(point.strength), cy: y(point[key]), r: 2.5 }));
+  for (const point of others) {
+    root.append(svg("circle", { class: "random", cx: x(point.strength), cy: y(point[key]), r: 2.5 }));
+  }
   const line = (points) => `M${points.map(([at, value]) => `${x(at).toFixed(1)} ${y(value).toFixed(1)}`).join("L")}`;
   const means = (found.baseline[key] ?? []).map((row) => [row.strength, row.mean]);
   if (means.length) root.append(svg("path", { class: "mean", d: line(means.sort((a, b) => a[0] - b[0])) }));
@@ -34,7 +36,13 @@ function drawCurve(width, height, key, log, title) {
   for (const point of sorted) {
     const dot = svg("circle", { class: "dot", cx: x(point.strength), cy: y(point[key]), r: 5, tabindex: 0 });
     const random = found.baseline[key]?.find((row) => row.strength === point.strength);
-    describe(dot, () => `strength ${point.strength}\n${formatNumber(point[key])}${random ? `\nrandom latents ${formatNumber(random.mean)}` : ""}`);
+    describe(
+      dot,
+      () =>
+        `strength ${point.strength}\n${formatNumber(point[key])}${
+          random ? `\nrandom latents ${formatNumber(random.mean)}` : ""
+        }`,
+    );
     root.append(dot);
   }
   return root;
@@ -48,7 +56,11 @@ for (const [key, title, log] of QUANTITIES) {
 }
 
 const strengths = [...new Set(found.texts.map((text) => text.strength))];
-const select = html("select", {}, ...strengths.map((strength) => html("option", { value: strength }, String(strength))));
+const select = html(
+  "select",
+  {},
+  ...strengths.map((strength) => html("option", { value: strength }, String(strength))),
+);
 function showTexts() {
   const some = found.texts.filter((text) => String(text.strength) === select.value);
   document.getElementById("texts").replaceChildren(
@@ -58,7 +70,7 @@ function showTexts() {
         { class: "context" },
         html("p", { class: "context-head" }, text.prompt),
         html("p", { class: "context-text", dir: "auto" }, text.text || "(nothing)"),
-      ),
+      )
     ),
   );
 }

@@ -4,7 +4,9 @@ function linearTicks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= raw * 0.999);
   const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
+    ticks.push(Number((i * step).toPrecision(12)));
+  }
   return ticks;
 }
 
@@ -28,7 +30,9 @@ function makeScale(values, from, to, { log = false, room = 0.06, count = 5, ends
   const finite = values.filter((value) => isNumber(value) && (!log || value > 0));
   let [low, high] = ends ?? [Math.min(...finite), Math.max(...finite)];
   if (!finite.length && !ends) [low, high] = log ? [1, 10] : [0, 1];
-  if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.05, high + (Math.abs(high) || 1) * 0.05];
+  if (low === high) {
+    [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.05, high + (Math.abs(high) || 1) * 0.05];
+  }
   const inner = log ? Math.log10 : (value) => value;
   const margin = (inner(high) - inner(low)) * room;
   const [start, end] = [inner(low) - margin, inner(high) + margin];
@@ -63,7 +67,9 @@ function drawAxes(frame, x, y, xTitle, yTitle) {
     group.append(svg("text", { x: at, y: frame.bottom + 18, "text-anchor": "middle" }, formatTick(tick, x.log)));
   }
   group.append(svg("line", { class: "base", x1: frame.left, x2: frame.right, y1: frame.bottom, y2: frame.bottom }));
-  group.append(svg("text", { class: "axis-title", x: frame.right, y: frame.bottom + 38, "text-anchor": "end" }, xTitle));
+  group.append(
+    svg("text", { class: "axis-title", x: frame.right, y: frame.bottom + 38, "text-anchor": "end" }, xTitle),
+  );
   group.append(svg("text", { class: "axis-title", x: 0, y: frame.top - 12 }, yTitle));
   return group;
 }

@@ -21,7 +21,8 @@ function readBeside(folder, id) {
     waiting.set(id, resolve);
     const script = html("script", { src: `${encodeURIComponent(folder)}/${id}.js` });
     script.onload = () => script.remove();
-    script.onerror = () => reject(new Error(`The file ${folder}/${id}.js is missing; keep that folder beside the report.`));
+    script.onerror = () =>
+      reject(new Error(`The file ${folder}/${id}.js is missing; keep that folder beside the report.`));
     document.head.append(script);
   });
 }
@@ -29,7 +30,8 @@ function readBeside(folder, id) {
 // Return a block's content. Only the most recently used blocks of latents stay in memory.
 function loadBlock(id, folder) {
   const kept = /-\d+$/.test(id) ? details : summaries;
-  const found = kept.get(id) ?? Promise.resolve(document.getElementById(`block-${id}`)?.textContent ?? readBeside(folder, id)).then(unpack);
+  const found = kept.get(id) ??
+    Promise.resolve(document.getElementById(`block-${id}`)?.textContent ?? readBeside(folder, id)).then(unpack);
   kept.delete(id);
   kept.set(id, found);
   found.catch(() => kept.delete(id));

@@ -4,7 +4,9 @@ const LIST_STEP = 80;
 function readRoute() {
   const parts = new URLSearchParams(location.hash.slice(1));
   const latent = parts.get("latent");
-  return parts.has("sae") ? { sae: parts.get("sae"), latent: latent === null || !/^\d+$/.test(latent) ? null : Number(latent) } : null;
+  return parts.has("sae")
+    ? { sae: parts.get("sae"), latent: latent === null || !/^\d+$/.test(latent) ? null : Number(latent) }
+    : null;
 }
 
 const routeTo = (sae, latent = null) => `#${new URLSearchParams(latent === null ? { sae } : { sae, latent })}`;
@@ -18,7 +20,8 @@ function searchTexts(summary, names) {
 }
 
 // Return the text of every context that the page shows for a latent.
-const searchedContexts = (latent, names) => [...latent.top, ...latent.sampled].map((entry) => folded(contextTexts(entry, names).join("")));
+const searchedContexts = (latent, names) =>
+  [...latent.top, ...latent.sampled].map((entry) => folded(contextTexts(entry, names).join("")));
 
 // Parse a query: a latent's number, or text. In quotation marks, digits are text and outer spaces are significant.
 function readQuery(query) {
@@ -33,7 +36,9 @@ function selectLatents(summary, texts, query, sort, alive, reading) {
   const { text: wanted, number } = readQuery(query);
   const chosen = [];
   for (let i = 0; i < texts.length; i++) {
-    if (i === number || ((!alive || summary.density[i] > 0) && (!wanted || texts[i].includes(wanted) || reading.has(i)))) chosen.push(i);
+    if (
+      i === number || ((!alive || summary.density[i] > 0) && (!wanted || texts[i].includes(wanted) || reading.has(i)))
+    ) chosen.push(i);
   }
   const column = { interestingness: summary.score, density: summary.density, max: summary.max }[sort];
   chosen.sort((a, b) => (b === number) - (a === number) || (column ? column[b] - column[a] : 0) || a - b);
@@ -71,8 +76,10 @@ function setUpBrowser(saes, catalogue) {
       html("span", { class: "number" }, String(number)),
       html("span", { class: "peaks" }, ...summary.peaks[number].slice(0, 3).map((id) => tokenChip(names, id))),
     );
-    const value =
-      { density: `${formatNumber(100 * summary.density[number])}%`, max: formatNumber(summary.max[number]) }[sort.value] ??
+    const value = {
+      density: `${formatNumber(100 * summary.density[number])}%`,
+      max: formatNumber(summary.max[number]),
+    }[sort.value] ??
       summary.score[number].toFixed(2);
     link.append(html("span", { class: "value" }, value));
     if (number === active) link.setAttribute("aria-current", "true");
@@ -92,7 +99,9 @@ function setUpBrowser(saes, catalogue) {
   });
 
   const showStatus = (progress = "") => {
-    status.textContent = `${shown.length.toLocaleString("en")} of ${current.texts.length.toLocaleString("en")} latents${progress}`;
+    status.textContent = `${shown.length.toLocaleString("en")} of ${
+      current.texts.length.toLocaleString("en")
+    } latents${progress}`;
   };
 
   function fill() {
@@ -118,7 +127,8 @@ function setUpBrowser(saes, catalogue) {
       const block = await loadBlock(`${entry.prefix}-${number}`, catalogue.folder);
       if (mine !== searches || current.sae !== sae) return;
       block.forEach(
-        (latent, i) => searchedContexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i),
+        (latent, i) =>
+          searchedContexts(latent, names).some((text) => text.includes(wanted)) && found.add(number * entry.size + i),
       );
       if (number % 8 === 7) {
         showStatus(`, reading contexts: ${Math.round((100 * number) / n)}%`);
@@ -129,7 +139,9 @@ function setUpBrowser(saes, catalogue) {
     if (list.scrollTop === 0) return fill();
     const before = new Set(shown);
     shown = shown.concat(
-      selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading).filter((i) => !before.has(i)),
+      selectLatents(current.summary, current.texts, search.value, sort.value, alive.checked, reading).filter((i) =>
+        !before.has(i)
+      ),
     );
     showStatus();
   }
@@ -143,7 +155,10 @@ function setUpBrowser(saes, catalogue) {
   );
   sort.addEventListener("change", fill);
   alive.addEventListener("change", fill);
-  search.addEventListener("keydown", (event) => event.key === "Enter" && shown.length && (location.hash = routeTo(current.sae, shown[0])));
+  search.addEventListener(
+    "keydown",
+    (event) => event.key === "Enter" && shown.length && (location.hash = routeTo(current.sae, shown[0])),
+  );
 
   async function openSae(name) {
     const entry = catalogue.saes[name];
@@ -154,7 +169,9 @@ function setUpBrowser(saes, catalogue) {
     current = { sae: name, entry, names, summary, texts: searchTexts(summary, names) };
     picker.value = name;
     find("heading").textContent = name;
-    find("about").textContent = `${entry.n.toLocaleString("en")} latents, indexed on ${entry.rows.toLocaleString("en")} tokens.`;
+    find("about").textContent = `${entry.n.toLocaleString("en")} latents, indexed on ${
+      entry.rows.toLocaleString("en")
+    } tokens.`;
     search.value = "";
     reading = new Set();
     searches += 1;
@@ -172,12 +189,19 @@ function setUpBrowser(saes, catalogue) {
       ["Dead", isNumber(sae.dead_fraction) ? `${(100 * sae.dead_fraction).toFixed(1)}%` : null],
     ];
     article.append(
-      html("dl", { class: "figures" }, ...facts.map(([key, value]) => fact(key, typeof value === "string" ? value : formatNumber(value)))),
+      html(
+        "dl",
+        { class: "figures" },
+        ...facts.map(([key, value]) => fact(key, typeof value === "string" ? value : formatNumber(value))),
+      ),
     );
     if (!sae.density?.counts?.some((count) => count > 0)) return;
     const chart = html("div", { class: "chart" });
     const used = sae.density.counts.map((count, i) => (count > 0 ? i : -1)).filter((i) => i >= 0);
-    const part = { counts: sae.density.counts.slice(used[0], used.at(-1) + 1), edges: sae.density.edges.slice(used[0], used.at(-1) + 2) };
+    const part = {
+      counts: sae.density.counts.slice(used[0], used.at(-1) + 1),
+      edges: sae.density.edges.slice(used[0], used.at(-1) + 2),
+    };
     article.append(html("div", { class: "panels wide" }, html("div", {}, html("h4", {}, "Latent densities"), chart)));
     drawResponsive(chart, (width, height) =>
       drawHistogram(width, height, part, {
@@ -185,15 +209,22 @@ function setUpBrowser(saes, catalogue) {
         xTitle: "Density",
         colour: "var(--a0)",
         tick: powerOfTen,
-      }),
-    )();
+      }))();
   }
 
   async function openLatent(number) {
     const { entry, summary, names, sae } = current;
     const block = await loadBlock(`${entry.prefix}-${Math.floor(number / entry.size)}`, catalogue.folder);
     if (active !== number || current.sae !== sae) return;
-    const heading = drawLatent(article, number, summary, block[number % entry.size], names, (other) => routeTo(sae, other), entry.n);
+    const heading = drawLatent(
+      article,
+      number,
+      summary,
+      block[number % entry.size],
+      names,
+      (other) => routeTo(sae, other),
+      entry.n,
+    );
     heading.focus({ preventScroll: true });
     if (matchMedia("(max-width: 52rem)").matches) heading.scrollIntoView();
     else scrollTo(0, 0);
@@ -237,7 +268,7 @@ function setUpBrowser(saes, catalogue) {
     .getElementById("features-list")
     .append(
       ...Object.entries(catalogue.saes).map(([name, entry]) =>
-        html("li", {}, html("a", { href: routeTo(name) }, name), ` ${entry.n.toLocaleString("en")} latents`),
+        html("li", {}, html("a", { href: routeTo(name) }, name), ` ${entry.n.toLocaleString("en")} latents`)
       ),
     );
   follow();

@@ -19,10 +19,9 @@ function curveStyle(saes, name) {
   const family = saes.filter((other) => other.architecture === sae.architecture);
   const shade = family.length > 1 ? family.indexOf(sae) / (family.length - 1) : 0.5;
   const base = colourOf(architectures.indexOf(sae.architecture));
-  const colour =
-    shade <= 0.5
-      ? `color-mix(in oklab, ${base} ${55 + 90 * shade}%, var(--card))`
-      : `color-mix(in oklab, ${base} ${140 - 80 * shade}%, var(--ink))`;
+  const colour = shade <= 0.5
+    ? `color-mix(in oklab, ${base} ${55 + 90 * shade}%, var(--card))`
+    : `color-mix(in oklab, ${base} ${140 - 80 * shade}%, var(--ink))`;
   return { colour, dash: DASHES[hooks.indexOf(sae.hook_point) % DASHES.length], label: sae.label };
 }
 
@@ -31,7 +30,9 @@ function spreadLabels(ends, gap, top, bottom) {
   ends.forEach((end, i) => {
     end.at = Math.max(i ? ends[i - 1].at + gap : top, end.y);
   });
-  for (let i = ends.length - 1; i >= 0; i--) ends[i].at = Math.min(ends[i].at, i + 1 < ends.length ? ends[i + 1].at - gap : bottom);
+  for (let i = ends.length - 1; i >= 0; i--) {
+    ends[i].at = Math.min(ends[i].at, i + 1 < ends.length ? ends[i + 1].at - gap : bottom);
+  }
 }
 
 function nearestIndex(sorted, value) {
@@ -48,18 +49,21 @@ function drawCurves(width, height, curves, key, log, status) {
   const lines = curves.filter((curve) => !curve.hidden && curve.columns[key]);
   const axis = lines.every((curve) => curve.columns.tokens) ? "tokens" : "step";
   const title = CURVE_TITLES[key] ?? key.replaceAll("_", " ");
-  for (const line of lines)
+  for (const line of lines) {
     line.points = line.columns[key]
       .map((value, i) => [line.columns[axis]?.[i] ?? i, value])
       .filter(([at, value]) => isNumber(at) && isNumber(value) && (!log || value > 0));
+  }
   const all = lines.flatMap((line) => line.points);
   const root = svg("svg", { width, height, role: "img", tabindex: 0 });
   root.setAttribute(
     "aria-label",
-    `${title} during training. ${lines
-      .filter((line) => line.points.length)
-      .map((line) => `${line.name} ends at ${formatNumber(line.points.at(-1)[1])}`)
-      .join("; ")}. Arrow keys read the values.`,
+    `${title} during training. ${
+      lines
+        .filter((line) => line.points.length)
+        .map((line) => `${line.name} ends at ${formatNumber(line.points.at(-1)[1])}`)
+        .join("; ")
+    }. Arrow keys read the values.`,
   );
   if (!all.length) {
     root.append(svg("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "Nothing to show."));
@@ -67,7 +71,12 @@ function drawCurves(width, height, curves, key, log, status) {
   }
   const named = width > 620 && lines.length <= 24;
   const longest = Math.max(...lines.map((line) => line.style.label.length));
-  const frame = { left: 0, right: width - (named ? 22 + Math.min(24, longest) * 6.6 : 10), top: 30, bottom: height - 46 };
+  const frame = {
+    left: 0,
+    right: width - (named ? 22 + Math.min(24, longest) * 6.6 : 10),
+    top: 30,
+    bottom: height - 46,
+  };
   const y = makeScale(
     all.map((point) => point[1]),
     frame.bottom,
@@ -81,18 +90,26 @@ function drawCurves(width, height, curves, key, log, status) {
     frame.right,
     { room: 0, count: width < 420 ? 3 : 6 },
   );
-  root.append(drawAxes(frame, x, y, axis === "tokens" ? "Tokens trained on" : "Step", log ? `${title} (log scale)` : title));
+  root.append(
+    drawAxes(frame, x, y, axis === "tokens" ? "Tokens trained on" : "Step", log ? `${title} (log scale)` : title),
+  );
   const ends = [];
   for (const line of lines.filter((other) => other.points.length)) {
     const d = `M${line.points.map(([at, value]) => `${x(at).toFixed(1)} ${y(value).toFixed(1)}`).join("L")}`;
     root.append(
-      svg("path", { class: "curve", d, "data-sae": line.name, "stroke-dasharray": line.style.dash, style: `stroke: ${line.style.colour}` }),
+      svg("path", {
+        class: "curve",
+        d,
+        "data-sae": line.name,
+        "stroke-dasharray": line.style.dash,
+        style: `stroke: ${line.style.colour}`,
+      }),
     );
     const [at, value] = line.points.at(-1);
     ends.push({ line, x: x(at), y: y(value) });
   }
   spreadLabels(ends, 15, frame.top, frame.bottom);
-  if (named)
+  if (named) {
     for (const end of ends) {
       const group = svg("g", { class: "line-end", "data-sae": end.line.name, "aria-hidden": "true" });
       group.append(
@@ -106,6 +123,7 @@ function drawCurves(width, height, curves, key, log, status) {
       group.append(svg("text", { class: "point-label", x: frame.right + 18, y: end.at + 4 }, end.line.style.label));
       root.append(group);
     }
+  }
   addCrossHair(root, frame, x, y, lines, axis, status);
   return root;
 }
@@ -115,7 +133,9 @@ function addCrossHair(root, frame, x, y, lines, axis, status) {
   const rule = svg("line", { class: "cross", y1: frame.top, y2: frame.bottom });
   cross.append(rule);
   root.append(cross);
-  const grid = lines.reduce((best, line) => (line.points.length > best.length ? line.points : best), []).map((point) => point[0]);
+  const grid = lines.reduce((best, line) => (line.points.length > best.length ? line.points : best), []).map((point) =>
+    point[0]
+  );
   let index = grid.length - 1;
   const show = (i, clientX, clientY) => {
     index = Math.max(0, Math.min(grid.length - 1, i));
@@ -126,21 +146,29 @@ function addCrossHair(root, frame, x, y, lines, axis, status) {
     const rows = [];
     for (const line of lines) {
       if (!line.points.length) continue;
-      const point =
-        line.points[
-          nearestIndex(
-            line.points.map((other) => other[0]),
-            at,
-          )
-        ];
+      const point = line.points[
+        nearestIndex(
+          line.points.map((other) => other[0]),
+          at,
+        )
+      ];
       rows.push([point[1], line.name]);
-      cross.append(svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 3.5, style: `fill: ${line.style.colour}; pointer-events: none` }));
+      cross.append(
+        svg("circle", {
+          cx: x(point[0]),
+          cy: y(point[1]),
+          r: 3.5,
+          style: `fill: ${line.style.colour}; pointer-events: none`,
+        }),
+      );
     }
     cross.setAttribute("visibility", "visible");
-    const text = `${formatTick(at, false)} ${axis}\n${rows
-      .sort((a, b) => b[0] - a[0])
-      .map(([value, name]) => `${formatNumber(value)}  ${name}`)
-      .join("\n")}`;
+    const text = `${formatTick(at, false)} ${axis}\n${
+      rows
+        .sort((a, b) => b[0] - a[0])
+        .map(([value, name]) => `${formatNumber(value)}  ${name}`)
+        .join("\n")
+    }`;
     const box = root.getBoundingClientRect();
     showTooltip(text, clientX ?? box.left + x(at), clientY ?? box.top + frame.top);
     return text;
@@ -149,13 +177,20 @@ function addCrossHair(root, frame, x, y, lines, axis, status) {
     cross.setAttribute("visibility", "hidden");
     hideTooltip();
   };
-  root.addEventListener("pointermove", (event) =>
-    show(nearestIndex(grid, x.invert(event.clientX - root.getBoundingClientRect().left)), event.clientX, event.clientY),
+  root.addEventListener(
+    "pointermove",
+    (event) =>
+      show(
+        nearestIndex(grid, x.invert(event.clientX - root.getBoundingClientRect().left)),
+        event.clientX,
+        event.clientY,
+      ),
   );
   root.addEventListener("pointerleave", hide);
   root.addEventListener("blur", hide);
   root.addEventListener("keydown", (event) => {
-    const stride = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity }[event.key];
+    const stride =
+      { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -Infinity, End: Infinity }[event.key];
     if (!stride) return;
     event.preventDefault();
     status.textContent = show(Number.isFinite(stride) ? index + stride : stride > 0 ? grid.length - 1 : 0);
@@ -164,9 +199,16 @@ function addCrossHair(root, frame, x, y, lines, axis, status) {
 
 function setUpCurves(saes, data) {
   const section = document.getElementById("curves");
-  const curves = Object.entries(data).map(([name, columns]) => ({ name, columns, hidden: false, style: curveStyle(saes, name) }));
+  const curves = Object.entries(data).map(([name, columns]) => ({
+    name,
+    columns,
+    hidden: false,
+    style: curveStyle(saes, name),
+  }));
   if (!curves.length) {
-    section.querySelector("figure").replaceChildren(html("p", { class: "empty" }, "No training log was found beside these SAEs."));
+    section.querySelector("figure").replaceChildren(
+      html("p", { class: "empty" }, "No training log was found beside these SAEs."),
+    );
     return;
   }
   const keys = [...new Set(curves.flatMap((curve) => Object.keys(curve.columns)))].filter(
@@ -191,7 +233,10 @@ function setUpCurves(saes, data) {
     return /loss|l0/.test(key) && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 5;
   };
   log.checked = wantsLog(keys[0]);
-  const redraw = drawResponsive(container, (width, height) => drawCurves(width, height, curves, select.value, log.checked, status));
+  const redraw = drawResponsive(
+    container,
+    (width, height) => drawCurves(width, height, curves, select.value, log.checked, status),
+  );
   const caption = () => {
     document.getElementById("curves-caption").textContent = `${select.selectedOptions[0].textContent} during training`;
   };

@@ -3,14 +3,18 @@ const NS = "http://www.w3.org/2000/svg";
 
 function svg(tag, attributes = {}, ...children) {
   const node = document.createElementNS(NS, tag);
-  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) node.setAttribute(key, value);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined) node.setAttribute(key, value);
+  }
   node.append(...children);
   return node;
 }
 
 function html(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) node.setAttribute(key, value);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined) node.setAttribute(key, value);
+  }
   node.append(...children);
   return node;
 }

@@ -9,7 +9,8 @@ function visible(text) {
 }
 
 // Show spaces as dots, and a long run of spaces as a count.
-const compact = (text) => visible(text).replace(/ +/g, (run) => (run.length > 3 ? `·×${run.length}` : "·".repeat(run.length)));
+const compact = (text) =>
+  visible(text).replace(/ +/g, (run) => (run.length > 3 ? `·×${run.length}` : "·".repeat(run.length)));
 
 const tokenText = (names, id) => names.tokens[id] ?? `⟨${id}⟩`;
 
@@ -23,7 +24,10 @@ const contextTexts = ([, , tokens, , , , , inContext], names) => inContext ?? to
 // Group a token that only continues a character with the token where the character begins.
 function wholeCharacters(texts) {
   const groups = [];
-  texts.forEach((text, i) => (text || !groups.length ? groups.push({ text, tokens: [i] }) : groups.at(-1).tokens.push(i)));
+  texts.forEach((
+    text,
+    i,
+  ) => (text || !groups.length ? groups.push({ text, tokens: [i] }) : groups.at(-1).tokens.push(i)));
   return groups;
 }
 
@@ -39,13 +43,15 @@ function drawContext(entry, names, maximum) {
     const word = visible(characters);
     const span = strongest
       ? html(
-          tokens.includes(peak) ? "mark" : "span",
-          { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, strongest / maximum))}%` },
-          word,
-        )
+        tokens.includes(peak) ? "mark" : "span",
+        { class: "active", style: `--heat: ${Math.round(12 + 58 * Math.min(1, strongest / maximum))}%` },
+        word,
+      )
       : html("span", {}, word);
     const spread = tokens.length > 1 ? `${word} (${tokens.length} tokens)` : word;
-    span.dataset.tip = strongest ? `${spread}\nactivation ${values.map(formatNumber).join(", ")}` : `${spread}\nnot active`;
+    span.dataset.tip = strongest
+      ? `${spread}\nactivation ${values.map(formatNumber).join(", ")}`
+      : `${spread}\nnot active`;
     text.append(span);
   }
   line.append(html("p", { class: "context-head" }, html("strong", {}, formatNumber(activation)), ` ${origin}`), text);
@@ -58,7 +64,12 @@ function tokenTable(title, rows, names) {
     "ol",
     { class: "effects" },
     ...rows.map(([id, effect]) =>
-      html("li", { style: `--share: ${(100 * Math.abs(effect)) / largest}%` }, tokenChip(names, id), html("span", {}, effect.toFixed(2))),
+      html(
+        "li",
+        { style: `--share: ${(100 * Math.abs(effect)) / largest}%` },
+        tokenChip(names, id),
+        html("span", {}, effect.toFixed(2)),
+      )
     ),
   );
   return html("div", {}, html("h4", {}, title), list);
@@ -70,7 +81,11 @@ function contextList(title, note, contexts, names, maximum) {
 }
 
 const SCORE_LABELS = [
-  ["detection", "Detection", "Balanced accuracy in telling held-out contexts with the latent from those without it; chance is 0.5"],
+  [
+    "detection",
+    "Detection",
+    "Balanced accuracy in telling held-out contexts with the latent from those without it; chance is 0.5",
+  ],
   ["fuzzing", "Fuzzing", "Balanced accuracy in telling right highlights from wrong ones; chance is 0.5"],
   ["simulation", "Simulation", "Correlation of predicted and actual activations; chance is 0"],
   ["intruder", "Intruder", "How often the context without the latent is found among five; chance is 0.2"],
@@ -88,20 +103,27 @@ function scoreCell(score) {
 // What explainers say of the latent, and how well that predicts it in documents that they never saw.
 function explanationTable(explanations) {
   const shown = SCORE_LABELS.filter(([key]) => explanations.some(([, , scores]) => scores[key]));
-  const head = html("tr", {}, html("th", {}, "Explainer"), ...shown.map(([, label, tip]) => html("th", { title: tip }, label)));
+  const head = html(
+    "tr",
+    {},
+    html("th", {}, "Explainer"),
+    ...shown.map(([, label, tip]) => html("th", { title: tip }, label)),
+  );
   const rows = explanations.map(([explainer, , scores, baseline]) =>
     html(
       "tr",
       baseline ? { class: "baseline" } : {},
       html("th", { scope: "row" }, baseline ? `baseline: ${explainer}` : explainer),
       ...shown.map(([key]) => scoreCell(scores[key])),
-    ),
+    )
   );
   return html(
     "section",
     { class: "explanations" },
     html("h4", {}, "Explanations"),
-    ...explanations.filter(([, , , baseline]) => !baseline).map(([, text]) => html("p", { class: "explanation", dir: "auto" }, text)),
+    ...explanations.filter(([, , , baseline]) => !baseline).map(([, text]) =>
+      html("p", { class: "explanation", dir: "auto" }, text)
+    ),
     html("div", { class: "scroll" }, html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows))),
     html(
       "p",
@@ -154,7 +176,7 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
         html("a", { href: linkTo(other) }, `${other}`),
         ...summary.peaks[other].slice(0, 2).map((id) => tokenChip(names, id)),
         html("span", {}, score.toFixed(2)),
-      ),
+      )
     ),
   );
   const together = html(
@@ -163,8 +185,10 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
     html("h4", {}, "Fires together with"),
     latent.neighbours.length ? neighbours : html("p", { class: "note" }, "No other latent, on the sampled tokens."),
   );
-  panels.append(html("div", { class: "stack" }, html("div", {}, html("h4", {}, "Activations when active"), chart), together));
-  if (latent.promoted.length)
+  panels.append(
+    html("div", { class: "stack" }, html("div", {}, html("h4", {}, "Activations when active"), chart), together),
+  );
+  if (latent.promoted.length) {
     panels.append(
       html(
         "div",
@@ -173,8 +197,12 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
         tokenTable("Suppresses", latent.suppressed, names),
       ),
     );
-  article.append(panels, contextList("Strongest contexts", "The contexts with the highest activation.", latent.top, names, maximum));
-  if (latent.sampled.length)
+  }
+  article.append(
+    panels,
+    contextList("Strongest contexts", "The contexts with the highest activation.", latent.top, names, maximum),
+  );
+  if (latent.sampled.length) {
     article.append(
       contextList(
         "Across the range",
@@ -184,6 +212,7 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
         maximum,
       ),
     );
+  }
   const edges = latent.histogram.map((_, i) => (latent.end * i) / latent.histogram.length).concat(latent.end);
   drawResponsive(chart, (width, height) =>
     drawHistogram(
@@ -197,7 +226,6 @@ function drawLatent(article, number, summary, latent, names, linkTo, total) {
         unit: "tokens",
         colour: "var(--a0)",
       },
-    ),
-  )();
+    ))();
   return heading;
 }

@@ -6,7 +6,9 @@ const SHAPES = [
   (r) => `M0 ${-r * 1.3}L${r * 1.3} 0L0 ${r * 1.3}L${-r * 1.3} 0Z`,
   (r) => `M0 ${r * 1.25}L${r * 1.2} ${-r * 0.85}H${-r * 1.2}Z`,
   (r) =>
-    `M${-r} ${-r * 0.36}H${-r * 0.36}V${-r}H${r * 0.36}V${-r * 0.36}H${r}V${r * 0.36}H${r * 0.36}V${r}H${-r * 0.36}V${r * 0.36}H${-r}Z`,
+    `M${-r} ${-r * 0.36}H${-r * 0.36}V${-r}H${r * 0.36}V${-r * 0.36}H${r}V${r * 0.36}H${r * 0.36}V${r}H${-r * 0.36}V${
+      r * 0.36
+    }H${-r}Z`,
   (r) => `M0 ${-r * 1.15}L${r} ${-r * 0.55}V${r * 0.55}L0 ${r * 1.15}L${-r} ${r * 0.55}V${-r * 0.55}Z`,
   (r) =>
     Array.from({ length: 10 }, (_, i) => {
@@ -39,7 +41,9 @@ function paretoFrontier(points) {
 function hooksOf(saes) {
   const counts = new Map();
   for (const { hook_point } of saes) counts.set(hook_point, (counts.get(hook_point) ?? 0) + 1);
-  return [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || a.localeCompare(b, "en", { numeric: true }));
+  return [...counts.keys()].sort((a, b) =>
+    counts.get(b) - counts.get(a) || a.localeCompare(b, "en", { numeric: true })
+  );
 }
 
 const overlap = (a, b) =>
@@ -50,10 +54,13 @@ function placeLabels(points, lines, frame, measure) {
   const dots = lines.flatMap((line) =>
     line.slice(1).flatMap((end, i) =>
       Array.from({ length: 40 }, (_, step) => {
-        const [x, y] = [line[i].px + ((end.px - line[i].px) * step) / 40, line[i].py + ((end.py - line[i].py) * step) / 40];
+        const [x, y] = [
+          line[i].px + ((end.px - line[i].px) * step) / 40,
+          line[i].py + ((end.py - line[i].py) * step) / 40,
+        ];
         return { x0: x - 1, x1: x + 1, y0: y - 1, y1: y + 1 };
-      }),
-    ),
+      })
+    )
   );
   const taken = points.map(({ px, py }) => ({ x0: px - 8, x1: px + 8, y0: py - 8, y1: py + 8 }));
   const directions = [
@@ -78,13 +85,11 @@ function placeLabels(points, lines, frame, measure) {
         const middle = point.px + dx * distance + (dx * width) / 2;
         const y = point.py + dy * (distance + 4);
         const box = { x0: middle - width / 2, x1: middle + width / 2, y0: y - 8, y1: y + 8 };
-        const outside =
-          Math.max(0, frame.left - box.x0) +
+        const outside = Math.max(0, frame.left - box.x0) +
           Math.max(0, box.x1 - frame.right) +
           Math.max(0, frame.top - 4 - box.y0) +
           Math.max(0, box.y1 - frame.bottom);
-        const cost =
-          taken.reduce((sum, other, i) => sum + (i === own ? 0 : overlap(box, other)), 0) * 10 +
+        const cost = taken.reduce((sum, other, i) => sum + (i === own ? 0 : overlap(box, other)), 0) * 10 +
           dots.reduce((sum, dot) => sum + overlap(box, dot), 0) * 2 +
           outside * 40 +
           distance;
@@ -119,11 +124,15 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
     frame.right,
     { log, room: 0.1, count: width < 420 ? 4 : 6 },
   );
-  root.append(drawAxes(frame, x, y, log ? "L0, latents active per token (log scale)" : "L0, latents active per token", title));
+  root.append(
+    drawAxes(frame, x, y, log ? "L0, latents active per token (log scale)" : "L0, latents active per token", title),
+  );
   for (const point of points) [point.px, point.py] = [x(point.l0), y(point.value)];
   const lines = hooks.map((hook) => paretoFrontier(points.filter((point) => point.hook_point === hook)));
   for (const line of lines) {
-    if (line.length > 1) root.append(svg("path", { class: "frontier", d: `M${line.map(({ px, py }) => `${px} ${py}`).join("L")}` }));
+    if (line.length > 1) {
+      root.append(svg("path", { class: "frontier", d: `M${line.map(({ px, py }) => `${px} ${py}`).join("L")}` }));
+    }
   }
   const pen = document.createElement("canvas").getContext("2d");
   pen.font = "12px system-ui, sans-serif";
@@ -131,7 +140,7 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
   points.forEach((point, i) => {
     const place = places[i];
     const group = svg("g", { "data-sae": point.name });
-    if (place.distance > 12)
+    if (place.distance > 12) {
       group.append(
         svg("line", {
           class: "leader",
@@ -141,8 +150,15 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
           y2: Math.max(place.box.y0 + 2, Math.min(point.py, place.box.y1 - 2)),
         }),
       );
+    }
     group.append(
-      svg("text", { class: "point-label", x: place.middle, y: place.y + 4, "text-anchor": "middle", "aria-hidden": "true" }, point.label),
+      svg("text", {
+        class: "point-label",
+        x: place.middle,
+        y: place.y + 4,
+        "text-anchor": "middle",
+        "aria-hidden": "true",
+      }, point.label),
     );
     root.append(group);
   });
@@ -150,7 +166,9 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
     const interval = point.intervals[key]?.map(formatNumber).join(" to ");
     const confidence = interval ? `\n95% confidence ${interval}` : "";
     const place = `${point.architecture} at ${point.hook_point}`;
-    const text = `${point.name}\n${place}\nL0 ${formatNumber(point.l0)}, ${title.toLowerCase()} ${formatNumber(point.value)}${confidence}`;
+    const text = `${point.name}\n${place}\nL0 ${formatNumber(point.l0)}, ${title.toLowerCase()} ${
+      formatNumber(point.value)
+    }${confidence}`;
     const group = svg("g", {
       "data-sae": point.name,
       transform: `translate(${point.px} ${point.py})`,
@@ -160,7 +178,7 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
     });
     group.append(svg("circle", { r: 15, fill: "transparent" }), svg("circle", { class: "ring", r: 11 }));
     const bounds = point.intervals[key];
-    if (bounds)
+    if (bounds) {
       group.append(
         svg("path", {
           class: "interval",
@@ -168,6 +186,7 @@ function drawPareto(width, height, saes, key, title, { log, architectures, hooks
           style: `stroke: ${colourOf(architectures.indexOf(point.architecture))}`,
         }),
       );
+    }
     group.append(drawMark(architectures.indexOf(point.architecture), hooks.indexOf(point.hook_point)));
     describe(group, () => text);
     lightOnHover(group, point.name);
@@ -196,7 +215,9 @@ function setUpPareto(saes) {
   ]
     .map(([id, key, title]) => [document.getElementById(id), key, title])
     .filter(([container]) => container)
-    .map(([container, key, title]) => drawResponsive(container, (width, height) => drawPareto(width, height, shown, key, title, state)));
+    .map(([container, key, title]) =>
+      drawResponsive(container, (width, height) => drawPareto(width, height, shown, key, title, state))
+    );
   const controls = document.getElementById("pareto-controls");
   if (hooks.length > 1) {
     const select = html(

@@ -21,14 +21,18 @@ function setUpTable() {
       for (const other of heads) other.ariaSort = "none";
       head.ariaSort = sort;
       const value = (row) => row.cells[column].dataset.value;
-      body.append(...[...body.rows].sort((a, b) => compareCells(value(a), value(b), numeric, sort === "ascending" ? 1 : -1)));
+      body.append(
+        ...[...body.rows].sort((a, b) => compareCells(value(a), value(b), numeric, sort === "ascending" ? 1 : -1)),
+      );
       status.textContent = `Sorted by ${button.textContent}, ${sort}.`;
     });
   });
   for (const row of body.rows) lightOnHover(row, row.dataset.sae);
   for (const cell of table.querySelectorAll("[data-interval]")) {
     describe(cell, () => cell.dataset.interval);
-    cell.append(Object.assign(document.createElement("span"), { className: "hidden", textContent: `, ${cell.dataset.interval}` }));
+    cell.append(
+      Object.assign(document.createElement("span"), { className: "hidden", textContent: `, ${cell.dataset.interval}` }),
+    );
   }
   document.getElementById("table-filter").addEventListener("input", (event) => {
     const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
