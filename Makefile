@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate explain demo demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -32,12 +32,7 @@ explain: $(READY)  ## explain latents in words, with scores: make explain CONFIG
 	$(BIN)/thresher explain $(or $(CONFIG),configs/explain/demo.toml) $(ARGS)
 
 demo: $(READY)  ## run the whole pipeline on the bundled model and real text
-	$(BIN)/thresher harvest configs/harvest/demo.toml
-	$(BIN)/thresher train configs/train/demo.toml
-	$(BIN)/thresher evaluate configs/evaluate/demo.toml
-	$(BIN)/thresher attribute configs/attribute/demo.toml
-	$(BIN)/thresher steer configs/steer/demo.toml
-	$(BIN)/thresher explain configs/explain/demo.toml
+	$(BIN)/thresher demo
 
 TEXT := runs/text/django
 text: $(TEXT)/.ready  ## fetch real English to harvest: Django's documentation (BSD 3-Clause), by pip
@@ -80,7 +75,15 @@ test-real: $(SMOLLM2) $(GEMMA)  ## run the tests on two real language models, of
 test-gpu: $(READY)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-gpu-check: $(READY)  ## check the kernels, training and their speed on a GPU in ten minutes; prints a page
+gpu-package: $(READY)  ## build the wheel and the source distribution in dist, and check their metadata
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+test-package: package  ## install the wheel into an empty environment, and run the demo with it in an empty folder
+	bash tools/check_package.sh dist/thresher-*.whl $(PYTHON)
+
+check: $(READY)  ## check the kernels, training and their speed on a GPU in ten minutes; prints a page
 	PY=$(BIN)/python bash tools/gpu_check.sh
 
 OLDEST_TRITON := .venv-gpu-versions
@@ -122,6 +125,14 @@ bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, compared with other libr
 
 test-peers: $(READY) $(PEERS)/.ready  ## run the tests that need other libraries, in a separate environment
 	$(BIN)/python -m pytest -m peers $(ARGS)
+
+package: $(READY)  ## build the wheel and the source distribution in dist, and check their metadata
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+test-package: package  ## install the wheel into an empty environment, and run the demo with it in an empty folder
+	bash tools/check_package.sh dist/thresher-*.whl $(PYTHON)
 
 check: $(READY)  ## check lint, format and types; changes nothing
 	$(BIN)/ruff check .

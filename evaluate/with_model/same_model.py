@@ -17,7 +17,8 @@ from ...shared.model.content import model_content
 from ...shared.model.hook_points import ResolvedHookPoint
 from ...shared.model.language_model import load_tokenizer
 from ...shared.model.loading.adapters import ModelParts
-from ...shared.model.loading.gguf import gguf_file, local_model
+from ...shared.model.loading.gguf import gguf_file
+from ...shared.model.loading.packages import local_model
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..metrics.held_out import HeldOut

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from ..core.errors import MissingFileError
 from ..core.location import cache_folder
 from ..core.progress import progress
-from .loading.gguf import local_model
+from .loading.packages import local_model
 
 CACHE_FOLDER = "digests"
 MIN_CACHED_BYTES = 1 << 20

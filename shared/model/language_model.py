@@ -29,7 +29,8 @@ from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
 from .loading.adapters import ModelParts, adapted_base, apply_adapter, model_parts
 from .loading.checkpoint_keys import check_checkpoint_keys
-from .loading.gguf import dequantized, gguf_file, gguf_options, local_model
+from .loading.gguf import dequantized, gguf_file, gguf_options
+from .loading.packages import local_model
 from .loading.tokenizer_files import needs_no_vocabulary, vocabulary_files
 
 if TYPE_CHECKING:

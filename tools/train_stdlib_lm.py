@@ -4,7 +4,7 @@ The model is a GPT-2 with 4 layers of width 256 and a byte-level BPE of 4,096 to
 safetensors and tokenizer.json). The text is the interpreter's standard library with its tests, used twice, and the
 sources of the installed packages. Files whose hash is in the held-out fraction are never trained on.
 
-    python models/train_stdlib_lm.py --output models/stdlib-lm
+    python tools/train_stdlib_lm.py --output models/stdlib-lm
 
 This takes about half an hour on two idle CPU cores with AMX.
 """
