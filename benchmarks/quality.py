@@ -56,14 +56,14 @@ SPARSITIES: dict[str, dict[str, tuple[float, ...]]] = {
 }
 
 
-def export_rows(store: ActivationStore, hook_point: str, path: Path, tokens: int) -> None:
+def export_rows(store: ActivationStore, hook_point: str, path: Path, tokens: int, batch_size: int = BATCH) -> None:
     """Write the training rows, in the stream's order, and held-out rows for evaluation."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     size = store.context_size
-    with ShuffledBatches(store, [hook_point], BATCH, 0, "cpu") as batches:
-        train_rows = torch.cat([next(batches)[hook_point].to(torch.bfloat16) for _ in range(tokens // BATCH)])
+    with ShuffledBatches(store, [hook_point], batch_size, 0, "cpu") as batches:
+        train_rows = torch.cat([next(batches)[hook_point].to(torch.bfloat16) for _ in range(tokens // batch_size)])
     held_out = torch.from_numpy(store.held_out_contexts()).nonzero().flatten().tolist()[: TEST_ROWS // size]
     parts = [
         (store.read(hook_point, c * size, (c + 1) * size), store.row_mask(c * size, (c + 1) * size)) for c in held_out

@@ -67,6 +67,13 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         bool, Meta(description="Compare decoder directions: neighbours within each SAE, matches between SAEs.")
     ] = True
     n_neighbours: Annotated[int, Meta(ge=1, description="Number of nearest decoder neighbours per latent.")] = 5
+    baselines: Annotated[
+        list[Literal["pca", "neurons"]],
+        Meta(
+            description="Dictionaries to evaluate beside the SAEs, at their L0: principal components, and the hook "
+            "point's own basis."
+        ),
+    ] = []
     probe_tasks: Annotated[
         int,
         Meta(

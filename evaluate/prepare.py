@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..shared.core.compute.device import choose_device, make_current
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
+from .baselines.directions import baseline_saes
 from .check_settings import check_settings
 from .config import EvaluateConfig
 from .metrics.held_out import HeldOut, held_out
@@ -85,7 +86,7 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
         device=device,
         store=store,
         rows=rows,
-        saes=saes,
+        saes=saes + baseline_saes(saes, rows, config.baselines, config.block_rows, device),
         failed=failed,
         diverged=diverged_saes(config.saes),
         notes=notes,

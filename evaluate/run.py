@@ -15,8 +15,9 @@ from .explain.table import read_explanations
 from .features.export import export_indexes
 from .metrics.comparison import compare_dictionaries
 from .prepare import prepare_evaluation
+from .report.comparison import baseline_lines, compare_with_baselines
 from .report.write import write_evaluation_report
-from .results.output import loss_curve, write_rows
+from .results.output import loss_curve, write_json, write_rows
 from .results.provenance import footer
 from .results.results import Results
 from .results.table import metrics_table, published_lines
@@ -59,12 +60,16 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     if config.dictionary:
         write_rows(
             output / "dictionaries.parquet",
-            compare_dictionaries([sae for sae in results.saes if not sae.is_cross_layer], firings),
+            compare_dictionaries(
+                [sae for sae in results.saes if not sae.is_cross_layer and sae.made_as is None], firings
+            ),
         )
     features = index_features(prepared, results)
     metrics = _write(results)
     results.remove_stale()
 
+    comparison = compare_with_baselines(metrics, {sae.name: sae.sae.config for sae in results.saes})
+    write_json(output / "comparison.json", comparison)
     explanations = {name: read_explanations(index) for name, index in (features or {}).items()}
     report = write_evaluation_report(
         output,
@@ -76,9 +81,10 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         explanations=explanations,
         failed=results.failed,
         diverged=prepared.diverged,
+        comparison=comparison,
     )
     tqdm.write(metrics_table(metrics))
-    for line in published_lines(metrics):
+    for line in (*published_lines(metrics), *baseline_lines(comparison)):
         tqdm.write(line)
     tqdm.write(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
     if config.export and features:

@@ -200,7 +200,7 @@ def index_features(prepared: PreparedEvaluation, results: Results) -> dict[str, 
     settings = FeatureSettings(max_rows=prepared.config.feature_rows)
     return build_feature_index(
         prepared.store,
-        results.saes,
+        [sae for sae in results.saes if sae.made_as is None],
         results.output / "features",
         model=prepared.model,
         tokenizer=prepared.tokenizer,

@@ -57,6 +57,7 @@ FLOORS = [
     "evaluate/config.py",
     "evaluate/saes",
     "evaluate/metrics",
+    "evaluate/baselines",
     "evaluate/ground_truth",
     "evaluate/with_model",
     "evaluate/features",

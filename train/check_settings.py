@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..shared.core.errors import ConfigError, NonFiniteError, StoreError
@@ -56,6 +56,24 @@ def check_schedules(architecture: Architecture[Any], schedule: Schedule) -> None
         raise ConfigError(
             f"resample_every_tokens is {every:,}, but latents are resampled in the first half of the run only, "
             f"which has {half:,} tokens; give at most that, or train on more tokens"
+        )
+
+
+def check_frozen(architecture: Architecture[Any], names: Collection[str]) -> None:
+    """Refuse to freeze parameters that an SAE does not have, all of them, or directions that resampling would change.
+
+    Raises:
+        ConfigError: `freeze` names no parameter of the SAE, or leaves nothing to train.
+    """
+    unknown = sorted(architecture.frozen - set(names))
+    if unknown:
+        raise ConfigError(f"freeze names '{unknown[0]}', expected some of: {', '.join(names)}")
+    if architecture.frozen == set(names):
+        raise ConfigError("freeze names every parameter, so nothing is trained; leave out at least one")
+    resampled = sorted(architecture.frozen & {"W_enc", "W_dec"})
+    if resampled and architecture.config.resample_every_tokens is not None:
+        raise ConfigError(
+            f"resample_every_tokens would change {resampled[0]}, which is frozen; leave out one of the two"
         )
 
 

@@ -75,6 +75,12 @@ class SaeConfig(Config, frozen=True, kw_only=True):
             description="Tokens between resamplings of dead latents, in the first half of the run; never if not given."
         ),
     ] = None
+    freeze: Annotated[
+        tuple[str, ...] | None,
+        Meta(
+            description="Parameters that keep their initial values, such as W_dec: a baseline that any SAE should beat."
+        ),
+    ] = None
     hook_points: Annotated[
         tuple[str, ...] | None, Meta(description="Several hook points of equal width to read and write: a crosscoder.")
     ] = None

@@ -14,7 +14,7 @@ from ..shared.core.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
 from .architectures.base import Architecture
 from .architectures.registry import find_architecture
-from .check_settings import check_activations, check_schedules, notes_of
+from .check_settings import check_activations, check_frozen, check_schedules, notes_of
 from .config import SaeConfig, TrainConfig
 from .kernels import backend_for
 from .memory import Memory, available_memory, parameter_shapes, sae_memory
@@ -149,6 +149,8 @@ def plan_run(
             complete = completed(sae, {key: setting.value for key, setting in chosen.items()})
             architecture = make_architecture(complete, d_in, d_out)
             check_schedules(architecture, schedule)
+            shapes = parameter_shapes(architecture)
+            check_frozen(architecture, shapes)
         except ConfigError as error:
             raise ConfigError(f"SAE '{sae.name}': {error}") from None
         architectures[str(sae.name)] = architecture
@@ -156,7 +158,7 @@ def plan_run(
             read_initial(sae, config.init_from, architecture)
         if config.parallel == "latents" and ranks.n > 1:
             check_can_be_sharded(sae, architecture)
-        n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in parameter_shapes(architecture).values())
+        n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in shapes.values())
     check_activations(store, saes)
     device = choose_device(config.device)
     memory = _memory(config, store, architectures, n_parameters, device, ranks.n)

@@ -121,6 +121,24 @@ METRICS = (
         "",
         "Mean over live latents of the cosine between encoder column and decoder row.",
     ),
+    *(
+        Column(
+            f"probe_accuracy_k{k}",
+            f"Probe accuracy, k = {k}",
+            "fraction",
+            "higher",
+            f"Mean held-out accuracy of a logistic regression on {k} latent{'s' * (k > 1)} for whether the next token "
+            "is a particular one.",
+        )
+        for k in (1, 2, 5, 16)
+    ),
+    Column(
+        "probe_accuracy_activations",
+        "Probe accuracy, activations",
+        "fraction",
+        "",
+        "The same with the activations themselves.",
+    ),
     Column(
         "f1",
         "F1",

@@ -17,6 +17,7 @@ from ...shared.core.paths import user_path
 from ..features.files import FeatureIndex
 from ..metrics.held_out import HeldOut
 from ..results.provenance import logit_effects_note, provenance, report_title
+from .comparison import COMPARED
 from .definitions import PER_HOOK, PROVENANCE_LABELS, Column, columns, format_value
 from .feature_blocks import Explanations, pack_features
 from .labels import point_labels
@@ -36,13 +37,14 @@ def write_report(
     provenance: Mapping[str, Any] | None = None,
     not_evaluated: Mapping[str, str] | None = None,
     explanations: Mapping[str, Explanations] | None = None,
+    comparison: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one HTML file that shows a sweep's metrics and loss curves, and return its path.
 
     `metrics` are the rows of metrics.json; `loss_curves` are the lines of each SAE's metrics.jsonl, by name; `features`
     are the SAEs' feature indexes, by name. `provenance` describes what was evaluated and on which data, and
-    `not_evaluated` gives, by name, why SAEs failed. Feature data that is too large for one page is written to a folder
-    beside it.
+    `not_evaluated` gives, by name, why SAEs failed. `comparison` is what `compare_with_baselines` returns. Feature data
+    that is too large for one page is written to a folder beside it.
     """
     path = user_path(path)
     rows = [dict(row) for row in metrics if row.get("hook_point")]
@@ -69,6 +71,7 @@ def write_report(
             partly_measured=any(row.get("per_hook") and row.get("ce_loss_score", 0) is None for row in rows),
             provenance_labels=PROVENANCE_LABELS,
             not_evaluated=dict(not_evaluated or {}),
+            comparison=[(name, part, _compared(part)) for name, part in (comparison or {}).items()],
             notes=_notes(rows),
             format_value=format_value,
             interval=_interval,
@@ -96,6 +99,7 @@ def write_evaluation_report(
     explanations: Mapping[str, Explanations] | None = None,
     failed: Mapping[str, str] | None = None,
     diverged: Mapping[str, str] | None = None,
+    comparison: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `report.html` of an evaluation in its output folder, and return its path.
 
@@ -111,6 +115,7 @@ def write_evaluation_report(
         provenance=provenance(rows, model) | logit_effects_note(features),
         not_evaluated=dict(failed or {}) | {name: f"diverged: {reason}" for name, reason in (diverged or {}).items()},
         explanations=explanations,
+        comparison=comparison,
     )
 
 
@@ -176,6 +181,12 @@ def _interval(row: Mapping[str, Any], metric: Column) -> str:
         return ""
     low, high = (format_value(bound, metric.style) for bound in bounds)
     return f"95% confidence interval {low} to {high}, by documents"
+
+
+def _compared(part: Mapping[str, Any]) -> list[Column]:
+    """Return the metrics of which a hook point has a baseline or a smallest difference."""
+    known = {key for sae in part["saes"] for key in sae["metrics"]} | set(part["resolution"])
+    return [metric for key, metric in COMPARED.items() if key in known]
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

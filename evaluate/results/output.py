@@ -20,9 +20,14 @@ from ..metrics.latent_sums import LatentSums
 def write_metrics(output: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Write `metrics.json` and `metrics.parquet`: the same rows, one per SAE; NaN and infinity become null."""
     rows = finite(_with_all_keys(metrics))
-    text = json.dumps(rows, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_file(output / "metrics.json", text.encode())
+    write_json(output / "metrics.json", rows)
     write_rows(output / "metrics.parquet", rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON; NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_file(path, text.encode())
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -29,7 +29,8 @@ class EvaluatedSae:
     """An SAE under evaluation, its name in the results, and the hook points that it reads and reconstructs.
 
     For a crosscoder, `hook_point` and `target` are both the name of its group of hook points (see `hook_group`). For a
-    cross-layer transcoder, they are the names of the groups that it reads and writes.
+    cross-layer transcoder, they are the names of the groups that it reads and writes. `made_as` is the kind of a
+    baseline that the evaluation itself made, without files.
     """
 
     name: str
@@ -37,6 +38,15 @@ class EvaluatedSae:
     sae: Sae
     hook_point: str
     target: str
+    made_as: str | None = None
+
+    @property
+    def baseline(self) -> str | None:
+        """The kind of baseline that this is: made here, or trained with frozen directions; None for other SAEs."""
+        if self.made_as is not None or self.sae.config.get("architecture") == "random":
+            return self.made_as or "random"
+        frozen = [name for name in self.sae.config.get("freeze") or () if str(name).startswith("W_")]
+        return f"frozen {' and '.join(frozen)}" if frozen else None
 
     @property
     def is_cross_layer(self) -> bool:
@@ -60,6 +70,7 @@ class EvaluatedSae:
         return {
             "name": self.name,
             "architecture": known["architecture"],
+            "baseline": self.baseline,
             "hook_point": self.hook_point,
             "target_hook_point": self.target,
             "d_in": self.sae.d_in,

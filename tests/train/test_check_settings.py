@@ -68,6 +68,7 @@ USED = {
     "batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "select_over"},
     "matryoshka_batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "prefix_sizes"},
     "hierarchical_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder"},
+    "random": {"k"},
     "standard": {"l1_coefficient", "target_l0", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},
     "gated": {
         *("l1_coefficient", "target_l0", "sparsity_warmup_steps", "unit_norm_decoder"),
@@ -286,3 +287,30 @@ def test_an_output_that_is_not_a_separate_folder_is_refused(config, store, tmp_p
                 train(change(config, output=str(output), dry_run=dry_run))
     assert (tmp_path / "file").read_text() == "x"
     assert not (store / "config.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"freeze": ("W_decoder",)}, "freeze names 'W_decoder', expected some of: W_enc, b_enc, W_dec, b_dec"),
+        ({"freeze": ("W_enc", "b_enc", "W_dec", "b_dec")}, "freeze names every parameter"),
+        ({"freeze": ("W_dec",), "resample_every_tokens": 64}, "would change W_dec, which is frozen"),
+        ({"architecture": "random", "resample_every_tokens": 64}, "would change W_dec, which is frozen"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(config, keys, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(change(config, sae=[TOPK | keys]))
+
+
+@pytest.mark.parametrize(("keys", "frozen"), [({"freeze": ["W_dec"]}, {"W_dec"}), ({"architecture": "random"}, None)])
+def test_frozen_directions_are_the_initial_ones_and_the_rest_is_trained(config, keys, frozen):
+    table = TOPK | {"name": "sae", "seed": 3} | keys
+    (folder,) = train(change(config, sae=[table]))
+    sae, architecture = Sae.load(folder), make_architecture(make_config(**table), 32)
+    initial = architecture.initial_parameters(torch.Generator().manual_seed(3))
+    frozen = frozen or {"W_enc", "W_dec"}
+    assert sae.config["freeze"] == sorted(frozen)
+    assert torch.equal(sae.W_dec, initial["W_dec"])
+    assert torch.equal(sae.W_enc, initial["W_enc"].T) == ("W_enc" in frozen)
+    assert sae.b_enc.abs().max() > 0

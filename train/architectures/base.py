@@ -159,6 +159,11 @@ class Architecture(Generic[_C]):
         """Whether the encoder subtracts `b_dec`: only if a single hook point is both read and written."""
         return self.config.wiring.kind == "sae"
 
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Return the parameters that training leaves as they are."""
+        return frozenset(self.config.freeze or ())
+
     def decoder_norms(self, W_dec: Float[Tensor, "d_sae d_out"]) -> DecoderNorms:
         """Return the norms of decoder rows at the hook points that are written."""
         return DecoderNorms.of(W_dec, len(self.config.wiring.writes))
@@ -324,7 +329,8 @@ class Architecture(Generic[_C]):
     def _describe(self, *keys: str, **resolved: Any) -> dict[str, Any]:
         """Return the shared hyperparameters, those in `keys` that are set, and the `resolved` values."""
         values = {key: getattr(self.config, key) for key in ("architecture", "d_sae", *keys, "seed")}
-        return {key: value for key, value in values.items() if value is not None} | resolved | {"lr": self.lr}
+        frozen = {"freeze": sorted(self.frozen)} if self.frozen else {}
+        return {key: value for key, value in values.items() if value is not None} | frozen | resolved | {"lr": self.lr}
 
     @property
     def saved_name(self) -> str:

@@ -151,6 +151,8 @@ class TopK(Architecture[_L]):
             found = "unit_norm_decoder = false"
         if found is None and self.config.weight_decay:
             found = "weight_decay is given"
+        if found is None and self.frozen:
+            found = f"{' and '.join(sorted(self.frozen))} is frozen"
         return found
 
     def fused_options(self, total_variance: float, dead_after_tokens: int) -> TopKOptions | None:
@@ -308,6 +310,32 @@ class AnnealedTopK(TopK[TopKConfig]):
         g = error * (2 / (len(x) * step.total_variance))
         by_pre_acts = torch.where(values > 0, latents.grad_values(g, parameters["W_dec"]), 0)
         return latents, gradients_of(parameters, latents, x, g, values, by_pre_acts, self.centred), error
+
+
+class RandomConfig(LargestConfig, frozen=True, kw_only=True):
+    """Random directions: a TopK SAE of which only the biases are trained, as a baseline (arXiv 2602.14111)."""
+
+    architecture: Literal["random"] = "random"
+    unused = (*LargestConfig.unused, "aux_coefficient", "k_aux", "unit_norm_decoder")
+
+
+@register(RandomConfig)
+class Random(TopK[RandomConfig]):
+    """TopK whose encoder and decoder stay at their random initial directions; only its biases are trained."""
+
+    capturable = True
+    shardable = True
+    resolved = Architecture.resolved
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Return the parameters that training leaves as they are: the directions, and what `freeze` names."""
+        return super().frozen | {"W_enc", "W_dec"}
+
+    @property
+    def aux_coefficient(self) -> float:
+        """Return 0: an auxiliary loss would have nothing to train."""
+        return 0.0
 
 
 @register(TopKConfig)

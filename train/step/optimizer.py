@@ -21,8 +21,8 @@ class Optimizer:
     Biases and thresholds are not decayed, because zero is the mean of the inputs and not a preferred threshold.
 
     If the architecture has a unit-norm decoder, the gradient parallel to each decoder row is removed before the step,
-    and the rows are normalised after it (arXiv 2406.04093, A.1). `copies` are copies of parameters in the compute
-    dtype, and are updated after every step.
+    and the rows are normalised after it (arXiv 2406.04093, A.1). Frozen parameters stay as they are. `copies` are
+    copies of parameters in the compute dtype, and are updated after every step.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Optimizer:
         self.eps = architecture.eps
         self.lr_scales = architecture.lr_scales
         self.undecayed = architecture.undecayed
+        self.frozen = architecture.frozen
         self.weight_decay = architecture.config.weight_decay
         self.clip_grad_norm = clip_grad_norm
         self.across = across
@@ -61,9 +62,10 @@ class Optimizer:
         which may be computed only then, to its normalisation and its copy in `copies`.
         """
         norm = None
+        gradients = {name: gradient for name, gradient in gradients.items() if name not in self.frozen}
         if self.clip_grad_norm:
             tensors = {name: whole(gradient) for name, gradient in gradients.items()}
-            for rows in self._row_blocks("W_dec"):
+            for rows in self._row_blocks("W_dec") if "W_dec" in tensors else ():
                 self._project(tensors["W_dec"][rows], rows)
             norm = self._clip(tensors)
             gradients = tensors
@@ -76,7 +78,7 @@ class Optimizer:
 
         # On a GPU, launches stay in this thread, which has the batch's device and stream and may be capturing.
         run = on_cores if self.parameters["W_dec"].is_cpu else map
-        list(run(step_block, [(name, rows) for name in self.parameters for rows in self._row_blocks(name)]))
+        list(run(step_block, [(name, rows) for name in gradients for rows in self._row_blocks(name)]))
         return norm
 
     def _step_block(

@@ -117,3 +117,30 @@ def test_an_sae_may_have_its_own_schedule():
         assert schedule.lr_factor(step, base) == lr_factor(step, 100, 10, 0.2, "cosine")
         assert schedule.lr_factor(step, constant) == min(1.0, (step + 1) / 10)
         assert schedule.lr_factor(step, linear) == lr_factor(step, 100, 10, 0.5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_frozen_parameters_stay_and_the_others_move_as_without_them(clip):
+    """The norm that is clipped is that of the others, and decay leaves frozen matrices as they are."""
+    keys = {"hook_point": "h", "d_sae": 13, "k": 2, "weight_decay": 0.3}
+    frozen = make_architecture(make_config(**keys, freeze=("W_dec", "b_enc")), 5)
+    parameters = frozen.initial_parameters(torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in parameters.items()}
+    moving = {name: torch.nn.Parameter(before[name].clone()) for name in ("W_enc", "b_dec")}
+    groups = [{"params": [p], "weight_decay": 0.3 * (p.dim() > 1)} for p in moving.values()]
+    adam = torch.optim.AdamW(groups, lr=0.1, betas=frozen.betas, eps=frozen.eps)
+    ours = optimizer_module.Optimizer(parameters, frozen, clip)
+    torch.manual_seed(1)
+    for _ in range(3):
+        gradients = {name: torch.randn_like(tensor) for name, tensor in parameters.items()}
+        for name, parameter in moving.items():
+            parameter.grad = gradients[name].clone()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(moving.values(), clip)
+        adam.step()
+        ours.step(gradients, 0.1)
+    for name, tensor in parameters.items():
+        if name in moving:
+            torch.testing.assert_close(tensor, moving[name].data)
+        else:
+            assert torch.equal(tensor, before[name])

@@ -26,6 +26,7 @@ KEYS = {
     "batch_topk": {"k": 3},
     "matryoshka_batch_topk": {"k": 3},
     "hierarchical_topk": {"k": 3},
+    "random": {"k": 3},
     "standard": {"l1_coefficient": 0.1},
     "gated": {"l1_coefficient": 0.1},
     "jumprelu": {"l0_coefficient": 0.1},

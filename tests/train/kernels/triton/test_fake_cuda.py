@@ -27,6 +27,8 @@ RECIPES = {
     "batch_topk": {"k": 3},
     "matryoshka_batch_topk": {"k": 3, "prefix_sizes": (8, 24)},
     "hierarchical_topk": {"k": 2},
+    "random": {"k": 4},
+    "frozen topk": {"architecture": "topk", "k": 4, "freeze": ("W_dec",)},
     "standard": {"l1_coefficient": 0.3, "clip_grad_norm": 1.0},
     "annealed standard": {"architecture": "standard", "l1_coefficient": 0.3, "p_final": 0.4, "p_anneal_steps": 6},
     "gated": {"l1_coefficient": 0.3},

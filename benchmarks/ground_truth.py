@@ -1,0 +1,156 @@
+"""Train our SAEs and SAELens's on the same rows of a synthetic law, and compare both with the true features.
+
+    .venv/bin/python benchmarks/ground_truth.py [--peers] [--seeds 3] [--architectures batch_topk matryoshka_batch_topk]
+
+All train on the same 2 million rows of `synth-1k` in the same order: 256 latents, k = 6, batches of 1,024, learning
+rate 1e-3, and latents that are dead after a tenth of the run. Everything else is each library's default; `SAELens,
+scheduled` also has our warm-up and decay of the learning rate. All are judged in their form for inference, on the same
+100,000 rows drawn anew. A seed is one of the initial weights. Intervals are Student's over seeds, for their mean.
+Results are kept in `--output`, and a run is trained again only if its result is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from thresher.evaluate import EvaluateConfig, evaluate
+from thresher.harvest import HarvestConfig, harvest
+from thresher.shared import ActivationStore
+from thresher.train import train
+from thresher.train.config import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves this folder out
+
+from quality import ROOT, export_rows
+
+TOKENS, D_SAE, K, BATCH, LR = 2_000_000, 256, 6, 1024, 1e-3
+STEPS = TOKENS // BATCH
+PREFIXES = [16, 64, 256]
+OURS: dict[str, dict[str, Any]] = {
+    "batch_topk": {"architecture": "batch_topk", "k": K},
+    "matryoshka_batch_topk": {"architecture": "matryoshka_batch_topk", "k": K, "prefix_sizes": PREFIXES},
+    "topk": {"architecture": "topk", "k": K},
+}
+SHOWN = ("f1", "mcc", "precision", "recall", "uniqueness", "explained_variance", "l0")
+Run = dict[str, Any]
+
+
+def train_ours(options: argparse.Namespace, name: str, seed: int, folder: Path) -> None:
+    """Train one of our SAEs from the store."""
+    table = {"hook_point": "features", "d_sae": D_SAE, "lr": LR, "seed": seed, "name": "sae"} | OURS[name]
+    config = TrainConfig(
+        store=str(options.store), output=str(folder), sae=[table], batch_size=BATCH, tokens=TOKENS, window_bytes=1 << 30
+    )
+    train(config)
+
+
+def train_peer(options: argparse.Namespace, library: str, name: str, seed: int, folder: Path) -> None:
+    """Train one of SAELens's SAEs on the same rows in the peers' environment."""
+    command: list[Any] = [ROOT / ".venv-peers/bin/python", ROOT / "benchmarks/peers/synthetic.py", name, options.rows]
+    command += [folder / "sae", "--k", K, "--lr", LR, "--seed", seed, "--d-sae", D_SAE, "--batch-size", BATCH]
+    command += ["--dead-steps", STEPS // 10, "--prefix-sizes", *PREFIXES[:-1]]
+    if library == "SAELens, scheduled":
+        command += ["--warmup-steps", STEPS // 20, "--decay-steps", STEPS // 5]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
+    if done.returncode:
+        sys.exit(f"SAELens's {name} failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def judge(options: argparse.Namespace, folder: Path) -> Run:
+    """Return the ground-truth metrics of a saved SAE, its L0 and its explained variance on the held-out rows."""
+    config = EvaluateConfig(
+        store=str(options.store),
+        saes=[str(folder / "sae")],
+        output=str(folder / "evaluation"),
+        device="cpu",
+        feature_rows=0,
+        dictionary=False,
+        bootstrap_samples=0,
+        allow_other_model=True,
+    )
+    (row,) = evaluate(config)
+    return {key: row[key] for key in (*SHOWN, "dead_fraction", "absorption", "splitting", "shrinkage")}
+
+
+def result_of(options: argparse.Namespace, library: str, name: str, seed: int) -> Run:
+    """Return a run's result, from its file if it was trained before."""
+    file = f"{library.replace(', ', '-').lower()}-{name}-{seed}"
+    path, folder = options.output / f"{file}.json", options.output / file
+    if not path.exists():
+        started = time.perf_counter()
+        if library == "Thresher":
+            train_ours(options, name, seed, folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            train_peer(options, library, name, seed, folder)
+        seconds = time.perf_counter() - started
+        run = {"library": library, "name": name, "seed": seed, "seconds": seconds} | judge(options, folder)
+        path.write_text(json.dumps(run) + "\n")
+        print(json.dumps(run), flush=True)
+    return json.loads(path.read_text())
+
+
+def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
+    """Return the mean of values and half the width of its 95% interval by Student's t; None for a single value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), None
+    return float(np.mean(values)), float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+
+
+def table(runs: list[Run]) -> list[str]:
+    """Return a row per library and SAE, with means over seeds and their intervals."""
+    lines = ["| | " + " | ".join(("seeds", *SHOWN)) + " |", "|" + "---|" * (len(SHOWN) + 2)]
+    for key in dict.fromkeys((run["name"], run["library"]) for run in runs):
+        some = [run for run in runs if (run["name"], run["library"]) == key]
+        cells = []
+        for metric in SHOWN:
+            mean, half = mean_and_half_width([run[metric] for run in some])
+            cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
+        lines.append(f"| `{key[0]}`, {key[1]} | {len(some)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", type=Path, default=ROOT / "runs/synth-1k/store")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/bench/ground_truth")
+    parser.add_argument("--architectures", nargs="+", choices=OURS, default=list(OURS)[:2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--peers", action="store_true", help="train SAELens's too, in .venv-peers")
+    options = parser.parse_args()
+    options.rows = options.output / "rows.safetensors"
+    options.output.mkdir(parents=True, exist_ok=True)
+    if not options.store.exists():
+        law = {"model": "synthetic:synth-1k", "hook_points": ["features"]}
+        harvest(HarvestConfig(**law, store=str(options.store), tokens=TOKENS))
+    libraries = ["Thresher"]
+    if options.peers:
+        libraries += ["SAELens", "SAELens, scheduled"]
+        export_rows(ActivationStore.open(options.store), "features", options.rows, TOKENS, BATCH)
+    peers = ("batch_topk", "matryoshka_batch_topk", "topk", "matching_pursuit")
+    runs = [
+        result_of(options, library, name, seed)
+        for seed in range(options.seeds)
+        for library in libraries
+        for name in options.architectures
+        if library == "Thresher" or name in peers
+    ]
+    print("\n".join(table(sorted(runs, key=lambda run: options.architectures.index(run["name"])))))
+
+
+if __name__ == "__main__":
+    main()
