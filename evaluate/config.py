@@ -85,7 +85,7 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         int,
         Meta(
             ge=0,
-            description="Rows to draw anew from the law of a synthetic store, to compare latents with its features; "
+            description="New rows to draw from the law of a synthetic store, to compare latents with its features; "
             "0 for none.",
         ),
     ] = 100_000

@@ -139,7 +139,7 @@ def definitions(root):
 
 
 def defined_twice(found):
-    """Return the names that several files define, but for those that a contract gives to all of its modules."""
+    """Return the names that several files define, except those that a contract gives to all of its modules."""
     twice = {}
     for name, files in found.items():
         patterns = [pattern for pattern, names in CONTRACTS.items() if name in names]

@@ -177,7 +177,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     init_from: Annotated[
         str | None,
         Meta(
-            description="Trained SAE that all start from, or a run's output, where each starts from that of its name."
+            description="Trained SAE to start every SAE from, or a run's output: each starts from the SAE of its name."
         ),
     ] = None
     normalize_activations: Annotated[

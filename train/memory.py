@@ -65,9 +65,9 @@ Path = Literal["cpu", "ops", "fused"]
 def sae_memory(architecture: Architecture, compute_dtype: str, path: Path = "cpu", n_shards: int = 1) -> Memory:
     """Return the memory of an SAE, or of the largest of `n_shards` parts of its latents.
 
-    It is exact but for gradients, which are those of a step that computes all of them before it uses one; a fused step
+    It is exact except for gradients, counted as in a step that computes all of them before it uses one; a fused step
     has none. Copies are those in the compute dtype: of both matrices on a CPU (which does not copy a float32 decoder),
-    of the encoder on other paths, and of every parameter beside a fused step. Counters include the architecture's
+    of the encoder on other paths, and of every parameter in a fused step. Counters include the architecture's
     buffers.
     """
     parameters = parameter_shapes(architecture)

@@ -268,7 +268,7 @@ def _width(store: ActivationStore, sae: SaeConfig, names: tuple[str, ...]) -> in
 
 
 def _telling_keys(sae: SaeConfig) -> tuple[str, ...]:
-    """Return the keys of a table that a plan shows beside those of all SAEs."""
+    """Return the keys of a table that a plan shows besides those of all SAEs."""
     given = (key for key in ("l1_coefficient", "l0_coefficient", "target_l0") if getattr(sae, key, None) is not None)
     return (*find_architecture(sae.architecture).required, *given)
 

@@ -34,7 +34,7 @@ _C = TypeVar("_C", bound=SaeConfig)
 
 
 class RunFacts(NamedTuple):
-    """What the settings of an SAE follow from, beside its table: the run's length, and the widths of its rows."""
+    """What an SAE's settings depend on besides its table: the run's length, and the widths of its rows."""
 
     n_steps: int
     batch_size: int
@@ -97,7 +97,7 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
     if isinstance(config, GatedConfig):
         chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
         chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
-        chosen["threshold_lr_scale"] = Setting(0.3, "beside a decoder of unit norm, biases are small")
+        chosen["threshold_lr_scale"] = Setting(0.3, "with a decoder of unit norm, biases are small")
     return chosen
 
 

@@ -95,9 +95,9 @@ class ContrastConfig(CausalConfig, frozen=True, kw_only=True):
     top: Annotated[_Positive, Meta(description="Latents to list and to ablate.")] = 20
     right: Annotated[
         str | None,
-        Meta(description="Token of the metric, a logit difference (default: the texts' log-probability)."),
+        Meta(description="Token whose logit is measured (default: the texts' log-probability is)."),
     ] = None
-    wrong: Annotated[str | None, Meta(description="See right.")] = None
+    wrong: Annotated[str | None, Meta(description="Token whose logit is subtracted; required with right.")] = None
 
     def __post_init__(self) -> None:
         """Check that both tokens of the metric are given, or none."""

@@ -32,7 +32,7 @@ class GraphConfig(Config, frozen=True, kw_only=True):
     max_logits: Annotated[_Positive, Meta(description="Most logits in the graph.")] = 10
     logit_mass: Annotated[_Share, Meta(description="Probability that the logits make up, if max_logits allows.")] = 0.95
     node_threshold: Annotated[_Share, Meta(description="Share of all influence that the kept nodes make up.")] = 0.8
-    edge_threshold: Annotated[_Share, Meta(description="The same of edges.")] = 0.98
+    edge_threshold: Annotated[_Share, Meta(description="Share of all influence that the kept edges make up.")] = 0.98
     precision: Annotated[Literal["float32", "float64"], Meta(description="Data type of all computations.")] = "float32"
     batch_size: Annotated[_Positive, Meta(description="Targets of one backward pass.")] = 64
     skip_first_token: Annotated[

@@ -19,7 +19,7 @@ _TYPES = {
 def node_id(node: Node) -> str:
     """Return a node's name, unique in its graph.
 
-    As in circuit-tracer, but for errors: its `0_LAYER_POSITION` is also the name of a latent of layer 0.
+    As in circuit-tracer, except for errors: its `0_LAYER_POSITION` is also the name of a latent of layer 0.
     """
     if node.kind == "embedding":
         return f"E_{node.number}_{node.position}"

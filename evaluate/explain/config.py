@@ -31,16 +31,15 @@ class ExplainConfig(Config, frozen=True, kw_only=True):
     ] = 131_072
     window: Annotated[int, Meta(ge=2, description="Tokens of a context that is shown or scored.")] = 32
     n_score: Annotated[
-        int, Meta(ge=2, description="Held-out contexts to score each latent on: so many active, and so many not.")
+        int,
+        Meta(ge=2, description="Held-out contexts to score each latent on: this many active, and as many inactive."),
     ] = 50
     n_quantiles: Annotated[
         int, Meta(ge=1, description="Quantiles of the activation from which equally many contexts are drawn.")
     ] = 10
     negatives: Annotated[
         Literal["random", "neighbours"],
-        Meta(
-            description="Contexts without the latent: any, or those in which a latent fires that often fires with it."
-        ),
+        Meta(description="Inactive contexts: random ones, or those of neighbours, latents that often fire with it."),
     ] = "random"
     n_intruder_trials: Annotated[int, Meta(ge=0, description="Intruder trials per latent; 0 for none.")] = 10
     max_parts: Annotated[int, Meta(ge=1, description="Most parts of a rule, such as tokens.")] = 12

@@ -1,4 +1,4 @@
-"""The held-out windows on which every explanation of a latent is scored, whoever wrote it."""
+"""The held-out windows on which every explanation of a latent is scored, from any explainer."""
 
 from __future__ import annotations
 

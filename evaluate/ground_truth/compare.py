@@ -1,4 +1,4 @@
-"""How well latents detect the features that they match, on rows drawn anew from the law of a synthetic store."""
+"""How well latents detect the features that they match, on new rows drawn from the law of a synthetic store."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ The error for an unknown key suggests the nearest known one.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import msgspec.inspect
 import msgspec.toml
 from msgspec import Meta
 
-from .config_values import accepted_types, check_value
+from .config_values import accepted_types, check_value, choices
 from .errors import ConfigError, MissingFileError
 from .paths import expand_home, user_path
 
@@ -237,9 +238,9 @@ def _without_none(value: Any) -> Any:
 
 
 def help_text(cls: type[Config], keys: Collection[str] | None = None, dashes: str = "--") -> str:
-    """Return one line of help per configuration key, or per key in `keys`: `--key`, sentence, default.
+    """Return one line of help per configuration key, or per key in `keys`: `--key`, sentence, choices, default.
 
-    Required keys come first.
+    Required keys come first. Choices that the sentence names are not repeated.
     """
     lines = []
     for field in sorted(_fields(cls), key=lambda field: not field.required):
@@ -252,5 +253,9 @@ def help_text(cls: type[Config], keys: Collection[str] | None = None, dashes: st
             default = f"default {field.default_factory()!r}"
         else:
             default = "optional" if field.default is None else f"default {field.default!r}"
-        lines.append(f"  {dashes + field.name:<26} {extra.get('description', '')} ({default})")
+        description = extra.get("description", "")
+        allowed = [value for value in choices(field.type) if not re.search(rf"\b{re.escape(value)}\b", description)]
+        if allowed:
+            default = f"choices: {', '.join(choices(field.type))}; {default}"
+        lines.append(f"  {dashes + field.name:<26} {description} ({default})")
     return "\n".join(lines)

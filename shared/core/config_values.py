@@ -86,6 +86,11 @@ def _items(kind: types.Type) -> list[types.Type]:
     return [item for part in parts for item in accepted_types(getattr(part, "item_type", part))]
 
 
+def choices(kind: types.Type) -> tuple[str, ...]:
+    """Return the strings that a field accepts, or that the items of its lists may be, if these are a fixed few."""
+    return tuple(str(value) for part in _items(kind) if isinstance(part, types.LiteralType) for value in part.values)
+
+
 def expected(kind: types.Type) -> str:
     """Return in words what a field accepts, such as `an integer of at least 1`."""
     parts = [part for part in accepted_types(kind) if not isinstance(part, types.NoneType)]

@@ -73,7 +73,7 @@ def test_keys_that_take_integers_draw_whole_numbers():
         ([{"kk": 4}], "unknown key 'kk'"),
         ([{"k": {"uniform": [4, 8]}}], "'k' is drawn at random; give samples = N, got None"),
         ([{"k": 4, "samples": 3}], "'samples' is given, but no value is drawn"),
-        ([{"k": 4, "sample_seed": 3}], "sample_seed is 3, expected an integer beside values that are drawn"),
+        ([{"k": 4, "sample_seed": 3}], "sample_seed is 3, expected an integer, because values are drawn at random"),
         ([{"k": {"unifrom": [4, 8]}, "samples": 3}], "did you mean 'uniform'"),
         ([{"k": 4, "lr": {"log_uniform": [0, 1]}, "samples": 3}], "expected bounds above 0"),
         ([{"k": {"uniform": [8, 4]}, "samples": 3}], r"expected \[lowest, highest\]"),

@@ -121,7 +121,7 @@ class Architecture(Generic[_C]):
 
     @property
     def l0_target(self) -> L0Target | None:
-        """The L0 that a controller of the sparsity penalty's factor is to reach, if there is to be one."""
+        """The target of the controller of the sparsity penalty's factor, or None without a controller."""
         return None
 
     @property

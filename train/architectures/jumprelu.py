@@ -44,7 +44,7 @@ class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
     l0_coefficient: Annotated[
         Annotated[float, Meta(ge=0)] | None,
         Meta(
-            description="Weight of the sparsity penalty; beside target_l0, that of the published penalty on the "
+            description="Weight of the sparsity penalty; with target_l0, that of the published penalty on the "
             "distance from it, without a controller."
         ),
     ] = None
@@ -85,7 +85,7 @@ class JumpReLUConfig(PenaltyConfig, frozen=True, kw_only=True):
     ] = None
     pre_act_coefficient: Annotated[
         Annotated[float, Meta(ge=0)] | None,
-        Meta(description="Weight of the pre-activation loss beside the tanh penalty; 3e-6 if not given."),
+        Meta(description="Weight of the pre-activation loss of sparsity_loss = tanh; 3e-6 if not given."),
     ] = None
     unit_norm_decoder: Annotated[
         bool | None,

@@ -41,7 +41,7 @@ class StandardConfig(L1Config, frozen=True, kw_only=True):
     ] = None
     p_anneal_steps: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="Steps over which the power falls from 1 to p_final; required beside it."),
+        Meta(description="Steps over which the power falls from 1 to p_final; required with it."),
     ] = None
 
     def __post_init__(self) -> None:

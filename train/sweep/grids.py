@@ -113,7 +113,7 @@ def _key_of_reads(table: Mapping[str, Any], where: str) -> str | None:
         raise ConfigError(f"{where}: 'writes' is given without 'reads'; name what is read with 'reads'")
     for other in ("hook_points", "hook_point_out"):
         if "writes" in given and other in given:
-            raise ConfigError(f"{where}: '{other}' is given beside 'reads' and 'writes'; leave '{other}' out")
+            raise ConfigError(f"{where}: '{other}' is given together with 'reads' and 'writes'; leave '{other}' out")
     return next((key for key in _SEVERAL if key in given), None)
 
 

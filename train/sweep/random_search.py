@@ -41,7 +41,7 @@ def draws_of(table: Mapping[str, Any], where: str) -> dict[str, tuple[str, list[
         )
     seed = table.get("sample_seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or ("sample_seed" in table and not draws):
-        raise ConfigError(f"{where}: sample_seed is {seed!r}, expected an integer beside values that are drawn")
+        raise ConfigError(f"{where}: sample_seed is {seed!r}, expected an integer, because values are drawn at random")
     return draws
 
 

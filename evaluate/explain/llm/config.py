@@ -34,7 +34,7 @@ class LlmConfig(Config, frozen=True, kw_only=True):
     n_explain: Annotated[_Positive, Meta(description="Training contexts that an explanation is made from.")] = 40
     contexts_per_call: Annotated[_Positive, Meta(description="Contexts that detection and fuzzing show per call.")] = 10
     n_simulated: Annotated[int, Meta(ge=2, description="Contexts per latent to simulate, half of them active.")] = 10
-    temperature: Annotated[float, Meta(ge=0, description="0 asks for the likeliest answer.")] = 0.0
+    temperature: Annotated[float, Meta(ge=0, description="Temperature of sampling; 0 takes the likeliest.")] = 0.0
     max_explanation_tokens: Annotated[_Positive, Meta(description="Most tokens of an explanation.")] = 200
     max_judgement_tokens: Annotated[_Positive, Meta(description="Most tokens of a judgement.")] = 400
     concurrency: Annotated[_Positive, Meta(description="Requests in flight at once.")] = 8
@@ -49,7 +49,7 @@ class LlmConfig(Config, frozen=True, kw_only=True):
     output_price: Annotated[Price | None, Meta(description="Price of a million tokens of answers.")] = None
     max_tokens: Annotated[_Positive | None, Meta(description="Hard budget of tokens, of prompts and answers.")] = None
     max_cost: Annotated[Price | None, Meta(description="Hard budget, in the unit of the prices.")] = None
-    estimate_only: Annotated[bool, Meta(description="Print what it would take, and ask nothing.")] = False
+    estimate_only: Annotated[bool, Meta(description="Print what the requests would take, and send none.")] = False
 
     def __post_init__(self) -> None:
         """Check that a budget in money has prices."""

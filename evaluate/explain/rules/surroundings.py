@@ -16,7 +16,7 @@ CLOSES = {")": "(", "]": "[", "}": "{", "」": "「", "』": "『", "】": "【"
 OPENS = frozenset(CLOSES.values())
 QUOTES = ('"', "'")
 LONGEST_WORD = 40
-"""Characters of a word that are followed; the rest of a longer run of letters is not told apart."""
+"""Characters of a word that are followed; a longer run of letters is cut to as many."""
 DEEPEST_INDENTATION = 40
 
 

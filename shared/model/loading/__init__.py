@@ -1,1 +1,1 @@
-"""What loading a model needs to know of it: adapters, names of weights, its tokenizer and its longest context."""
+"""What is read about a model before it is loaded: adapters, names of weights, tokenizer and longest context."""

@@ -24,7 +24,7 @@ def gguf_file(model: str) -> Path | None:
 
 
 def gguf_options(model: str) -> tuple[str, dict[str, str]]:
-    """Return what transformers loads a model by: its folder or id, and `gguf_file` where it is such a file."""
+    """Return the arguments by which transformers loads a model: its folder or id, and `gguf_file` for a GGUF file."""
     path = gguf_file(model)
     return (model, {}) if path is None else (str(path.parent), {"gguf_file": path.name})
 

@@ -49,8 +49,8 @@ def weights_name(folder: Path) -> str:
 def read(folder: Path, stated: Mapping[str, Any] | None = None) -> SaeParts:
     """Read an SAE, checked against its configuration.
 
-    `stated` is what SAELens's registry says about a release: `normalize_activations`, which goes before the file's, and
-    `norm_scaling_factor`, which is folded where the file asks for a factor that it does not say.
+    `stated` is what SAELens's registry says about a release: `normalize_activations`, which replaces the file's, and
+    `norm_scaling_factor`, which is folded if the file needs a factor but does not contain it.
 
     Raises:
         SaeError: it is damaged, or computes something that this version cannot.

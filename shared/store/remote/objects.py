@@ -184,11 +184,13 @@ class RemoteStore:
         except MissingFileError:
             pass
 
-    def is_empty(self, but: str = "") -> bool:
-        """Return whether there is no object below the URL, except possibly `but`."""
+    def is_empty(self, ignoring: str = "") -> bool:
+        """Return whether there is no object below the URL, except possibly `ignoring`."""
 
         def attempt() -> bool:
-            return all(meta["path"] == but for page in self._obstore.list(self._store, chunk_size=8) for meta in page)
+            return all(
+                meta["path"] == ignoring for page in self._obstore.list(self._store, chunk_size=8) for meta in page
+            )
 
         return self._again("list the objects", attempt)
 

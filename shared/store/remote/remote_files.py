@@ -203,7 +203,7 @@ def read_remote_manifest(remote: RemoteStore) -> Manifest | None:
     try:
         content = remote.get(MANIFEST)
     except MissingFileError:
-        if remote.is_empty(but=LEASE):  # a writer that has only begun
+        if remote.is_empty(ignoring=LEASE):  # a writer that has only begun
             raise MissingFileError(f"no activation store at '{url}'; harvest one, or give the URL of one") from None
         raise StoreError(f"'{url}' is not an activation store: it has no {MANIFEST}") from None
     return manifest_of(url, content)

@@ -254,7 +254,7 @@ def remote_manifest(remote: RemoteStore) -> tuple[bytes, Any]:
     try:
         content, version = remote.get_version(MANIFEST)
     except MissingFileError:
-        if not remote.is_empty(but=LEASE):
+        if not remote.is_empty(ignoring=LEASE):
             raise StoreError(f"'{remote.url}' holds other objects and no store; choose another prefix") from None
         return b"", None
     manifest_of(remote.url, content)

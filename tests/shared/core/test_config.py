@@ -202,6 +202,18 @@ def test_help_has_a_sentence_and_default_for_every_key():
     assert "The model. (required)" in text
 
 
+def test_help_lists_the_choices_that_the_sentence_does_not_name():
+    assert "Codec. (choices: lz4, none, zstd; default 'lz4')" in help_text(Example, ["codec"])
+
+    class Stored(Config):
+        codec: Annotated[Literal["none", "lz4"] | None, Meta(description="lz4 or none.")] = None
+        roles: Annotated[list[Literal["user", "tool"]], Meta(description="Roles of users.")] = []
+
+    lines = help_text(Stored).splitlines()
+    assert lines[0].endswith("  lz4 or none. (optional)")
+    assert lines[1].endswith("  Roles of users. (choices: tool, user; default [])")
+
+
 def test_every_error_is_also_a_builtin():
     for error in ThresherError.__subclasses__():
         assert len(error.__bases__) == 2

@@ -163,7 +163,7 @@ def _reaching(
     return _Found(ids, counts, latents, ids[crowded])
 
 
-def _places(mask: Bool[Tensor, ...]) -> Int64[Tensor, " n"]:
+def _places(mask: Bool[Tensor, "*shape"]) -> Int64[Tensor, " n"]:
     """Return the flat indices where a mask is true; NumPy takes a third of PyTorch's time."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 

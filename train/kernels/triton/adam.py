@@ -83,8 +83,8 @@ def update_kernel(
     d = tl.arange(0, D)
     mask = d < d_in
     at = latent * d_in + d
-    # Loads wait for stores before them, which may be to the same memory: all that the update reads is asked for first,
-    # and comes while gradients are summed.
+    # A load waits for earlier stores, which may be to the same memory. So the update's loads are issued first; they
+    # arrive while gradients are summed.
     W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
     if not NORM_ONLY:
         W_dec_mean = tl.load(W_dec_mean_ptr + at, mask=mask, other=0.0)

@@ -129,8 +129,8 @@ def select_threshold(
 ) -> Selection:
     """Return the latents whose pre-activation is above `threshold`: ReLU at 0, JumpReLU at theta.
 
-    With `capacity` the buffers have that size whatever fires, and the host is not waited for; without,
-    they have the exact size.
+    With `capacity` the buffers have that size, however many entries there are, and the host does not wait for the
+    device; without, they have the exact size.
     """
     n_rows, d_in = x.shape
     d_sae = len(W_enc)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Multiply-adds are fused whatever Triton's default is; 3.9 warns, where this is not said, that it will change.
+# Multiply-adds are fused even if Triton's default changes, as 3.9 announces by a warning where this is not set.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 NO_KEY: tl.constexpr = tl.constexpr(-1)

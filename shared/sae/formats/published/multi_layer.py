@@ -60,7 +60,7 @@ def cross_layer_parts(layers: Sequence[Mapping[str, Tensor]], metadata: dict[str
                 "transcoder's latents write to their own and later layers"
             )
         if earlier:
-            folded = ("decoders to earlier layers, which are zero but for rounding, are left out",)
+            folded = ("decoders to earlier layers, which are zero up to rounding, are left out",)
         tensors |= {f"W_enc_{i}": layer["W_enc"].T, f"W_dec_{i}": W_dec[:, i:]}
         tensors |= {f"{name}_{i}": layer[name] for name in ("b_enc", "b_dec", "threshold")}
         tensors |= {f"W_skip_{i}": layer["W_skip"]} if "W_skip" in layer else {}
