@@ -11,7 +11,7 @@ from ..shared.core.config import to_toml
 from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import SaeError
 from .config import EvaluateConfig
-from .explain.table import read_explanations
+from .explain.notes import shown_explanations
 from .features.export import export_indexes
 from .metrics.comparison import compare_dictionaries
 from .prepare import prepare_evaluation
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
 
     comparison = compare_with_baselines(metrics, {sae.name: sae.sae.config for sae in results.saes})
     write_json(output / "comparison.json", comparison)
-    explanations = {name: read_explanations(index) for name, index in (features or {}).items()}
+    explanations = {name: shown_explanations(index) for name, index in (features or {}).items()}
     report = write_evaluation_report(
         output,
         prepared.rows,

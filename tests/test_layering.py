@@ -69,6 +69,13 @@ FLOORS = [
     "evaluate/explain/corpus.py",
     "evaluate/explain/rules",
     "evaluate/explain",
+    "evaluate/microscope/config.py",
+    "evaluate/microscope/data",
+    "evaluate/microscope/search",
+    "evaluate/microscope/model",
+    "evaluate/microscope/page",
+    "evaluate/microscope/server",
+    "evaluate/microscope",
     "evaluate",
     "thresher",
 ]

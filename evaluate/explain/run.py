@@ -35,6 +35,7 @@ from .llm.cache import AnswerCache
 from .llm.client import LlmClient
 from .llm.config import CHANGES_NO_ANSWER
 from .llm.prompts import PROMPTS
+from .notes import shown_explanations
 from .rules.search import RuleSearch, in_words, token_frequency_rules
 from .rules.views import View, build_views
 from .samples import LatentSampler, Sample, SampleSettings
@@ -46,7 +47,6 @@ from .table import (
     Explained,
     explanations_path,
     mean_scores,
-    read_explanations,
     read_metadata,
     write_explanations,
 )
@@ -342,7 +342,7 @@ def _show(evaluation: Evaluation) -> Path:
     folders = sae_folders(config.saes)
     curves = {name: loss_curve(folder) for name, folder in zip(unique_names(folders), folders, strict=True)}
     failed = {row["name"]: row["error"] for row in metrics if row.get("error")}
-    explanations = {name: read_explanations(index) for name, index in evaluation.indexes.items()}
+    explanations = {name: shown_explanations(index) for name, index in evaluation.indexes.items()}
     if "neuronpedia" in config.export:
         dataset = str(store.metadata.get("dataset") or "")
         export_indexes(evaluation.indexes, evaluation.folder / "neuronpedia", name, dataset, explanations)

@@ -50,11 +50,7 @@ def write_report(
     rows = [dict(row) for row in metrics if row.get("hook_point")]
     packed = pack_features(features, path, explanations) if features else None
     scripts = (*SCRIPTS, *(BROWSER_SCRIPTS if packed else ()), "main.js")
-    data = {
-        "features": packed.catalogue if packed else None,
-        "saes": [_sae(row, label) for row, label in zip(rows, point_labels(rows), strict=True)],
-        "curves": {name: thin_curve(lines) for name, lines in (loss_curves or {}).items() if lines},
-    }
+    data = {"features": packed.catalogue if packed else None, **overview_data(rows, loss_curves or {})}
     table = columns(rows)
     page = (
         environment()
@@ -117,6 +113,17 @@ def write_evaluation_report(
         explanations=explanations,
         comparison=comparison,
     )
+
+
+def overview_data(
+    rows: Sequence[Mapping[str, Any]], loss_curves: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Return what the plots of a sweep are drawn from: `saes`, one entry for each row of metrics, and `curves`."""
+    plain = [dict(row) for row in rows]
+    return {
+        "saes": [_sae(row, label) for row, label in zip(plain, point_labels(plain), strict=True)],
+        "curves": {name: thin_curve(lines) for name, lines in loss_curves.items() if lines},
+    }
 
 
 def thin_curve(lines: Sequence[Mapping[str, Any]], n_points: int = CURVE_POINTS) -> dict[str, list[float | None]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,18 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
+OnTokens = Callable[[list[int]], object]
+"""Called with the next token of every continuation, also of those that have ended; an error of it ends the sampling."""
+
+
 @torch.no_grad()
-def sample(lm: SplicedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+def sample(
+    lm: SplicedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, on_tokens: OnTokens | None = None
+) -> list[list[int]]:
     """Return `n` continuations of each prompt, each up to the end-of-text token.
 
-    Prompts are padded on the left. The random state of PyTorch is left as it was if there is a seed.
+    Prompts are padded on the left. The random state of PyTorch is left as it was if there is a seed. `on_tokens` is
+    called as soon as each token is there.
 
     Raises:
         InterventionError: prompt and new tokens are longer than the model's context.
@@ -66,7 +73,7 @@ def sample(lm: SplicedModel, prompts: Sequence[Sequence[int]], sampling: Samplin
             f"a prompt of {max(map(len, prompts))} tokens and {sampling.max_new_tokens} new ones are longer than the "
             f"model's context of {limit:,}; shorten it, or lower max_new_tokens"
         )
-    ends = _ends(lm)
+    ends = end_tokens(lm)
     padding = ends[0] if ends else 0
     tokens, lengths = pad([ids for ids in prompts for _ in range(sampling.n)], padding, left=True)
     width = tokens.shape[1]
@@ -86,12 +93,34 @@ def sample(lm: SplicedModel, prompts: Sequence[Sequence[int]], sampling: Samplin
             torch.manual_seed(sampling.seed)
         model: Any = lm.model
         found: Tensor = model.generate(
-            tokens.to(lm.device), attention_mask=mask.to(lm.device), generation_config=config
+            tokens.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            generation_config=config,
+            streamer=_Streamer.of(on_tokens),
         )
     return [_until(row, ends) for row in found[:, width:].tolist()]
 
 
-def _ends(lm: SplicedModel) -> list[int]:
+class _Streamer:
+    """What transformers' `generate` tells of its tokens: first the prompts, then one token of each text at a time."""
+
+    def __init__(self, on_tokens: OnTokens):
+        self._on_tokens, self._saw_prompts = on_tokens, False
+
+    @classmethod
+    def of(cls, on_tokens: OnTokens | None) -> _Streamer | None:
+        return None if on_tokens is None else cls(on_tokens)
+
+    def put(self, tokens: Tensor) -> None:
+        if self._saw_prompts:
+            self._on_tokens(tokens.reshape(-1).tolist())
+        self._saw_prompts = True
+
+    def end(self) -> None:
+        pass
+
+
+def end_tokens(lm: SplicedModel) -> list[int]:
     """Return the tokens that end a text."""
     for holder in (lm.model.generation_config, lm.model.config, lm.tokenizer):
         end: Any = getattr(holder, "eos_token_id", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import InterventionError
 from .ablation import Replacement, ablate
 from .attribution import Method, attribute
-from .generation import Sampling, sample
+from .generation import OnTokens, Sampling, sample
 from .metrics import MetricLike
 from .run import Run
 from .scores import Scores
@@ -60,9 +60,14 @@ class SaeModel(SplicedModel):
             raise InterventionError("the model was opened without a tokenizer; use generate_tokens")
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in lists]
 
-    def generate_tokens(self, prompts: Prompts, max_new_tokens: int = 40, **settings: Any) -> list[list[int]]:
-        """Return the token ids of continuations, each up to the end-of-text token; settings are those of `generate`."""
-        return sample(self, self.tokens(prompts), Sampling(max_new_tokens, **settings))
+    def generate_tokens(
+        self, prompts: Prompts, max_new_tokens: int = 40, *, on_tokens: OnTokens | None = None, **settings: Any
+    ) -> list[list[int]]:
+        """Return the token ids of continuations, each up to the end-of-text token; settings are those of `generate`.
+
+        `on_tokens` is called with the next token of every continuation as soon as it is there.
+        """
+        return sample(self, self.tokens(prompts), Sampling(max_new_tokens, **settings), on_tokens)
 
     def ablate(
         self,

@@ -1,0 +1,1 @@
+"""What the pipeline wrote: the evaluation, its feature indexes and its SAEs."""

@@ -1,0 +1,1 @@
+"""The language model with its SAEs, which one worker runs for all requests."""

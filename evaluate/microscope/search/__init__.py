@@ -1,0 +1,1 @@
+"""Search latents by their words and by their meaning."""

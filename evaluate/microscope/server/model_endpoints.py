@@ -1,0 +1,96 @@
+"""The endpoints that run the model: activations, contrasts, steering and its curve. Each is a job of the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ....shared.core.errors import InterventionError, MissingFileError
+from ..model.activations import contrast_texts, text_activations
+from ..model.steering import LatentEditRequest, SamplingRequest, steer_texts, strength_curve
+from ..model.worker import Job
+from .messages import ActivationsRequest, ContrastRequest, CurveRequest, SteerRequest
+from .services import Services
+
+
+def answer_activations(services: Services, request: ActivationsRequest) -> Job:
+    """Run a text: the strongest latents of each token in every SAE, and where each SAE's strongest ones fire."""
+    names = services.names(request.saes or list(request.latents) or None)
+    for name, latents in request.latents.items():
+        for latent in latents:
+            services.check_latent(name, latent)
+    text, messages = request.text, request.conversation()
+    return services.worker.submit(
+        lambda lm, job: text_activations(lm, job, lm.tokens(text, messages), names, request.top, request.latents)
+    )
+
+
+def answer_contrast(services: Services, request: ContrastRequest) -> Job:
+    """Find the latents that fire on some texts and not on others."""
+    names = services.names(request.saes)
+
+    def work(lm: Any, job: Job) -> dict[str, Any]:
+        a, b = ([lm.tokens(text) for text in texts] for texts in (request.a, request.b))
+        found = contrast_texts(lm, job, a, b, names, request.limit)
+        for name in dict.fromkeys(row["sae"] for row in found["latents"]):
+            some = services.tables.some(name, [row["latent"] for row in found["latents"] if row["sae"] == name])
+            for row in found["latents"]:
+                if row["sae"] == name:
+                    row |= {key: value for key, value in some[row["latent"]].items() if key not in row}
+        return found
+
+    return services.worker.submit(work)
+
+
+def answer_steer(services: Services, request: SteerRequest) -> Job:
+    """Continue a prompt with and without edits of latents, as server-sent events, one for each token."""
+    _check_edits(services, request.edits)
+    _check_sampling(services, request.sampling)
+    text, messages = request.parts()
+    return services.worker.submit(
+        lambda lm, job: steer_texts(lm, job, lm.tokens(text, messages), request.edits, request.sampling)
+    )
+
+
+def answer_curve(services: Services, request: CurveRequest) -> Job:
+    """Measure effect and damage of one latent's edit at several strengths, as server-sent events."""
+    _check_edits(services, [request.edit])
+    _check_sampling(services, request.sampling)
+
+    def work(lm: Any, job: Job) -> dict[str, Any]:
+        lm.tokens(request.prompt)
+        return strength_curve(
+            lm,
+            job,
+            request.prompt,
+            request.edit,
+            request.strengths,
+            request.concept,
+            request.sampling,
+            request.random_latents,
+        )
+
+    return services.worker.submit(work)
+
+
+def _check_edits(services: Services, edits: Iterable[LatentEditRequest]) -> None:
+    for edit in edits:
+        services.check_latent(edit.sae, edit.latent)
+        edit.edit()
+        if edit.sae not in services.run.saes:
+            raise MissingFileError(f"the weights of the SAE '{edit.sae}' are no longer where they were evaluated")
+
+
+def _check_sampling(services: Services, sampling: SamplingRequest) -> None:
+    config = services.config
+    bounds: Sequence[tuple[str, float, float, float]] = (
+        ("max_new_tokens", sampling.max_new_tokens, 1, config.max_new_tokens),
+        ("n", sampling.n, 1, config.max_samples),
+        ("temperature", sampling.temperature, 0, 10),
+        ("top_p", sampling.top_p, 1e-6, 1),
+        ("top_k", sampling.top_k, 0, 1_000_000),
+        ("seed", sampling.seed, 0, 2**63 - 1),
+    )
+    for name, value, low, high in bounds:
+        if not low <= value <= high:
+            raise InterventionError(f"{name} is {value:g}; expected from {low:g} to {high:g}")

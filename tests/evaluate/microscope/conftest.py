@@ -1,0 +1,126 @@
+"""A run of the tiny model with a tokenizer and three SAEs, evaluated, and a microscope that serves it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from thresher.evaluate import EvaluateConfig, evaluate
+from thresher.evaluate.microscope.config import MicroscopeConfig
+from thresher.evaluate.microscope.server.application import application
+from thresher.evaluate.microscope.server.security import Access
+from thresher.evaluate.microscope.server.services import Services
+
+WORDS = ("<s> def class return import from self open path file read write yield raise").split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session")
+def speaker(tiny):
+    """The tiny model with a tokenizer that reads and writes its fifty words, some of them of Python."""
+    n = tiny.model.config.vocab_size
+    vocabulary = {f"▁{word}": i for i, word in enumerate(WORDS)}
+    vocabulary |= {f"▁word{i}": i for i in range(len(vocabulary), n)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁def"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    folder = tiny.root / "speaker"
+    shutil.copytree(tiny.root / "model", folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="▁<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(tiny, sweep, speaker):
+    """The folder of an evaluated run."""
+    folder = tiny.root / "run"
+    settings = {"store": str(tiny.store), "saes": str(sweep), "model": str(speaker), "bootstrap_samples": 0}
+    evaluate(EvaluateConfig(output=str(folder / "evaluation"), **settings))
+    return folder
+
+
+class Client:
+    """A client of a server, which keeps no connection."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def send(self, method, path, body=None, **headers):
+        """Send a request; return the status, the headers and the body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if content is not None:
+            named.setdefault("content-type", "application/json")
+        try:
+            connection.request(method, path, content, named)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def json(self, method, path, body=None, status=200, **headers):
+        """Send a request that is answered with a status, and return the JSON in it."""
+        got, _, content = self.send(method, path, body, **headers)
+        assert got == status, content
+        return json.loads(content)
+
+    def events(self, path, body):
+        """Send a request, and return its server-sent events."""
+        status, headers, content = self.send("POST", path, body)
+        assert status == 200, content
+        assert headers["content-type"].startswith("text/event-stream")
+        parts = [
+            dict(line.split(": ", 1) for line in part.split("\n")) for part in content.decode().strip().split("\n\n")
+        ]
+        return [(part["event"], json.loads(part["data"])) for part in parts]
+
+    def wait(self, condition):
+        """Ask for the status until a condition on it holds."""
+        for _ in range(3000):
+            status = self.json("GET", "/api/status")
+            if condition(status):
+                return status
+            time.sleep(0.02)
+        raise AssertionError(status)
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """The function that serves a run in this process, and returns its services and a client."""
+    running = []
+
+    def start(access=None, **settings):
+        services = Services.open(MicroscopeConfig(**settings))
+        app = application(services, access or Access.of("127.0.0.1", (), None))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        services.start()
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        running.append((server, thread, services))
+        return SimpleNamespace(services=services, client=Client(port), port=port)
+
+    yield start
+    for server, thread, services in running:
+        services.stop()
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def scope(serve, run_folder):
+    """A microscope without a sentence encoder, whose model is loaded and whose words are prepared."""
+    found = serve(run=str(run_folder), encoder=False, device="cpu")
+    found.client.wait(lambda status: status["model"]["state"] == "ready" and status["search"]["words"] == 1)
+    return found
