@@ -70,6 +70,11 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     notes = compare_origins(saes, store, config.allow_other_model)
     for name, note in divergence_notes(saes).items():
         notes.setdefault(name, []).append(note)
+    for sae in saes if config.feature_rows else []:
+        if sae.sae.is_signed:
+            notes.setdefault(sae.name, []).append(
+                "has latents that may be negative, so that no feature index is made of it"
+            )
     rows = held_out(store, config.max_rows)
     tasks = probe_tasks(rows.subset(config.model_rows), config)
     shows_tokens = config.feature_rows > 0 and store.has_tokens

@@ -136,6 +136,7 @@ def _normalise_decoder(sae: Sae) -> None:
         )
     if sae.wiring_kind != "sae":
         raise SaeError(f"SAEBench evaluates SAEs that reconstruct their input, got architecture '{sae.architecture}'")
+    sae.check_never_negative("SAEBench")
     if sae.architecture == "topk" and (norms.max() - norms.min()) > 1e-3 * norms.mean():
         raise SaeError(
             f"decoder norms run from {norms.min():.4g} to {norms.max():.4g}: scaling a TopK SAE's rows to unit norm "

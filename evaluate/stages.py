@@ -194,13 +194,16 @@ def probe(prepared: PreparedEvaluation, results: Results) -> None:
 
 
 def index_features(prepared: PreparedEvaluation, results: Results) -> dict[str, FeatureIndex] | None:
-    """Build the feature index of every SAE; return None if it is switched off or the store contains no tokens."""
+    """Build the feature index of every SAE whose latents are never negative.
+
+    Return None if it is switched off or the store contains no tokens.
+    """
     if not prepared.has_features:
         return None
     settings = FeatureSettings(max_rows=prepared.config.feature_rows)
     return build_feature_index(
         prepared.store,
-        [sae for sae in results.saes if sae.made_as is None],
+        [sae for sae in results.saes if sae.made_as is None and not sae.sae.is_signed],
         results.output / "features",
         model=prepared.model,
         tokenizer=prepared.tokenizer,

@@ -127,8 +127,11 @@ def build_feature_index(
 
     Raises:
         StoreError: the store contains no tokens.
+        SaeError: an SAE's latents may be negative.
     """
     settings = settings or FeatureSettings()
+    for sae in saes:
+        sae.sae.check_never_negative("a feature index")
     if not store.has_tokens:
         raise StoreError(f"a feature index needs tokens, and store '{store.path}' contains none; write it with tokens")
     files = file_names(sae.name for sae in saes)

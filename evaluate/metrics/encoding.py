@@ -22,16 +22,25 @@ FEWEST_ROWS = 128
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The latents of some rows: values and their indices, or a dense matrix if `top_indices` is None."""
+    """The latents of some rows: values and their indices, or a dense matrix if `top_indices` is None.
+
+    Latents are negative only if `is_signed`.
+    """
 
     latents: Float[Tensor, "rows m"]
     top_indices: Int64[Tensor, "rows m"] | None
     x_hat: Float[Tensor, "rows d_out"]
+    is_signed: bool = False
+
+    @cached_property
+    def magnitudes(self) -> Float[Tensor, "rows m"]:
+        """The latents' absolute values."""
+        return self.latents.abs() if self.is_signed else self.latents
 
     @cached_property
     def active(self) -> Float[Tensor, "rows m"]:
         """One where a latent fires, else zero. float32 because it sums several times faster than booleans."""
-        return self.latents.sign()
+        return self.magnitudes.sign()
 
     @property
     def l0(self) -> Float[Tensor, " rows"]:
@@ -40,28 +49,28 @@ class EncodedRows:
 
     @property
     def l1(self) -> Float[Tensor, " rows"]:
-        """The sum of the latents per row; latents are never negative."""
-        return self.latents.sum(dim=1)
+        """The sum of the latents' absolute values per row."""
+        return self.magnitudes.sum(dim=1)
 
     def count_among(self, weights: Float[Tensor, " d_sae"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         """Return `l0` and `l1` with each latent counted by its weight."""
         if self.top_indices is None:
-            return self.active @ weights, self.latents @ weights
+            return self.active @ weights, self.magnitudes @ weights
         here = weights[self.top_indices]
-        return (self.active * here).sum(dim=1), (self.latents * here).sum(dim=1)
+        return (self.active * here).sum(dim=1), (self.magnitudes * here).sum(dim=1)
 
     def add_to(self, sums: LatentSums) -> None:
-        """Add these latents to `sums`."""
+        """Add these latents to `sums`, by their absolute values."""
         if self.top_indices is None:
-            sums.add_dense(self.latents, self.active)
+            sums.add_dense(self.magnitudes, self.active)
         else:
-            sums.add_sparse(self.latents, self.top_indices)
+            sums.add_sparse(self.magnitudes, self.top_indices)
 
 
 def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> EncodedRows:
     """Return the latents and the reconstruction of rows."""
     top_indices = None
-    if sae.selection == "topk":
+    if sae.selection in ("topk", "abstopk"):
         latents, top_indices = sae.encode_sparse(x)
         x_hat = sae.decode_sparse(latents, top_indices, x)
     else:
@@ -69,7 +78,7 @@ def encode(sae: Sae, x: Float[Tensor, "rows d_in"]) -> EncodedRows:
         x_hat = sae.decode(latents, x)
     skipped = sae.skip_path(x)
     x_hat = x_hat if skipped is None else x_hat + skipped
-    return EncodedRows(latents, top_indices, x_hat)
+    return EncodedRows(latents, top_indices, x_hat, sae.is_signed)
 
 
 def reconstruct_in_parts(sae: Sae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:

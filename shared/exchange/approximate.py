@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import HookPointError, SaeError
 from ..sae import Sae
 from ..sae.formats import SaeParts
-from ..sae.formats.folding import as_jumprelu
+from ..sae.formats.folding import as_jumprelu, split_signs
 from ..sae.formats.kinds import Kind, find_kind
 from ..store import ActivationStore
 
@@ -29,8 +29,13 @@ def approximated(sae: Sae, store: str, n_rows: int) -> tuple[Sae, str]:
         SaeError: no approximation of this kind is known, or the store has no rows.
     """
     kind = find_kind(sae.architecture) if sae.wiring_kind != "cross_layer" else None
-    if kind is None or kind.wiring == "crosscoder":
-        raise SaeError(f"no approximation of a {sae.architecture} is known; expected an autoencoder or transcoder")
+    if kind is None or kind.wiring == "crosscoder" or kind.is_tied:
+        raise SaeError(
+            f"no approximation of a {sae.architecture} is known; expected an autoencoder or transcoder whose latents "
+            "are chosen at once"
+        )
+    sae = _of(split_signs(sae.parts()))
+    kind = find_kind(sae.architecture)
     x, y = _rows(sae, store, n_rows)
     before = _measured(sae, x, y)
     other = _with_threshold(sae, kind, x) if kind.selection == "topk" else _with_k(sae, kind, before[1])

@@ -45,7 +45,7 @@ def convert(
 
 def _write(path: Path, folder: Path, fmt: SaeFormat, store: str | None, n_rows: int) -> str:
     """Write one SAE and return what was kept and lost, in words."""
-    sae = Sae.load(path)
+    source = sae = Sae.load(path)
     said = "computes the same"
     try:
         sae.save(folder, fmt.name)
@@ -56,6 +56,8 @@ def _write(path: Path, folder: Path, fmt: SaeFormat, store: str | None, n_rows: 
         sae.save(folder, fmt.name)
     written = find_saes(folder)[-1][1]
     again = Sae.load(written)
+    if source.is_signed and not again.is_signed:
+        said += ", with two latents for each, one of either sign"
     if sae.hook_point and again.reads != sae.reads:
         said += f"; the format does not say where it belongs ({', '.join(sae.reads)}): the path must"
     return said

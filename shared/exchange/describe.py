@@ -9,6 +9,7 @@ import torch
 from ..core.errors import SaeError, ThresherError
 from ..sae import CrossLayerTranscoder, Sae
 from ..sae.formats import SaeFormat
+from ..sae.formats.kinds import PURSUIT
 
 
 def describe_sae(fmt: SaeFormat, path: Path, root: Path) -> list[str]:
@@ -49,9 +50,22 @@ def selection(sae: Sae) -> str:
     """Return in words how latents are chosen, with k or the range of the thresholds."""
     if sae.config.get("k") is not None and (sae.selection == "topk" or sae.config.get("activation") == "topk"):
         return f"the {sae.config['k']} largest of a row"
+    if sae.selection == "abstopk":
+        return f"the {sae.config['k']} largest of a row by absolute value, with their signs"
+    if sae.selection == "matching_pursuit":
+        return _pursuit(sae)
     thresholds = [value for name, value in sae.named_parameters() if name.startswith("threshold")]
     if thresholds:
         every = torch.cat([value.detach().float().reshape(-1) for value in thresholds])
         low, middle, high = every.min(), every.median(), every.max()
         return f"above thresholds of {low:.4g} to {high:.4g}, half of them above {middle:.4g}"
     return {"gated": "where a gate is open", "standard": "above zero", "cross_layer": "above zero"}[sae.selection]
+
+
+def _pursuit(sae: Sae) -> str:
+    """Return in words how matching pursuit chooses latents and when it stops."""
+    limit, threshold, once = (sae.config[key] for key in PURSUIT)
+    stops = [f"a norm below {threshold:.4g} is left"] if threshold > 0 else []
+    stops += ["a step chooses no new one"] if once else []
+    until = f", or until {' or '.join(stops)}" if stops else ""
+    return f"one after another, in {sae.d_in if limit is None else limit} steps{until}"

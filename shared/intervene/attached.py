@@ -141,12 +141,14 @@ def attach(model: nn.Module, saes: Mapping[str, Sae]) -> list[Attached]:
 
     Raises:
         HookPointError: the model lacks one, or nothing can be spliced in there.
-        SaeError: an SAE was trained at another hook point, or is of another width.
+        SaeError: an SAE was trained at another hook point, is of another width, or has negative latents.
     """
     if not saes:
         return []
     wanted = [name for key, sae in saes.items() for name in (*_reads(key, sae), *_writes(key, sae))]
     found = resolve_hook_points(model, wanted)
+    for sae in saes.values():
+        sae.check_never_negative("SaeModel")
     attached = [Attached(key, sae, found) for key, sae in saes.items()]
     for one in attached:
         _check_widths(one, type(model).__name__)

@@ -18,6 +18,15 @@ def topk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*bat
     return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
 
 
+def abstopk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
+    """Return the k pre-activations of each row that are largest by absolute value, and zero elsewhere.
+
+    They keep their signs (arXiv 2510.00404).
+    """
+    indices = pre_acts.detach().abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(pre_acts).scatter(-1, indices, pre_acts.gather(-1, indices))
+
+
 def jumprelu(
     pre_acts: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "*batch d_sae"]:

@@ -63,7 +63,7 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
         self.selection, self.wiring_kind = "cross_layer", "cross_layer"
         self.activation = str(config["activation"])
         self.select_over = str(config.get("select_over", "all"))
-        self.apply_b_dec_to_input, self.normalize_activations = False, "none"
+        self.apply_b_dec_to_input, self.normalize_activations, self.is_signed = False, "none", False
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
         d_sae, d_in = self.get_parameter("W_enc_0").shape

@@ -16,7 +16,8 @@ from ..core.paths import user_path
 from ..model.hook_points import canonical_hook_point
 from . import activations
 from .formats import SaeParts, find_format, read_sae
-from .formats.kinds import ROW_NORMALIZATIONS, find_kind
+from .formats.kinds import PURSUIT, ROW_NORMALIZATIONS, find_kind
+from .matching_pursuit import matching_pursuit
 from .row_normalization import RowStatistics, normalize_rows
 from .selection import active_entries, largest
 from .sources import locate_source
@@ -29,9 +30,11 @@ class Sae(nn.Module):
     """An SAE, transcoder or crosscoder: `x_hat = decode(encode(x), x)`.
 
     `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in if the SAE reconstructs its input.
-    `selection` says how latents are chosen (standard, topk, jumprelu or gated), `wiring_kind` whether this is an sae,
-    transcoder or crosscoder. `config` holds the hyperparameters (such as `k`), `metadata` what else the files say.
-    `format` is the format that it was read from, and `folded` says in words what reading folded into the weights.
+    `selection` says how latents are chosen (standard, topk, abstopk, jumprelu, gated or matching_pursuit),
+    `wiring_kind` whether this is an sae, transcoder or crosscoder. `config` holds the hyperparameters (such as `k`),
+    `metadata` what else the files say. `format` is the format that it was read from, and `folded` says in words what
+    reading folded into the weights. Only an abstopk SAE's latents may be negative (`is_signed`). Matching pursuit
+    encodes with its decoder, of which `W_enc` is the transpose.
 
     With `normalize_activations` layer_norm or constant_norm_rescale, each row is normalised by its own statistics
     before it is encoded. An autoencoder's reconstruction is scaled back with them, so that `decode` needs the rows too.
@@ -49,6 +52,7 @@ class Sae(nn.Module):
     W_skip: nn.Parameter
     format: str
     folded: tuple[str, ...]
+    is_signed: bool
 
     _kinds: ClassVar[dict[str, type[Sae]]] = {}
 
@@ -77,9 +81,17 @@ class Sae(nn.Module):
         self.selection, self.wiring_kind = kind.selection, kind.wiring
         for name in kind.tensor_names:
             self.register_parameter(name, nn.Parameter(tensors[name].detach(), requires_grad=False))
+        if kind.is_tied:
+            self.config = PURSUIT | self.config
+            self.W_enc = nn.Parameter(self.W_dec.T, requires_grad=False)
+        self.is_signed = kind.is_signed
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
         self.apply_b_dec_to_input = bool(self.config.get("apply_b_dec_to_input", kind.wiring != "transcoder"))
+        if kind.is_tied and not self.apply_b_dec_to_input:
+            raise SaeError(
+                f"a {architecture} SAE adds the b_dec that it subtracts; expected apply_b_dec_to_input = true"
+            )
         self.normalize_activations = str(self.config.get("normalize_activations") or "none")
         if self.normalize_activations not in ("none", *ROW_NORMALIZATIONS):
             raise SaeError(
@@ -89,7 +101,7 @@ class Sae(nn.Module):
         if self.normalizes_rows and kind.wiring == "crosscoder":
             raise SaeError(f"a {architecture} reads several hook points, and cannot normalise rows; expected 'none'")
         k = self.config.get("k")
-        if kind.selection == "topk" and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
+        if kind.chooses_k and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
             raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
 
     @classmethod
@@ -129,7 +141,7 @@ class Sae(nn.Module):
             metadata=parts.metadata,
         )
         sae.format, sae.folded = parts.format, parts.folded
-        if sae.config.pop("rescale_acts_by_decoder_norm", False) and sae.selection == "topk":
+        if sae.config.pop("rescale_acts_by_decoder_norm", False) and sae.selection in ("topk", "abstopk"):
             sae.fold_decoder_norm()
         return sae
 
@@ -137,7 +149,7 @@ class Sae(nn.Module):
         """Return what a writer of a format needs: the tensors, without copies, and what is known of the SAE."""
         config = self.config | {"apply_b_dec_to_input": self.apply_b_dec_to_input}
         config |= {"normalize_activations": self.normalize_activations} if self.normalizes_rows else {}
-        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        tensors = {name: self.get_parameter(name).detach() for name in find_kind(self.architecture).tensor_names}
         return SaeParts(self.architecture, tensors, self.hook_point, config, dict(self.metadata))
 
     @property
@@ -199,6 +211,14 @@ class Sae(nn.Module):
         kwargs = self.metadata.get("model_from_pretrained_kwargs")
         return [name for name in MODEL_PROCESSING if isinstance(kwargs, dict) and kwargs.get(name)]
 
+    def check_never_negative(self, user: str) -> None:
+        """Raise `SaeError` if latents may be negative, where `user` takes only those that are not."""
+        if self.is_signed:
+            raise SaeError(
+                f"{user} takes latents that are never negative, and those of this {self.architecture} SAE may be; give "
+                "each sign a latent of its own first: thresher sae convert SOURCE FOLDER --format sparsify"
+            )
+
     def save(self, path: str | Path, format: str = "saelens") -> Path:
         """Write the SAE as a folder that `Sae.load` and SAELens's `SAE.load_from_disk` read, or in another format.
 
@@ -214,8 +234,13 @@ class Sae(nn.Module):
     def fold_decoder_norm(self) -> None:
         """Give the decoder rows unit norm; reconstructions stay as they are, latents take the norms.
 
-        For `topk` this is exact only where selection weighs pre-activations by the decoder norms.
+        For `topk` and `abstopk` this is exact only where selection weighs pre-activations by the decoder norms.
+
+        Raises:
+            SaeError: the decoder encodes too, so that other norms would choose other latents.
         """
+        if self.selection == "matching_pursuit":
+            raise SaeError("decoder norms of a matching_pursuit SAE cannot be folded: they decide which latents fire")
         norm = self.W_dec.norm(dim=1).clamp_min(1e-8)
         self.W_dec.div_(norm[:, None])
         self.W_enc.mul_(norm)
@@ -224,15 +249,25 @@ class Sae(nn.Module):
                 getattr(self, name).mul_(norm)
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the encoder's linear part: the gate's, for a gated SAE."""
+        """Return the encoder's linear part: the gate's, for a gated SAE.
+
+        Raises:
+            SaeError: latents are chosen one after another, from what is left of a row.
+        """
+        if self.selection == "matching_pursuit":
+            raise SaeError("matching pursuit has no pre-activations: each latent depends on those chosen before")
         centred = self._centred(x)
         return centred @ self.W_enc + (self.b_gate if self.selection == "gated" else self.b_enc)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents."""
+        if self.selection == "matching_pursuit":
+            return self._pursued(self._centred(x))
         pre_acts = self.pre_activations(x)
         if self.selection == "topk":
             return activations.topk(pre_acts, int(self.config["k"]))
+        if self.selection == "abstopk":
+            return activations.abstopk(pre_acts, int(self.config["k"]))
         if self.selection == "gated":
             magnitude = (pre_acts - self.b_gate) * self.r_mag.exp() + self.b_mag
             return activations.gated(pre_acts, magnitude)
@@ -245,12 +280,28 @@ class Sae(nn.Module):
     ) -> tuple[Float[Tensor, "batch m"], Int64[Tensor, "batch m"]]:
         """Return the active latents of each row and their indices, padded with zeros to the widest row.
 
-        For `topk`, m is k.
+        For `topk` and `abstopk`, m is k.
         """
         if self.selection == "topk":
             top_acts, top_indices = largest(self.pre_activations(x), int(self.config["k"]))
             return top_acts.relu(), top_indices
+        if self.selection == "abstopk":
+            pre_acts = self.pre_activations(x)
+            _, top_indices = largest(pre_acts.abs(), int(self.config["k"]))
+            return pre_acts.gather(1, top_indices), top_indices
         return active_entries(self.encode(x))
+
+    def _pursued(self, centred: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents of matching pursuit."""
+        limit = self.config["max_iterations"]
+        latents = matching_pursuit(
+            centred.reshape(-1, self.d_in),
+            self.W_dec,
+            residual_threshold=float(self.config["residual_threshold"]),
+            max_iterations=self.d_in if limit is None else int(limit),
+            stop_on_duplicate_support=bool(self.config["stop_on_duplicate_support"]),
+        )
+        return latents.view(*centred.shape[:-1], self.d_sae)
 
     def decode(
         self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None

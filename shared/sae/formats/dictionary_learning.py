@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core.disk import write_file
 from ...core.errors import SaeError
 from ...model.hook_points import block_and_kind
-from .folding import float32_copy, require, subtracting_b_dec, subtracts_b_dec
+from .folding import float32_copy, require, split_signs, subtracting_b_dec, subtracts_b_dec
 from .format import SaeFormat, folders
 from .parts import SaeParts, check_known, check_tensors, check_top_k, integer, mapping, take, text
 from .reading import read_json, read_safetensors, read_torch_archive
@@ -184,6 +184,7 @@ def write(parts: SaeParts, folder: Path) -> None:
     Raises:
         SaeError: it is not an autoencoder.
     """
+    parts = split_signs(parts)
     kind = require(parts, "dictionary_learning", ("standard", "gated", "jumprelu", "topk"), ("sae",))
     name = _WRITTEN.get(kind.selection) or ("AutoEncoder" if subtracts_b_dec(parts) else "AutoEncoderNew")
     theirs = _KINDS[name]

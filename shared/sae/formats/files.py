@@ -69,7 +69,7 @@ def saelens_config(
     """Return the content of `cfg.json`; `config` gives the architecture's own keys."""
     kind = find_kind(architecture)
     own = {key: config[key] for key in kind.keys if key in config}
-    if kind.selection == "topk":
+    if kind.chooses_k:
         own["rescale_acts_by_decoder_norm"] = False
     hook_name = saelens_hook_name(hook_point)
     by_head = hook_name.endswith("hook_z") or config.get("reshape_activations") == "hook_z"

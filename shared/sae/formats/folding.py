@@ -40,6 +40,21 @@ def subtracting_b_dec(parts: SaeParts, wanted: bool) -> SaeParts:
     return replace(parts, tensors=tensors, config=parts.config | {"apply_b_dec_to_input": wanted})
 
 
+def split_signs(parts: SaeParts) -> SaeParts:
+    """Return the same function with two latents for each that may be negative, and others as they are.
+
+    The k largest of `|z|` are the k largest of `z` and `-z` side by side, after ReLU: latent i + d_sae is active where
+    latent i is negative, with the opposite decoder row.
+    """
+    kind = find_kind(parts.architecture)
+    if not kind.is_signed:
+        return parts
+    t = parts.tensors
+    both = {"W_enc": torch.cat([t["W_enc"], -t["W_enc"]], dim=1)}
+    both |= {name: torch.cat([t[name], -t[name]]) for name in ("b_enc", "W_dec")}
+    return replace(parts, architecture=Kind("topk", kind.wiring, kind.skip).name, tensors=dict(t) | both)
+
+
 def as_jumprelu(parts: SaeParts, format_name: str) -> SaeParts:
     """Return a ReLU or gated SAE as JumpReLU, which computes the same.
 
@@ -50,7 +65,7 @@ def as_jumprelu(parts: SaeParts, format_name: str) -> SaeParts:
         NotExactError: the k largest latents are chosen.
     """
     kind = find_kind(parts.architecture)
-    if kind.selection == "topk":
+    if kind.chooses_k:
         raise NotExactError(
             f"{format_name} has a threshold per latent, and this {parts.architecture} chooses the k largest of a row; "
             "with --approximate and --store, thresholds are chosen that fire equally often"
@@ -90,6 +105,10 @@ def require(
     if parts.architecture == "cross_layer_transcoder":
         raise SaeError(f"{format_name} has no cross-layer transcoders; expected one of: circuit-tracer, thresher")
     kind, normalization = find_kind(parts.architecture), normalizes_rows(parts)
+    if kind.is_tied:
+        raise SaeError(
+            f"{format_name} cannot hold a {parts.architecture} SAE, which encodes in steps; expected saelens"
+        )
     if normalization and normalization not in normalizations:
         raise SaeError(
             f"{format_name} cannot state that each row is normalised before it is encoded, as this SAE does "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...core.errors import SaeError
 
 SELECTIONS = ("standard", "topk", "jumprelu", "gated")
 """How latents are chosen: by ReLU, the k largest, above a threshold each, or where a gate is open."""
+AUTOENCODER_SELECTIONS = ("abstopk", "matching_pursuit")
+"""How autoencoders alone may choose: the k largest by absolute value, with their signs, or one after another."""
 ROW_NORMALIZATIONS = ("layer_norm", "constant_norm_rescale")
 """SAELens's names of how each row may be normalised by its own statistics before it is encoded."""
+PURSUIT: dict[str, Any] = {"residual_threshold": 1e-2, "max_iterations": None, "stop_on_duplicate_support": True}
+"""When matching pursuit finishes a row (see `matching_pursuit`), with SAELens's defaults; None is d_in iterations."""
 
 
 class Kind(NamedTuple):
@@ -32,8 +36,25 @@ class Kind(NamedTuple):
         return "_".join([*selection, *(["skip"] if self.skip else []), self.wiring])
 
     @property
+    def is_signed(self) -> bool:
+        """Whether latents may be negative."""
+        return self.selection == "abstopk"
+
+    @property
+    def chooses_k(self) -> bool:
+        """Whether the k largest latents of a row are chosen."""
+        return self.selection in ("topk", "abstopk")
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the decoder encodes too, so that there is no encoder of its own."""
+        return self.selection == "matching_pursuit"
+
+    @property
     def tensor_names(self) -> tuple[str, ...]:
         """The tensors that the weights file holds."""
+        if self.is_tied:
+            return ("W_dec", "b_dec")
         biases = ("b_gate", "b_mag", "r_mag") if self.selection == "gated" else ("b_enc",)
         threshold = ("threshold",) if self.selection == "jumprelu" else ()
         return ("W_enc", "W_dec", "b_dec", *biases, *threshold, *(("W_skip",) if self.skip else ()))
@@ -41,7 +62,8 @@ class Kind(NamedTuple):
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of `cfg.json` that only some kinds have."""
-        selection = ("k", "rescale_acts_by_decoder_norm") if self.selection == "topk" else ()
+        selection = ("k", "rescale_acts_by_decoder_norm") if self.chooses_k else ()
+        selection = tuple(PURSUIT) if self.is_tied else selection
         places = {"sae": (), "transcoder": ("d_out",), "crosscoder": ("hook_points", "reads", "writes", "d_out")}
         return (*selection, *places[self.wiring])
 
@@ -49,7 +71,7 @@ class Kind(NamedTuple):
 SAE_KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        *map(Kind, SELECTIONS),
+        *map(Kind, SELECTIONS + AUTOENCODER_SELECTIONS),
         *(
             Kind(selection, wiring, skip)
             for wiring in ("transcoder", "crosscoder")

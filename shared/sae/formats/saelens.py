@@ -6,6 +6,7 @@ other names and defaults. They are read as SAELens 6 reads them, but what it pas
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from ...core.errors import SaeError
 from ...model.hook_points import canonical_hook_point
 from .files import CONFIG_NAME, WEIGHTS_NAME, saelens_config, write_folder
 from .format import SaeFormat, folders
-from .kinds import ROW_NORMALIZATIONS, find_kind
+from .kinds import PURSUIT, ROW_NORMALIZATIONS, Kind, find_kind
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
 from .reading import read_json, read_safetensors
 from .saelens_keys import METADATA, READ, RENAMED, TRAINING
@@ -26,9 +27,7 @@ from .saelens_keys import METADATA, READ, RENAMED, TRAINING
 _DECIDED_ABOVE = ("normalize_activations", "reshape_activations")
 """Keys of the top level that decide what an SAE computes, whatever a note of it in the metadata says."""
 _OF_OTHER_FUNCTION = {
-    "abstopk": "whose latents may be negative",
     "temporal": "whose latents depend on the tokens before",
-    "matching_pursuit": "which encodes in as many steps as it has latents",
     "batchtopk": "a checkpoint of training that SAELens saves as jumprelu when training ends",
     "matryoshka_batchtopk": "a checkpoint of training that SAELens saves as jumprelu when training ends",
 }
@@ -71,14 +70,18 @@ def read(folder: Path, stated: Mapping[str, Any] | None = None) -> SaeParts:
     known += ("d_out",) if saved.get("d_out") == saved.get("d_in") else ()
     check_known(saved, known, where)
     metadata = _joined_metadata(saved, metadata, where)
-    factor = _norm_factor(saved, stated)
+    factor = _norm_factor(saved, stated, kind)
     config = _config(saved, architecture, metadata, old, where)
     tensors = _rescaled(saved, config, read_safetensors(folder / WEIGHTS_NAME, where), where)
     d_in, d_sae = integer(saved, "d_in", where), integer(saved, "d_sae", where)
     d_out = d_in if kind.wiring == "sae" else integer(saved, "d_out", where, d_in)
     check_tensors(architecture, tensors, (d_in, d_sae, d_out), where, CONFIG_NAME)
-    if kind.selection == "topk":
+    if kind.chooses_k:
         check_top_k(config["k"], d_sae, where)
+    if kind.is_tied and not config["apply_b_dec_to_input"]:
+        # SAELens then does not add it either.
+        tensors |= {"b_dec": torch.zeros_like(tensors["b_dec"])}
+        config["apply_b_dec_to_input"] = True
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
     folded: tuple[str, ...] = ()
@@ -100,10 +103,10 @@ def _noted(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in own.items() if key in config or key not in _DECIDED_ABOVE}
 
 
-def _norm_factor(saved: dict[str, Any], stated: Mapping[str, Any]) -> float | None:
+def _norm_factor(saved: dict[str, Any], stated: Mapping[str, Any], kind: Kind) -> float | None:
     """Return the factor by which rows are scaled, if a registry says it, and set the configuration to `none`."""
     factor = stated.get("norm_scaling_factor")
-    if factor is None or saved.get("normalize_activations") not in (True, "expected_average_only_in"):
+    if factor is None or kind.is_tied or saved.get("normalize_activations") not in (True, "expected_average_only_in"):
         return None
     saved["normalize_activations"] = "none"
     return float(factor)
@@ -145,7 +148,7 @@ def _architecture(saved: dict[str, Any], old: bool, where: str) -> str:
             f"{where} has architecture '{architecture}' with activation_fn '{activation}', which is not supported; "
             "expected 'relu', or 'topk' for a TopK SAE"
         )
-    known = ("k", "use_sparse_activations") if kind.selection == "topk" else ()
+    known = ("k", "use_sparse_activations") if kind.chooses_k else ()
     unknown = [key for key in options if key not in known]
     if unknown:
         raise SaeError(
@@ -199,11 +202,13 @@ def _config(
     config["apply_b_dec_to_input"] = flag(saved, "apply_b_dec_to_input", where, not transcodes)
     if transcodes and config["apply_b_dec_to_input"]:
         raise SaeError(f"{where} is a transcoder with apply_b_dec_to_input = true, expected false")
-    if kind.selection == "topk":
+    if kind.chooses_k:
         config["k"] = integer(saved, "k", where)
         config["rescale_acts_by_decoder_norm"] = flag(saved, "rescale_acts_by_decoder_norm", where, False)
     elif isinstance(saved.get("k"), int):
         config["k"] = saved["k"]
+    if kind.is_tied:
+        config |= _pursuit(saved, where)
     if kind.wiring == "crosscoder":
         config |= _places_of_crosscoder(saved, where)
     dtype = text(saved, "dtype", where)
@@ -214,6 +219,16 @@ def _config(
     if _reshapes(saved, metadata.get("hook_name"), old, where):
         config["reshape_activations"] = "hook_z"
     return config
+
+
+def _pursuit(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return when matching pursuit finishes a row."""
+    threshold, limit, duplicates = PURSUIT
+    found = saved.get(threshold, PURSUIT[threshold])
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise SaeError(f"{where} has {threshold} {found!r}, expected a number")
+    steps = None if saved.get(limit) is None else integer(saved, limit, where)
+    return {threshold: float(found), limit: steps, duplicates: flag(saved, duplicates, where, PURSUIT[duplicates])}
 
 
 def _places_of_crosscoder(saved: Mapping[str, Any], where: str) -> dict[str, list[str]]:
@@ -295,14 +310,13 @@ def _rescaled(
 
 def write(parts: SaeParts, folder: Path) -> None:
     """Write an SAE as SAELens v6 reads it."""
-    W_enc, W_dec = parts.tensors["W_enc"], parts.tensors["W_dec"]
-    (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
+    kind, (d_sae, d_out) = find_kind(parts.architecture), parts.tensors["W_dec"].shape
+    d_in = d_out if kind.is_tied else len(parts.tensors["W_enc"])
     config = dict(parts.config)
-    if find_kind(parts.architecture).wiring == "transcoder" or d_out != d_in:
+    if kind.wiring == "transcoder" or d_out != d_in:
         config["d_out"] = d_out
     described = saelens_config(parts.architecture, d_in, d_sae, parts.hook_point, config, parts.metadata)
-    names = find_kind(parts.architecture).tensor_names
-    write_folder(folder, described, {name: parts.tensors[name] for name in names})
+    write_folder(folder, described, {name: parts.tensors[name] for name in kind.tensor_names})
 
 
 FORMAT = SaeFormat(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ...core.disk import replacing, write_file
 from ...core.errors import SaeError
 from ...model.hook_points import block_and_kind, canonical_hook_point
-from .folding import float32_copy, require, subtracting_b_dec
+from .folding import float32_copy, require, split_signs, subtracting_b_dec
 from .format import SaeFormat, folders
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, take, text
 from .reading import read_json, read_safetensors
@@ -102,6 +102,7 @@ def write(parts: SaeParts, folder: Path) -> None:
     Raises:
         SaeError: sparsify has no such kind.
     """
+    parts = split_signs(parts)
     kind = require(parts, "sparsify", ("topk",), ("sae", "transcoder", "skip"))
     transcodes = kind.wiring == "transcoder"
     parts = subtracting_b_dec(parts, not transcodes)

@@ -40,6 +40,7 @@ NEW = {
 }
 TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}
 TRANSCODER = {"architecture": "transcoder", "d_out": D, "apply_b_dec_to_input": False}
+PURSUIT = {"architecture": "matching_pursuit"}
 Z = {"hook_name": "blocks.1.attn.hook_z"}
 
 READ = {
@@ -60,6 +61,12 @@ READ = {
     "new topk": (NEW | {"architecture": "topk", "k": 4}, ()),
     "new topk by norms": (NEW | {"architecture": "topk", "k": 4, "rescale_acts_by_decoder_norm": True}, ()),
     "new jumprelu": (NEW | {"architecture": "jumprelu"}, ("threshold",)),
+    "new abstopk": (NEW | {"architecture": "abstopk", "k": 4}, ()),
+    "new abstopk by norms": (NEW | {"architecture": "abstopk", "k": 4, "rescale_acts_by_decoder_norm": True}, ()),
+    "new matching pursuit": (NEW | PURSUIT, ()),
+    "new matching pursuit, few": (NEW | PURSUIT | {"max_iterations": 3, "residual_threshold": 0.5}, ()),
+    "new matching pursuit, again": (NEW | PURSUIT | {"max_iterations": 6, "stop_on_duplicate_support": False}, ()),
+    "new matching pursuit without b_dec": (NEW | PURSUIT | {"apply_b_dec_to_input": False}, ()),
     "new heads": (NEW | {"reshape_activations": "hook_z", "metadata": Z}, ()),
     "new transcoder": (NEW | TRANSCODER, ()),
     "new skip transcoder": (NEW | TRANSCODER | {"architecture": "skip_transcoder"}, ("W_skip",)),
@@ -73,6 +80,8 @@ for kind in ("layer_norm", "constant_norm_rescale"):
             ("b_gate", "b_mag", "r_mag"),
         ),
         f"new jumprelu {kind}": (NEW | {"architecture": "jumprelu", "normalize_activations": kind}, ("threshold",)),
+        f"new abstopk {kind}": (NEW | {"architecture": "abstopk", "k": 4, "normalize_activations": kind}, ()),
+        f"new matching pursuit {kind}": (NEW | PURSUIT | {"normalize_activations": kind}, ()),
         f"new heads {kind}": (
             NEW | {"reshape_activations": "hook_z", "metadata": Z, "normalize_activations": kind},
             (),
@@ -82,7 +91,11 @@ for kind in ("layer_norm", "constant_norm_rescale"):
             ("W_skip",),
         ),
     }
-OURS = ("old heads", "old topk layer_norm", "new jumprelu constant_norm_rescale", "new skip transcoder layer_norm")
+OURS = (
+    *("old heads", "old topk layer_norm", "new jumprelu constant_norm_rescale", "new skip transcoder layer_norm"),
+    *("new abstopk by norms", "new abstopk layer_norm", "new matching pursuit, few", "new matching pursuit layer_norm"),
+    "new matching pursuit without b_dec",
+)
 """What is saved again, for SAELens to load."""
 REFUSED = {
     "scaling factor that is not used": (OLD, ("scaling_factor",)),
@@ -127,6 +140,9 @@ def write(folder, config, others):
     tensors = {name: torch.randn(shapes.get(name, (N,)), generator=generator) for name in names}
     if config.get("architecture") == "gated":
         del tensors["b_enc"]
+    if config.get("architecture") == "matching_pursuit":
+        del tensors["W_enc"], tensors["b_enc"]
+        tensors["W_dec"] = torch.nn.functional.normalize(tensors["W_dec"], dim=1)
     if "ones" in tensors:
         del tensors["ones"]
         tensors["scaling_factor"] = torch.ones(N)

@@ -23,6 +23,48 @@ save_file(out, sys.argv[3])
 """
 pytestmark = pytest.mark.peers
 
+WRITER = """
+import sys, torch, dataclasses
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+root = Path(sys.argv[1])
+torch.manual_seed(0)
+x, out = torch.randn(40, 12), {}
+out["x"] = x
+def filled(sae):
+    for name, tensor in sae.named_parameters():
+        tensor.data = torch.randn_like(tensor) * 0.4
+        if name == "W_dec":
+            tensor.data = torch.nn.functional.normalize(tensor.data, dim=1)
+    for name in ("threshold", "log_threshold"):
+        if hasattr(sae, name):
+            getattr(sae, name).data = torch.rand(30) + 0.1 if name == "threshold" else torch.randn(30)
+    return sae
+def config(cls):
+    wanted = {"d_in": 12, "d_sae": 30, "d_out": 12, "k": 4}
+    wanted["apply_b_dec_to_input"] = "transcoder" not in cls.__name__.lower()
+    wanted |= {"matryoshka_widths": [10, 30], "decoder_init_norm": 1.0}
+    return cls(**{field.name: wanted[field.name] for field in dataclasses.fields(cls) if field.name in wanted})
+for name, (cls, config_cls) in SAE_CLASS_REGISTRY.items():
+    if name == "temporal":
+        continue
+    sae = filled(cls(config(config_cls)))
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = "blocks.1.hook_resid_post", "gpt2-small"
+    sae.save_model(root / name)
+    out[name + ".latents"], out[name] = sae.encode(x).detach(), sae(x).detach()
+for name, (cls, config_cls) in SAE_TRAINING_CLASS_REGISTRY.items():
+    sae = filled(cls(config(config_cls)))
+    if hasattr(sae, "topk_threshold"):
+        sae.topk_threshold.fill_(0.5)
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.save_inference_model(root / ("trained " + name))
+    from sae_lens import SAE
+    again = SAE.load_from_disk(root / ("trained " + name))
+    out["trained " + name + ".latents"], out["trained " + name] = again.encode(x).detach(), again(x).detach()
+save_file({key: value.to_dense().contiguous() for key, value in out.items()}, root / "out.safetensors")
+"""
+
 KINDS = {
     "standard": ({}, "StandardSAE"),
     "topk": ({"k": 5}, "TopKSAE"),
@@ -54,3 +96,18 @@ def test_saelens_computes_what_we_compute(tmp_path, run_peers):
             difference = (value - theirs[f"{kind}.{name}"]).norm() / value.norm()
             assert difference < 1e-5, (kind, name)
     assert json.loads((tmp_path / "topk" / "cfg.json").read_text())["rescale_acts_by_decoder_norm"] is False
+
+
+def test_what_every_class_of_saelens_writes_is_read(tmp_path, run_peers):
+    """Each class that it registers, apart from `temporal`, and what each of its training classes saves at the end."""
+    run_peers("-c", WRITER, tmp_path)
+    theirs = load_file(tmp_path / "out.safetensors")
+    x = theirs.pop("x")
+    names = [name for name in theirs if not name.endswith(".latents")]
+    assert {"abstopk", "matching_pursuit", "jumprelu_skip_transcoder", "trained matryoshka_batchtopk"} < set(names)
+    assert len(names) >= 18
+    for name in names:
+        sae = Sae.load(tmp_path / name)
+        for value, expected in ((sae.encode(x), theirs[f"{name}.latents"]), (sae(x), theirs[name])):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=name)
+        assert sae.hook_point == "blocks.1.resid_post"

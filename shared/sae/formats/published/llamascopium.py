@@ -22,7 +22,7 @@ from ....model.hook_points import canonical_hook_point
 from ..cross_layer import ARCHITECTURE as CROSS_LAYER
 from ..cross_layer import check_cross_layer
 from ..files import saelens_hook_name
-from ..folding import float32_copy, normalizes_rows, require, subtracting_b_dec
+from ..folding import float32_copy, normalizes_rows, require, split_signs, subtracting_b_dec
 from ..format import SaeFormat
 from ..kinds import Kind
 from ..parts import SaeParts, check_known, check_tensors, check_top_k, encoder_shape, flag, integer, take, text
@@ -208,6 +208,7 @@ def write(parts: SaeParts, folder: Path) -> None:
 
 
 def _sae_files(parts: SaeParts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    parts = split_signs(parts)
     kind = require(parts, "llamascopium", ("standard", "jumprelu", "topk"), ("sae", "transcoder"), (TOKEN_WISE,))
     parts = subtracting_b_dec(parts, False)
     tensors = parts.tensors

@@ -32,7 +32,9 @@ def make_sae():
             tensors["threshold"] = tensors["threshold"].abs()
         reads, writes = HOOKS[kind.wiring]
         config = {"apply_b_dec_to_input": kind.wiring == "sae"} | config
-        config |= {"k": 5} if kind.selection == "topk" else {}
+        config |= {"k": 5} if kind.chooses_k else {}
+        if kind.is_tied:
+            tensors["W_dec"] = torch.nn.functional.normalize(tensors["W_dec"], dim=1)
         metadata = {"model_name": "google/gemma-3-1b-pt"} | ({"hook_name_out": writes} if writes else {})
         return Sae(architecture, tensors, hook_point=reads, config=config, metadata=metadata)
 

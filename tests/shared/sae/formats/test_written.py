@@ -11,18 +11,18 @@ from thresher.shared.sae import Sae
 from thresher.shared.sae.formats import FORMATS
 from thresher.shared.sae.formats.folding import NotExactError
 
-AUTOENCODERS = ("standard", "topk", "jumprelu", "gated")
+AUTOENCODERS = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit")
 TRANSCODERS = tuple(
     f"{selection}{skip}transcoder" for selection in ("", "topk_", "jumprelu_", "gated_") for skip in ("", "skip_")
 )
 HELD = {
     "saelens": AUTOENCODERS + TRANSCODERS,
-    "sparsify": ("topk", "topk_transcoder", "topk_skip_transcoder"),
-    "dictionary_learning": AUTOENCODERS,
+    "sparsify": ("topk", "abstopk", "topk_transcoder", "topk_skip_transcoder"),
+    "dictionary_learning": AUTOENCODERS[:-1],
     "gemma-scope": ("standard", "jumprelu", "gated", "transcoder", "jumprelu_transcoder", "gated_transcoder"),
     "gemma-scope-2": ("standard", "jumprelu", "gated", *(name for name in TRANSCODERS if "topk" not in name)),
     "circuit-tracer": ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
-    "llamascopium": ("standard", "jumprelu", "topk", "transcoder", "jumprelu_transcoder", "topk_transcoder"),
+    "llamascopium": ("standard", "jumprelu", "topk", "abstopk", "transcoder", "jumprelu_transcoder", "topk_transcoder"),
 }
 CASES = [(name, architecture) for name, held in HELD.items() for architecture in held]
 
@@ -38,12 +38,18 @@ def reference(sae, x):
     elif sae.normalize_activations == "constant_norm_rescale":
         scale = np.sqrt((x**2).mean(1, keepdims=True))
         x = x / scale
-    inside = (x - t["b_dec"] if sae.apply_b_dec_to_input else x) @ t["W_enc"]
-    if sae.selection == "gated":
+    centred = x - t["b_dec"] if sae.apply_b_dec_to_input else x
+    inside = centred @ t["W_enc"]
+    if sae.selection == "matching_pursuit":
+        latents = pursued(centred, t["W_dec"], len(t["b_dec"]), 1e-2)
+    elif sae.selection == "gated":
         latents = (inside * np.exp(t["r_mag"]) + t["b_mag"]).clip(0) * (inside + t["b_gate"] > 0)
     else:
         pre_acts = inside + t["b_enc"]
-        latents = pre_acts.clip(0)
+        latents = pre_acts if sae.selection == "abstopk" else pre_acts.clip(0)
+        if sae.selection == "abstopk":
+            sizes = np.abs(pre_acts)
+            latents = latents * (sizes >= np.sort(sizes, axis=1)[:, -sae.config["k"]][:, None])
         if sae.selection == "jumprelu":
             latents = latents * (pre_acts > t["threshold"])
         if sae.selection == "topk":
@@ -51,6 +57,21 @@ def reference(sae, x):
     skipped = raw @ t["W_skip"].T if "W_skip" in t else 0
     y = latents @ t["W_dec"] + t["b_dec"]
     return (y * scale + mean if sae.wiring_kind == "sae" else y) + skipped
+
+
+def pursued(rows, directions, steps, threshold):
+    """Return the latents of matching pursuit, row by row: until little is left, or a direction is chosen again."""
+    latents = np.zeros((len(rows), len(directions)))
+    for row, found in zip(rows.copy(), latents, strict=True):
+        for _ in range(steps):
+            products = directions @ row
+            best = products.argmax()
+            again = found[best] != 0 or products[best] <= 0
+            found[best] += max(products[best], 0)
+            row -= max(products[best], 0) * directions[best]
+            if again or np.linalg.norm(row) < threshold:
+                break
+    return latents
 
 
 def files(folder):
@@ -66,7 +87,7 @@ def loaded(folder):
 @pytest.mark.parametrize("subtracts", [True, False])
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_what_is_written_computes_the_same(name, architecture, subtracts, make_sae, rows, tmp_path):
-    if "transcoder" in architecture and subtracts:
+    if ("transcoder" in architecture and subtracts) or (architecture == "matching_pursuit" and not subtracts):
         return
     sae, x = make_sae(architecture, apply_b_dec_to_input=subtracts), rows()
     folder = sae.save(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_4" / "sae", name)
