@@ -63,6 +63,19 @@ class SteerConfig(CausalConfig, frozen=True, kw_only=True):
     n: Annotated[_Positive, Meta(description="Continuations of each prompt.")] = 2
     random_latents: Annotated[int, Meta(ge=0, description="Random latents steered for comparison.")] = 8
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="Seed of sampling and of the random latents.")] = 0
+    lm_eval: Annotated[
+        bool,
+        Meta(description="Write strength-S.pt as well, for lm-evaluation-harness's model `steered` (add, all)."),
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Check that lm-evaluation-harness can do what its files are asked to do."""
+        super().__post_init__()
+        if self.lm_eval and (self.action != "add" or self.where != "all"):
+            raise ConfigError(
+                f"lm_eval is true with action '{self.action}' and where '{self.where}'; lm-evaluation-harness steers "
+                "with action add and where all"
+            )
 
 
 class AttributeConfig(CausalConfig, frozen=True, kw_only=True):

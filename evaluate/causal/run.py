@@ -12,6 +12,7 @@ import pyarrow as pa
 from ...shared.core.disk import write_file
 from ...shared.core.errors import ConfigError, DataError, HookPointError
 from ...shared.core.paths import user_path
+from ...shared.intervene.edits import Add
 from ...shared.intervene.metrics import LogitDifference, LogProbability
 from ...shared.intervene.sae_model import SaeModel
 from ...shared.intervene.texts import one_token
@@ -19,6 +20,7 @@ from ..features.token_text import TokenTexts
 from ..results.output import parquet_bytes
 from .config import AttributeConfig, CausalConfig, ContrastConfig, SteerConfig
 from .contrast import contrast as contrast_texts
+from .lm_eval_files import write_lm_eval
 from .pages import write_page
 from .steering_curve import SteeringCurve, baseline_of, steering_curve
 
@@ -26,7 +28,7 @@ QUANTITIES = ("effect", "kl", "perplexity")
 
 
 def steer(config: SteerConfig) -> SteeringCurve:
-    """Steer a latent at several strengths, and write steering.json, texts.parquet and steering.html."""
+    """Steer a latent at several strengths, and write what was found, the texts, a page, and steering files if asked."""
     prompts = read_texts(config.prompts, "prompts")
     maxima = prompts if config.maxima_texts is None else read_texts(config.maxima_texts, "maxima_texts")
     lm = _open(config)
@@ -57,6 +59,10 @@ def steer(config: SteerConfig) -> SteeringCurve:
     output = user_path(config.output)
     _write_json(output / "steering.json", found)
     write_file(output / "texts.parquet", parquet_bytes(pa.Table.from_pylist(curve.texts)))
+    if config.lm_eval:
+        for strength in dict.fromkeys(config.strengths):
+            edits = {(hook_point, config.latent): Add(strength, unit=config.unit)}
+            write_lm_eval(lm, edits, output / f"strength-{strength:g}.pt")
     title = f"Steering latent {config.latent} at {hook_point}"
     page = write_page(output / "steering.html", "steering", title, config.model, found | {"texts": curve.texts})
     own = [point for point in curve.points if not point["is_random"]]

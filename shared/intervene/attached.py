@@ -60,8 +60,13 @@ class Attached:
         """Whether a latent depends on several hook points, so that it is known only after the last of them."""
         return any(len(group.reads) > 1 for group in self.groups)
 
-    def encode(self, group: int, x: Float[Tensor, "rows d_in"]) -> Codes:
-        """Return a group's latents from the rows of what it reads, side by side; with gradients if `x` has them."""
+    def encode(self, group: int, x: Float[Tensor, "rows d_in"], only: Int64[Tensor, " n"] | None = None) -> Codes:
+        """Return a group's latents from the rows of what it reads, side by side; with gradients if `x` has them.
+
+        With `only`, those latents of the group are enough; no more are computed where they do not depend on others.
+        """
+        if only is not None and not isinstance(self.sae, CrossLayerTranscoder) and self.sae.encodes_alone:
+            return Codes(self.sae.encode_some(x, only), only.expand(len(x), -1))
         if x.requires_grad and torch.is_grad_enabled():
             latents = self._latents(group, x)
             _, chosen = active_entries(latents.detach())

@@ -204,7 +204,7 @@ class SplicedModel:
             if isinstance(target, Tensor):
                 directions.append(self._direction(name, target, edit))
             else:
-                new = self._latent(name, int(target), edit)
+                new = self.latent_edit(name, int(target), edit)
                 latents = [old for old in latents if old[:2] != new[:2]] + [new]
         self._edits, self._directions = latents, directions
         try:
@@ -220,7 +220,8 @@ class SplicedModel:
         known = ", ".join(f"'{one.name}'" for one in self.attached) or "none"
         raise HookPointError(f"there is no SAE at '{name}'; the model has SAEs at: {known}")
 
-    def _latent(self, name: str, latent: int, edit: Edit) -> LatentEdit:
+    def latent_edit(self, name: str, latent: int, edit: Edit) -> LatentEdit:
+        """Return an edit with its SAE and the size of its unit; raises the errors of `steer`."""
         one = self.at(name)
         check_latent(one, latent)
         return LatentEdit(self.attached.index(one), latent, edit, self._unit(one, latent, edit))

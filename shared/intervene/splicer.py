@@ -108,7 +108,8 @@ class Splicer:
         self._needed: set[int] = set()
         self._all_edits = [*(edit.edit for edit in edits), *(direction.edit for direction in directions)]
         conditions = [edit.where for edit in self._all_edits if isinstance(edit.where, Fires)]
-        self._watched = {self._site_named(where.hook_point) for where in conditions}
+        self._conditions = [(self._site_named(where.hook_point), where.latent) for where in conditions]
+        self._watched = {site for site, _ in self._conditions}
         self._width = 0
 
     @property
@@ -207,9 +208,18 @@ class Splicer:
                 if at in group.reads and number not in recorded.clean and recorded.reads.keys() >= set(group.reads):
                     parts = [recorded.reads[read] for read in group.reads]
                     x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-                    recorded.clean[number] = one.encode(number, x)
+                    recorded.clean[number] = one.encode(number, x, self._only(site, number))
 
         return read
+
+    def _only(self, site: int, group: int) -> Int64[Tensor, " n"] | None:
+        """Return the latents of a group that edits depend on, or None if all are asked for."""
+        if self.record or self.error == "drop":
+            return None
+        wanted = {edit.latent for edit in self.edits if edit.site == site}
+        wanted |= {latent for where, latent in self._conditions if where == site}
+        numbers = sorted(number for which, number in map(self.attached[site].locate, wanted) if which == group)
+        return torch.tensor(numbers, dtype=torch.long, device=self.attached[site].sae.device)
 
     def _edited(self, site: int, group: int, codes: Codes) -> Codes:
         """Return a group's latents after the edits of them."""

@@ -275,6 +275,24 @@ class Sae(nn.Module):
             return activations.jumprelu(pre_acts, self.threshold)
         return activations.relu(pre_acts)
 
+    @property
+    def encodes_alone(self) -> bool:
+        """Whether a latent depends on its own pre-activation only, not on which others are larger."""
+        return self.selection != "topk"
+
+    def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, " n"]) -> Float[Tensor, "*batch n"]:
+        """Return some latents alone, at the cost of these; only if `encodes_alone`."""
+        assert self.encodes_alone
+
+        def of(name: str) -> Tensor:
+            return self.get_parameter(name)[latents]
+
+        pre_acts = self._centred(x) @ self.W_enc[:, latents]
+        if self.selection == "gated":
+            return activations.gated(pre_acts + of("b_gate"), pre_acts * of("r_mag").exp() + of("b_mag"))
+        pre_acts = pre_acts + of("b_enc")
+        return activations.jumprelu(pre_acts, of("threshold")) if self.selection == "jumprelu" else pre_acts.relu()
+
     def encode_sparse(
         self, x: Float[Tensor, "batch d_in"]
     ) -> tuple[Float[Tensor, "batch m"], Int64[Tensor, "batch m"]]:

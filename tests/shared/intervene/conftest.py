@@ -31,6 +31,9 @@ def make():
         tensors = random_weights(n * width, n * width, d_sae, seed)
         if "jumprelu" in architecture:
             tensors["threshold"] = torch.full((d_sae,), 0.3, dtype=torch.float64)
+        if architecture == "gated":
+            tensors["b_gate"] = tensors.pop("b_enc")
+            tensors |= {"r_mag": tensors["b_gate"] / 2, "b_mag": tensors["b_gate"] + 0.1}
         if "skip" in architecture:
             tensors["W_skip"] = 0.1 * random_weights(n * width, n * width, n * width, seed + 1)["W_dec"]
         config = {"k": k} if "topk" in architecture else {}

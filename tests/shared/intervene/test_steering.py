@@ -77,6 +77,44 @@ def test_an_edit_adds_the_difference_of_the_decodings(gpt2, make, tokens, name):
     torch.testing.assert_close(lm.run(tokens).logits, clean, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+@torch.no_grad()
+def test_only_the_edited_latents_are_encoded_where_others_do_not_matter(gpt2, make, tokens, architecture):
+    first, sae = make(architecture, reads="blocks.0.resid_post", seed=5), make(architecture)
+
+    def latents(sae, x):
+        pre = (x - sae.b_dec) @ sae.W_enc
+        if architecture == "gated":
+            return torch.where(pre + sae.b_gate > 0, (pre * sae.r_mag.exp() + sae.b_mag).clamp_min(0), 0)
+        pre = pre + sae.b_enc
+        return torch.where(pre > sae.threshold, pre, 0) if architecture == "jumprelu" else pre.clamp_min(0)
+
+    states = gpt2(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+    fires = latents(first, states[1]) > 0
+    counts = fires.sum((0, 1))
+    other = int(((counts > 3) & (counts < 17)).nonzero()[0])
+
+    def change(x):
+        f = latents(sae, x)
+        new = f.clone()
+        new[..., 7] = torch.where(f[..., 7] > 0, 4.0, 0)
+        new[..., 9] = torch.where(fires[..., other], f[..., 9] - 2.0, f[..., 9])
+        return x + (new - f) @ sae.W_dec
+
+    expected = hooked(gpt2, "transformer.h.1", change, tokens)
+    edits = {
+        (HOOK, 7): Clamp(4.0, where="active"),
+        (HOOK, 9): Add(-2.0, where=Fires("blocks.0.resid_post", other)),
+    }
+    lm = SaeModel.open(gpt2, [first, sae])
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    with lm.steer(edits):
+        logits, splicer = lm.forward(tokens, lengths)
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(lm.run(tokens).logits, expected, rtol=1e-10, atol=1e-10)
+    assert [site.clean[0].values.shape[1] for site in splicer.sites] == [1, 2]
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
 @torch.no_grad()
 def test_an_edit_of_a_latent_of_normalised_rows_is_scaled_back(gpt2, make, tokens, norm):
