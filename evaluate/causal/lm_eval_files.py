@@ -104,6 +104,8 @@ def _csv_entries(path: Path) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, start=2):
         where = f"line {number} of '{path.name}'"
+        if row.get("head_index"):
+            raise DataError(f"{where} has a head_index, which the harness ignores; leave it empty")
         sae, place = _sae(row, where)
         latent, coefficient = (
             _number(row, "feature_index", int, where),

@@ -97,6 +97,7 @@ def test_what_does_not_fit_is_one_line(gpt2, sae, tmp_path):
         "feature_index = 'x'": HEAD + row.replace(",7,", ",x,"),
         "the action 'swap'": HEAD + row.replace("clamp", "swap"),
         "the loader 'other'": HEAD + row.replace("sparsify", "other", 1),
+        "has a head_index, which": HEAD + row.replace("2.5,,", "2.5,1,"),
         "edits 'h.1' again": HEAD + row + row,
     }
     lm = SaeModel.open(gpt2, [sae])
