@@ -1,22 +1,24 @@
 // Helpers that build SVG and HTML elements, the tooltip, and the highlighting of one SAE in all charts.
 const NS = "http://www.w3.org/2000/svg";
 
-function svg(tag, attributes = {}, ...children) {
-  const node = document.createElementNS(NS, tag);
+// A style is set as a property, because a strict content security policy forbids the attribute.
+function filled(node, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined) node.setAttribute(key, value);
+    if (key === "style") node.style.cssText = value;
+    else if (value !== null && value !== undefined) node.setAttribute(key, value);
   }
   node.append(...children);
   return node;
 }
 
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS(NS, tag);
+  return filled(node, attributes, children);
+}
+
 function html(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined) node.setAttribute(key, value);
-  }
-  node.append(...children);
-  return node;
+  return filled(node, attributes, children);
 }
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from ... import report
 from .. import page
@@ -11,19 +12,25 @@ MEDIA_TYPES = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
 }
 REPORT_MODULES = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "latent.js")
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:
     """Return the content and the type of every file, by its address. No other file can be asked for."""
-    own = {entry.name: entry for entry in resources.files(page.__name__).iterdir()}
+    own, parts = ({entry.name: entry for entry in folder.iterdir()} for folder in _page_folders())
     shared = {name: resources.files(report.__name__).joinpath(name) for name in (*REPORT_MODULES, "report.css")}
     found = {}
-    for folder, files in (("", own), ("report/", shared)):
+    for folder, files in (("", own), ("parts/", parts), ("report/", shared)):
         for name, entry in files.items():
             kind = name.rpartition(".")[2]
             if kind in MEDIA_TYPES:
                 found[f"/{folder}{name}"] = (entry.read_bytes(), MEDIA_TYPES[kind])
     found["/"] = found.pop("/index.html")
     return found
+
+
+def _page_folders() -> tuple[Traversable, Traversable]:
+    folder = resources.files(page.__name__)
+    return folder, folder.joinpath("parts")

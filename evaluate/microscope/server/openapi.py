@@ -15,7 +15,7 @@ from .endpoint import Endpoint
 _PARAMETER = re.compile(r"\{(\w+):(\w+)\}")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Endpoints of the microscope</title><link rel="stylesheet" href="/report.css"></head>
+<title>Endpoints of the microscope</title><link rel="stylesheet" href="/report/report.css"></head>
 <body><header class="page-head"><p class="eyebrow">Thresher microscope</p><h1>Endpoints</h1>
 <p class="lede">The page uses these, and so can a notebook. <a href="/api/openapi.json">OpenAPI description</a>.
 Errors are {"error": "why"}.</p></header><main>
