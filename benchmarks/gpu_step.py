@@ -160,7 +160,7 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     torch.testing.assert_close(acts[rows].sort(dim=1, descending=True).values, expected, rtol=1e-3, atol=1e-3)
     offsets = torch.arange(0, B * k + 1, k, device=device)
     latents, values = indices.flatten(), acts.flatten()
-    scale = torch.tensor(2 / B, device=device)
+    scale = 2 / B
     found = fused.reconstruct(values, latents, offsets, W, parameters["b_dec"], x, scale)
     n = len(x[rows]) * k
     part = values[:n], latents[:n], offsets[: len(x[rows]) + 1]
@@ -188,7 +188,9 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     if not bool(certified) or int(batch_chosen.offsets[-1]) != B * k:
         raise AssertionError("BatchTopK's selection is not certified")
 
-    states = [fused.AdamState.of(parameters[name]) for name in ("W_enc", "b_enc", "W_dec")]
+    states = [fused.AdamState.of(parameters[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    since, n_dead = torch.zeros(F, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int32, device=device)
+    counters = fused.LatentCounters(since, n_dead, 10_000_000)
     schedule = fused.Hyperparameters(torch.tensor([1e-4, 0.1, 0.001, 1.0], device=device))
     stored = torch.randint(-96, 97, x.shape, dtype=torch.int8, device=device)
     scales, places = torch.rand(B, device=device), torch.randperm(B, device=device)
@@ -217,7 +219,7 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
             4 * (B + F) * d,
         ),
         "gradients and update": (
-            lambda: fused.update(values, found.grad_pre_acts, csc, x, found.g, *states, schedule, parameters["b_dec"]),
+            lambda: fused.update(values, found.grad_pre_acts, csc, x, found.g, *states, schedule, counters),
             4 * B * k * d,
             2 * F * d * 26 + 6 * B * d,
         ),

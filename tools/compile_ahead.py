@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from thresher.train.kernels.csc import MAX_SEGMENT
 from thresher.train.kernels.triton import adam as optimizer
-from thresher.train.kernels.triton import csc, feature_major, merge, select, threshold, token_major
+from thresher.train.kernels.triton import csc, feature_major, merge, select, step_ends, threshold, token_major
 from thresher.train.kernels.triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)
@@ -42,6 +42,7 @@ POINTERS = {
         "order_ptr",
         "starts_ptr",
         "places_ptr",
+        "tokens_since_fired_ptr",
     },
     "*i16": {"sorted_ptr"},
     "*i32": {
@@ -54,9 +55,13 @@ POINTERS = {
         "slot_columns_ptr",
         "slots_ptr",
         "counts_ptr",
+        "n_active_ptr",
+        "n_dead_ptr",
+        "n_dead_of_groups_ptr",
     },
+    "*fp64": {"betas_ptr", "norm_ptr", "now_ptr", "failure_ptr", "metrics_ptr"},
 }
-FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor"}
+FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor", "scale", "max_norm", "total_variance", "limit"}
 # Rows are a multiple of 16 elements long in every model worth compiling for, so loads are of 16 bytes.
 MULTIPLES_OF_16 = {"d_in", "stride", "stride_x", "stride_W", "stride_g", "stride_target", "stride_keys", "n_keys"}
 
@@ -133,10 +138,14 @@ def variants() -> Iterator[Variant]:
         yield Variant(feature_major.segments_kernel, both, tiling.num_warps, types=bfloat16_matrix)
         yield Variant(feature_major.segments_kernel, alone, tiling.num_warps)
         yield Variant(feature_major.grad_weights_kernel, latents, tiling.num_warps)
-        for norm_only, dense in ((False, False), (True, False), (False, True), (True, True)):
-            constants = latents | {"NORM_ONLY": norm_only, "DENSE": dense}
-            yield Variant(optimizer.update_kernel, constants, tiling.num_warps)
-            yield Variant(optimizer.update_kernel, constants, tiling.num_warps, types=shadows)
+        # Unclipped, and the two launches of a clipped update, without AuxK and with it.
+        passes = ((False, True), (True, True), (False, False))
+        for (norm_only, sum_bias), dense in itertools.product(passes, (False, True)):
+            constants = latents | {"NORM_ONLY": norm_only, "SUM_BIAS": sum_bias, "DENSE": dense}
+            constants["GROUP"] = optimizer.GROUP
+            limits = dict.fromkeys(CAPABILITIES, optimizer.update_registers(tiling.num_warps))
+            for types in ((), shadows):
+                yield Variant(optimizer.update_kernel, constants, tiling.num_warps, max_registers=limits, types=types)
     # Triton makes constants of arguments that are 1, as the width is in `sum_by_latent`, of which every step has one.
     tiling = token_major.row_tiling(1)
     ones = {
@@ -151,6 +160,12 @@ def variants() -> Iterator[Variant]:
     for kind in ("*i16", "*i32"):
         for kernel in (csc.keys_kernel, csc.places_kernel):
             yield Variant(kernel, {"BLOCK": 256}, 4, types=(("keys_ptr", kind),))
+    yield Variant(step_ends.begin_kernel, {"N_STEPS": 4, "BLOCK": 1024}, 4)
+    yield Variant(step_ends.update_b_dec_kernel, {"BLOCK": 256}, 4)
+    for kind in ("*fp32", "*fp64"):
+        yield Variant(step_ends.clip_kernel, {"BLOCK": 1024}, 4, types=(("squares_ptr", kind),))
+    for auxk, watch in itertools.product((True, False), repeat=2):
+        yield Variant(step_ends.finish_kernel, {"AUXK": auxk, "WATCH": watch, "BLOCK": 1024}, 4)
     for quantised in (True, False):
         constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
         kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")

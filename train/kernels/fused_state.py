@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float64, Int32, Int64
 from torch import Tensor
 
 
@@ -50,6 +50,37 @@ class DenseGradients(NamedTuple):
     W_enc: Float[Tensor, "latents d_in"]
     W_dec: Float[Tensor, "latents d_in"]
     b_enc: Float[Tensor, " latents"]
+
+
+class LatentCounters(NamedTuple):
+    """The tokens since each latent fired, and how many latents were dead before the last step."""
+
+    tokens_since_fired: Int64[Tensor, " d_sae"]
+    n_dead: Int32[Tensor, ""]
+    dead_after_tokens: int
+
+
+class DivergenceWatch(NamedTuple):
+    """Where a step leaves its number, loss and squared error if it is the first of which one is not sound.
+
+    The number is the first of `now`. `failure` is zero until then; `limit` is the largest squared error that is sound.
+    """
+
+    now: Float64[Tensor, " 4"]
+    failure: Float64[Tensor, " 3"]
+    limit: float
+
+
+class StepMetrics(NamedTuple):
+    """A step's metrics, which are on the device: the loss is relative to the variance, the squared error is not."""
+
+    loss: Float64[Tensor, ""]
+    mse: Float64[Tensor, ""]
+    l0: Float64[Tensor, ""]
+    mse_loss: Float64[Tensor, ""]
+    auxk_loss: Float64[Tensor, ""]
+    explained_variance: Float64[Tensor, ""]
+    n_dead: Float64[Tensor, ""]
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Float64, Int, Int8, Int32, Int64
 from torch import Tensor
 
 from .backend import Backend
 from .cpu import topk
 from .csc import SegmentedCsc
 from .entries import entries_of, torch_topk
-from .fused_state import AdamState, DenseGradients, Hyperparameters
+from .fused_state import (
+    AdamState,
+    DenseGradients,
+    DivergenceWatch,
+    Hyperparameters,
+    LatentCounters,
+    StepMetrics,
+)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -145,12 +152,13 @@ def reconstruct(
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
-    scale: Float[Tensor, ""],
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_in"], Float[Tensor, " nnz"]]:
-    """Return each token's squared error, `g = scale * (x_hat - target)`, and `g . W_dec[i]` where a value is > 0."""
+    scale: float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_in"], Float[Tensor, " nnz"], Int[Tensor, " batch"]]:
+    """Return each token's squared error, `g = scale * (x_hat - target)`, `g . W_dec[i]` where a value is > 0, L0."""
     residual = decode(values, indices, offsets, W_dec) + wide(b_dec) - wide(target)
-    g = scale * residual
-    return residual.square().sum(1), g, grad_values(g, W_dec, indices, offsets) * (values > 0)
+    g, active = scale * residual, values > 0
+    n_active = sum_by_latent(active.int(), rows_of(offsets, len(values)), offsets, len(target)).int()
+    return residual.square().sum(1), g, grad_values(g, W_dec, indices, offsets) * active, n_active
 
 
 def update(
@@ -162,13 +170,13 @@ def update(
     W_enc: AdamState,
     b_enc: AdamState,
     W_dec: AdamState,
+    b_dec: AdamState,
     hyperparameters: Hyperparameters,
-    centre: Float[Tensor, " d_in"],
+    counters: LatentCounters,
     max_norm: float | None = None,
-    other_squared_norm: Float[Tensor, ""] | None = None,
     dense: DenseGradients | None = None,
-) -> Tensor | None:
-    """Update encoder and decoder in place from a step's sparse entries; return the gradient norm if it is clipped."""
+) -> Float64[Tensor, ""] | None:
+    """Update parameters and counters in place from a step's sparse entries; return the gradient norm if clipped."""
     n_entries = int(csc.starts[-1])
     order, rows = csc.order[:n_entries], csc.rows[:n_entries].long()
     latents = torch.repeat_interleave(torch.arange(len(csc.starts) - 1, device=x.device), csc.starts.diff())
@@ -183,26 +191,87 @@ def update(
         there = dense.slots >= 0
         for total, rows_of_dense in ((by_enc, dense.W_enc), (by_dec, dense.W_dec), (by_bias, dense.b_enc)):
             total[there] += rows_of_dense[dense.slots[there].long()]
-    by_enc -= by_bias[:, None] * centre
+    by_g, through_encoder = wide(g).sum(0), by_bias @ W_enc.weight
+    by_enc -= by_bias[:, None] * b_dec.weight
     # The norm of a decoder row is not trained (2406.04093, A.1).
     along = (by_dec * W_dec.weight).sum(1, keepdim=True) / W_dec.weight.square().sum(1, keepdim=True)
     by_dec -= along * W_dec.weight
     gradients = ((W_enc, by_enc), (b_enc, by_bias), (W_dec, by_dec))
     norm = None
     if max_norm is not None:
-        squares = torch.stack([gradient.double().square().sum() for _, gradient in gradients]).sum()
-        norm = (squares if other_squared_norm is None else squares + other_squared_norm).sqrt()
-        hyperparameters.schedule[3] = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    lr, correction1, correction2, clip = hyperparameters.schedule
+        squares = torch.stack([gradient.double().square().sum() for _, gradient in gradients])
+        norm = clip_gradients(squares, by_g, through_encoder, hyperparameters.schedule, max_norm)
     for state, gradient in gradients:
-        state.mean.lerp_(gradient * clip, 1 - hyperparameters.beta1)
-        state.square.lerp_((gradient * clip).square(), 1 - hyperparameters.beta2)
-        denominator = (state.square / correction2).sqrt() + hyperparameters.eps
-        state.weight.sub_(lr / correction1 * state.mean / denominator)
+        _adam(state, gradient, hyperparameters)
     W_dec.weight.div_(W_dec.weight.norm(dim=1, keepdim=True))
     for state in (W_enc, W_dec):
         state.shadow.copy_(state.weight)
+    n_dead = (counters.tokens_since_fired >= counters.dead_after_tokens).int()
+    update_b_dec(b_dec, by_g, through_encoder, hyperparameters, n_dead, counters.n_dead)
+    counters.tokens_since_fired.add_(len(x))
+    counters.tokens_since_fired[latents[acts[order] > 0]] = 0
     return norm
+
+
+def _adam(state: AdamState, gradient: Tensor, hyperparameters: Hyperparameters) -> None:
+    lr, correction1, correction2, coefficient = hyperparameters.schedule
+    state.mean.lerp_(gradient * coefficient, 1 - hyperparameters.beta1)
+    state.square.lerp_((gradient * coefficient).square(), 1 - hyperparameters.beta2)
+    denominator = (state.square / correction2).sqrt() + hyperparameters.eps
+    state.weight.sub_(lr / correction1 * state.mean / denominator)
+
+
+def begin_step(
+    steps: Float[Tensor, " n"], betas: Float64[Tensor, " 2"], schedule: Float[Tensor, " 4"], n_rows: int, k: int
+) -> Int64[Tensor, " n_rows_plus_1"]:
+    """Add 1 to `steps`, all equal, and set Adam's corrections; return the offsets of `k` entries per row."""
+    steps += 1
+    schedule[1:3] = 1 - betas ** steps[0].double()
+    return torch.arange(n_rows + 1, device=steps.device) * k
+
+
+def clip_gradients(
+    squares: Float[Tensor, " n"],
+    by_g: Float[Tensor, " d_in"],
+    by_bias: Float[Tensor, " d_in"],
+    schedule: Float[Tensor, " 4"],
+    max_norm: float,
+) -> Float64[Tensor, ""]:
+    """Return the norm of gradients with `squares` and of `by_g - by_bias`, and set the coefficient that clips it."""
+    norm = (squares.double().sum() + (by_g - by_bias).double().square().sum()).sqrt()
+    schedule[3] = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm
+
+
+def update_b_dec(
+    b_dec: AdamState,
+    by_g: Float[Tensor, " d_in"],
+    by_bias: Float[Tensor, " d_in"],
+    hyperparameters: Hyperparameters,
+    n_dead_of_groups: Int32[Tensor, " groups"],
+    n_dead: Int32[Tensor, ""],
+) -> None:
+    """Apply Adam to `b_dec`, whose gradient is `by_g - by_bias`, and set `n_dead` to the sum over groups."""
+    _adam(b_dec, by_g - by_bias, hyperparameters)
+    n_dead.copy_(n_dead_of_groups.sum())
+
+
+def finish_step(
+    squared_error: Float[Tensor, " batch"],
+    n_active: Int32[Tensor, " batch"],
+    auxk_loss: Float[Tensor, ""] | None,
+    n_dead: Int32[Tensor, ""],
+    total_variance: float,
+    watch: DivergenceWatch | None = None,
+) -> StepMetrics:
+    """Return a step's metrics, and note in `watch` whether it is the first that diverged."""
+    mse, l0 = squared_error.double().mean(), n_active.double().mean()
+    unexplained = mse / total_variance
+    auxiliary = torch.zeros_like(mse) if auxk_loss is None else auxk_loss.double()
+    loss = unexplained + auxiliary
+    if watch is not None and watch.failure[0] == 0 and not (loss.isfinite() and mse <= watch.limit):
+        watch.failure.copy_(torch.stack([watch.now[0], loss, mse]))
+    return StepMetrics(loss, mse, l0, unexplained, auxiliary, 1 - unexplained, n_dead.double())
 
 
 def to_csc(indices: Int[Tensor, " nnz"], offsets: Int[Tensor, " batch_plus_1"], d_sae: int) -> None:

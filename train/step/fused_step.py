@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..architectures.contract import SINGLE_PROCESS, Batch, Collectives, Number
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class FusedStep:
-    """One SAE that is trained by a `TopKStep`, which owns its weights and moments."""
+    """One SAE of `d_sae` latents that is trained by a `TopKStep`, which owns its weights and moments."""
 
-    def __init__(self, step: TopKStep, numbers: StepNumbers, across: Collectives = SINGLE_PROCESS):
+    def __init__(self, step: TopKStep, d_sae: int, numbers: StepNumbers, across: Collectives = SINGLE_PROCESS):
         self.step = step
+        self.d_sae = d_sae
         self.numbers = numbers
         self.across = across
         self.parameters = step.parameters()
@@ -42,20 +42,23 @@ class FusedStep:
         n_dead = self.dead.before(steps_done, n_rows, self.tokens_since_fired, self.across) if self.dead else 0
         return n_rows, n_dead
 
-    def take(
-        self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
-    ) -> dict[str, Number]:
+    def take(self, batch: Batch, steps_done: int) -> dict[str, Number]:
         """Take a step, with AuxK for as many dead latents as the last poll allows; return its metrics."""
         room = self.dead.n_dead if self.dead else 0
-        mse, l0, auxiliary = self.step(batch.x_compute, room).double().unbind()
-        terms: dict[str, Number] = {"mse_loss": mse / self.step.options.total_variance}
+        found = self.step(batch.x_compute, room, self.numbers.watch)
+        if self.numbers.watch is None:
+            self.numbers.note(found.loss, found.mse)
+        metrics: dict[str, Number] = {"loss": found.loss, "mse_loss": found.mse_loss}
         if room:
-            terms["auxk_loss"] = auxiliary
+            metrics["auxk_loss"] = found.auxk_loss
         if self.step.grad_norm is not None:
-            terms["grad_norm"] = self.step.grad_norm
-        loss = terms["mse_loss"] + auxiliary
-        self.numbers.note(loss, mse)
-        return {"loss": loss, "mse": mse, "l0": l0, **terms}
+            metrics["grad_norm"] = self.step.grad_norm
+        return {
+            **metrics,
+            "explained_variance": found.explained_variance,
+            "l0": found.l0,
+            "dead_fraction": found.n_dead / self.d_sae,
+        }
 
     def refresh(self) -> None:
         """Update the copies of the weights that products read."""

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..architectures.base import Architecture
@@ -27,6 +26,7 @@ class OpByOpParts:
     architecture: Architecture
     kernels: Backend
     total_variance: float
+    dead_after_tokens: int
     numbers: StepNumbers
     polls: Polls
     across: Collectives
@@ -66,11 +66,11 @@ class OpByOp:
         """Poll the device if a poll is due, and return what determines the step's launches."""
         return self.parts.polls.before(steps_done, len(batch.x), self.tokens_since_fired)
 
-    def take(
-        self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
-    ) -> dict[str, Number]:
+    def take(self, batch: Batch, steps_done: int) -> dict[str, Number]:
         """Take a step and return its metrics."""
         parts, numbers, polls, control = self.parts, self.parts.numbers, self.parts.polls, self.parts.l0_control
+        dead = self.tokens_since_fired >= parts.dead_after_tokens
+        n_dead = parts.across.over_latents(torch.count_nonzero(dead).double())
         output = parts.architecture.step(
             self.parameters,
             batch,
@@ -90,7 +90,7 @@ class OpByOp:
             ),
         )
         output = parts.across.combine(output)
-        taken: dict[str, Number] = {"loss": output.loss, "mse": output.mse, "l0": output.l0, **output.terms}
+        taken: dict[str, Number] = {"loss": output.loss, **output.terms}
         numbers.note(output.loss, output.mse)
         if numbers.diverged is not None:
             return taken
@@ -103,7 +103,13 @@ class OpByOp:
         self.tokens_since_fired.masked_fill_(output.fired, 0)
         if grad_norm is not None:
             taken["grad_norm"] = grad_norm
-        return taken | polls.metrics()
+        return {
+            **taken,
+            **polls.metrics(),
+            "explained_variance": 1 - output.mse / parts.total_variance,
+            "l0": output.l0,
+            "dead_fraction": n_dead / parts.architecture.d_sae,
+        }
 
     def refresh(self) -> None:
         """Update the copies of the weights that products read."""

@@ -127,7 +127,7 @@ class SaeTrainer:
         fixed = self.kernels.fixed_shapes
         if fixed is not None and fuse and (options := architecture.fused_options(variance, self.dead_after_tokens)):
             step = fixed.topk_step(parameters, options, compute_dtype, self.across)
-            return FusedStep(step, self.numbers, self.across)
+            return FusedStep(step, architecture.d_sae, self.numbers, self.across)
         if self._has_fixed_shapes:
             polls = Polled(architecture, self.dead_after_tokens, self.device)
         else:
@@ -136,6 +136,7 @@ class SaeTrainer:
             architecture=architecture,
             kernels=self.kernels,
             total_variance=variance,
+            dead_after_tokens=self.dead_after_tokens,
             numbers=self.numbers,
             polls=polls,
             across=self.across,
@@ -177,16 +178,8 @@ class SaeTrainer:
 
     def _take(self, batch: Batch) -> dict[str, Number]:
         """Take a step; all of it may be captured."""
-        dead = self.mode.tokens_since_fired >= self.dead_after_tokens
-        n_dead = self.across.over_latents(torch.count_nonzero(dead).double())
         self.numbers.begin()
-        taken = self.mode.take(batch, self.steps_done, dead, n_dead)
-        mse, l0 = taken.pop("mse"), taken.pop("l0")
-        return taken | {
-            "explained_variance": 1 - mse / self.normalization.total_variance,
-            "l0": l0,
-            "dead_fraction": n_dead / self.architecture.d_sae,
-        }
+        return self.mode.take(batch, self.steps_done)
 
     def check(self) -> None:
         """Set `diverged` if a step has diverged; on a GPU, this waits for the device."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from ..architectures.contract import Batch, Number, Parameters
@@ -40,13 +40,11 @@ class StepMode(Weights, Protocol):
         """
         ...
 
-    def take(
-        self, batch: Batch, steps_done: int, dead: Bool[Tensor, " d_sae"], n_dead: Float[Tensor, ""]
-    ) -> dict[str, Number]:
-        """Take a step and return its `loss`, `mse`, `l0` and other numbers; all of it may be captured.
+    def take(self, batch: Batch, steps_done: int) -> dict[str, Number]:
+        """Take a step and return its `loss`, `explained_variance`, `l0`, `dead_fraction` and other numbers.
 
-        `dead` marks this rank's dead latents, and `n_dead` is their number over all ranks. A step that diverges changes
-        nothing if the host notices at once.
+        All of it may be captured. A latent that the step revives counts as dead. A step that diverges changes nothing
+        if the host notices at once.
         """
         ...
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..architectures.contract import Number
+from ..kernels.fused_state import DivergenceWatch
 
 _EXPLOSION = 1e4
 
@@ -63,6 +64,11 @@ class StepNumbers(Protocol):
         """Count a step; this and what follows may be captured."""
         ...
 
+    @property
+    def watch(self) -> DivergenceWatch | None:
+        """Where a fused step notes on the device that it diverged; None if the caller notes its loss and error."""
+        ...
+
     def note(self, loss: Number, mse: Number) -> None:
         """Record a step's loss and error, which show whether it diverged."""
         ...
@@ -80,6 +86,7 @@ class HostNumbers:
     """Numbers of steps on a CPU: they are read at once, and a step that diverges has no effect."""
 
     step_number: Float[Tensor, ""] | None = None
+    watch: DivergenceWatch | None = None
 
     def __init__(self, total_variance: float):
         self.diverged: str | None = None
@@ -121,6 +128,10 @@ class DeviceNumbers:
         # [number of steps done, learning rate, factor of the sparsity penalty, learning rate that does not decay]
         self._now = torch.zeros(4, dtype=torch.float64, device=device)
         self._failure = torch.zeros(3, dtype=torch.float64, device=device)
+        largest = [math.inf, torch.finfo(torch.float64).max, self._limit]
+        self._largest = torch.tensor(largest, dtype=torch.float64, device=device)
+        self._set: dict[int, float] = {}
+        self.watch: DivergenceWatch | None = DivergenceWatch(self._now, self._failure, self._limit)
 
     @property
     def lr(self) -> Float[Tensor, ""]:
@@ -143,10 +154,11 @@ class DeviceNumbers:
         return self._now[0] - 1
 
     def set(self, steps_done: int, lr: float, sparsity_scale: float, undecayed_lr: float) -> None:
-        """Set the numbers of the next step, except its number, which `begin` counts."""
-        self._now[1].fill_(lr)
-        self._now[2].fill_(sparsity_scale)
-        self._now[3].fill_(undecayed_lr)
+        """Set the numbers of the next step that have changed, except its own number, which `begin` counts."""
+        for place, number in ((1, lr), (2, sparsity_scale), (3, undecayed_lr)):
+            if self._set.get(place) != number:
+                self._now[place].fill_(number)
+                self._set[place] = number
 
     def resume(self, steps_done: int) -> None:
         """Continue after a number of steps."""
@@ -162,8 +174,10 @@ class DeviceNumbers:
             number.double() if isinstance(number, Tensor) else self._failure.new_full((), number)
             for number in (loss, mse)
         )
-        bad = ~(torch.isfinite(loss) & (mse <= self._limit)) & (self._failure[0] == 0)
-        self._failure.copy_(torch.where(bad, torch.stack([self._now[0], loss, mse]), self._failure))
+        found = torch.stack([self._now[0], loss, mse])
+        # What is not a number is not below a limit.
+        sound = (found.abs() <= self._largest).all()
+        torch.where(sound | (self._failure[0] > 0), self._failure, found, out=self._failure)
 
     def check(self) -> None:
         """Set `diverged` if a step has diverged; this waits for the device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_no_entries_are_sorted_and_summed_to_zero(device):
 def test_reconstruct_is_the_loss_and_its_gradients(device, counts, d_sae, d_in, dtype):
     values, indices, offsets, W_dec, x, b_dec = sparse(device, counts, d_sae, d_in, dtype)
     values[::3] = 0.0
-    scale = torch.tensor(2 / len(counts), device=device)
+    scale = 2 / len(counts)
     found = fused.reconstruct(values, indices, offsets, W_dec, b_dec, x, scale)
 
     pre_acts = values.double().requires_grad_()
@@ -126,6 +128,8 @@ def test_reconstruct_is_the_loss_and_its_gradients(device, counts, d_sae, d_in, 
     # A latent that ReLU holds at zero, or one that is negative, passes nothing on.
     expected = torch.where(values > 0, pre_acts.grad, 0.0)
     torch.testing.assert_close(found.grad_pre_acts.double(), expected, rtol=1e-4, atol=1e-3)
+    ends = offsets.tolist()
+    assert found.n_active.tolist() == [int((values[a:b] > 0).sum()) for a, b in itertools.pairwise(ends)]
 
 
 def test_rows_start_beyond_what_32_bits_can_address(device):

@@ -46,7 +46,10 @@ class Launched(TorchDispatchMode):
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, n_dead: int, **options: Any) -> Counter[str]:
-    """Return the operations and kernels of a step of `SaeTrainer`, with AuxK for `n_dead` latents."""
+    """Return the operations and kernels of the first step of `SaeTrainer`, with AuxK for `n_dead` latents.
+
+    Later steps do not set numbers of the host that have not changed: up to four operations fewer.
+    """
     counted = Launched()
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -77,10 +80,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, n_dead: int, **options: Any) -> Co
 @pytest.mark.parametrize(
     ("n_dead", "options", "most"),
     [
-        pytest.param(0, {"aux_coefficient": 0.0}, 82, id="plain"),
-        pytest.param(0, {"aux_coefficient": 0.0, "clip_grad_norm": 1.0}, 92, id="clipped"),
-        pytest.param(512, {}, 141, id="AuxK"),
-        pytest.param(512, {"clip_grad_norm": 1.0}, 151, id="clipped, AuxK"),
+        pytest.param(0, {"aux_coefficient": 0.0}, 22, id="plain"),
+        pytest.param(0, {"aux_coefficient": 0.0, "clip_grad_norm": 1.0}, 24, id="clipped"),
+        pytest.param(512, {}, 68, id="AuxK"),
+        pytest.param(512, {"clip_grad_norm": 1.0}, 70, id="clipped, AuxK"),
     ],
 )
 def test_a_step_launches_no_more_than(monkeypatch, n_dead, options, most):

@@ -12,12 +12,13 @@ from .. import reference
 from ..backend import Backend
 from ..csc import SegmentedCsc
 from ..entries import Selection, torch_topk
-from ..fused_state import AdamState, DenseGradients, Hyperparameters
+from ..fused_state import AdamState, DenseGradients, Hyperparameters, LatentCounters
 from .adam import update
 from .csc import to_csc
 from .dequantise import dequantise, normalise
 from .feature_major import grad_weights, grad_weights_and_bias, sum_by_latent
 from .select import select_topk, select_topk_certified
+from .step_ends import begin_step, clip_gradients, finish_step, update_b_dec
 from .threshold import batch_floor, select_batch_topk, select_threshold
 from .token_major import decode, grad_values, reconstruct
 from .topk_step import TopKOptions, TopKStep
@@ -26,13 +27,17 @@ __all__ = [
     "AdamState",
     "DenseGradients",
     "Hyperparameters",
+    "LatentCounters",
     "SegmentedCsc",
     "Selection",
     "TopKOptions",
     "TopKStep",
     "batch_floor",
+    "begin_step",
+    "clip_gradients",
     "decode",
     "dequantise",
+    "finish_step",
     "grad_values",
     "grad_weights",
     "grad_weights_and_bias",
@@ -46,6 +51,7 @@ __all__ = [
     "sum_by_latent",
     "to_csc",
     "update",
+    "update_b_dec",
 ]
 
 

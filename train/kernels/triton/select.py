@@ -83,6 +83,7 @@ def candidates_kernel(
     W_ptr,
     b_ptr,
     keys_ptr,
+    n_failed_ptr,
     n_rows,
     d_sae,
     d_in,
@@ -95,6 +96,8 @@ def candidates_kernel(
     BLOCK_LATENTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    if tl.program_id(0) == 0:
+        tl.store(n_failed_ptr, 0)  # which merge adds to
     n_tiles = tl.cdiv(d_sae, BLOCK_LATENTS)
     row_block, tile = grouped_tile(tl.cdiv(n_rows, BLOCK_ROWS), n_tiles, 8)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -210,7 +213,7 @@ def select_topk_certified(
     failed = torch.empty(n_rows, dtype=torch.int32, device=x.device)
     if n_rows == 0:
         return top_acts, top_indices, failed
-    n_failed = torch.zeros(1, dtype=torch.int32, device=x.device)
+    n_failed = torch.empty(1, dtype=torch.int32, device=x.device)
     K_PADDED = padded_k(k)
     n_tiles = triton.cdiv(d_sae, tiling.latents)
     n_keys = n_tiles * tiling.n_candidates
@@ -226,6 +229,7 @@ def select_topk_certified(
         W_enc,
         b_enc,
         keys,
+        n_failed,
         n_rows,
         d_sae,
         d_in,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 
@@ -69,7 +69,8 @@ def store_grad_values(
     D: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Store `g . W[indices_j]` for a row's entries; with RELU, 0 where the value is."""
+    """Store `g . W[indices_j]` for a row's entries; with RELU, 0 where the value is, and return how many are not."""
+    n_active = 0
     for first in range(start, stop, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
         latent = tl.load(indices_ptr + entries, mask=entries < stop, other=0).to(tl.int64)
@@ -79,7 +80,9 @@ def store_grad_values(
         if RELU:
             value = tl.load(values_ptr + entries, mask=entries < stop, other=0.0)
             dots = tl.where(value > 0, dots, 0.0)
+            n_active += tl.sum((value > 0).to(tl.int32), axis=0)
         tl.store(out_ptr + entries, dots, mask=entries < stop)
+    return n_active
 
 
 @triton.jit
@@ -135,10 +138,11 @@ def reconstruct_kernel(
     W_ptr,
     b_ptr,
     target_ptr,
-    scale_ptr,
     loss_ptr,
     g_ptr,
     grad_values_ptr,
+    n_active_ptr,
+    scale,
     capacity,
     d_in,
     stride_W,
@@ -155,11 +159,12 @@ def reconstruct_kernel(
     target = tl.load(target_ptr + row * stride_target + d, mask=d < d_in, other=0.0).to(tl.float32)
     residual = tl.where(d < d_in, x_hat - target, 0.0)
     tl.store(loss_ptr + row, tl.sum(residual * residual, axis=0))
-    g = residual * tl.load(scale_ptr)
+    g = residual * scale
     tl.store(g_ptr + row * d_in + d, g, mask=d < d_in)
-    store_grad_values(
+    n_active = store_grad_values(
         g, values_ptr, indices_ptr, grad_values_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D, RELU=True
     )
+    tl.store(n_active_ptr + row, n_active)
 
 
 class Reconstruction(NamedTuple):
@@ -168,6 +173,7 @@ class Reconstruction(NamedTuple):
     squared_error: Float[Tensor, " batch"]
     g: Float[Tensor, "batch d_in"]
     grad_pre_acts: Float[Tensor, " nnz"]
+    n_active: Int32[Tensor, " batch"]
 
 
 def reconstruct(
@@ -177,11 +183,12 @@ def reconstruct(
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
-    scale: Float[Tensor, ""],
+    scale: float,
 ) -> Reconstruction:
     """Return each token's squared error, `g = scale * (x_hat - target)`, and `g . W_dec[i]` where a value is positive.
 
-    With `scale = 2 / batch`, on the device, the latter two are the gradients of the batch's mean squared error.
+    With `scale = 2 / batch` the latter two are the gradients of the batch's mean squared error. Count the positive
+    values of each token.
     """
     n_rows, d_in = target.shape
     assert W_dec.stride(1) == target.stride(1) == 1
@@ -189,6 +196,7 @@ def reconstruct(
     squared_error = torch.empty(n_rows, dtype=torch.float32, device=target.device)
     g = torch.empty(n_rows, d_in, dtype=torch.float32, device=target.device)
     grad_pre_acts = torch.empty(len(values), dtype=torch.float32, device=target.device)
+    n_active = torch.empty(n_rows, dtype=torch.int32, device=target.device)
     if n_rows:
         reconstruct_kernel[(n_rows,)](
             values,
@@ -197,17 +205,18 @@ def reconstruct(
             W_dec,
             b_dec,
             target,
-            scale,
             squared_error,
             g,
             grad_pre_acts,
+            n_active,
+            scale,
             len(values),
             d_in,
             W_dec.stride(0),
             target.stride(0),
             **tiling.launch,
         )
-    return Reconstruction(squared_error, g, grad_pre_acts)
+    return Reconstruction(squared_error, g, grad_pre_acts, n_active)
 
 
 def decode(

@@ -21,11 +21,19 @@ from torch import Tensor
 from ..across import Across
 from ..auxk import auxk_of_rows
 from ..entries import Selection, packed_positive, torch_topk
-from ..fused_state import AdamState, DenseGradients, Hyperparameters, TopKOptions
+from ..fused_state import (
+    AdamState,
+    DenseGradients,
+    DivergenceWatch,
+    Hyperparameters,
+    LatentCounters,
+    StepMetrics,
+    TopKOptions,
+)
 from .adam import update
 from .csc import to_csc
-from .feature_major import sum_by_latent
 from .select import select_topk
+from .step_ends import begin_step, finish_step
 from .token_major import Reconstruction, decode, grad_values, reconstruct
 
 _AUXK_ENTRIES = 1 << 26
@@ -57,10 +65,13 @@ class TopKStep:
         device = self.W_enc.weight.device
         self.d_sae = len(self.W_enc.weight)
         self.tokens_since_fired = torch.zeros(self.d_sae, dtype=torch.int64, device=device)
+        n_dead = torch.zeros((), dtype=torch.int32, device=device)
+        self._counters = LatentCounters(self.tokens_since_fired, n_dead, options.dead_after_tokens)
         schedule = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device)
         self.hyperparameters = Hyperparameters(schedule, options.beta1, options.beta2, options.eps)
         self._betas = torch.tensor([options.beta1, options.beta2], dtype=torch.float64, device=device)
         self._steps = torch.zeros(len(_NAMES), device=device)
+        self._lr: float | None = None
         self.steps: dict[str, Tensor] = dict(zip(_NAMES, self._steps.unbind(), strict=True))
 
     def parameters(self) -> dict[str, Tensor]:
@@ -98,77 +109,63 @@ class TopKStep:
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the following steps, including captured ones."""
-        self.hyperparameters.schedule[0].fill_(lr)
+        if lr != self._lr:
+            self.hyperparameters.schedule[0].fill_(lr)
+            self._lr = lr
 
-    def __call__(self, x: Float[Tensor, "batch d_in"], n_dead: int | None = None) -> Float[Tensor, " 3"]:
-        """Take one step on this rank's rows, normalised; return [mse, l0, auxiliary loss] of the whole batch.
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], n_dead: int | None = None, watch: DivergenceWatch | None = None
+    ) -> StepMetrics:
+        """Take one step on this rank's rows, normalised; return the metrics of the whole batch.
 
         AuxK's selection is among as many latents as `n_dead`, which must not be fewer than are dead here, and is the
         same on all ranks: it costs as many columns of a product. With 0 there is no AuxK; None is all latents.
         """
         options, across, batch = self.options, self.across, self.across.rows(len(x))
-        self._steps.add_(1)
-        self.hyperparameters.schedule[1:3].copy_(1 - self._betas ** self.steps["W_enc"].double())
-        bias = self.b_enc.weight - self.W_enc.weight @ self.b_dec.weight
-        chosen = self._select(x, bias)
-        scale = torch.full((), 2 / (batch * options.total_variance), device=x.device)
+        offsets = begin_step(self._steps, self._betas, self.hyperparameters.schedule, batch, options.k)
+        bias = torch.addmv(self.b_enc.weight, self.W_enc.weight, self.b_dec.weight, alpha=-1)
+        chosen = self._select(x, bias, offsets[: len(x) + 1])
+        scale = 2 / (batch * options.total_variance)
         here = self._reconstruct(chosen, x, scale)
         # From here on, entries and rows are those of the whole batch.
-        values, latents, by_pre_acts, squared_error, g, all_x = across.all_rows(
-            chosen.values, chosen.indices, here.grad_pre_acts, here.squared_error, here.g, x
+        values, latents, by_pre_acts, squared_error, n_active, g, all_x = across.all_rows(
+            chosen.values, chosen.indices, here.grad_pre_acts, here.squared_error, here.n_active, here.g, x
         )
-        offsets = chosen.offsets if batch == len(x) else self._offsets(batch, x.device)
-        fired = torch.zeros_like(self.b_enc.weight, dtype=torch.int32)
-        fired.scatter_reduce_(0, latents.long(), (values > 0).int(), "amax")
-        dead = self.tokens_since_fired >= options.dead_after_tokens
-        self.tokens_since_fired.add_(batch).mul_(1 - fired)
-
-        b_dec_grad = g.sum(0)
+        auxk_loss: Float[Tensor, ""] | None = None
         dense: DenseGradients | None = None
-        aux_loss = scale.new_zeros(())
         n_dead = self.d_sae if n_dead is None else n_dead
         if n_dead and options.aux_coefficient > 0 and options.k_aux > 0:
-            aux_loss, dense = self._auxk(x, here.g / scale, squared_error.sum(), bias, dead, n_dead)
-
-        csc = to_csc(latents, offsets, self.d_sae)
-        by_bias = sum_by_latent(by_pre_acts, latents, offsets, self.d_sae, csc)
-        if dense is not None:
-            by_bias += dense.b_enc[dense.slots.clamp(min=0)].where(dense.slots >= 0, 0.0)
-        b_dec_grad -= across.over_latents(self.W_enc.weight.T @ by_bias)
+            dead = self.tokens_since_fired >= options.dead_after_tokens
+            auxk_loss, dense = self._auxk(x, here.g / scale, squared_error.sum(), bias, dead, n_dead)
         self.grad_norm = update(
             values,
             by_pre_acts,
-            csc,
+            to_csc(latents, chosen.offsets if batch == len(x) else offsets, self.d_sae),
             all_x,
             g,
             self.W_enc,
             self.b_enc,
             self.W_dec,
+            self.b_dec,
             self.hyperparameters,
-            self.b_dec.weight,
+            self._counters,
             options.max_norm,
-            b_dec_grad.square().sum(),
             dense,
-            across.over_latents,
+            across,
         )
-        self._update_b_dec(b_dec_grad)
-        mse = squared_error.sum() / batch
-        l0 = across.over_latents((values > 0).sum()) / batch
-        return torch.stack([mse, l0, aux_loss])
+        n_active, all_dead = across.over_latents(n_active), across.over_latents(self._counters.n_dead)
+        return finish_step(squared_error, n_active, auxk_loss, all_dead, options.total_variance, watch)
 
-    def _offsets(self, n_rows: int, device: torch.device) -> Int64[Tensor, " n_rows_plus_1"]:
-        return torch.arange(0, n_rows * self.options.k + 1, self.options.k, device=device)
-
-    def _select(self, x: Float[Tensor, "batch d_in"], bias: Float[Tensor, " d_sae"]) -> Selection:
+    def _select(
+        self, x: Float[Tensor, "batch d_in"], bias: Float[Tensor, " d_sae"], offsets: Int64[Tensor, " batch_plus_1"]
+    ) -> Selection:
         """Return the entries here that are among the k largest of their rows."""
         acts, indices = select_topk(x, self.W_enc.shadow, bias, min(self.options.k, self.d_sae))
         if not self.across.shares_latents:
-            return Selection(acts.flatten(), indices.flatten(), self._offsets(len(x), x.device))
+            return Selection(acts.flatten(), indices.flatten(), offsets)
         return packed_positive(self.across.only_largest(acts, self.options.k), indices)
 
-    def _reconstruct(
-        self, chosen: Selection, x: Float[Tensor, "batch d_in"], scale: Float[Tensor, ""]
-    ) -> Reconstruction:
+    def _reconstruct(self, chosen: Selection, x: Float[Tensor, "batch d_in"], scale: float) -> Reconstruction:
         """Return the error of the rows' reconstructions and its gradients; in one kernel if all latents are here."""
         W_dec, b_dec = self.W_dec.shadow, self.b_dec.weight
         if not self.across.shares_latents:
@@ -177,7 +174,7 @@ class TopKStep:
         squared_error = error.square().sum(1)
         g = error.mul_(scale)
         by_pre_acts = grad_values(g, W_dec, chosen.indices, chosen.offsets)
-        return Reconstruction(squared_error, g, by_pre_acts)
+        return Reconstruction(squared_error, g, by_pre_acts, chosen.offsets.diff().int())
 
     def _auxk(
         self,
@@ -194,12 +191,11 @@ class TopKStep:
         """
         across, coefficient = self.across, self.options.aux_coefficient
         # The dead come first; those after them have no part in any sum.
-        some = torch.argsort((~dead).byte(), stable=True)[:n_dead]
+        some = torch.argsort(dead.byte(), stable=True, descending=True)[:n_dead]
         bias = bias[some].where(dead[some], -torch.inf)
         W_enc, W_dec = self.W_enc.shadow[some], self.W_dec.shadow[some]
         weight = torch.where(squared_error > 0, 2 * coefficient / squared_error, 0.0)
-        by_W_dec, by_W_enc = torch.zeros(2, *W_enc.shape, device=x.device).unbind()
-        by_b_enc, loss = torch.zeros_like(bias), torch.zeros_like(squared_error)
+        totals: tuple[Tensor, ...] = ()
         n_rows = max(1, _AUXK_ENTRIES // n_dead)
         for x_part, error_part in zip(x.split(n_rows), error.split(n_rows), strict=True):
             sums = auxk_of_rows(
@@ -215,23 +211,15 @@ class TopKStep:
                 across.only_largest,
                 across.over_latents,
             )
-            for total, addend in zip((loss, by_W_dec, by_W_enc, by_b_enc), sums, strict=True):
-                total += addend
-        across.over_rows(loss, by_W_dec, by_W_enc, by_b_enc)
+            sums = tuple(one.to(error.dtype) for one in sums)
+            totals = tuple(total.add_(one) for total, one in zip(totals, sums, strict=True)) if totals else sums
+        across.over_rows(*totals)
+        loss, by_W_dec, by_W_enc, by_b_enc = totals
         slots = torch.full((self.d_sae,), -1, dtype=torch.int32, device=x.device)
         slots.scatter_(0, some, torch.arange(len(some), dtype=torch.int32, device=x.device))
         any_dead = across.over_latents(torch.count_nonzero(dead)) > 0
-        loss = (coefficient * loss / squared_error).where(any_dead & (squared_error > 0), 0.0)
+        loss = (weight * loss / 2).where(any_dead, 0.0)
         return loss, DenseGradients(slots, by_W_enc, by_W_dec, by_b_enc)
-
-    def _update_b_dec(self, gradient: Float[Tensor, " d_in"]) -> None:
-        """Apply Adam to `b_dec`, the only parameter that the update kernel leaves."""
-        lr, correction1, correction2, clip = self.hyperparameters.schedule.unbind()
-        gradient = gradient * clip
-        self.b_dec.mean.lerp_(gradient, 1 - self.options.beta1)
-        self.b_dec.square.mul_(self.options.beta2).addcmul_(gradient, gradient, value=1 - self.options.beta2)
-        root = self.b_dec.square.sqrt() / correction2.sqrt() + self.options.eps
-        self.b_dec.weight.sub_(lr / correction1 * self.b_dec.mean / root)
 
 
 def _squared(error: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:

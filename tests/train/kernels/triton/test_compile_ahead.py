@@ -24,6 +24,10 @@ KERNELS = TENSOR_CORES | {
     "grad_weights_kernel",
     "update_kernel",
     "rows_kernel",
+    "begin_kernel",
+    "clip_kernel",
+    "update_b_dec_kernel",
+    "finish_kernel",
 }
 
 

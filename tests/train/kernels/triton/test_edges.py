@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import thresher.train.kernels.triton.adam as update_module
 from thresher.train.kernels import reference
 from thresher.train.kernels import triton as fused
 from thresher.train.kernels.triton.csc import to_csc
@@ -129,7 +130,7 @@ def test_rows_of_gradients_and_stores_start_beyond_what_32_bits_can_address(devi
     indices = torch.tensor([0, 1, 2, 2, 1, 2], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, 2, 4, 6], device=device)
     W_dec, far = torch.randn(3, 16, generator=generator).to(device), far_apart(rows.bfloat16())
-    near, b_dec, scale = far.contiguous(), rows[0], torch.ones((), device=device)
+    near, b_dec, scale = far.contiguous(), rows[0], 1.0
     csc = to_csc(indices, offsets, 3, max_segment=1)
     for matrix in (csc, None):
         by_weights = fused.grad_weights(values, indices, offsets, far, 3, matrix)
@@ -157,7 +158,7 @@ def latents_of(device, batch, d_sae, k, d_in):
 def test_reconstruct_equals_the_reference_twice(device, batch, k, d_in):
     values, indices, offsets, x, _, W_dec, _ = latents_of(device, batch, 9, k, d_in)
     values[-1] = 0.0
-    arguments = (values, indices, offsets, W_dec, x[0] * 0.1, x, torch.tensor(0.3, device=device))
+    arguments = (values, indices, offsets, W_dec, x[0] * 0.1, x, 0.3)
     found, expected = fused.reconstruct(*arguments), reference.reconstruct(*arguments)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -167,7 +168,7 @@ def test_reconstruct_equals_the_reference_twice(device, batch, k, d_in):
 @pytest.mark.parametrize(("batch", "k", "d_in"), [(1, 1, 80), (6, 3, 80)])
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("dense", [False, True])
-def test_update_equals_the_reference_twice(device, batch, k, d_in, max_norm, dense):
+def test_update_equals_the_reference_twice(device, monkeypatch, batch, k, d_in, max_norm, dense):
     """With dense gradients of latents that have many entries, some or none."""
     values, indices, offsets, x, g, W_dec, W_enc = latents_of(device, batch, 9, k, d_in)
     csc = to_csc(indices, offsets, 9, max_segment=2)
@@ -177,22 +178,31 @@ def test_update_equals_the_reference_twice(device, batch, k, d_in, max_norm, den
         slots[torch.tensor([7, 0, 3], device=device)] = torch.arange(3, dtype=torch.int32, device=device)
         extra = fused.DenseGradients(slots, W_dec[:3].flip(1), W_enc[:3].flip(1), W_enc[:3, 5].contiguous())
     W_dec = torch.nn.functional.normalize(W_dec, dim=1)
-    centre, others = 0.5 * x[0], torch.tensor(0.1, device=device)
+    by_pre_acts, values = values.flip(0), values.clone()
+    values[indices == indices[1 % len(indices)]] = 0.0
 
     def after(update):
-        states = [fused.AdamState.of(weight) for weight in (W_enc, W_enc[:, 0], W_dec)]
+        states = [fused.AdamState.of(weight) for weight in (W_enc, W_enc[:, 0], W_dec, 0.5 * x[0])]
         schedule = torch.tensor([0.01, 0.1, 0.001, 1.0], device=device)
         hyperparameters = fused.Hyperparameters(schedule, eps=1e-4)
+        since = torch.arange(9, device=device)
+        counters = fused.LatentCounters(since, torch.full((), 77, dtype=torch.int32, device=device), 7 + batch)
         norms = [
-            update(values, values.flip(0), csc, x, g, *states, hyperparameters, centre, max_norm, others, extra)
+            update(values, by_pre_acts, csc, x, g, *states, hyperparameters, counters, max_norm, extra)
             for _ in range(2)
         ]
         tensors = [getattr(state, name) for state in states for name in ("weight", "mean", "square")]
-        return [*tensors, schedule, *(norm.float() for norm in norms if norm is not None)], states
+        return [*tensors, schedule, *(norm.float() for norm in norms if norm is not None), *counters[:2]], states
 
+    # Programs take latents in turn: four, so that the last has one.
+    monkeypatch.setattr(update_module, "GROUP", 4)
     (found, states), (expected, _) = after(fused.update), after(reference.update)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    fires = torch.zeros(9, dtype=torch.bool, device=device)
+    fires[indices[values > 0].long()] = True
+    assert torch.equal(found[-2], (torch.arange(9, device=device) + 2 * batch) * ~fires)
+    assert found[-1] == 2 - int(fires[7]) - int(fires[8]), "7 and 8 are dead before the second step unless they fire"
     assert not torch.equal(states[0].weight, W_enc)
     assert torch.equal(states[0].mean[-1], torch.zeros(d_in, device=device)), "an unused latent has no gradient"
     assert_same(found, after(fused.update)[0])
