@@ -5,8 +5,9 @@
 All train on the same 2 million rows of `synth-1k` in the same order: 256 latents, k = 6, batches of 1,024, learning
 rate 1e-3, and latents that are dead after a tenth of the run. Everything else is each library's default; `SAELens,
 scheduled` also has our warm-up and decay of the learning rate. All are judged in their form for inference, on the same
-100,000 rows drawn anew. A seed is one of the initial weights. Intervals are Student's over seeds, for their mean.
-Results are kept in `--output`, and a run is trained again only if its result is missing.
+100,000 rows drawn anew, and again after `refine = "leave_one_out"`, whose thresholds come from training rows. A seed is
+one of the initial weights. Intervals are Student's over seeds, for their mean. Results are kept in `--output`, and a
+run is trained again only if its result is missing.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ PREFIXES = [16, 64, 256]
 OURS: dict[str, dict[str, Any]] = {
     "batch_topk": {"architecture": "batch_topk", "k": K},
     "matryoshka_batch_topk": {"architecture": "matryoshka_batch_topk", "k": K, "prefix_sizes": PREFIXES},
+    "lista_matryoshka": {"architecture": "lista_matryoshka", "k": K, "prefix_sizes": PREFIXES},
     "topk": {"architecture": "topk", "k": K},
+    "random": {"architecture": "random", "k": K},
+    "frozen_decoder": {"architecture": "batch_topk", "k": K, "freeze": ["W_dec"]},
 }
 SHOWN = ("f1", "mcc", "precision", "recall", "uniqueness", "explained_variance", "l0")
 Run = dict[str, Any]
@@ -70,7 +74,7 @@ def train_peer(options: argparse.Namespace, library: str, name: str, seed: int, 
 
 
 def judge(options: argparse.Namespace, folder: Path) -> Run:
-    """Return the ground-truth metrics of a saved SAE, its L0 and its explained variance on the held-out rows."""
+    """Return a saved SAE's ground-truth metrics, L0 and explained variance on the held-out rows, also when refined."""
     config = EvaluateConfig(
         store=str(options.store),
         saes=[str(folder / "sae")],
@@ -80,27 +84,32 @@ def judge(options: argparse.Namespace, folder: Path) -> Run:
         dictionary=False,
         bootstrap_samples=0,
         allow_other_model=True,
+        refine="leave_one_out",
     )
-    (row,) = evaluate(config)
-    return {key: row[key] for key in (*SHOWN, "dead_fraction", "absorption", "splitting", "shrinkage")}
+    row, *refined = evaluate(config)
+    kept = (*SHOWN, "dead_fraction", "absorption", "splitting", "shrinkage")
+    found = {key: row[key] for key in kept}
+    return found | {"refined": {key: refined[0][key] for key in kept} if refined else None}
 
 
 def result_of(options: argparse.Namespace, library: str, name: str, seed: int) -> Run:
     """Return a run's result, from its file if it was trained before."""
     file = f"{library.replace(', ', '-').lower()}-{name}-{seed}"
     path, folder = options.output / f"{file}.json", options.output / file
-    if not path.exists():
+    run = json.loads(path.read_text()) if path.exists() else {"library": library, "name": name, "seed": seed}
+    if "seconds" not in run:
         started = time.perf_counter()
         if library == "Thresher":
             train_ours(options, name, seed, folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
             train_peer(options, library, name, seed, folder)
-        seconds = time.perf_counter() - started
-        run = {"library": library, "name": name, "seed": seed, "seconds": seconds} | judge(options, folder)
+        run["seconds"] = time.perf_counter() - started
+    if "refined" not in run:
+        run |= judge(options, folder)
         path.write_text(json.dumps(run) + "\n")
         print(json.dumps(run), flush=True)
-    return json.loads(path.read_text())
+    return run
 
 
 def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
@@ -114,7 +123,10 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
 def table(runs: list[Run]) -> list[str]:
     """Return a row per library and SAE, with means over seeds and their intervals."""
     lines = ["| | " + " | ".join(("seeds", *SHOWN)) + " |", "|" + "---|" * (len(SHOWN) + 2)]
-    for key in dict.fromkeys((run["name"], run["library"]) for run in runs):
+    refined = [run | run["refined"] | {"library": f"{run['library']}, refined"} for run in runs if run["refined"]]
+    runs = [*runs, *refined]
+    order = {name: number for number, name in enumerate(OURS)}
+    for key in sorted(dict.fromkeys((run["name"], run["library"]) for run in runs), key=lambda key: order[key[0]]):
         some = [run for run in runs if (run["name"], run["library"]) == key]
         cells = []
         for metric in SHOWN:
@@ -149,7 +161,7 @@ def main() -> None:
         for name in options.architectures
         if library == "Thresher" or name in peers
     ]
-    print("\n".join(table(sorted(runs, key=lambda run: options.architectures.index(run["name"])))))
+    print("\n".join(table(runs)))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,13 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
             "point's own basis."
         ),
     ] = []
+    refine: Annotated[
+        Literal["none", "leave_one_out"],
+        Meta(
+            description="leave_one_out: also evaluate each autoencoder with latents dropped that the rest of its "
+            "reconstruction does without, and save it in the folder `refined` of the output."
+        ),
+    ] = "none"
     probe_tasks: Annotated[
         int,
         Meta(

@@ -11,6 +11,7 @@ from ..shared.core.compute.device import choose_device, make_current
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
 from .baselines.directions import baseline_saes
+from .baselines.refined import refined_saes
 from .check_settings import check_settings
 from .config import EvaluateConfig
 from .metrics.held_out import HeldOut, held_out
@@ -85,13 +86,16 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
         check_embeddings(rows, model_name(config, store) or "the model", model)
     if model is not None and isinstance(config.model, str):
         check_vocabulary(rows, config.model, model, config.cache, config.trust_remote_code)
+    more, unrefined = refined_saes(saes, rows, config)
+    for name, reason in unrefined.items():
+        notes.setdefault(name, []).append(reason)
     return PreparedEvaluation(
         config=config,
         output=Path(config.output),
         device=device,
         store=store,
         rows=rows,
-        saes=saes + baseline_saes(saes, rows, config.baselines, config.block_rows, device),
+        saes=saes + more + baseline_saes(saes, rows, config.baselines, config.block_rows, device),
         failed=failed,
         diverged=diverged_saes(config.saes),
         notes=notes,

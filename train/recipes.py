@@ -24,7 +24,9 @@ _PEAK_LR, _PEAK_D_SAE = 8e-3, 2048
 _SHORTEST, _LONGEST = 700, 70_000
 _LENGTH_POWER = 0.575
 _LR_SHARES = {
-    **dict.fromkeys(("topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk", "gated", "random"), 1.0),
+    **dict.fromkeys(
+        ("topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk", "gated", "random", "lista_matryoshka"), 1.0
+    ),
     **dict.fromkeys(("standard", "transcoder", "skip_transcoder", "crosscoder"), 1.5),
     "jumprelu": 0.5,
 }

@@ -1,1 +1,1 @@
-"""Baselines of an evaluation that need no training: dictionaries that anyone has before an SAE is trained."""
+"""What an evaluation makes beside the SAEs that it is given: baselines without training, and refined SAEs."""

@@ -12,7 +12,7 @@ from ..core.errors import HookPointError, SaeError
 from ..sae import Sae
 from ..sae.formats import SaeParts
 from ..sae.formats.folding import as_jumprelu, split_signs
-from ..sae.formats.kinds import Kind, find_kind
+from ..sae.formats.kinds import REFINED_SELECTIONS, Kind, find_kind
 from ..store import ActivationStore
 
 _ROWS_AT_A_TIME = 1024
@@ -29,7 +29,7 @@ def approximated(sae: Sae, store: str, n_rows: int) -> tuple[Sae, str]:
         SaeError: no approximation of this kind is known, or the store has no rows.
     """
     kind = find_kind(sae.architecture) if sae.wiring_kind != "cross_layer" else None
-    if kind is None or kind.wiring == "crosscoder" or kind.is_tied:
+    if kind is None or kind.wiring == "crosscoder" or kind.is_tied or kind.selection in REFINED_SELECTIONS:
         raise SaeError(
             f"no approximation of a {sae.architecture} is known; expected an autoencoder or transcoder whose latents "
             "are chosen at once"

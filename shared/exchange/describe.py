@@ -9,7 +9,7 @@ import torch
 from ..core.errors import SaeError, ThresherError
 from ..sae import CrossLayerTranscoder, Sae
 from ..sae.formats import SaeFormat
-from ..sae.formats.kinds import PURSUIT
+from ..sae.formats.kinds import PURSUIT, REFINED_SELECTIONS
 
 
 def describe_sae(fmt: SaeFormat, path: Path, root: Path) -> list[str]:
@@ -55,6 +55,8 @@ def selection(sae: Sae) -> str:
     if sae.selection == "matching_pursuit":
         return _pursuit(sae)
     thresholds = [value for name, value in sae.named_parameters() if name.startswith("threshold")]
+    if sae.selection in REFINED_SELECTIONS:
+        return f"{sae.selection}: a second time, after a look at what the first choice leaves unexplained"
     if thresholds:
         every = torch.cat([value.detach().float().reshape(-1) for value in thresholds])
         low, middle, high = every.min(), every.median(), every.max()

@@ -16,8 +16,9 @@ from ..core.paths import user_path
 from ..model.hook_points import canonical_hook_point
 from . import activations
 from .formats import SaeParts, find_format, read_sae
-from .formats.kinds import PURSUIT, ROW_NORMALIZATIONS, find_kind
+from .formats.kinds import PURSUIT, REFINED_SELECTIONS, ROW_NORMALIZATIONS, find_kind
 from .matching_pursuit import matching_pursuit
+from .refinement import leave_one_out, sparse_decode
 from .row_normalization import RowStatistics, normalize_rows
 from .selection import active_entries, largest
 from .sources import locate_source
@@ -30,11 +31,11 @@ class Sae(nn.Module):
     """An SAE, transcoder or crosscoder: `x_hat = decode(encode(x), x)`.
 
     `W_enc` is `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`, where d_out is d_in if the SAE reconstructs its input.
-    `selection` says how latents are chosen (standard, topk, abstopk, jumprelu, gated or matching_pursuit),
-    `wiring_kind` whether this is an sae, transcoder or crosscoder. `config` holds the hyperparameters (such as `k`),
-    `metadata` what else the files say. `format` is the format that it was read from, and `folded` says in words what
-    reading folded into the weights. Only an abstopk SAE's latents may be negative (`is_signed`). Matching pursuit
-    encodes with its decoder, of which `W_enc` is the transpose.
+    `selection` says how latents are chosen (standard, topk, abstopk, jumprelu, gated, matching_pursuit, lista or
+    leave_one_out), `wiring_kind` whether this is an sae, transcoder or crosscoder. `config` holds the hyperparameters
+    (such as `k`), `metadata` what else the files say. `format` is the format that it was read from, and `folded` says
+    in words what reading folded into the weights. Only an abstopk SAE's latents may be negative (`is_signed`).
+    Matching pursuit encodes with its decoder, of which `W_enc` is the transpose.
 
     With `normalize_activations` layer_norm or constant_norm_rescale, each row is normalised by its own statistics
     before it is encoded. An autoencoder's reconstruction is scaled back with them, so that `decode` needs the rows too.
@@ -49,6 +50,7 @@ class Sae(nn.Module):
     b_mag: nn.Parameter
     r_mag: nn.Parameter
     threshold: nn.Parameter
+    first_threshold: nn.Parameter
     W_skip: nn.Parameter
     format: str
     folded: tuple[str, ...]
@@ -100,6 +102,8 @@ class Sae(nn.Module):
             )
         if self.normalizes_rows and kind.wiring == "crosscoder":
             raise SaeError(f"a {architecture} reads several hook points, and cannot normalise rows; expected 'none'")
+        if self.normalizes_rows and kind.selection in REFINED_SELECTIONS:
+            raise SaeError(f"a {architecture} SAE chooses from a row twice, and cannot normalise rows; expected 'none'")
         k = self.config.get("k")
         if kind.chooses_k and not (isinstance(k, Integral) and 1 <= int(k) <= self.d_sae):
             raise SaeError(f"k is {k!r}, expected 1 to d_sae = {self.d_sae}")
@@ -244,7 +248,7 @@ class Sae(nn.Module):
         norm = self.W_dec.norm(dim=1).clamp_min(1e-8)
         self.W_dec.div_(norm[:, None])
         self.W_enc.mul_(norm)
-        for name in ("b_enc", "b_gate", "b_mag", "threshold"):
+        for name in ("b_enc", "b_gate", "b_mag", "threshold", "first_threshold"):
             if name in self._parameters:
                 getattr(self, name).mul_(norm)
 
@@ -273,12 +277,15 @@ class Sae(nn.Module):
             return activations.gated(pre_acts, magnitude)
         if self.selection == "jumprelu":
             return activations.jumprelu(pre_acts, self.threshold)
+        if self.selection in REFINED_SELECTIONS:
+            first = activations.jumprelu(pre_acts, self.first_threshold)
+            return (self._chosen_again if self.selection == "lista" else self._left_one_out)(first, x)
         return activations.relu(pre_acts)
 
     @property
     def encodes_alone(self) -> bool:
         """Whether a latent depends on its own pre-activation only, not on which others are larger."""
-        return self.selection != "topk"
+        return self.selection in ("standard", "jumprelu", "gated")
 
     def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, " n"]) -> Float[Tensor, "*batch n"]:
         """Return some latents alone, at the cost of these; only if `encodes_alone`."""
@@ -370,6 +377,17 @@ class Sae(nn.Module):
         """Return the reconstruction of `x`, or a transcoder's estimate of its target."""
         x_hat, skipped = self.decode(self.encode(x), x), self.skip_path(x)
         return x_hat if skipped is None else x_hat + skipped
+
+    def _chosen_again(self, first: Tensor, x: Tensor) -> Tensor:
+        """Return the latents of rows to which a share of what the first choice leaves unexplained is added."""
+        x = x.to(self.W_enc.dtype)
+        refined = x + float(self.config["refine_rate"]) * (x - sparse_decode(first, self.W_dec) - self.b_dec)
+        return activations.jumprelu(self.pre_activations(refined), self.threshold)
+
+    def _left_one_out(self, first: Tensor, x: Tensor) -> Tensor:
+        """Return the first choice's latents, each as the best reconstruction without it needs it."""
+        left = x.to(self.W_enc.dtype) - sparse_decode(first, self.W_dec) - self.b_dec
+        return activations.jumprelu(leave_one_out(first, left, self.W_dec), self.threshold)
 
     def _centred(self, x: Tensor) -> Tensor:
         x = x.to(self.W_enc.dtype)

@@ -130,3 +130,27 @@ def test_a_baseline_reads_rows_whose_mean_is_far_from_zero():
     x = torch.tensor([[1000.5, -2.0, 1.0]])
     assert isinstance(sae, Sae)
     assert sae(x).tolist() == [[1000.0, -2.0, 0.0]]
+
+
+def test_refined_saes_are_evaluated_saved_and_explained_where_they_cannot_be(tiny, make_sae):
+    """A ReLU SAE refines; a TopK SAE has no thresholds, which a note says."""
+    folder, output = tiny.root / "to_refine", tiny.root / "refined_evaluation"
+    make_sae("standard", seed=5).save(folder / "relu")
+    make_sae(k=3, seed=5).save(folder / "topk")
+    keys = {"bootstrap_samples": 0, "feature_rows": 0, "model": False, "refine": "leave_one_out"}
+    rows = evaluate(EvaluateConfig(store=str(tiny.store), saes=str(folder), output=str(output), **keys))
+    metrics = {row["name"]: row for row in rows}
+    assert list(metrics) == ["relu", "topk", "relu+leave_one_out"]
+    assert "not refined" in metrics["topk"]["notes"][0]
+    sae = Sae.load(output / "refined" / "relu")
+    x = tiny.activations[HOOK][torch.from_numpy(tiny.usable)]
+    row = metrics["relu+leave_one_out"]
+    assert row["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(1).double().mean()))
+    assert row["l0"] < metrics["relu"]["l0"]
+    trained = tiny.activations[HOOK][torch.from_numpy((tiny.tokens != 0) & ~tiny.held_out[:, None])]
+    assert torch.equal(sae.first_threshold, torch.zeros(32))
+    first = Sae.load(folder / "relu").encode(trained)
+    scores = torch.where(first > 0, first + (trained - first @ sae.W_dec - sae.b_dec) @ sae.W_dec.T, 0).double()
+    for latent in range(32):
+        above = scores[:, latent][scores[:, latent] > sae.threshold[latent]]
+        assert float(sae.threshold[latent]) == pytest.approx(float(above.mean()) / 2 if len(above) else 0, rel=0.2)

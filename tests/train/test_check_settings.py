@@ -40,6 +40,7 @@ GIVEN = {
     "threshold_lr_scale": 2.0,
     "decoder_lr_scale": 2.0,
     "prefix_sizes": (8, 32),
+    "refine_rate": 0.5,
     "sparsity_warmup_steps": 0,
     "aux_coefficient": 0.0,
     "k_aux": 3,
@@ -69,6 +70,7 @@ USED = {
     "matryoshka_batch_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "prefix_sizes"},
     "hierarchical_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder"},
     "random": {"k"},
+    "lista_matryoshka": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "prefix_sizes", "refine_rate"},
     "standard": {"l1_coefficient", "target_l0", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},
     "gated": {
         *("l1_coefficient", "target_l0", "sparsity_warmup_steps", "unit_norm_decoder"),

@@ -10,6 +10,7 @@ from . import hierarchical_topk as hierarchical_topk
 from . import jumprelu as jumprelu
 from . import matryoshka as matryoshka
 from . import older_names as older_names
+from . import refined as refined
 from . import standard as standard
 from . import topk as topk
 from .base import Architecture as Architecture

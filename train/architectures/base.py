@@ -278,8 +278,9 @@ class Architecture(Generic[_C]):
             b_gate = bias_of_centred(sae, tensors["b_gate"], W_enc)
             b_mag = tensors["b_mag"] + (b_gate - tensors["b_gate"]) * tensors["r_mag"].exp()
             found |= {"b_mag": b_mag * scale, "r_mag": tensors["r_mag"]}
-        if "threshold" in tensors:
-            found["threshold"] = tensors["threshold"] * scale
+        for name in ("threshold", "first_threshold"):
+            if name in tensors:
+                found[name] = tensors[name] * scale
         return found
 
     def decoder_norms_of(self, sae: Sae, normalization: Normalization) -> Float[Tensor, " d_sae"]:

@@ -72,6 +72,8 @@ def as_jumprelu(parts: SaeParts, format_name: str) -> SaeParts:
         )
     if kind.selection == "jumprelu":
         return parts
+    if kind.selection not in ("standard", "gated"):
+        raise NotExactError(f"{format_name} has a threshold per latent, and this {parts.architecture} chooses twice")
     tensors = dict(parts.tensors)
     if kind.selection == "standard":
         tensors["threshold"] = torch.zeros_like(tensors["b_enc"])

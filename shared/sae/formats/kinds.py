@@ -10,6 +10,8 @@ SELECTIONS = ("standard", "topk", "jumprelu", "gated")
 """How latents are chosen: by ReLU, the k largest, above a threshold each, or where a gate is open."""
 AUTOENCODER_SELECTIONS = ("abstopk", "matching_pursuit")
 """How autoencoders alone may choose: the k largest by absolute value, with their signs, or one after another."""
+REFINED_SELECTIONS = ("lista", "leave_one_out")
+"""How autoencoders of Thresher alone may choose: again, after a look at what a first choice leaves unexplained."""
 ROW_NORMALIZATIONS = ("layer_norm", "constant_norm_rescale")
 """SAELens's names of how each row may be normalised by its own statistics before it is encoded."""
 PURSUIT: dict[str, Any] = {"residual_threshold": 1e-2, "max_iterations": None, "stop_on_duplicate_support": True}
@@ -57,6 +59,7 @@ class Kind(NamedTuple):
             return ("W_dec", "b_dec")
         biases = ("b_gate", "b_mag", "r_mag") if self.selection == "gated" else ("b_enc",)
         threshold = ("threshold",) if self.selection == "jumprelu" else ()
+        threshold = ("threshold", "first_threshold") if self.selection in REFINED_SELECTIONS else threshold
         return ("W_enc", "W_dec", "b_dec", *biases, *threshold, *(("W_skip",) if self.skip else ()))
 
     @property
@@ -64,6 +67,7 @@ class Kind(NamedTuple):
         """The keys of `cfg.json` that only some kinds have."""
         selection = ("k", "rescale_acts_by_decoder_norm") if self.chooses_k else ()
         selection = tuple(PURSUIT) if self.is_tied else selection
+        selection = ("refine_rate",) if self.selection == "lista" else selection
         places = {"sae": (), "transcoder": ("d_out",), "crosscoder": ("hook_points", "reads", "writes", "d_out")}
         return (*selection, *places[self.wiring])
 
@@ -71,7 +75,7 @@ class Kind(NamedTuple):
 SAE_KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        *map(Kind, SELECTIONS + AUTOENCODER_SELECTIONS),
+        *map(Kind, SELECTIONS + AUTOENCODER_SELECTIONS + REFINED_SELECTIONS),
         *(
             Kind(selection, wiring, skip)
             for wiring in ("transcoder", "crosscoder")

@@ -209,6 +209,11 @@ def _config(
         config["k"] = saved["k"]
     if kind.is_tied:
         config |= _pursuit(saved, where)
+    if kind.selection == "lista":
+        rate = saved.get("refine_rate")
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
+            raise SaeError(f"{where} has refine_rate {rate!r}, expected a number above 0")
+        config["refine_rate"] = float(rate)
     if kind.wiring == "crosscoder":
         config |= _places_of_crosscoder(saved, where)
     dtype = text(saved, "dtype", where)

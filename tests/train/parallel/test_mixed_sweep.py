@@ -1,4 +1,4 @@
-"""Thirteen SAEs of every architecture in one sweep: killed, they resume to the same end, and are evaluated together."""
+"""Fourteen SAEs of every architecture in one sweep: killed, they resume to the same end, and are evaluated together."""
 
 import json
 import os

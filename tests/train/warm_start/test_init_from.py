@@ -27,6 +27,7 @@ KEYS = {
     "matryoshka_batch_topk": {"k": 3},
     "hierarchical_topk": {"k": 3},
     "random": {"k": 3},
+    "lista_matryoshka": {"k": 3},
     "standard": {"l1_coefficient": 0.1},
     "gated": {"l1_coefficient": 0.1},
     "jumprelu": {"l0_coefficient": 0.1},

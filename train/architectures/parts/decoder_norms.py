@@ -22,7 +22,7 @@ def fold_decoder_norms(tensors: dict[str, Tensor], n_targets: int = 1) -> dict[s
     With several targets, a row's norm is the sum of its norms for them.
     """
     norms = DecoderNorms.of(tensors["W_dec"], n_targets).sums.clamp_min(1e-8)
-    by_latent = ("W_enc", "b_enc", "threshold", "b_gate", "b_mag")
+    by_latent = ("W_enc", "b_enc", "threshold", "first_threshold", "b_gate", "b_mag")
     scaled = {name: tensors[name] * norms for name in by_latent if name in tensors}
     return tensors | scaled | {"W_dec": tensors["W_dec"] / norms[:, None]}
 

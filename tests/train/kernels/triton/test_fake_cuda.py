@@ -28,6 +28,7 @@ RECIPES = {
     "matryoshka_batch_topk": {"k": 3, "prefix_sizes": (8, 24)},
     "hierarchical_topk": {"k": 2},
     "random": {"k": 4},
+    "lista_matryoshka": {"k": 3, "prefix_sizes": (8, 24)},
     "frozen topk": {"architecture": "topk", "k": 4, "freeze": ("W_dec",)},
     "standard": {"l1_coefficient": 0.3, "clip_grad_norm": 1.0},
     "annealed standard": {"architecture": "standard", "l1_coefficient": 0.3, "p_final": 0.4, "p_anneal_steps": 6},
