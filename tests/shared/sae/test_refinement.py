@@ -131,3 +131,14 @@ def test_what_cannot_be_refined_says_why():
     topk = jumprelu_sae("topk", k=3)
     with pytest.raises(SaeError, match="chooses the k largest"):
         refined(topk, [rows()])
+
+
+@pytest.mark.parametrize(
+    "kind", ["jumprelu", "standard", "topk", "abstopk", "matching_pursuit", *("lista", "leave_one_out")]
+)
+def test_only_latents_that_depend_on_nothing_else_are_encoded_alone(kind):
+    own = {"lista": {"refine_rate": 0.4}, "topk": {"k": 3}, "abstopk": {"k": 3}}
+    sae, x, some = jumprelu_sae(kind, **own.get(kind, {})), rows(), torch.tensor([3, 11])
+    assert sae.encodes_alone is (kind in ("jumprelu", "standard"))
+    if sae.encodes_alone:
+        torch.testing.assert_close(sae.encode_some(x, some), sae.encode(x)[:, some])
