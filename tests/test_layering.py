@@ -6,6 +6,7 @@ Imports inside functions and under `TYPE_CHECKING` count as well.
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -170,6 +171,22 @@ def test_every_floor_is_there_and_folders_are_of_a_size_to_read():
                 if n > 12:
                     crowded[f"{folder.relative_to(ROOT)}/*.{suffix}"] = n
     assert not crowded
+
+
+def test_contributing_names_every_floor():
+    plan = (ROOT / "CONTRIBUTING.md").read_text().split("## Floors")[1].split("```")[1]
+    named = {line.split("/")[0]: line for line in re.sub(r"\n +", " ", plan).split("\n") if line}
+    assert list(named) == list(dict.fromkeys(entry.split("/")[0] for entry in FLOORS))
+    floors = [entry.split("/") for entry in FLOORS if not entry.endswith(".py")]
+    missing = ["/".join(parts) for parts in floors if not set(parts) <= set(re.findall(r"\w+", named[parts[0]]))]
+    assert missing == []
+
+
+def test_no_page_that_everyone_reads_is_too_long():
+    limits = {"README.md": 120, "CONTRIBUTING.md": 150, "docs/benchmarks.md": 150}
+    assert {
+        name: n for name, limit in limits.items() if (n := len((ROOT / name).read_text().splitlines())) > limit
+    } == {}
 
 
 def test_no_file_is_too_long_to_read():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 
 from ...shared.store import ActivationStore
 from .contexts import BestContexts, window_start
@@ -174,7 +174,7 @@ class LatentRows:
 
 
 def interestingness(
-    peak_tokens: Int64[np.ndarray, "d_sae n"],
+    peak_tokens: Int[np.ndarray, "d_sae n"],
     documents: Int64[np.ndarray, "d_sae n"],
     density: Float[np.ndarray, " d_sae"],
     logit_peak: Float[np.ndarray, " d_sae"] | None,

@@ -46,7 +46,7 @@ def parameters_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def affine_of(norm: nn.Module, x: Float[Tensor, "*batch d"], result: Float[Tensor, "*batch d"]) -> Affine | None:
+def affine_of(norm: nn.Module, x: Float[Tensor, "*batch d"], result: Float[Tensor, "*shape"]) -> Affine | None:
     """Return the `Affine` with which `norm` maps `x` to `result`, or None if no known form fits."""
     own = [value for name in _EPSILONS if isinstance(value := getattr(norm, name, None), float)]
     for eps in own or (1e-5, 1e-6):
