@@ -42,16 +42,7 @@ def microscope(config: MicroscopeConfig) -> int:
     listening = _listen(config.host, config.port)
     try:
         access = Access.of(config.host, config.names, token)
-        settings = uvicorn.Config(
-            application(services, access),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=2,
-            ws="none",
-        )
+        settings = server_settings(application(services, access))
         address = _address(config.host, listening.getsockname()[1], token)
         server = _announcing(uvicorn.Server)(settings, lambda: _announce(config, address, is_loopback(config.host)))
         services.start()
@@ -62,6 +53,22 @@ def microscope(config: MicroscopeConfig) -> int:
         services.stop()
         listening.close()
     return 0
+
+
+def server_settings(app: Any) -> Any:
+    """Return uvicorn's settings for an application."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )
 
 
 def _announcing(base: Any) -> Any:

@@ -7,7 +7,7 @@ import {
   colouredText,
   field,
   heading,
-  latentCard,
+  latentCards,
   linkTo,
   note,
   runner,
@@ -48,13 +48,10 @@ function draw(result, found, names) {
   const choose = (i) =>
     names.forEach((name, side) => {
       const { top, l0, error } = found.saes[name];
-      const cards = top[i].map((one) =>
-        html("li", {}, latentCard(one, { sae: name, several: false, right: formatNumber(one.activation) }))
-      );
       lists[side].replaceChildren(
         html("h3", {}, `Token ${i}, “${visible(texts[i])}”`),
         note(`${l0[i]} latents, ${(100 * error[i]).toFixed(1)}% missed`),
-        html("ol", { class: "cards" }, ...cards),
+        latentCards(name, top[i], (one) => formatNumber(one.activation)),
       );
     });
   const mean = (values) => values.slice(1).reduce((a, b) => a + b, 0) / Math.max(1, values.length - 1);

@@ -8,6 +8,7 @@ import {
   field,
   heading,
   latentCard,
+  latentCards,
   latentLink,
   linkTo,
   note,
@@ -105,13 +106,7 @@ async function activations(result, text, follow, known, signal) {
         "div",
         {},
         html("h4", {}, sae),
-        html(
-          "ol",
-          { class: "cards" },
-          ...found.saes[sae].top[i].map((one) =>
-            html("li", {}, latentCard(one, { sae, several: false, right: formatNumber(one.activation) }))
-          ),
-        ),
+        latentCards(sae, found.saes[sae].top[i], (one) => formatNumber(one.activation)),
         note(`L0 ${found.saes[sae].l0[i]}, error ${(100 * found.saes[sae].error[i]).toFixed(0)}%`),
       )
     );

@@ -15,8 +15,9 @@ _WORD = re.compile(r"\w+")
 _PHRASE = re.compile(r'"([^"]+)"')
 WEIGHTS = "4.0, 2.0, 1.0"
 """Of a match in the explanation, in a token and in a context."""
-COMMON = 20_000
-"""A word of more latents than this is left out if there are rarer ones, and ranks only so many of them otherwise."""
+COMMON, COMMON_SHARE = 20_000, 10
+"""A word of more latents than this, or of a tenth of all, is left out if there are rarer ones. If there are none, the
+first so many latents are ranked."""
 
 
 def write_words(path: Path, texts: Iterable[LatentText], key: str) -> None:
@@ -26,16 +27,16 @@ def write_words(path: Path, texts: Iterable[LatentText], key: str) -> None:
         with closing(sqlite3.connect(unfinished)) as db:
             db.executescript(
                 "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
-                "CREATE TABLE made (key TEXT);"
+                "CREATE TABLE made (key TEXT, n INTEGER);"
                 "CREATE VIRTUAL TABLE words USING fts5(explanation, tokens, contexts, content='', "
-                'tokenize="unicode61 remove_diacritics 2");'
-                "CREATE VIRTUAL TABLE counts USING fts5vocab(words, row);"
+                'tokenize="porter unicode61 remove_diacritics 2");'
             )
-            db.execute("INSERT INTO made VALUES (?)", [key])
             db.executemany(
                 "INSERT INTO words (rowid, explanation, tokens, contexts) VALUES (?, ?, ?, ?)",
                 ((text.latent, text.explanation, text.tokens, "\n".join(text.contexts)) for text in texts),
             )
+            (n,) = db.execute("SELECT count(*) FROM words_docsize").fetchone()
+            db.execute("INSERT INTO made VALUES (?, ?)", [key, n])
             db.commit()
 
 
@@ -53,16 +54,19 @@ def words_key(path: Path) -> str | None:
 def match_words(path: Path, query: str, n: int) -> list[tuple[int, float]]:
     """Return the latents that match some words of a query best, with BM25 scores: larger is better.
 
-    Text in quotation marks is a phrase. A word matches its own form only.
+    Text in quotation marks is a phrase. Words that many latents have count only if there are no rarer ones.
     """
     phrases = [" ".join(_WORD.findall(phrase)) for phrase in _PHRASE.findall(query)]
     words = _WORD.findall(_PHRASE.sub(" ", query))
     if not any(phrases) and not words:
         return []
     with closing(_open(path)) as db:
-        known = {word: _count(db, word) for word in dict.fromkeys(words)}
-        rare = [word for word, count in known.items() if 0 < count <= COMMON]
-        wanted = [*filter(None, phrases), *(rare or [word for word, count in known.items() if count])]
+        n_latents = db.execute("SELECT n FROM made").fetchone()[0]
+        common = min(COMMON, max(n_latents // COMMON_SHARE, 20))
+        counts = {word: _count(db, word, common + 1) for word in dict.fromkeys(words)}
+        known = [word for word, count in counts.items() if count]
+        rare = [word for word in known if counts[word] <= common]
+        wanted = [*filter(None, phrases), *(rare or known)]
         if not wanted:
             return []
         expression = " OR ".join(f'"{some}"' for some in wanted)
@@ -71,14 +75,10 @@ def match_words(path: Path, query: str, n: int) -> list[tuple[int, float]]:
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:n]
 
 
-def _count(db: sqlite3.Connection, word: str) -> int:
-    """Return in how many latents a word occurs, as the table's tokenizer folds it."""
-    folded = word.lower()
-    found = db.execute("SELECT doc FROM counts WHERE term = ?", [folded]).fetchone()
-    if found is not None:
-        return int(found[0])
-    other = db.execute("SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT 1)", [f'"{word}"'])
-    return int(other.fetchone()[0])
+def _count(db: sqlite3.Connection, word: str, most: int) -> int:
+    """Return in how many latents a word occurs, up to `most`."""
+    sql = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)"
+    return int(db.execute(sql, [f'"{word}"', most]).fetchone()[0])
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -24,7 +24,7 @@ from .full_text import words_key, write_words
 from .latent_texts import LatentText, latent_texts
 from .vectors import LatentVectors, read_vectors, write_vectors
 
-VERSION = 1
+VERSION = 2
 """Increased whenever the same index gives other files."""
 EMBEDDED_AT_ONCE = 64
 

@@ -58,12 +58,13 @@ def _sae(services: Services, name: str) -> dict[str, Any]:
 
 
 def list_latents(services: Services, query: LatentsQuery, name: str) -> dict[str, Any]:
-    """Return a page of an SAE's latents: sorted, and filtered by density, tokens, stars or a list of notes."""
-    only = None
+    """Return a page of an SAE's latents: sorted, and filtered by number, density, tokens, stars or a list."""
+    only = None if query.numbers is None else [int(number) for number in query.numbers.split(",")]
     if query.starred or query.list:
         notes = services.notes.all(name)
         chosen = [note for note in notes if note["starred"] or not query.starred]
-        only = [note["latent"] for note in chosen if not query.list or query.list in note["lists"]]
+        noted = [note["latent"] for note in chosen if not query.list or query.list in note["lists"]]
+        only = [latent for latent in noted if only is None or latent in only]
     page = services.tables.page(
         name,
         sort=query.sort,

@@ -103,6 +103,7 @@ class LatentsQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     promotes: _Name | None = None
     suppresses: _Name | None = None
     peaks: _Name | None = None
+    numbers: Annotated[str, Meta(max_length=4000, pattern=r"^\d{1,12}(,\d{1,12})*$")] | None = None
     starred: bool = False
     list: _Name | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from thresher.evaluate import EvaluateConfig, evaluate
 from thresher.evaluate.microscope.config import MicroscopeConfig
+from thresher.evaluate.microscope.run import server_settings
 from thresher.evaluate.microscope.server.application import application
 from thresher.evaluate.microscope.server.security import Access
 from thresher.evaluate.microscope.server.services import Services
@@ -101,21 +103,22 @@ def serve():
     def start(access=None, **settings):
         services = Services.open(MicroscopeConfig(**settings))
         app = application(services, access or Access.of("127.0.0.1", (), None))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, daemon=True)
+        server, listening = uvicorn.Server(server_settings(app)), socket.create_server(("127.0.0.1", 0), backlog=256)
+        thread = threading.Thread(target=server.run, args=[[listening]], daemon=True)
         services.start()
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        running.append((server, thread, services))
+        port = listening.getsockname()[1]
+        running.append((server, thread, services, listening))
         return SimpleNamespace(services=services, client=Client(port), port=port)
 
     yield start
-    for server, thread, services in running:
+    for server, thread, services, listening in running:
         services.stop()
         server.should_exit = True
         thread.join(10)
+        listening.close()
 
 
 @pytest.fixture(scope="session")

@@ -181,3 +181,17 @@ def test_notes_are_kept_exported_and_removed(client, run_folder, tmp_path):
     assert client.json("GET", "/api/notes")["notes"] == []
     assert "at most 300" in client.json("PUT", "/api/notes", note | {"label": "x" * 301}, status=422)["error"]
     assert "no SAE" in client.json("PUT", "/api/notes", note | {"sae": "nobody"}, status=404)["error"]
+
+
+def test_words_match_other_forms_and_common_ones_give_way_to_rare_ones(tmp_path):
+    from thresher.evaluate.microscope.search.full_text import match_words, write_words
+    from thresher.evaluate.microscope.search.latent_texts import LatentText
+
+    contexts = {latent: ["of the"] for latent in range(300)} | {7: ["of files"], 9: ["a file of the"], 11: ["raise"]}
+    made = [LatentText(latent, "", "", some, []) for latent, some in contexts.items()]
+    write_words(tmp_path / "words.sqlite", [*made, LatentText(300, "opens files", "", [], [])], "key")
+    found = [latent for latent, _ in match_words(tmp_path / "words.sqlite", "file of the", 50)]
+    assert found[0] == 300, "a word of the explanation counts more than one of a context"
+    assert set(found) == {7, 9, 300}, "`of` and `the` are everywhere"
+    assert [latent for latent, _ in match_words(tmp_path / "words.sqlite", '"of files"', 50)] == [7]
+    assert len(match_words(tmp_path / "words.sqlite", "the", 50)) == 50

@@ -1,4 +1,6 @@
 // Parts that several pages use: links, form fields, chips of latents, and buttons that wait for an answer.
+import { read, saePath } from "./api.js";
+
 export const linkTo = (parameters) => {
   const kept = Object.entries(parameters).filter(([, value]) => value !== null && value !== undefined && value !== "");
   return `#${new URLSearchParams(kept.flatMap(([key, value]) => [value].flat().map((one) => [key, one])))}`;
@@ -70,6 +72,25 @@ export function latentCard(row, { sae = row.sae, right = "", several = true } = 
     html("span", { class: "about", dir: "auto" }, ...about(row)),
     html("span", { class: "value" }, right),
   );
+}
+
+// A list of latents of one SAE; what they are about is asked of the server, and kept.
+const known = new Map();
+export function latentCards(sae, rows, right) {
+  const cards = rows.map((row) => latentCard(row, { sae, several: false, right: right(row) }));
+  const missing = [...new Set(rows.map((row) => row.latent))].filter((latent) => !known.has(`${sae} ${latent}`));
+  const fill = () =>
+    rows.forEach((row, i) => {
+      const found = known.get(`${sae} ${row.latent}`);
+      if (found) cards[i].querySelector(".about").replaceChildren(...about(found));
+    });
+  if (missing.length) {
+    read(`${saePath(sae)}/latents?alive=false&limit=500&numbers=${missing.slice(0, 300).join(",")}`).then((page) => {
+      page.latents.forEach((row) => known.set(`${sae} ${row.latent}`, row));
+      fill();
+    }, () => {});
+  } else fill();
+  return html("ol", { class: "cards" }, ...cards.map((card) => html("li", {}, card)));
 }
 
 // Run `work(signal)` with a button that says it waits and a second one that cancels; show what goes wrong in `place`.
