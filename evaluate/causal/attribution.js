@@ -11,10 +11,10 @@ const largest = Math.max(...sums.map(Math.abs), 1e-12);
 const largestRow = Math.max(...found.rows.map((row) => Math.abs(row.score)), 1e-12);
 const shown = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥") || "∅";
 const buttons = found.token_texts.map((text, i) => {
-  const heat = Math.round((72 * Math.abs(sums[i])) / largest);
+  const heat = (Math.abs(sums[i]) / largest).toFixed(3);
   const button = html(
     "button",
-    { type: "button", class: tone(sums[i]), style: `--heat: ${heat}%`, "aria-pressed": "false" },
+    { type: "button", class: tone(sums[i]), style: `--heat: ${heat}`, "aria-pressed": "false" },
     shown(text),
   );
   const errors = hooks.map((hook) => found.errors[hook]?.[i] ?? 0).reduce((a, b) => a + b, 0);

@@ -41,7 +41,7 @@ const about = (node) =>
   ].filter(Boolean);
 
 // Where nodes are: rows of layers, columns of tokens, and a small grid in each cell.
-const STEP = 17, SIDE = 3, PAD = 16, LEFT = 62, FOOT = 26;
+const STEP = 17, SIDE = 3, PAD = 16, LEFT = 8, NAMES = 62, FOOT = 26;
 const cells = new Map();
 for (const node of nodes.values()) {
   const key = `${node.row} ${node.ctx_idx}`;
@@ -82,10 +82,11 @@ for (const [key, cell] of cells) {
 
 const links = svg("g", {});
 const drawing = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "presentation" });
+const names = svg("svg", { class: "layer-names", width: NAMES, height, viewBox: `0 0 ${NAMES} ${height}`, role: "presentation" });
 rowHeights.forEach((_, r) => {
   const name = r === 0 ? "tokens" : r === nLayers + 1 ? "logits" : `layer ${r - 1}`;
-  drawing.append(svg("line", { class: "row-line", x1: LEFT - 8, x2: width, y1: bottoms[r], y2: bottoms[r] }));
-  drawing.append(svg("text", { x: 8, y: bottoms[r] - rowHeights[r] / 2 + 4 }, name));
+  drawing.append(svg("line", { class: "row-line", x1: 0, x2: width, y1: bottoms[r], y2: bottoms[r] }));
+  names.append(svg("text", { class: "layer-name", x: 12, y: bottoms[r] - rowHeights[r] / 2 + 4 }, name));
 });
 texts.forEach((text, i) => {
   const name = text.length > 12 ? `${text.slice(0, 11)}…` : text;
@@ -117,7 +118,7 @@ for (const node of nodes.values()) {
   node.place.addEventListener("keydown", (event) => move(event, node));
   drawing.append(node.place);
 }
-document.getElementById("graph").append(drawing);
+document.getElementById("graph").append(names, drawing);
 
 function move(event, node) {
   const all = [...nodes.values()];
@@ -216,4 +217,4 @@ for (const row of summary.verified ?? []) {
 }
 choose(chosen);
 const box = document.getElementById("graph");
-box.scrollLeft = chosen.x - box.clientWidth / 2;
+box.scrollLeft = NAMES + chosen.x - box.clientWidth / 2;

@@ -10,6 +10,8 @@ import torch
 
 from thresher.shared.sae import Sae
 
+from .chromium import Browser
+
 HOOKS = ("blocks.0.resid_post", "blocks.1.resid_post")
 D, CONTEXT, VOCABULARY, N_CONTEXTS = 16, 12, 50, 40
 
@@ -98,3 +100,11 @@ def sweep(tiny):
     lines = '{"step": 1, "tokens": 512, "loss": 2.0}\n{"step": 2, "tokens": 1024, "loss": 1.5}\n'
     (folder / "topk_k2" / "metrics.jsonl").write_text(lines)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A tab of headless Chromium."""
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

@@ -1,12 +1,7 @@
-"""The report in headless Chromium, driven through the DevTools protocol over a pipe; skipped without Chromium."""
+"""The report in headless Chromium; skipped without Chromium."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,137 +14,10 @@ from thresher.evaluate.report import feature_blocks, write_report
 from thresher.evaluate.report.definitions import METRICS
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
-    pytest.mark.xdist_group("chromium"),
-]
-SWITCHES = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--remote-debugging-pipe",
-]
+from ..chromium import NEEDS_CHROMIUM
+
+pytestmark = NEEDS_CHROMIUM
 NAMES = ("topk-k4", "topk-k2", "relu <b>&amp;")
-
-
-class Browser:
-    """One tab; Chromium reads commands from file descriptor 3 and answers on 4."""
-
-    def __init__(self, profile):
-        inward, self._send = os.pipe()
-        self._receive, outward = os.pipe()
-
-        def place_pipes():
-            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (inward, outward)]
-            for descriptor, wanted in zip(high, (3, 4), strict=True):
-                os.dup2(descriptor, wanted)
-
-        self._process = subprocess.Popen(
-            [CHROMIUM, *SWITCHES, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=place_pipes,
-            pass_fds=(3, 4),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(inward)
-        os.close(outward)
-        self._buffer, self._next, self.faults = b"", 0, []
-        target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Runtime", "Page", "Log", "Network"):
-            self.call(f"{domain}.enable", self._session)
-
-    def call(self, method, session=None, **parameters):
-        self._next += 1
-        message = {"id": self._next, "method": method, "params": parameters}
-        os.write(self._send, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
-        while (answer := self._read()).get("id") != self._next:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _read(self):
-        while b"\0" not in self._buffer:
-            part = os.read(self._receive, 1 << 20)
-            assert part, "Chromium closed the pipe"
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        message = json.loads(line)
-        parameters = message.get("params", {})
-        if message.get("method") == "Runtime.exceptionThrown":
-            self.faults.append(parameters["exceptionDetails"].get("exception", {}).get("description"))
-        if message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error":
-            self.faults.append(parameters["entry"]["text"])
-        if message.get("method") == "Network.requestWillBeSent":
-            url = parameters["request"]["url"]
-            if not url.startswith(("file:", "data:", "blob:", "about:")):
-                self.faults.append(f"asked the network for {url}")
-        return message
-
-    def open(self, path, fragment="", width=1200, height=900):
-        self.faults.clear()
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", self._session, **metrics)
-        self.call("Page.navigate", self._session, url="about:blank")
-        self.call("Page.navigate", self._session, url=path.as_uri() + fragment)
-        self.wait("document.readyState === 'complete' && document.querySelector('#metrics')")
-
-    def evaluate(self, expression):
-        arguments = {"expression": expression, "awaitPromise": True, "returnByValue": True, "userGesture": True}
-        answer = self.call("Runtime.evaluate", self._session, **arguments)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait(self, condition):
-        """Wait, frame by frame, until a condition holds."""
-        script = (
-            "new Promise((done, fail) => { const until = performance.now() + 30000; const look = () => "
-            f"{{ if ({condition}) done(true); else if (performance.now() > until) "
-            f"fail(new Error({json.dumps(condition)})); else setTimeout(look, 20); }}; look(); }})"
-        )
-        assert self.evaluate(script)
-
-    def hover(self, selector):
-        found = f"document.querySelector({json.dumps(selector)})"
-        self.evaluate(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        box = self.evaluate(
-            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({found}.getBoundingClientRect())"
-        )
-        for shift in (-3, 0):
-            where = {"type": "mouseMoved", "x": box[0] + shift, "y": box[1]}
-            self.call("Input.dispatchMouseEvent", self._session, **where)
-
-    def press(self, key, code=0):
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", self._session, type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-
-    def type(self, selector, text):
-        self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
-        self.call("Input.insertText", self._session, text=text)
-
-    def texts(self, selector):
-        return self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent.trim())")
-
-    def close(self):
-        self._process.terminate()
-        self._process.wait()
-        os.close(self._send)
-        os.close(self._receive)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
