@@ -143,7 +143,7 @@ def variants() -> Iterator[Variant]:
         for (norm_only, sum_bias), dense in itertools.product(passes, (False, True)):
             constants = latents | {"NORM_ONLY": norm_only, "SUM_BIAS": sum_bias, "DENSE": dense}
             constants["GROUP"] = optimizer.GROUP
-            limits = dict.fromkeys(CAPABILITIES, optimizer.update_registers(tiling.num_warps))
+            limits: dict[int, int | None] = dict.fromkeys(CAPABILITIES, optimizer.update_registers(tiling.num_warps))
             for types in ((), shadows):
                 yield Variant(optimizer.update_kernel, constants, tiling.num_warps, max_registers=limits, types=types)
     # Triton makes constants of arguments that are 1, as the width is in `sum_by_latent`, of which every step has one.

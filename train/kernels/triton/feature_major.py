@@ -34,16 +34,18 @@ def sum_entries(
     d_in,
     ENTRIES: tl.constexpr,
     D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Return `sum_j values_j matrix[row_j]` over n sorted entries, and the values' own sum.
 
-    The entries start at `start`; after the first `n_before`, `skipped` are left out. Only `start` needs 64 bits.
+    The entries start at `start`; after the first `n_before`, `skipped` are left out. Only `start` needs 64 bits. Rows
+    of so many turns are asked for at once, into shared memory if more than one.
     """
     order_ptr += start
     rows_ptr += start
     total = tl.zeros([ENTRIES, D], tl.float32)
     values_total = tl.zeros([ENTRIES], tl.float32)
-    for first in range(0, n, ENTRIES):
+    for first in tl.range(0, n, ENTRIES, num_stages=STAGES):
         places = first + tl.arange(0, ENTRIES)
         inside = places < n
         places = tl.where(places < n_before, places, places + skipped)
@@ -75,7 +77,20 @@ def store_segment(
     d = tl.arange(0, D)
     start = segment * MAX_SEGMENT
     total, values_total = sum_entries(
-        values_ptr, order_ptr, rows_ptr, matrix_ptr, stride, start, MAX_SEGMENT, MAX_SEGMENT, 0, d, d_in, ENTRIES, D
+        values_ptr,
+        order_ptr,
+        rows_ptr,
+        matrix_ptr,
+        stride,
+        start,
+        MAX_SEGMENT,
+        MAX_SEGMENT,
+        0,
+        d,
+        d_in,
+        ENTRIES,
+        D,
+        STAGES=3,
     )
     tl.store(partial_ptr + segment * d_in + d, total, mask=d < d_in)
     tl.store(partial_values_ptr + segment, values_total)
@@ -180,6 +195,7 @@ def sum_latent(
         d_in,
         ENTRIES,
         D,
+        STAGES=1,
     )
     for segment in range(first, first + n_segments):
         total += tl.load(partial_ptr + segment * d_in + d, mask=d < d_in, other=0.0)

@@ -195,7 +195,7 @@ class TopKStep:
         bias = bias[some].where(dead[some], -torch.inf)
         W_enc, W_dec = self.W_enc.shadow[some], self.W_dec.shadow[some]
         weight = torch.where(squared_error > 0, 2 * coefficient / squared_error, 0.0)
-        totals: tuple[Tensor, ...] = ()
+        totals: list[Tensor] = []
         n_rows = max(1, _AUXK_ENTRIES // n_dead)
         for x_part, error_part in zip(x.split(n_rows), error.split(n_rows), strict=True):
             sums = auxk_of_rows(
@@ -211,8 +211,8 @@ class TopKStep:
                 across.only_largest,
                 across.over_latents,
             )
-            sums = tuple(one.to(error.dtype) for one in sums)
-            totals = tuple(total.add_(one) for total, one in zip(totals, sums, strict=True)) if totals else sums
+            sums = [one.to(error.dtype) for one in sums]
+            totals = [total.add_(one) for total, one in zip(totals, sums, strict=True)] if totals else sums
         across.over_rows(*totals)
         loss, by_W_dec, by_W_enc, by_b_enc = totals
         slots = torch.full((self.d_sae,), -1, dtype=torch.int32, device=x.device)
