@@ -169,13 +169,15 @@ class RuleSearch:
                     continue
                 of_value = view.value[there]
                 known = of_value >= 0
-                total = np.bincount(of_value[known], minlength=view.n_values)
                 hit = np.bincount(of_value[known & fired], minlength=view.n_values)
-                good = np.flatnonzero(
-                    (hit >= LEAST_HITS) & (hit < total.sum()) & (hit > PURER * part.precision * total)
-                )
+                good = np.flatnonzero(hit >= LEAST_HITS)
+                if not len(good):
+                    continue
+                total = np.bincount(of_value[known], minlength=view.n_values)
+                n_known = np.count_nonzero(known)
+                good = good[(hit[good] < n_known) & (hit[good] > PURER * part.precision * total[good])]
                 for weight in FALSE_ALARM_WEIGHTS:
-                    score = hit[good] / len(row) - weight * (total - hit)[good] / n_other
+                    score = hit[good] / len(row) - weight * (total[good] - hit[good]) / n_other
                     for v in good[np.argsort(-score, kind="stable")[:REFINEMENTS]]:
                         expected = float(fires[there[of_value == v]].mean())
                         conditions = (*part.conditions, (other, int(v)))
@@ -194,11 +196,12 @@ class RuleSearch:
         corpus = self.corpus
         row, _ = self._training_entries(number)
         window = corpus.window_of[row]
-        active = np.unique(window[window >= 0])
+        active = _each_once(window[window >= 0])
         if not candidates or not len(active):
             return ()
-        there = np.flatnonzero(corpus.window_rows[: corpus.first_test_window] > 0)
-        inactive = np.setdiff1d(there, active, assume_unique=True)
+        others = corpus.window_rows[: corpus.first_test_window] > 0
+        others[active] = False
+        inactive = np.flatnonzero(others)
         rng = np.random.default_rng([self.seed, int(self.firings.latents[number])])
         active, inactive = (
             rng.choice(part, min(MOST_WINDOWS, len(part)), replace=False) for part in (active, inactive)
@@ -230,7 +233,7 @@ class RuleSearch:
         if known is None:
             rows = rows_of_part(self.corpus, self.views, part.conditions, 0, self.corpus.n_train)
             window = self.corpus.window_of[rows]
-            known = np.unique(window[window >= 0]).astype(np.int32)
+            known = _each_once(window[window >= 0]).astype(np.int32)
             if len(part.conditions) == 1:  # of use to other latents as well
                 self._windows[part.conditions] = known
         return known
@@ -266,14 +269,23 @@ def next_with_same_value(value: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray,
     return found
 
 
+def _each_once(ordered: np.ndarray) -> np.ndarray:
+    """Return the values of an array in order without repetitions; `np.unique` would sort or hash them."""
+    return ordered[np.diff(ordered, prepend=-1) != 0]
+
+
 def matching_rows(corpus: Corpus, view: View, value: int, start: int, stop: int) -> Int64[np.ndarray, " matches"]:
     """Return the usable rows in [start, stop) on which a value of a view holds, in order."""
     rows = view.rows_with(value)
     rows = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
     if view.reach:
         size = corpus.context_size
-        after = rows[:, None] + np.arange(1, view.reach + 1)
-        rows = np.unique(after[after // size == rows[:, None] // size])
+        # Each row reaches to the next that has the value, which reaches on from there: no row comes twice.
+        ends = np.minimum(rows + view.reach, rows // size * size + size - 1)
+        ends[:-1] = np.minimum(ends[:-1], rows[1:])
+        count = ends - rows
+        begin = np.cumsum(count) - count
+        rows = np.repeat(rows + 1 - begin, count) + np.arange(count.sum())
     return rows[corpus.usable[rows]]
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from thresher.evaluate.explain.corpus import Corpus, Firings
-from thresher.evaluate.explain.rules.search import RuleSearch, in_words, predicted, token_frequency_rules
+from thresher.evaluate.explain.rules.search import (
+    Part,
+    RuleSearch,
+    in_words,
+    matching_rows,
+    predicted,
+    token_frequency_rules,
+)
 from thresher.evaluate.explain.rules.views import build_views, shape, token_in_words
 from thresher.evaluate.explain.samples import LatentSampler, SampleSettings
 from thresher.evaluate.explain.scores import ScoreSums, score_intruders, score_rules
@@ -70,6 +77,53 @@ def test_the_expected_activation_is_the_mean_on_training_rows(known):
     row, value = known.firings.of(1)
     rows, expected = predicted(known.corpus, known.views, known.rules[1], 0, known.corpus.n_rows)
     assert expected == pytest.approx(np.full(len(rows), value[row < known.corpus.n_train].mean()))
+
+
+def plain_rows(corpus, view, value):
+    """The usable rows on which a value of a view holds, row by row."""
+    found = []
+    for row in range(corpus.n_rows):
+        first = row - row % SIZE
+        sources = range(max(first, row - view.reach), row) if view.reach else [row]
+        if corpus.usable[row] and any(view.value[source] == value for source in sources):
+            found.append(row)
+    return found
+
+
+def test_rows_and_windows_of_parts_agree_with_plain_loops():
+    corpus = make_corpus(n_train=6, n_test=2, seed=7)
+    views = build_views(corpus, TokenTexts(dict(enumerate(WORDS)), {}))
+    search = RuleSearch(corpus, fire(corpus, corpus.tokens == DEF), views, 4, 0)
+    rng = np.random.default_rng(1)
+    for number, view in enumerate(views):
+        for value in rng.choice(np.unique(view.value[view.value >= 0]), 3).tolist():
+            expected = plain_rows(corpus, view, value)
+            assert matching_rows(corpus, view, value, 0, corpus.n_rows).tolist() == expected
+            windows = sorted({row // WINDOW for row in expected if row < corpus.n_train})
+            assert search._training_windows(Part(((number, value),), 1.0, 1.0)).tolist() == windows
+
+
+def test_the_join_agrees_with_plain_sets(known):
+    """Add the part that tells most windows apart, window by window, as long as one adds enough."""
+    search, corpus = known.search, known.corpus
+    n_windows = corpus.first_test_window
+    for number in range(3):
+        [found] = search._candidates(0, range(number, number + 1))
+        active = {row // WINDOW for row in known.firings.of(number)[0].tolist() if row < corpus.n_train}
+        weight = {w: 1 / len(active) if w in active else -1 / (n_windows - len(active)) for w in range(n_windows)}
+        holds = {
+            part: {row // WINDOW for row in plain_rows(corpus, known.views[0], part.conditions[0][1])} & set(weight)
+            for part in found
+        }
+        chosen, covered = [], set()
+        while len(chosen) < 6:
+            gains = [sum(weight[w] for w in holds[part] - covered) for part in found]
+            if max(gains, default=0) < 0.005:
+                break
+            chosen.append(found[int(np.argmax(gains))])
+            covered |= holds[chosen[-1]]
+        assert list(search._join(number, found)) == chosen
+        assert chosen or number == 1
 
 
 def test_held_out_rows_do_not_change_what_is_said(known):
