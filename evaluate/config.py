@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..shared.core.config import MAX_SEED, Cache, CacheBytes, Config, Device, Roles
+from ..shared.core.config import (
+    MAX_SEED,
+    Cache,
+    CacheBytes,
+    Config,
+    Device,
+    DeviceMap,
+    MaxMemory,
+    OffloadFolder,
+    Roles,
+)
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
@@ -48,6 +58,9 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         str | None, Meta(description="Attention implementation of transformers. Default: the one used in the harvest.")
     ] = None
     device: Device = "auto"
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    offload_folder: OffloadFolder = None
     roles: Roles = None
     cache: Cache = None
     cache_bytes: CacheBytes = None

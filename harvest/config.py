@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..shared.core.config import Config
+from ..shared.core.config import Config, DeviceMap, MaxMemory, OffloadFolder
 from ..shared.store.format.layout import CHUNK_BYTES, SHARD_BYTES
 
 Level = Annotated[int, Meta(ge=0, le=22)]
@@ -85,6 +85,17 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
             "own GPU."
         ),
     ] = "auto"
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    offload_folder: OffloadFolder = None
+    tensor_parallel: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Processes that hold one model together, by transformers' tensor parallelism, under torchrun "
+            "(docs/large-models.md).",
+        ),
+    ] = 1
     revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model.")] = None
     adapter: Annotated[
         str | None,

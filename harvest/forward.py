@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -19,11 +19,15 @@ from torch import Tensor
 
 from ..shared.core.compute.cores import single_threaded_operators
 from ..shared.core.compute.host_copies import SLOTS, HostCopies, PendingCopy
+from ..shared.core.errors import RankError, one_line
 from ..shared.model.capture import capturing
+from ..shared.model.loading.placement import input_device
+from ..shared.model.loading.tensor_parallel import Team
 from .plan import HarvestPlan
 from .tokens.packing import ContextBatch
 
 MAX_WORKERS = 16
+_Read = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Harvested(NamedTuple):
@@ -52,8 +56,8 @@ def forward_passes(
     On a CPU, at most `workers + 1` batches are started before they are yielded. On a GPU the activations are rounded to
     `dtype` (default: the model's) there, and are copied to the host while the next batches run.
     """
-    device = plan.model.device
-    with capturing(plan.model, plan.hook_points) as read:
+    device = input_device(plan.model)
+    with capturing(plan.model, plan.hook_points) as alone, leading(alone, plan.team) as read:
         if device.type == "cuda":
             yield from _overlapped(read, batches, HostCopies(device, dtype or plan.model.dtype), device)
             return
@@ -98,6 +102,52 @@ def _overlapped(
             yield first()
     while queued:
         yield first()
+
+
+@contextmanager
+def leading(read: _Read, team: Team | None) -> Iterator[_Read]:
+    """Yield `read`, after giving its tokens to the other processes of the team, which `follow`.
+
+    At the end they are told that there are no more tokens, or why this process fails.
+    """
+    if team is None:
+        yield read
+        return
+    failure = ""
+
+    def together(tokens: Tensor) -> dict[str, Tensor]:
+        team.from_first(tokens.cpu())
+        with team.reaching():
+            return read(tokens)
+
+    try:
+        yield together
+    except GeneratorExit:
+        failure = "it stopped before the end"
+        raise
+    except Exception as error:
+        failure = one_line(error)
+        raise
+    finally:
+        with suppress(RankError):  # one that is gone needs no message
+            team.from_first(failure)
+
+
+def follow(plan: HarvestPlan) -> None:
+    """Run the forward passes that the first process of this one's team runs, until it ends.
+
+    Raises:
+        RankError: the first process failed, or is gone.
+    """
+    team = plan.team
+    assert team is not None
+    device = input_device(plan.model)
+    with capturing(plan.model, plan.hook_points) as read:
+        while isinstance(given := team.from_first(None), Tensor):
+            with team.reaching():
+                read(given.to(device))
+    if given:
+        raise RankError(f"this process stops with the first one of its team: {given}")
 
 
 @contextmanager

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shared.core.compute.device import choose_device, make_current
 from ..shared.core.errors import ConfigError, ModelError
+from ..shared.model.capture import capture
 from ..shared.model.certificate import certificate
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.model.language_model import load_model, load_tokenizer, resolve_hook_points
 from ..shared.model.loading.adapters import model_parts
 from ..shared.model.loading.context_limit import context_limit
+from ..shared.model.loading.placement import spread_of
+from ..shared.model.loading.tensor_parallel import Team
+from ..shared.model.probe.probe import probe_tokens
+from ..shared.model.probe.scales import same
 from ..shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
 from ..shared.store.format.roles import ROLE_NAMES
 from ..shared.store.read.stored_tokenizer import serialise_tokenizer
@@ -39,6 +45,8 @@ class HarvestPlan:
     group: int
     rules: TextRules = PLAIN_TEXT
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
+    team: Team | None = None
+    """The processes that hold the model together with this one."""
 
     @property
     def n_embeddings(self) -> int:
@@ -51,8 +59,9 @@ class HarvestPlan:
         return {name: hook_point.d_in for name, hook_point in self.hook_points.items()}
 
 
-def make_plan(config: HarvestConfig) -> HarvestPlan:
+def make_plan(config: HarvestConfig, team: Team | None = None) -> HarvestPlan:
     """Load the model and tokenizer, find the hook points, and check that all of them fit the settings."""
+    spread = spread_of(config.device_map, config.max_memory, config.offload_folder, config.device)
     device = choose_device(config.device)
     make_current(device)
     if config.revision is not None and Path(model_parts(config.model, config.adapter).base).is_dir():
@@ -70,16 +79,35 @@ def make_plan(config: HarvestConfig) -> HarvestPlan:
         adapter=config.adapter,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        spread=spread,
+        team=team,
     )
     check_fits(model, tokenizer, config)
     hook_points = resolve_hook_points(model, config.hook_points)
+    if team is not None:
+        check_whole(model, hook_points, team)
     widest = max(hook_point.d_in for hook_point in hook_points.values())
     row_bytes = widest * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
     chunk_rows = choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes)
     group = max(1, chunk_rows // config.context_size)
     rules = find_text_rules(config, tokenizer)
     check_splits(config, tokenizer, group, rules, embedding_count(model))
-    return HarvestPlan(model, tokenizer, hook_points, group, rules, tokenizer_files)
+    return HarvestPlan(model, tokenizer, hook_points, group, rules, tokenizer_files, team)
+
+
+def check_whole(model: PreTrainedModel, hook_points: Mapping[str, ResolvedHookPoint], team: Team) -> None:
+    """Raise `ModelError` for a hook point whose activation is divided among the processes of a team.
+
+    This is measured: each process captures the activations of the same tokens, and all must be the same.
+    """
+    captured = capture(model, probe_tokens(model), hook_points)
+    of_all = team.gather({name: activation.float().cpu() for name, activation in captured.items()})
+    for name, activation in of_all[0].items():
+        if not all(same(theirs[name], activation) for theirs in of_all):
+            raise ModelError(
+                f"the activation at '{name}' ({hook_points[name].module_path}) is divided among the {team.n} processes "
+                "of tensor_parallel; choose other hook points, or leave tensor_parallel out"
+            )
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HarvestConfig) -> None:

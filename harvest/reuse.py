@@ -25,11 +25,22 @@ from .config import HarvestConfig
 from .documents.documents import PYTHON_STDLIB, hub_fingerprint, source_files
 from .tokens.chat import template_source
 
-NOT_RECORDED = ("store", "cache", "device", "streaming", "threads", "workers", "on_bad_document")
+NOT_RECORDED = (
+    "store",
+    "cache",
+    "device",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "streaming",
+    "threads",
+    "workers",
+    "on_bad_document",
+)
 """Settings that are not recorded."""
-LATER = ("special_tokens", "holdout", "trust_remote_code")
+LATER = ("special_tokens", "holdout", "trust_remote_code", "tensor_parallel")
 """Settings that are recorded only if they differ from the default."""
-NEUTRAL = ("batch_size", "tokens")
+NEUTRAL = ("batch_size", "tensor_parallel", "tokens")
 """Settings that are recorded but not compared: they affect only rounding, or the number of rows."""
 _CONTENT = {
     "text": ("dataset", "dataset_revision"),
@@ -132,11 +143,13 @@ def compare_store(store: Path | StoreUrl, wanted: dict[str, Any]) -> StoreStatus
         raise StoreError(f"the store '{store}' is of another harvest: it differs in {listed}; {_advice(differences)}")
     complete, size_notes = _compare_size(store, manifest, wanted)
     notes = _notes(found, wanted) + _unmeasured(manifest.header) + size_notes
-    if not complete and found.get("batch_size") != wanted["batch_size"]:
-        notes.append(
-            f"resumes a store of batch_size {found.get('batch_size')} with batch_size {wanted['batch_size']}: "
-            "its rows equal those of a single batch size up to rounding, not bit for bit"
-        )
+    for key in ("batch_size", "tensor_parallel"):
+        was, now = found.get(key, _defaults()[key]), wanted.get(key, _defaults()[key])
+        if not complete and was != now:
+            notes.append(
+                f"resumes a store of {key} {was} with {key} {now}: its rows equal those of a single {key} up to "
+                "rounding, not bit for bit"
+            )
     return StoreStatus(complete, tuple(notes))
 
 
@@ -236,7 +249,10 @@ def resumed_metadata(store: Path | StoreUrl, header: Header, metadata: dict[str,
     """
     found = header.metadata
     for key in sorted(found.keys() & metadata.keys() - SPELLING):
-        if found[key] != metadata[key]:
+        was, now = found[key], metadata[key]
+        if key == "certificate":  # what is measured in differs if the model is spread or divided
+            was, now = was.get("hook_points"), now.get("hook_points")
+        if was != now:
             raise StoreError(
                 f"the store '{store}' was started with {key} = {found[key]!r}, now {metadata[key]!r}; "
                 "use the same settings and versions, or name another store"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..shared.core.compute.launcher import n_launched, silence_connection_logs
+from ..shared.core.errors import ConfigError
 from ..shared.core.interrupt import Interrupt
 from ..shared.core.lazy import fast_imports
 from ..shared.core.location import StoreUrl, locate, staging_folder
@@ -27,6 +28,11 @@ def harvest(config: HarvestConfig) -> Path | StoreUrl:
     is resumed and ends with the same bytes as an uninterrupted one.
     """
     store = locate(config.store)
+    if n_launched() == 1 and config.tensor_parallel > 1:
+        raise ConfigError(
+            f"tensor_parallel = {config.tensor_parallel} needs that many processes, or a multiple: start them with "
+            f"torchrun --nproc-per-node {config.tensor_parallel} -m thresher.harvest ..."
+        )
     if is_synthetic(config.model):
         return harvest_synthetic(config, store)
     if _needs_ranks(store, config.cache):

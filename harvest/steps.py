@@ -95,14 +95,16 @@ def run_model(
     Batches always start at the same contexts, so that a resumed or multi-rank harvest computes the same bits. A batch
     that lies only partly in the assignment is run whole, and its other contexts are dropped.
     """
+    from ..shared.model.loading.placement import input_device, is_divided, is_spread
     from ..shared.store.format.bits import TORCH_DTYPES
     from .forward import choose_workers, forward_passes
     from .tokens.tokens import batch_contexts
 
     assignment = writer.assignment
     ahead = batch_contexts(contexts, config.batch_size, assignment.n_committed // config.batch_size, assignment.parts)
-    workers = choose_workers(config.workers, plan.model.device)
-    lasting = plan.model.device.type != "cuda"
+    device = input_device(plan.model)
+    workers = 1 if is_spread(plan.model) or is_divided(plan.model) else choose_workers(config.workers, device)
+    lasting = device.type != "cuda"
     with (
         Prefetch(ahead, BATCHES_AHEAD) as batches,
         closing(forward_passes(plan, batches, workers, TORCH_DTYPES[config.dtype])) as passes,

@@ -11,6 +11,7 @@ from ...shared.model.capture import check_splices
 from ...shared.model.hook_points import ResolvedHookPoint, members
 from ...shared.model.language_model import is_encoder, load_model, load_tokenizer, resolve_hook_points
 from ...shared.model.loading.adapters import model_parts
+from ...shared.model.loading.placement import spread_of
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..config import EvaluateConfig
@@ -92,6 +93,7 @@ def open_model(config: EvaluateConfig, store: ActivationStore, device: str) -> P
         adapter=adapter,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation or harvest_record(store).get("attn_implementation"),
+        spread=spread_of(config.device_map, config.max_memory, config.offload_folder, config.device),
     )
     if is_encoder(model.config):
         raise ModelError(

@@ -2,7 +2,8 @@
 
 Every rank reads and packs the whole text, runs the model over the batches that overlap its shards, and writes those
 shards. Two ranks whose shards share a batch both run the whole batch, so that each computes the same bits as a single
-process.
+process. With `tensor_parallel`, a rank is a team of processes: the first one does all this, and the others follow its
+forward passes.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from ...shared.store.format.checksum import crc32c
 from ...shared.store.write.rank_store import POLL_SECONDS
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
-from ..forward import MAX_WORKERS
+from ..forward import MAX_WORKERS, follow
 from ..plan import HarvestPlan, make_plan
 from ..resume import resume_contexts
 from ..reuse import check_unchanged, compare_store, identity
 from ..steps import open_writer, print_status, print_stored, run_model, write_sources
 from ..tokens.packing import Context
 from ..tokens.tokens import read_contexts
-from .rank_group import RankGroup, join_ranks, rank_device
+from .rank_group import RankGroup, join_leaders, join_ranks, rank_device
 from .rank_progress import RankProgress
 
 _T = TypeVar("_T")
@@ -43,16 +44,20 @@ _MAX_THREADS = 8
 def harvest_ranks(config: HarvestConfig) -> Path | StoreUrl:
     """Write the store together with the other ranks, and return its path or URL."""
     store = locate(config.store)
-    with join_ranks() as ranks:
-        wanted = identity_of_ranks(config, ranks)
-        ranks.agree(wanted | {"store": str(store)})
-        status = ranks.lead(lambda: compare_store(store, wanted))
+    with join_ranks(config.tensor_parallel) as (everyone, team):
+        wanted = identity_of_ranks(config, everyone)
+        everyone.agree(wanted | {"store": str(store)})
+        status = everyone.lead(lambda: compare_store(store, wanted))
         print_status(store, status)
         if status.complete:
             return store
-        own_config = rank_config(config, ranks)
-        ranks.agree({"torch": torch.__version__, "processor": processor(own_config.device)})
-        plan = make_plan(own_config)
+        own_config = rank_config(config, everyone)
+        everyone.agree({"torch": torch.__version__, "processor": processor(own_config.device)})
+        ranks = join_leaders(everyone, team)
+        plan = make_plan(own_config, team)
+        if team is not None and not team.first:
+            follow(plan)
+            return store
         text = TextChecksum()
         contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings))
         contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
@@ -79,7 +84,7 @@ def rank_config(config: HarvestConfig, ranks: RankGroup) -> HarvestConfig:
     cores = max(1, (os.cpu_count() or 1) // ranks.local_n)
     return msgspec.structs.replace(
         config,
-        device=rank_device(config.device, ranks),
+        device=config.device if config.device_map else rank_device(config.device, ranks),
         threads=config.threads or min(cores, _MAX_THREADS),
         workers=config.workers or min(cores, MAX_WORKERS),
     )

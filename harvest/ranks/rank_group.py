@@ -14,6 +14,7 @@ from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
@@ -22,12 +23,14 @@ from ...shared.core.compute.device import choose_device, device_among, make_curr
 from ...shared.core.compute.launcher import n_launched
 from ...shared.core.compute.processes import Ranks, start_group
 from ...shared.core.errors import ConfigError, RankError
+from ...shared.model.loading.tensor_parallel import Team
 from ...shared.store.local.liveness import LivenessLock
 
 _T = TypeVar("_T")
 SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_TO_READ = 5.0
 _RESUME = "what was harvested is kept: run the same command again to resume"
+_TIMEOUT = timedelta(hours=2)
 _group_numbers = count()
 
 
@@ -41,7 +44,7 @@ class RankGroup(Ranks):
     def __init__(self, rank: int, n: int, messages: Store, control: Any) -> None:
         super().__init__(rank, n, control, f"rank {rank} stops: another rank ended or cannot be reached; {_RESUME}")
         self.liveness: LivenessLock | None = None
-        self._messages = messages
+        self.messages = messages
         self._next_check = 0.0
         self._has_reported = False
 
@@ -75,13 +78,13 @@ class RankGroup(Ranks):
     def publish(self, topic: str, message: str) -> None:
         """Set this rank's message on a topic."""
         with self.reaching():
-            self._messages.set(f"{topic}/{self.rank}", message)
+            self.messages.set(f"{topic}/{self.rank}", message)
 
     def published(self, topic: str, ranks: Sequence[int] | None = None) -> list[str] | None:
         """Return the messages of some ranks (default: all) on a topic; None until each has set one."""
         keys = [f"{topic}/{rank}" for rank in (range(self.n) if ranks is None else ranks)]
         with self.reaching():
-            return [self._messages.get(key).decode() for key in keys] if self._messages.check(keys) else None
+            return [self.messages.get(key).decode() for key in keys] if self.messages.check(keys) else None
 
     def check(self) -> None:
         """Raise `RankError` if another rank failed or is gone. Checks at most twice a second."""
@@ -95,11 +98,11 @@ class RankGroup(Ranks):
 
     def _check_failed(self) -> None:
         try:
-            failed = self._messages.check(["failed"])
+            failed = self.messages.check(["failed"])
         except RuntimeError:  # rank 0, which holds the messages, ended
             return
         if failed:
-            raise RankError(f"rank {self.rank} stops: {self._messages.get('failed').decode()}; {_RESUME}")
+            raise RankError(f"rank {self.rank} stops: {self.messages.get('failed').decode()}; {_RESUME}")
 
     def fail(self, error: BaseException) -> None:
         """Publish why this rank ends early, unless a failure has been published before."""
@@ -107,9 +110,9 @@ class RankGroup(Ranks):
             return
         self._has_reported = True
         try:
-            if not self._messages.check(["failed"]):
-                self._messages.set("failed", f"rank {self.rank} failed: {_reason(error)}")
-            self._messages.set(f"left/{self.rank}", "")
+            if not self.messages.check(["failed"]):
+                self.messages.set("failed", f"rank {self.rank} failed: {_reason(error)}")
+            self.messages.set(f"left/{self.rank}", "")
             self._wait_for_readers()
         except RuntimeError:  # rank 0, which holds the messages, ended before
             return
@@ -119,7 +122,7 @@ class RankGroup(Ranks):
         until = time.monotonic() + SECONDS_TO_READ
         while self.first and self.liveness and time.monotonic() < until:
             alive = set(range(1, self.n)) - set(self.liveness.gone())
-            if not alive or self._messages.check([f"left/{rank}" for rank in alive]):
+            if not alive or self.messages.check([f"left/{rank}" for rank in alive]):
                 return
             time.sleep(SECONDS_BETWEEN_CHECKS / 10)
 
@@ -144,21 +147,52 @@ class RankGroup(Ranks):
 
 
 @contextmanager
-def join_ranks() -> Iterator[RankGroup]:
-    """Connect to the other ranks, if there are any; only rank 0 writes notes to stderr."""
+def join_ranks(tensor_parallel: int = 1) -> Iterator[tuple[RankGroup, Team | None]]:
+    """Connect to the other processes, if there are any; only the first one writes notes to stderr.
+
+    Yields the group of all processes and, with `tensor_parallel`, this process's team: consecutive processes.
+
+    Raises:
+        ConfigError: the processes do not make whole teams, or a team would be spread over machines.
+    """
     if n_launched() == 1:
-        yield RankGroup(0, 1, HashStore(), None)
+        yield RankGroup(0, 1, HashStore(), None), None
         return
-    made_here = start_group("gloo")
-    control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    made_here = start_group("cpu:gloo,cuda:nccl" if tensor_parallel > 1 and torch.cuda.is_available() else "gloo")
+    control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     messages = PrefixStore(f"thresher-harvest-{next(_group_numbers)}", _get_default_store())
-    ranks = RankGroup(dist.get_rank(), dist.get_world_size(), messages, control)
+    everyone = RankGroup(dist.get_rank(), dist.get_world_size(), messages, control)
     try:
-        with _quiet(not ranks.first), ranks.reporting_failures():
-            yield ranks
+        with _quiet(not everyone.first), everyone.reporting_failures():
+            yield everyone, _team(everyone, tensor_parallel) if tensor_parallel > 1 else None
     finally:
         if made_here:
             dist.destroy_process_group()
+
+
+def _team(everyone: RankGroup, size: int) -> Team:
+    if everyone.n % size or everyone.local_n % size:
+        raise ConfigError(
+            f"tensor_parallel is {size}, but {everyone.n} processes were started, {everyone.local_n} on this machine; "
+            f"start a multiple of {size} on each"
+        )
+    groups = [
+        dist.new_group(list(range(first, first + size)), timeout=_TIMEOUT, backend="gloo")
+        for first in range(0, everyone.n, size)
+    ]
+    number, rank = divmod(everyone.rank, size)
+    return Team(rank, size, groups[number], everyone.lost, number, everyone.n // size)
+
+
+def join_leaders(everyone: RankGroup, team: Team | None) -> RankGroup:
+    """Return the group of the teams' first processes, which write the store; every process must call this.
+
+    Without a team, everyone leads.
+    """
+    if team is None:
+        return everyone
+    leaders = dist.new_group(list(range(0, everyone.n, team.n)), timeout=_TIMEOUT, backend="gloo")
+    return RankGroup(team.number, team.n_teams, everyone.messages, leaders)
 
 
 @contextmanager

@@ -47,6 +47,21 @@ MAX_SEED = 2**63 - 1
 """The largest seed that fits in the integers of TOML and of PyTorch's generators."""
 
 Device = Annotated[str, Meta(description="auto, cpu, cuda or cuda:N; auto uses CUDA if available.")]
+DeviceMap = Annotated[
+    Literal["auto", "balanced", "balanced_low_0", "sequential"] | None,
+    Meta(
+        description="How accelerate spreads a model that is larger than a GPU over several GPUs, the host's memory and "
+        "the disk (docs/large-models.md); needs thresher[spread]."
+    ),
+]
+MaxMemory = Annotated[
+    dict[str, str] | None,
+    Meta(description='With device_map: most bytes on each device, as in {0 = "70GiB", cpu = "200GiB"}.'),
+]
+OffloadFolder = Annotated[
+    str | None, Meta(description="With device_map: folder for weights on the disk (default: a temporary one).")
+]
+"""Fields of the stages that run a model."""
 Cache = Annotated[
     str | None, Meta(description="Folder for cached shards of a remote store (default: the user's cache folder).")
 ]

@@ -16,6 +16,7 @@ from ..model.capture import check_splices, resolve_hook_points
 from ..model.hook_points import canonical_hook_point, group_name, members
 from ..model.language_model import is_encoder, load_model, load_tokenizer
 from ..model.loading.context_limit import context_limit
+from ..model.loading.placement import input_device, spread_of
 from ..sae import Sae
 from .attached import Attached, attach, check_latent, sae_key
 from .edits import Edit, Fires
@@ -86,6 +87,9 @@ class SplicedModel:
         device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        device_map: str | None = None,
+        max_memory: Mapping[str, str] | None = None,
+        offload_folder: str | None = None,
     ) -> Self:
         """Load a model, unless it is one already, and put SAEs at its hook points.
 
@@ -93,7 +97,9 @@ class SplicedModel:
         A crosscoder's name is that of its hook points joined by ` + `. With `error="drop"`, reconstructions replace
         the activations, and a transcoder its MLP; by default the difference is kept. SAEs leave alone the token that
         begins a text (BOS), which they were not trained on, unless `skip_first_token` is false.
-        The model is loaded in float32: bfloat16 rounds logits so coarsely that small effects vanish.
+        The model is loaded in float32: bfloat16 rounds logits so coarsely that small effects vanish. With `device_map`,
+        accelerate spreads it over several GPUs, the host's memory and the disk, with at most `max_memory` on each
+        (docs/large-models.md).
 
         Raises:
             HookPointError: the model lacks a hook point, or nothing can be spliced in there.
@@ -102,7 +108,8 @@ class SplicedModel:
         """
         if isinstance(model, (str, Path)):
             name = str(model)
-            loaded = load_model(name, dtype, device, revision, trust_remote_code=trust_remote_code)
+            spread = spread_of(device_map, max_memory, offload_folder, device)
+            loaded = load_model(name, dtype, device, revision, trust_remote_code=trust_remote_code, spread=spread)
             tokenizer = tokenizer or load_tokenizer(name, revision, trust_remote_code=trust_remote_code)
         else:
             loaded = model
@@ -114,13 +121,13 @@ class SplicedModel:
             if len(given) < len(listed):
                 raise InterventionError(f"two SAEs are of the same hook point ({', '.join(given)}); give one for each")
         for sae in given.values():
-            sae.to(loaded.device)
+            sae.to(input_device(loaded))
         return cls(loaded, given, tokenizer, error=error, skip_first_token=skip_first_token)
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's first weights."""
-        return self.model.device
+        """The device that the model reads its tokens on, where the SAEs are."""
+        return input_device(self.model)
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         """Return the token ids of prompts, as `run` reads them: texts begin with the BOS token, if there is one."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import HookPointError
 from .certificate import measure
 from .hook_points import KINDS, ResolvedHookPoint, block_and_kind, unique_canonical
+from .loading.placement import input_device
 from .probe.arguments import activation_of, input_argument, with_input, with_output
 from .probe.blocks import Blocks
 from .probe.finding import Finding
@@ -91,10 +92,12 @@ def splice(
 ) -> AbstractContextManager[None]:
     """Within this context, replace the activation by `replace(activation)` in the model's forward passes.
 
-    Raises `HookPointError` if the measurement showed that the activation cannot be replaced.
+    The activation is on the model's `input_device`, also if the module runs on another. Raises `HookPointError` if the
+    measurement showed that the activation cannot be replaced.
     """
     check_splices(model, hook_point)
     scale, affine = hook_point.scale, hook_point.affine
+    replace = _brought(replace, input_device(model))
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         argument = input_argument(args, kwargs)
@@ -210,7 +213,7 @@ def _widths(model: nn.Module, paths: Mapping[str, str]) -> dict[str, int]:
             stack.enter_context(
                 reading(model, hook_point, lambda x, seen=seen: seen.append(tuple(getattr(x, "shape", ()))))
             )
-        _forward(model, torch.zeros(2, 3, dtype=torch.long, device=next(model.parameters()).device))
+        _forward(model, torch.zeros(2, 3, dtype=torch.long, device=input_device(model)))
     for name, seen in shapes.items():
         if len(seen) != 1 or len(seen[0]) != 3 or seen[0][:2] != (2, 3):
             raise HookPointError(
@@ -251,10 +254,13 @@ def _forward(model: nn.Module, input_ids: Tensor) -> None:
 def reading(
     model: nn.Module, hook_point: ResolvedHookPoint, reader: Callable[[Any], None]
 ) -> AbstractContextManager[None]:
-    """Within this context, the model's forward passes call `reader` with the activation."""
+    """Within this context, the model's forward passes call `reader` with the activation, on its `input_device`."""
     scale, affine, clone = hook_point.scale, hook_point.affine, hook_point.clone
+    device = input_device(model)
 
     def pass_on(activation: Any) -> None:
+        if isinstance(activation, Tensor) and activation.device != device:
+            activation = activation.to(device)
         if scale != 1:
             activation = activation * scale
         elif clone:
@@ -268,6 +274,19 @@ def reading(
         pass_on(activation_of(output) if affine is None else affine.normalize(_input(args, kwargs)))
 
     return _hooked(model, hook_point, on_input, on_output)
+
+
+def _brought(replace: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return `replace` for activations on any device, of which it is given a copy on this one."""
+
+    def on_device(activation: Tensor) -> Tensor:
+        if activation.device == device:
+            return replace(activation)
+        there = activation.to(device)
+        new = replace(there)
+        return activation if new is there else new.to(activation.device)
+
+    return on_device
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

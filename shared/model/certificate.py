@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .hook_points import ResolvedHookPoint
+from .loading.placement import is_divided, is_spread
 from .probe.block_probe import BlockProbe
 from .probe.blocks import Blocks, block_lists, text_config
 from .probe.finding import Finding, Findings
@@ -77,14 +78,12 @@ def measured_in(model: nn.Module) -> str:
 
 
 def _copies(model: nn.Module) -> bool:
-    """Return whether a float32 copy is possible and small enough: no weights are quantised or offloaded."""
+    """Return whether a float32 copy is possible and small enough: no weights are quantised, spread or divided."""
+    if is_spread(model) or is_divided(model):
+        return False
     parameters = list(model.parameters())
     plain = all(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
-    return (
-        plain
-        and not any(p.is_meta for p in parameters)
-        and sum(map(torch.Tensor.numel, parameters)) <= FLOAT32_COPY_PARAMETERS
-    )
+    return plain and sum(map(torch.Tensor.numel, parameters)) <= FLOAT32_COPY_PARAMETERS
 
 
 def _in_float32(model: nn.Module) -> nn.Module | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ..core.config import Config, Device
+from ..core.config import Config, Device, DeviceMap, MaxMemory, OffloadFolder
 
 
 class HooksConfig(Config, frozen=True, kw_only=True):
@@ -18,6 +18,9 @@ class HooksConfig(Config, frozen=True, kw_only=True):
         Meta(description="Data type of the model. auto: bfloat16 if the device supports it in hardware, else float32."),
     ] = "auto"
     device: Device = "auto"
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    offload_folder: OffloadFolder = None
     revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model.")] = None
     adapter: Annotated[
         str | None, Meta(description="Folder or Hugging Face id of a PEFT adapter to merge into the model.")

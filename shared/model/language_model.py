@@ -31,6 +31,8 @@ from .loading.adapters import ModelParts, adapted_base, apply_adapter, model_par
 from .loading.checkpoint_keys import check_checkpoint_keys
 from .loading.gguf import dequantized, gguf_file, gguf_options
 from .loading.packages import local_model
+from .loading.placement import Spread, input_device, remove_with, spreading
+from .loading.tensor_parallel import Team, check_divides, dividing
 from .loading.tokenizer_files import needs_no_vocabulary, vocabulary_files
 
 if TYPE_CHECKING:
@@ -70,15 +72,18 @@ def load_model(
     adapter: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    spread: Spread | None = None,
+    team: Team | None = None,
 ) -> PreTrainedModel:
     """Load a pretrained model for inference: in evaluation mode, without gradients.
 
     Decoders are loaded with their language-modelling head, encoders (the BERT family) without a head. An adapter,
-    either named or in the model's folder, is merged into the weights.
+    either named or in the model's folder, is merged into the weights. With `spread`, the model is spread over devices
+    instead of `device`; with `team`, it is divided among the team's processes, which all call this function.
 
     Raises:
-        ModelError: the model does not exist, its weights do not match its configuration exactly, or it does not run
-            on tokens alone.
+        ModelError: the model does not exist, its weights do not match its configuration exactly, it does not run
+            on tokens alone, or it cannot be divided.
         ConfigError: the device is not available.
     """
     name_or_path, adapter = local_model(name_or_path), expand_home(adapter)
@@ -98,20 +103,33 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if parts.adapter is not None:
         options["adapter_kwargs"] = {"subfolder": "none"}  # otherwise transformers applies it without checking weights
+    if parts.adapter is not None and (spread or team):
+        raise ModelError(
+            f"the adapter '{parts.adapter}' can only be merged into a model on one device; merge it first "
+            "(merge_and_unload, save_pretrained), and give the folder of the merged model"
+        )
+    if team is not None:
+        check_divides(config, name_or_path, team.n)
     try:
-        with _only_errors_logged():
+        with (
+            _only_errors_logged(),
+            spreading(spread) as (spread_options, temporary),
+            dividing(team, torch.device(device)) as divided,
+        ):
             model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 base,
                 dtype=torch_dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_checkpoint_keys reports them
-                **options,
+                **options | spread_options | divided,
             )
+            remove_with(model, temporary)
             partial = loader is AutoModel or type(model.config) is not type(config)
             check_checkpoint_keys(model, info, name_or_path, partial)
             if parts.adapter is not None:
                 model = apply_adapter(model, parts.adapter, adapter_revision)
-            model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            if spread is None and team is None:
+                model.to(device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
             model.eval().requires_grad_(False)
             _check_runs_on_tokens(model, name_or_path)
     except ThresherError:
@@ -250,7 +268,7 @@ def _check_reads_tokens(config: PretrainedConfig, name: str) -> None:
 
 def _check_runs_on_tokens(model: PreTrainedModel, name: str) -> None:
     """Raise `ModelError` for a model that cannot run on tokens alone."""
-    tokens = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=input_device(model))
     config = getattr(model.base_model, "config", None)
     options = {"use_cache": False} if hasattr(config, "use_cache") else {}
     try:

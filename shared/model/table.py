@@ -8,6 +8,7 @@ from .certificate import Findings, measure, measured_in
 from .hook_points import KINDS
 from .hooks_config import HooksConfig
 from .language_model import load_model
+from .loading.placement import spread_of
 from .probe.finding import Finding
 
 _WIDEST = max(map(len, KINDS))
@@ -23,6 +24,7 @@ def print_hook_points(config: HooksConfig) -> None:
         adapter=config.adapter,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        spread=spread_of(config.device_map, config.max_memory, config.offload_folder, config.device),
     )
     blocks, findings = measure(model)
     if blocks is None:

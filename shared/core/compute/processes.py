@@ -30,7 +30,7 @@ class Ranks:
         self.n = n
         self.local_rank, self.local_n = local_position(rank, n)
         self._control = control
-        self._lost = lost
+        self.lost = lost
 
     @property
     def first(self) -> bool:
@@ -50,7 +50,7 @@ class Ranks:
         values = [value]
         if self.n > 1:
             with self.reaching():
-                dist.broadcast_object_list(values, src=0, group=self._control)
+                dist.broadcast_object_list(values, group=self._control, group_src=0)
         return values[0]
 
     def meet(self) -> None:
@@ -67,7 +67,7 @@ class Ranks:
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            raise RankError(self._lost) from error
+            raise RankError(self.lost) from error
 
 
 def start_group(backend: str) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..loading.placement import loaded
 from .scales import same
 
 _EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
@@ -31,18 +32,18 @@ class Affine(NamedTuple):
         weight, bias = parameters_of(norm)
         wide = normalized.float()
         if weight is not None:
-            wide = wide * (self.offset + weight.float())
+            wide = wide * (self.offset + weight.to(wide))
         if bias is not None:
-            wide = wide + bias.float()
+            wide = wide + bias.to(wide)
         return wide.to(normalized.dtype)
 
 
 def parameters_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Return a norm's weight and bias, each None if it has none."""
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight, bias = loaded(norm, "weight"), loaded(norm, "bias")
     return (
-        weight if isinstance(weight, Tensor) and weight.ndim == 1 else None,
-        bias if isinstance(bias, Tensor) and bias.ndim == 1 else None,
+        weight if weight is not None and weight.ndim == 1 else None,
+        bias if bias is not None and bias.ndim == 1 else None,
     )
 
 

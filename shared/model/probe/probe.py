@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..loading.placement import input_device
 from .arguments import activation_of, input_argument, with_input, with_output
 
 Side = Literal["input", "output"]
@@ -41,9 +42,11 @@ class Record:
     """The inputs and outputs of the recorded modules in one pass, in call order.
 
     `values` holds copies made when the hooks ran, and `originals` the tensors themselves: if they differ later, the
-    model has written into them. `repeated` holds the places of modules that ran more than once.
+    model has written into them. `repeated` holds the places of modules that ran more than once. The copies are all on
+    `device`, also if the model is spread over several.
     """
 
+    device: torch.device
     values: dict[Place, Float[Tensor, "batch context d"]] = field(default_factory=dict)
     originals: dict[Place, Tensor] = field(default_factory=dict)
     repeated: set[Place] = field(default_factory=set)
@@ -61,12 +64,16 @@ class Record:
             return
         if place in self.values:
             self.repeated.add(place)
-        self.values[place] = value.detach().clone()
+        self.values[place] = value.detach().clone().to(self.device)
         self.originals[place] = value.detach()
 
     def changed(self) -> set[Place]:
         """Return the places whose tensors the model has written into since they were recorded."""
-        return {place for place, value in self.values.items() if not torch.equal(value, self.originals[place])}
+        return {
+            place
+            for place, value in self.values.items()
+            if not torch.equal(value, self.originals[place].to(self.device))
+        }
 
 
 def probe_tokens(model: nn.Module) -> Int[Tensor, "batch context"]:
@@ -79,7 +86,7 @@ def probe_tokens(model: nn.Module) -> Int[Tensor, "batch context"]:
     size = getattr(text, "vocab_size", None) or BATCH * CONTEXT
     ordinary = [token for token in range(5, min(size, 200)) if token not in special] or list(range(size))
     tokens = [ordinary[i * 7 % len(ordinary)] for i in range(BATCH * CONTEXT)]
-    return torch.tensor(tokens, device=next(model.parameters()).device).reshape(BATCH, CONTEXT)
+    return torch.tensor(tokens, device=input_device(model)).reshape(BATCH, CONTEXT)
 
 
 def run_recorded(
@@ -94,7 +101,7 @@ def run_recorded(
 
     The pass ends at the module `stop_before`. The `skipped` modules do not run, and return the given outputs.
     """
-    record = Record()
+    record = Record(input_device(model))
     base: Any = getattr(model, "base_model", model)
     config = getattr(base, "config", None)
     if hasattr(config, "use_cache"):
@@ -139,7 +146,7 @@ def _editor(edit: ProbeEdit) -> Callable[[Any], Tensor | None]:
     def replace(value: Any) -> Tensor | None:
         if not isinstance(value, Tensor) or value.numel() != edit.value.numel():
             return None
-        new = edit.value.reshape(value.shape).to(value.dtype)
+        new = edit.value.reshape(value.shape).to(value)
         if edit.in_place:
             value.copy_(new)
             return None

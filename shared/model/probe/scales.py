@@ -44,7 +44,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal up to rounding; NaN equals NaN."""
     if a.shape != b.shape:
         return False
-    wide_a, wide_b = (x.double().nan_to_num(0, 0, 0) for x in (a, b))
+    wide_a, wide_b = (x.double().nan_to_num(0, 0, 0) for x in (a, b.to(a.device)))
     return bool((wide_a - wide_b).norm() <= tolerance(a, b) * wide_b.norm())
 
 

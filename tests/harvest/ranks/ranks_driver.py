@@ -15,12 +15,13 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import msgspec
 import torch
 
+from thresher.harvest import forward, steps
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.plan import make_plan
 from thresher.harvest.ranks import multi_process
@@ -330,6 +331,47 @@ def on_a_server(scene: Scene) -> None:
         scene.go_on(then)
 
 
+def teams(scene: Scene) -> None:
+    """Harvest with teams of two processes that hold one model together; kill one, resume; refuse what does not fit."""
+    whole, scene.expected = scene.config, {}
+    scene.config = msgspec.structs.replace(whole, tensor_parallel=2)
+    scene.begin("four processes")
+    scene.expect(scene.run(4), [0] * 4, "stored 664 rows")
+    scene.begin("a follower is killed")
+
+    def die(rank: int) -> None:
+        if rank == 1:
+            capturing = forward.capturing
+
+            @contextmanager
+            def dying(*arguments: object) -> Iterator[Callable[[torch.Tensor], object]]:
+                with capturing(*arguments) as read:
+                    passes = itertools.count(1)
+                    yield lambda tokens: os.kill(os.getpid(), signal.SIGKILL) if next(passes) == 9 else read(tokens)
+
+            forward.capturing = dying
+
+    codes = scene.run(2, die)
+    scene.expect(codes, [2, -signal.SIGKILL], "error: rank 0 stops: another rank ended or cannot be reached; what was")
+    scene.expect(scene.run(2), [0, 0], "stored 664 rows")
+
+    scene.begin("a leader fails")
+
+    def fail(rank: int) -> None:
+        def append(*_: object) -> None:
+            raise NonFiniteError("hook point 'x' is NaN")
+
+        steps.append = append
+
+    scene.expect(scene.run(2, fail), [2, 2], "error: hook point 'x' is NaN", "error: this process stops with the first")
+
+    scene.begin("a process too many")
+    scene.expect(scene.run(3), [2] * 3, "error: tensor_parallel is 2, but 3 processes were started, 3 on this machine")
+    scene.begin("a hook point of which each holds a part")
+    scene.config = msgspec.structs.replace(scene.config, hook_points=["blocks.0.attn_z"])
+    scene.expect(scene.run(2), [2, 2], "error: the activation at 'blocks.0.attn_z' (model.layers.0.self_attn.o_proj)")
+
+
 def random_kills_on_a_server(scene: Scene, count: int = 12) -> None:
     """Kill a random rank, or all, at a random step or request, twice, and then finish; note who died."""
     rng = random.Random(8)
@@ -355,6 +397,7 @@ MODES = {
     "quick": QUICK,
     "random": (random_kills,),
     "quick-url": (on_a_server,),
+    "teams": (teams,),
     "random-url": (random_kills_on_a_server,),
 }
 
