@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -35,6 +35,11 @@ demo: $(READY)  ## run the whole pipeline on the bundled model and real text
 	$(BIN)/thresher demo
 
 TEXT := runs/text/django
+RUN ?= runs/demo
+microscope: $(READY)  ## look at the demo's latents in the browser, and steer them; runs the demo first if need be
+	test -f $(RUN)/evaluation/metrics.json || $(MAKE) demo
+	$(BIN)/thresher microscope $(RUN) $(ARGS)
+
 text: $(TEXT)/.ready  ## fetch real English to harvest: Django's documentation (BSD 3-Clause), by pip
 $(TEXT)/.ready: $(READY)
 	rm -rf $(TEXT) && mkdir -p $(TEXT)

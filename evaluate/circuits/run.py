@@ -88,15 +88,10 @@ def _write(
     names: list[str],
 ) -> None:
     output = user_path(config.output)
-    promoted = _promoted(found, replacement, model)
     logits = [node for node in found.nodes if node.kind == "logit"]
-    known = {*found.tokens, *(node.number for node in logits), *(token for some in promoted.values() for token in some)}
-    texts = TokenTexts.of(tokenizer, known)
-    labels = {number: _label(node, texts, promoted.get(number)) for number, node in enumerate(found.nodes)}
-    written = texts.in_context(found.tokens)
-    slug = output.name or "graph"
-    scan = f"{Path(config.model).name}-{'-'.join(names)}"
-    content = viewer_json(found, written, config.text, slug, scan, names, labels)
+    content, labels, texts = graph_content(
+        found, replacement, model, tokenizer, config.text, output.name or "graph", config.model, names
+    )
     summary = found.summary() | {
         "text": config.text,
         "model": config.model,
@@ -116,6 +111,27 @@ def _write(
     page = _page(output / "graph.html", config, found, content, summary | {"verified": verified}, logits[0], texts)
     _print(found, rows, labels)
     print(f"wrote '{page}'")
+
+
+def graph_content(
+    found: Graph,
+    replacement: LocalReplacement,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    slug: str,
+    model_name: str,
+    names: Sequence[str],
+) -> tuple[dict[str, Any], dict[int, str], TokenTexts]:
+    """Return a graph in the viewers' schema, the labels of its nodes by number, and the texts of its tokens."""
+    promoted = _promoted(found, replacement, model)
+    logits = [node.number for node in found.nodes if node.kind == "logit"]
+    known = {*found.tokens, *logits, *(token for some in promoted.values() for token in some)}
+    texts = TokenTexts.of(tokenizer, known)
+    labels = {number: _label(node, texts, promoted.get(number)) for number, node in enumerate(found.nodes)}
+    written = texts.in_context(found.tokens)
+    scan = f"{Path(model_name).name}-{'-'.join(names)}"
+    return viewer_json(found, written, text, slug, scan, names, labels), labels, texts
 
 
 def _promoted(found: Graph, replacement: LocalReplacement, model: PreTrainedModel) -> dict[int, list[int]]:

@@ -52,6 +52,13 @@ class OpenRun:
         """Return the metrics of an SAE; empty if it has none."""
         return next((row for row in self.metrics if row["name"] == name), {})
 
+    @property
+    def transcoders(self) -> list[str]:
+        """The transcoders with weights: SAEs that reconstruct another hook point than they read."""
+        rows = {row["name"]: row for row in self.metrics}
+        found = [rows[name] for name in self.saes if name in rows]
+        return [row["name"] for row in found if row.get("target_hook_point", row["hook_point"]) != row["hook_point"]]
+
     def latents_file(self, name: str) -> Path:
         """Return the path of an SAE's `latents` file, which holds decoder neighbours."""
         return latents_path(self.folder, self.indexes[name].path.stem)

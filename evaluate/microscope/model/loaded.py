@@ -50,8 +50,9 @@ class LoadedModel:
         device: str,
         max_tokens: int,
         trust_remote_code: bool,
+        eager: bool = False,
     ) -> LoadedModel:
-        """Load the model; raise `ModelError` if there is none or it cannot be loaded."""
+        """Load the model, with `eager` attention if graphs are traced; raise `ModelError` if it cannot be loaded."""
         if source.name is None:
             raise ModelError(source.missing)
         model = load_model(
@@ -61,6 +62,7 @@ class LoadedModel:
             source.revision,
             adapter=source.adapter,
             trust_remote_code=trust_remote_code,
+            attn_implementation="eager" if eager else None,
         )
         tokenizer = load_tokenizer(source.name, source.revision, trust_remote_code=trust_remote_code)
         shelf.device = str(model.device)
@@ -107,6 +109,10 @@ class LoadedModel:
     def usable(self, tokens: Tensor) -> Tensor:
         """Return which tokens SAEs read: all but the one that begins a text."""
         return tokens != self._first if self._first is not None else torch.ones_like(tokens, dtype=torch.bool)
+
+    def usable_first(self, tokens: Sequence[int]) -> bool:
+        """Return whether SAEs read the first token of a text."""
+        return self._first is None or tokens[0] != self._first
 
     def attached(self, name: str) -> Attached:
         """Return an SAE at its hook points in the model."""

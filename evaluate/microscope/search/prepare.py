@@ -24,8 +24,8 @@ from .full_text import words_key, write_words
 from .latent_texts import LatentText, latent_texts
 from .vectors import LatentVectors, read_vectors, write_vectors
 
-VERSION = 2
-"""Increased whenever the same index gives other files."""
+WORDS_VERSION, VECTORS_VERSION = 2, 1
+"""Each increased whenever the same index gives other files of its kind."""
 EMBEDDED_AT_ONCE = 64
 
 
@@ -85,16 +85,16 @@ class Preparation(threading.Thread):
     def _path(self, name: str, suffix: str) -> Path:
         return self._cache / f"{self._tables.index(name).path.stem}.{suffix}"
 
-    def _key(self, name: str, *more: Any) -> str:
+    def _key(self, name: str, version: int, *more: Any) -> str:
         """Return what the files of an SAE are made from."""
         index = self._tables.index(name)
         explained = explanations_path(index)
-        facts = [VERSION, index.metadata.get("fingerprint"), index.path.stat().st_mtime_ns, *more]
+        facts = [version, index.metadata.get("fingerprint"), index.path.stat().st_mtime_ns, *more]
         facts.append(explained.stat().st_mtime_ns if explained.is_file() else None)
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     def _prepare_words(self, name: str) -> None:
-        path, key = self._path(name, "words.sqlite"), self._key(name)
+        path, key = self._path(name, "words.sqlite"), self._key(name, WORDS_VERSION)
         if words_key(path) != key or not self._tables.short_path(name).is_file():
             with replacing(self._tables.short_path(name)) as unfinished:
                 self._tables.write_short(name, unfinished)
@@ -109,7 +109,7 @@ class Preparation(threading.Thread):
 
     def _prepare_vectors(self, name: str, encoder: SentenceEncoder, place: tuple[int, int]) -> None:
         path = self._path(name, "vectors.safetensors")
-        key = self._key(name, encoder.name, encoder.size, self._embedded_latents)
+        key = self._key(name, VECTORS_VERSION, encoder.name, encoder.size, self._embedded_latents)
         found = read_vectors(path, key)
         if found is None:
             chosen = self._most_interesting(name)

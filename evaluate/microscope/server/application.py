@@ -22,6 +22,7 @@ from .messages import (
     ActivationsRequest,
     ContrastRequest,
     CurveRequest,
+    GraphRequest,
     LatentsQuery,
     NoteRequest,
     NotesQuery,
@@ -47,6 +48,7 @@ ENDPOINTS = (
     Endpoint("PUT", "/api/notes", endpoints.write_note, body=NoteRequest),
     Endpoint("POST", "/api/activations", model_endpoints.answer_activations, body=ActivationsRequest, runs_model=True),
     Endpoint("POST", "/api/contrast", model_endpoints.answer_contrast, body=ContrastRequest, runs_model=True),
+    Endpoint("POST", "/api/graph", model_endpoints.answer_graph, body=GraphRequest, runs_model=True),
     Endpoint("POST", "/api/steer", model_endpoints.answer_steer, body=SteerRequest, runs_model=True, streams=True),
     Endpoint(
         "POST", "/api/steer/curve", model_endpoints.answer_curve, body=CurveRequest, runs_model=True, streams=True

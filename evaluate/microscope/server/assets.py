@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-from ... import report
+from ... import circuits, report
 from .. import page
 
 MEDIA_TYPES = {
@@ -21,8 +21,9 @@ def page_files() -> dict[str, tuple[bytes, str]]:
     """Return the content and the type of every file, by its address. No other file can be asked for."""
     own, parts = ({entry.name: entry for entry in folder.iterdir()} for folder in _page_folders())
     shared = {name: resources.files(report.__name__).joinpath(name) for name in (*REPORT_MODULES, "report.css")}
+    graph = {name: resources.files(circuits.__name__).joinpath(name) for name in ("graph.js", "graph.css")}
     found = {}
-    for folder, files in (("", own), ("parts/", parts), ("report/", shared)):
+    for folder, files in (("", own), ("parts/", parts), ("report/", shared), ("circuits/", graph)):
         for name, entry in files.items():
             kind = name.rpartition(".")[2]
             if kind in MEDIA_TYPES:

@@ -26,6 +26,7 @@ def describe_run(services: Services, _: NoQuery) -> dict[str, Any]:
         "store": row.get("store"),
         "thresher_version": row.get("thresher_version"),
         "limits": limits,
+        "transcoders": run.transcoders,
         **overview_data(run.metrics, run.loss_curves()),
     }
 

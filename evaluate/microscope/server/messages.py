@@ -79,6 +79,12 @@ class CurveRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     sampling: SamplingRequest = msgspec.field(default_factory=lambda: SamplingRequest(max_new_tokens=20))
 
 
+class GraphRequest(TextRequest, kw_only=True):
+    """A prompt whose next token is traced, and the transcoders to trace it through (default: all)."""
+
+    saes: _Names | None = None
+
+
 class NoteRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A latent's note; an empty one removes it."""
 

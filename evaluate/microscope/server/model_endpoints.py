@@ -7,9 +7,10 @@ from typing import Any
 
 from ....shared.core.errors import InterventionError, MissingFileError
 from ..model.activations import contrast_texts, text_activations
+from ..model.circuits import trace_prompt
 from ..model.steering import LatentEditRequest, SamplingRequest, steer_texts, strength_curve
 from ..model.worker import Job
-from .messages import ActivationsRequest, ContrastRequest, CurveRequest, SteerRequest
+from .messages import ActivationsRequest, ContrastRequest, CurveRequest, GraphRequest, SteerRequest
 from .services import Services
 
 
@@ -69,6 +70,22 @@ def answer_curve(services: Services, request: CurveRequest) -> Job:
             request.sampling,
             request.random_latents,
         )
+
+    return services.worker.submit(work)
+
+
+def answer_graph(services: Services, request: GraphRequest) -> Job:
+    """Trace a prompt's next token through the run's transcoders: an attribution graph in the viewers' schema."""
+    names = services.names(request.saes) if request.saes else services.run.transcoders
+    if not names:
+        raise InterventionError("this run has no transcoders; train some with configs/train/graph.toml (make graph)")
+    text, messages, model = request.text, request.conversation(), services.run.model.name or "model"
+
+    def work(lm: Any, job: Job) -> dict[str, Any]:
+        tokens = lm.tokens(text, messages)
+        found = trace_prompt(lm, job, text or "".join(lm.texts(tokens)), tokens, names, model)
+        hook_points = {name: services.tables.index(name).metadata.get("hook_point") for name in names}
+        return found | {"saes": hook_points}
 
     return services.worker.submit(work)
 

@@ -56,6 +56,7 @@ class Services:
                 device=choose_device(config.device),
                 max_tokens=config.max_tokens,
                 trust_remote_code=config.trust_remote_code,
+                eager=bool(run.transcoders),
             )
 
         def open_encoder() -> SentenceEncoder | None:

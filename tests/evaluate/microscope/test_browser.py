@@ -1,28 +1,14 @@
-"""The page in headless Chromium, through Playwright; skipped without Chromium."""
+"""The page in headless Chromium; skipped without Chromium."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)"),
-    pytest.mark.xdist_group("chromium"),
-]
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.xdist_group("chromium")
 
 
 @pytest.fixture
@@ -31,7 +17,6 @@ def page(chromium, scope):
     context = chromium.new_context(base_url=f"http://127.0.0.1:{scope.port}", viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.set_default_timeout(30_000)
-    sync_api.expect.set_options(timeout=30_000)
     faults = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
