@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ....shared.core.config import load_config
 from ....shared.core.errors import ConfigError, DataError, MissingFileError, ThresherError
@@ -15,17 +17,25 @@ from ...config import EvaluateConfig
 from ...features.files import FeatureIndex
 from ...results.output import latents_path, loss_curve
 from ...saes.sae_folders import sae_folders, unique_names
-from ...with_model.store_model import chosen_adapter, harvested_revision, model_name
+from ...with_model.store_model import chosen_adapter, harvested_revision, model_name, open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What to load as the model, and why there is none, if so."""
+    """What to load as the model, and why there is none, if so.
+
+    `tokenizer` loads the tokenizer that the store's tokens were made with, which may begin texts differently from the
+    model's own; without it, the model's is meant.
+    """
 
     name: str | None
     revision: str | None = None
     adapter: str | None = None
     missing: str = ""
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,16 +155,17 @@ def _model(
         return ModelSource(None, missing="the microscope was started with --model false")
     if isinstance(given, str):
         return ModelSource(given)
-    revision = adapter = None
+    revision = adapter = tokenizer = None
     try:
         where = config.store if "://" in config.store else find_near(config.store, folder)
         store = ActivationStore.open(where or config.store, roles=config.roles)
         name = model_name(config, store) or store.metadata.get("model")
         revision, adapter = harvested_revision(store), chosen_adapter(config, store)
+        tokenizer = partial(open_tokenizer, config, store)
     except (ThresherError, OSError):
         named = config.model if isinstance(config.model, str) else None
         name = named or next((row["model"] for row in metrics if row.get("model")), None)
     if not name:
         return ModelSource(None, missing="the evaluation names no model; give one with --model")
     found = find_near(str(name), folder) if "://" not in str(name) else None
-    return ModelSource(str(found or name), revision, adapter)
+    return ModelSource(str(found or name), revision, adapter, tokenizer=tokenizer)

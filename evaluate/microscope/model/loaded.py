@@ -64,7 +64,9 @@ class LoadedModel:
             trust_remote_code=trust_remote_code,
             attn_implementation="eager" if eager else None,
         )
-        tokenizer = load_tokenizer(source.name, source.revision, trust_remote_code=trust_remote_code)
+        tokenizer = source.tokenizer() if source.tokenizer is not None else None
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source.name, source.revision, trust_remote_code=trust_remote_code)
         shelf.device = str(model.device)
         return cls(model, tokenizer, shelf, maxima, max_tokens)
 
