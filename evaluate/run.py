@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..shared.core.config import to_toml
+from ..shared.core.config import configured, to_toml
 from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import SaeError
 from .config import EvaluateConfig
 from .explain.notes import shown_explanations
 from .features.export import export_indexes
 from .metrics.comparison import compare_dictionaries
+from .notebook.metrics_rows import MetricsRows
 from .prepare import prepare_evaluation
 from .report.comparison import baseline_lines, compare_with_baselines
 from .report.write import write_evaluation_report
@@ -26,12 +28,12 @@ from .saes.origin import note_lines
 from .stages import compare_with_truth, evaluate_in_model, evaluate_offline, index_features, probe, result_digests
 
 
-def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
+def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any) -> MetricsRows:
     """Evaluate every SAE on the store's held-out contexts; write and return the metrics.
 
     The results are written after each stage. If an SAE fails, its row has the reason under `error` and the evaluation
     continues with the others. Results of an interrupted evaluation are reused if nothing that they depend on has
-    changed.
+    changed. The configuration is an object, the path of a TOML file, or none; keywords replace its keys.
 
     Raises:
         ThresherError: the errors of `prepare_evaluation`, before any row is read.
@@ -39,6 +41,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         NonFiniteError: the model's own predictions are not finite.
         DiskSpaceError, OutputError: the results cannot be written.
     """
+    config = configured(EvaluateConfig, config, settings)
     prepared = prepare_evaluation(config)
     for line in note_lines(prepared.notes):
         tqdm.write(line, file=sys.stderr)
@@ -94,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     for name, reason in (results.failed | prepared.diverged).items():
         tqdm.write(f"{'failed' if name in results.failed else 'diverged in training'}  {name}: {reason}")
     results.finish()
-    return metrics
+    return MetricsRows(metrics)
 
 
 def _write(results: Results) -> list[dict[str, Any]]:

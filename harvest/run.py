@@ -6,8 +6,10 @@ PyTorch and transformers take seconds to import, so a store that is already comp
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..shared.core.compute.launcher import n_launched, silence_connection_logs
+from ..shared.core.config import configured
 from ..shared.core.errors import ConfigError
 from ..shared.core.interrupt import Interrupt
 from ..shared.core.lazy import fast_imports
@@ -21,12 +23,14 @@ from .steps import open_writer, print_status, print_stored, run_model, write_sou
 from .synthetic import harvest_synthetic
 
 
-def harvest(config: HarvestConfig) -> Path | StoreUrl:
+def harvest(config: HarvestConfig | str | Path | None = None, **settings: Any) -> Path | StoreUrl:
     """Write the activation store that the configuration describes, and return its path or URL.
 
     A complete store is reused without loading the model. An interrupted store, or one with fewer rows than `tokens`,
-    is resumed and ends with the same bytes as an uninterrupted one.
+    is resumed and ends with the same bytes as an uninterrupted one. The configuration is an object, the path of a TOML
+    file, or none; keywords replace its keys.
     """
+    config = configured(HarvestConfig, config, settings)
     store = locate(config.store)
     if n_launched() == 1 and config.tensor_parallel > 1:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thresher import ActivationStore, Sae
+from thresher import ActivationStore, Sae, ThresherError, show
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = Path(__file__).parents[1] / "models" / "stdlib-lm"
@@ -72,17 +73,48 @@ def test_own_activations(tmp_path, capsys):
 
 
 def test_look_at_a_latent(tmp_path, capsys):
-    latent = load("look_at_a_latent").main(tmp_path)
+    card = load("look_at_a_latent").main(tmp_path)
     store = ActivationStore.open(tmp_path / "store")
     (folder,) = (path for path in (tmp_path / "saes").iterdir() if path.name.endswith("-k8"))
-    usable = store.row_mask(0, store.n_rows)
-    latents = Sae.load(folder).encode(store.read(HOOK_POINT, 0, store.n_rows).float()[torch.from_numpy(usable)])
-    fired = latents[:, latent["latent"]] > 0
-    assert latent["firings"] == pytest.approx(int(fired.sum()), abs=2)
-    assert latent["max_activation"] == pytest.approx(float(latents[:, latent["latent"]].max()), rel=1e-4)
+    usable = torch.from_numpy(store.row_mask(0, store.n_rows))
+    latents = Sae.load(folder).encode(store.read(HOOK_POINT, 0, store.n_rows).float()[usable])[:, card.latent]
+    assert card.density == pytest.approx(float((latents > 0).double().mean()), rel=0.01)
+    assert card.max_activation == pytest.approx(float(latents.max()), rel=1e-4)
     printed = capsys.readouterr().out
-    assert f"latent {latent['latent']}: fires on" in printed
+    assert f"{folder.name}, latent {card.latent}: fires on" in printed
     assert (tmp_path / "evaluation" / "report.html").exists()
+    check_card(card, tmp_path / "evaluation", store, latents, usable)
+
+
+def check_card(card, evaluation, store, latents, usable):
+    """Compare a card with the store's text, and what it prints and draws with what it holds."""
+    first = card.contexts[0]
+    assert first.activations[first.peak] == pytest.approx(card.max_activation, rel=1e-3)  # float16
+    row = usable.nonzero()[int(latents.argmax()), 0].item()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    assert first.texts[first.peak] == tokenizer.decode(store.tokens(row, row + 1).tolist())
+    assert f"[{first.texts[first.peak]!r}]" in str(card)
+    html = card._repr_html_()
+    assert f"latent {card.latent}" in html
+    assert html.count("outline:1px solid") == len(card.contexts)
+    assert "<script" not in html
+    with pytest.raises(ThresherError, match="no feature index of 'topk'"):
+        show("topk", 0, evaluation)
+    with pytest.raises(ThresherError, match="expected a latent from 0 to 511"):
+        show(card.sae, 512, evaluation)
+
+
+def test_the_page_on_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (EXAMPLES.parent / "docs/python.md").read_text()
+    names: dict = {}
+    for number, snippet in enumerate(re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)):
+        exec(compile(snippet, f"docs/python.md, snippet {number}", "exec"), names)
+    assert [row["name"] for row in names["rows"]] == ["topk-k8", "topk-k16"]
+    assert "topk-k16" in names["rows"]._repr_html_()
+    assert (names["card"].sae, names["card"].latent) == ("topk-k8", 100)
+    assert names["table"].num_rows == 512
+    assert torch.equal((names["latents"] > 0).sum(1), torch.full((256,), 8))
 
 
 def run_notebook(name, folder, monkeypatch):

@@ -17,6 +17,7 @@ PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
 FLOORS = [
     "shared/core",
     "shared/core/compute",
+    "shared/display",
     "shared/synthetic",
     "shared/hub",
     "shared/model/loading",
@@ -77,6 +78,7 @@ FLOORS = [
     "evaluate/microscope/page",
     "evaluate/microscope/server",
     "evaluate/microscope",
+    "evaluate/notebook",
     "evaluate",
     "thresher",
 ]

@@ -37,6 +37,7 @@ def test_importing_thresher_imports_nothing_else():
 
 def test_every_public_name_is_what_its_module_defines():
     from thresher.evaluate.config import EvaluateConfig
+    from thresher.evaluate.notebook.latent_card import show
     from thresher.harvest.config import HarvestConfig
     from thresher.shared.core.errors import ThresherError
     from thresher.shared.intervene.edits import Ablate, Add, Clamp, Fires, Orthogonal, ProjectionCap, Scale
@@ -60,9 +61,10 @@ def test_every_public_name_is_what_its_module_defines():
         *(Ablate, Add, Clamp, Fires, Orthogonal, ProjectionCap, Scale),
         *(KLDivergence, LogitDifference, LogProbability),
     )
-    for cls in classes:
-        assert getattr(thresher, cls.__name__) is cls
-    assert {cls.__name__ for cls in classes} | {*STAGES, "__version__"} == set(thresher.__all__) == set(dir(thresher))
+    for each in (*classes, show):
+        assert getattr(thresher, each.__name__) is each
+    names = {each.__name__ for each in (*classes, show)} | {*STAGES, "__version__"}
+    assert names == set(thresher.__all__) == set(dir(thresher))
     with pytest.raises(AttributeError, match="no attribute 'Sea'"):
         thresher.Sea  # noqa: B018
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thresher.evaluate import EvaluateConfig as EvaluateConfig
     from thresher.evaluate import evaluate as evaluate
+    from thresher.evaluate.notebook.latent_card import show as show
     from thresher.harvest import HarvestConfig as HarvestConfig
     from thresher.harvest import harvest as harvest
     from thresher.shared.core.errors import ThresherError as ThresherError
@@ -55,6 +56,7 @@ _MODULES = {
     "ShuffledBatches": "train",
     "ThresherError": "shared.core.errors",
     "TrainConfig": "train",
+    "show": "evaluate.notebook.latent_card",
 }
 _STAGES = ("harvest", "train", "evaluate")
 
@@ -81,6 +83,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "harvest",
+    "show",
     "train",
 ]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from ..shared.core.compute.device import make_current
+from ..shared.core.config import configured
 from ..shared.core.disk import check_output
 from ..shared.core.interrupt import Interrupt
 from ..shared.store import ActivationStore
@@ -34,18 +36,20 @@ class TrainedSaes(list[Path]):
         self.diverged = dict(diverged or {})
 
 
-def train(config: TrainConfig) -> TrainedSaes:
+def train(config: TrainConfig | str | Path | None = None, **settings: Any) -> TrainedSaes:
     """Train every SAE of a configuration from one stream and return the folders of those that finished.
 
     An unfinished run of the same configuration resumes from its last checkpoint. A finished run continues if the
     configuration has more tokens; SAEs that diverged are trained again, alone, if their tables changed. SAEs that
     diverged are in the result's `diverged`. Under `torchrun` every process calls this function, and `config.parallel`
-    says how they train together.
+    says how they train together. The configuration is an object, the path of a TOML file, or none; keywords replace its
+    keys.
 
     Raises:
         ThresherError: the store, the configuration or an earlier run in `output` does not allow it.
         KeyboardInterrupt: a signal asked to stop; a checkpoint was written.
     """
+    config = configured(TrainConfig, config, settings)
     with open_ranks(config.device) as ranks:
         return _train(msgspec.structs.replace(config, device=ranks.device), ranks)
 

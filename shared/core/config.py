@@ -238,6 +238,23 @@ def load_config(cls: type[ConfigT], path: str | Path | None, arguments: list[str
     return to_config(cls, table | overrides, str(path) if path else _COMMAND_LINE, overrides)
 
 
+def configured(cls: type[ConfigT], config: ConfigT | str | Path | None, settings: Mapping[str, Any]) -> ConfigT:
+    """Return the configuration that a stage was called with, its keys replaced by `settings`.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type; or `config` is something else.
+        MissingFileError: there is no such file.
+    """
+    if isinstance(config, cls):
+        return to_config(cls, {**msgspec.structs.asdict(config), **settings}, "keywords") if settings else config
+    if config is not None and not isinstance(config, str | Path):
+        raise ConfigError(
+            f"expected {cls.__name__}(...), the path of a TOML file, or keywords; got {type(config).__name__}"
+        )
+    table = read_toml(config) if config is not None else {}
+    return to_config(cls, {**table, **settings}, "keywords" if config is None else str(config))
+
+
 def to_toml(config: Config) -> str:
     """Return the resolved configuration as TOML, without keys that are None."""
     plain = msgspec.to_builtins(config)

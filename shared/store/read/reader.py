@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...core.errors import ConfigError, HookPointError, StoreError
 from ...core.location import StoreUrl, locate
+from ...display.html import facts_html
 from ..format.bits import TORCH_DTYPES
 from ..format.layout import ROLES, STATISTICS, TOKENS
 from ..format.manifest import Manifest
@@ -118,6 +119,19 @@ class ActivationStore:
         """Return the path, the number of rows and the hook points."""
         hooks = ", ".join(f"{name} [{self.d_in(name)}]" for name in self.hook_points)
         return f"ActivationStore('{self.path}', {self.n_rows} rows, {hooks})"
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        hooks = {name: f"width {self.d_in(name)}" for name in self.hook_points}
+        facts = {
+            "rows": f"{self.n_rows:,} in {self.n_contexts:,} contexts of {self.context_size} tokens",
+            "held out": f"{int(self.held_out_contexts().sum()):,} contexts",
+            "values": f"{str(self.dtype).removeprefix('torch.')}, {self.codec}",
+            "model": self.metadata.get("model"),
+            "text": self.metadata.get("dataset"),
+            "state": None if self.complete else "unfinished: run its harvest again to resume it",
+        }
+        return facts_html(f"ActivationStore {self.path}", hooks | facts)
 
     def d_in(self, hook_point: str) -> int:
         """Return a hook point's width; raise `HookPointError` if the store does not hold it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ import pytest
 import torch
 from msgspec import Meta
 
-from thresher.shared.core.config import Config, help_text, load_config, parse_arguments, to_config, to_toml
+from thresher.shared.core.config import Config, configured, help_text, load_config, parse_arguments, to_config, to_toml
 from thresher.shared.core.errors import ConfigError, MissingFileError, ThresherError
 from thresher.shared.core.location import StoreUrl, locate
 from thresher.shared.core.paths import expand_home
@@ -167,6 +168,31 @@ def test_configurations_made_in_python_are_checked_and_take_paths_and_numpy_numb
             Example(model="m", hook_points=["a"], **wrong)
     with pytest.raises(ConfigError, match="batch_size"):
         msgspec.structs.replace(config, batch_size=-1)
+
+
+def test_a_stage_takes_an_object_a_file_or_keywords(tmp_path):
+    (tmp_path / "c.toml").write_text('model = "m"\nhook_points = ["h"]\nbatch_size = 2\n')
+    of_file = configured(Example, tmp_path / "c.toml", {})
+    assert of_file == configured(Example, None, {"model": "m", "hook_points": ["h"], "batch_size": 2})
+    assert configured(Example, of_file, {}) is of_file
+    changed = configured(Example, of_file, {"split": "all", "saes": tmp_path, "part": [{"k": 4}]})
+    assert (changed.batch_size, changed.split, changed.saes) == (2, "all", str(tmp_path))
+    assert changed.part == [Part(k=4)]
+    assert configured(Example, str(tmp_path / "c.toml"), {"batch_size": 3}).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        (None, REQUIRED | {"batchsize": 1}, "keywords: unknown key 'batchsize'; did you mean 'batch_size'?"),
+        (None, {"model": "m"}, "keywords: 'hook_points' is missing"),
+        (None, REQUIRED | {"batch_size": 0}, "keywords: batch_size: expected an integer of at least 1, got 0"),
+        (Part(), {}, "expected Example(...), the path of a TOML file, or keywords; got Part"),
+    ],
+)
+def test_keywords_are_refused_as_keys_are(config, settings, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        configured(Example, config, settings)
 
 
 def test_unknown_nested_key_is_refused():

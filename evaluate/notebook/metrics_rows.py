@@ -1,0 +1,20 @@
+"""The metrics of an evaluation: a list of rows, which notebooks show as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...shared.display.html import table_html
+from ..report.definitions import columns, format_value
+
+
+class MetricsRows(list[dict[str, Any]]):
+    """One dictionary per SAE, with the keys of `metrics.json`; `pandas.DataFrame(rows)` makes a data frame of them."""
+
+    def _repr_html_(self) -> str:
+        """Return the report's columns as a table."""
+        shown = columns(self)
+        return table_html(
+            {column.label: column.style != "text" for column in shown},
+            [[format_value(row.get(column.key), column.style) for column in shown] for row in self],
+        )

@@ -1,0 +1,1 @@
+"""What users see besides files: tables in notebooks."""
