@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo microscope demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers synth-16k clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -107,6 +107,9 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/peers/requirements-no-deps.txt --editable .
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision  # its operators need a build of torch that this is not
 	touch $@
+
+synth-16k: $(READY)  ## the 16k law on a GPU: five architectures, seven L0s, five seeds; resumes
+	$(BIN)/python benchmarks/synth_16k.py
 
 bench: $(READY)  ## run the benchmarks on the demo's store; results in runs/bench
 	$(BIN)/thresher harvest configs/harvest/demo.toml

@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/ground_truth.py [--peers] [--seeds 3] [--architectures batch_topk matryoshka_batch_topk]
 
 All train on the same 2 million rows of `synth-1k` in the same order: 256 latents, k = 6, batches of 1,024, learning
-rate 1e-3, and latents that are dead after a tenth of the run. Everything else is each library's default; `SAELens,
-scheduled` also has our warm-up and decay of the learning rate. All are judged in their form for inference, on the same
-100,000 rows drawn anew, and again after `refine = "leave_one_out"`, whose thresholds come from training rows. A seed is
-one of the initial weights. Intervals are Student's over seeds, for their mean. Results are kept in `--output`, and a
-run is trained again only if its result is missing.
+rate 1e-3, and latents that are dead after a tenth of the run. Everything else is each library's default; with
+`--scheduled`, SAELens's also train with our warm-up and decay of the learning rate. All are judged in their form for
+inference, on the same 100,000 rows drawn anew, and again after `refine = "leave_one_out"`, whose thresholds come from
+training rows. A seed is one of the initial weights. Intervals are Student's over seeds, for their mean. Results are
+kept in `--output`, and a run is trained again only if its result is missing.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", choices=OURS, default=list(OURS)[:2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="train SAELens's too, in .venv-peers")
+    parser.add_argument("--scheduled", action="store_true", help="train them also with our warm-up and decay")
     options = parser.parse_args()
     options.rows = options.output / "rows.safetensors"
     options.output.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ def main() -> None:
         harvest(HarvestConfig(**law, store=str(options.store), tokens=TOKENS))
     libraries = ["Thresher"]
     if options.peers:
-        libraries += ["SAELens", "SAELens, scheduled"]
+        libraries += ["SAELens", *(["SAELens, scheduled"] if options.scheduled else [])]
         export_rows(ActivationStore.open(options.store), "features", options.rows, TOKENS, BATCH)
     peers = ("batch_topk", "matryoshka_batch_topk", "topk", "matching_pursuit")
     runs = [

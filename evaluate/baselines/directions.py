@@ -93,7 +93,7 @@ def matched_k(saes: Sequence[EvaluatedSae], rows: HeldOut, block_rows: int, devi
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()  # the store keeps buffers, which later reads outside of inference mode must be able to fill
 def _l0(sae: EvaluatedSae, rows: HeldOut, block_rows: int, device: str) -> float:
     active = 0.0
     for block in rows.blocks([sae.hook_point], block_rows, device):

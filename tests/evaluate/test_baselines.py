@@ -14,7 +14,7 @@ from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.report.comparison import compare_with_baselines
 from thresher.evaluate.run import evaluate
 from thresher.shared.sae import Sae
-from thresher.shared.store import ActivationStore
+from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
 HOOK = "blocks.1.resid_post"
 
@@ -154,3 +154,18 @@ def test_refined_saes_are_evaluated_saved_and_explained_where_they_cannot_be(tin
     for latent in range(32):
         above = scores[:, latent][scores[:, latent] > sae.threshold[latent]]
         assert float(sae.threshold[latent]) == pytest.approx(float(above.mean()) / 2 if len(above) else 0, rel=0.2)
+
+
+def test_an_int8_store_is_evaluated(tiny, make_sae):
+    """Threads of the reader fill what the evaluation allocates in inference mode."""
+    root = tiny.root / "int8"
+    size, contexts = tiny.tokens.shape[1], len(tiny.tokens)
+    with ActivationStoreWriter(root / "store", {HOOK: 16}, size, codec="int8") as writer:
+        writer.append({HOOK: tiny.activations[HOOK]}, held_out=np.arange(contexts) % 2 == 0)
+    make_sae(k=4).save(root / "saes" / "sae")
+    config = EvaluateConfig(store=str(root / "store"), saes=str(root / "saes"), output=str(root / "out"), model=False)
+    (row,) = evaluate(config)
+    x = ActivationStore.open(root / "store").read(HOOK, 0, contexts * size).view(contexts, size, 16)[::2]
+    x = x.reshape(-1, 16).double()
+    error = (Sae.load(root / "saes" / "sae")(x.float()).double() - x).square().sum(1).mean()
+    assert row["mse"] == pytest.approx(float(error), rel=1e-5)

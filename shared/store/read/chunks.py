@@ -46,7 +46,8 @@ class ChunkReader:
         self._prepare(hook_point, indices)  # it checks the files' sizes, before memory is allocated for their content
         shape = (len(indices) * self._chunk_rows, d_in)
         if out is None:
-            out = torch.empty(shape, dtype=self._dtype)
+            with torch.inference_mode(False):  # other threads, which are in no such mode, fill it
+                out = torch.empty(shape, dtype=self._dtype)
         elif not self._fits(out, shape):
             raise ConfigError(
                 f"expected a contiguous {self._dtype} CPU tensor of shape {shape} to decode into, "
