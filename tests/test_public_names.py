@@ -117,7 +117,7 @@ CONTRACTS = {
         *("decode", "dequantise", "grad_values", "grad_weights", "grad_weights_and_bias", "normalise"),
         *("pre_activations", "reconstruct", "select_batch_topk", "select_threshold", "select_topk"),
         *("sum_by_latent", "to_csc", "topk_of_rows", "update", "update_b_dec"),
-        *("begin_step", "clip_gradients", "finish_step"),
+        *("auxk_residual", "begin_step", "clip_gradients", "finish_step"),
     },
 }
 

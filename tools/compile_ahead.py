@@ -62,6 +62,7 @@ POINTERS = {
     "*fp64": {"betas_ptr", "norm_ptr", "now_ptr", "failure_ptr", "metrics_ptr"},
 }
 FLOATS = {"keep1", "keep2", "new1", "new2", "eps", "factor", "scale", "max_norm", "total_variance", "limit"}
+FLOATS |= {"coefficient", "aux_coefficient"}
 # Rows are a multiple of 16 elements long in every model worth compiling for, so loads are of 16 bytes.
 MULTIPLES_OF_16 = {"d_in", "stride", "stride_x", "stride_W", "stride_g", "stride_target", "stride_keys", "n_keys"}
 
@@ -131,6 +132,10 @@ def variants() -> Iterator[Variant]:
         yield Variant(token_major.decode_kernel, rows, tiling.num_warps)
         yield Variant(token_major.grad_values_kernel, rows, tiling.num_warps)
         yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps)
+        residual = {"D": tiling.d}
+        for kind in ("*bf16", "*fp32"):
+            types = (("e_hat_ptr", kind), ("out_ptr", "*bf16"))
+            yield Variant(token_major.auxk_residual_kernel, residual, tiling.num_warps, types=types)
         # Architectures that use the ops one at a time decode from the float32 weights; AuxK's target is float32.
         for kernel in (token_major.decode_kernel, token_major.grad_values_kernel):
             yield Variant(kernel, rows, tiling.num_warps, types=exact[1:2])

@@ -191,6 +191,12 @@ def token_major(shape: Shape) -> None:
         assert_near(fused.decode(*arguments[:4]), reference.decode(*arguments[:4]), "decode")
         ours, theirs = (ops.grad_values(x, decoder, latents, offsets) for ops in (fused, reference))
         assert_near(ours, theirs, "grad_values", rtol=1e-2)
+    total = (found.g / scale).square().sum()
+    residual = W[: shape.batch].repeat(-(-shape.batch // len(W)), 1)[: shape.batch], found.g, scale, total, 1 / 32
+    for one, other in zip(
+        fused.auxk_residual(*residual, torch.bfloat16), reference.auxk_residual(*residual, torch.bfloat16), strict=True
+    ):
+        assert_near(one, other, "AuxK's residual", rtol=1e-2, atol=1e-6)
 
 
 def feature_major(shape: Shape) -> str:

@@ -161,6 +161,20 @@ def reconstruct(
     return residual.square().sum(1), g, grad_values(g, W_dec, indices, offsets) * active, n_active
 
 
+def auxk_residual(
+    e_hat: Float[Tensor, "rows d_in"],
+    g: Float[Tensor, "rows d_in"],
+    scale: float,
+    total: Float[Tensor, ""],
+    coefficient: float,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d_in"]]:
+    """Return each row's squared error of `e_hat` and, in `dtype`, the gradient of AuxK's loss with respect to it."""
+    difference = wide(e_hat) + g / scale
+    weight = torch.where(total > 0, 2 * coefficient / total, 0.0)
+    return difference.square().sum(1), (difference * weight).to(dtype)
+
+
 def update(
     acts: Float[Tensor, " nnz"],
     grad_pre_acts: Float[Tensor, " nnz"],
@@ -259,15 +273,18 @@ def update_b_dec(
 def finish_step(
     squared_error: Float[Tensor, " batch"],
     n_active: Int32[Tensor, " batch"],
-    auxk_loss: Float[Tensor, ""] | None,
     n_dead: Int32[Tensor, ""],
     total_variance: float,
+    auxk_squared_error: Float[Tensor, ""] | None = None,
+    aux_coefficient: float = 0.0,
     watch: DivergenceWatch | None = None,
 ) -> StepMetrics:
     """Return a step's metrics, and note in `watch` whether it is the first that diverged."""
-    mse, l0 = squared_error.double().mean(), n_active.double().mean()
-    unexplained = mse / total_variance
-    auxiliary = torch.zeros_like(mse) if auxk_loss is None else auxk_loss.double()
+    total, l0 = squared_error.double().sum(), n_active.double().mean()
+    mse = total / len(squared_error)
+    unexplained, auxiliary = mse / total_variance, torch.zeros_like(mse)
+    if auxk_squared_error is not None and n_dead > 0 and total > 0:
+        auxiliary = aux_coefficient * auxk_squared_error / total
     loss = unexplained + auxiliary
     if watch is not None and watch.failure[0] == 0 and not (loss.isfinite() and mse <= watch.limit):
         watch.failure.copy_(torch.stack([watch.now[0], loss, mse]))

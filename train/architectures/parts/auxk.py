@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....shared.core.compute.cores import even_blocks, on_cores
 from ...architectures.contract import SINGLE_PROCESS, Collectives
-from ...kernels.auxk import auxk_of_rows
+from ...kernels.auxk import auxk_of_rows, residual_of
 from ...kernels.gradient import Gradient, add_rows, whole
 from ..contract import Batch, Number, Parameters
 from .dense import squared
@@ -56,10 +56,12 @@ def add_auxk(
     if n_dead is not None:
         bias = bias.where(dead[latents], -torch.inf)
 
+    def residual(e_hat: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return residual_of(e_hat, error, weight, squared, across.over_latents)
+
     def part_of(rows: slice) -> tuple[Tensor, ...]:
         x = batch.x_compute[rows]
-        combine = across.only_largest, across.over_latents
-        return auxk_of_rows(x, error[rows], W_enc, W_dec, bias, k_aux, weight, topk_of_rows, squared, *combine)
+        return auxk_of_rows(x, error[rows], W_enc, W_dec, bias, k_aux, topk_of_rows, residual, across.only_largest)
 
     blocks = even_blocks(len(error), _ROW_BLOCK)
     by_W_enc = torch.zeros_like(W_enc, dtype=precise)

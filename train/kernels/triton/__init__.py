@@ -20,7 +20,7 @@ from .feature_major import grad_weights, grad_weights_and_bias, sum_by_latent
 from .select import select_topk, select_topk_certified
 from .step_ends import begin_step, clip_gradients, finish_step, update_b_dec
 from .threshold import batch_floor, select_batch_topk, select_threshold
-from .token_major import decode, grad_values, reconstruct
+from .token_major import auxk_residual, decode, grad_values, reconstruct
 from .topk_step import TopKOptions, TopKStep
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Selection",
     "TopKOptions",
     "TopKStep",
+    "auxk_residual",
     "batch_floor",
     "begin_step",
     "clip_gradients",

@@ -185,13 +185,14 @@ def update_b_dec(
 def finish_kernel(
     squared_error_ptr,
     n_active_ptr,
-    auxk_loss_ptr,
+    auxk_squared_error_ptr,
     n_dead_ptr,
     now_ptr,
     failure_ptr,
     metrics_ptr,
     n_rows,
     total_variance,
+    aux_coefficient,
     limit,
     AUXK: tl.constexpr,
     WATCH: tl.constexpr,
@@ -203,11 +204,15 @@ def finish_kernel(
         row = start + tl.arange(0, BLOCK)
         squared_error += tl.load(squared_error_ptr + row, mask=row < n_rows, other=0.0).to(tl.float64)
         n_active += tl.load(n_active_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
-    mse = tl.sum(squared_error, axis=0) / n_rows
+    total = tl.sum(squared_error, axis=0)
+    n_dead = tl.load(n_dead_ptr)
+    mse = total / n_rows
     unexplained = mse / total_variance
     auxk_loss = tl.full([], 0.0, tl.float64)
     if AUXK:
-        auxk_loss = tl.load(auxk_loss_ptr).to(tl.float64)
+        some = (n_dead > 0) & (total > 0)
+        auxk_loss = aux_coefficient * tl.load(auxk_squared_error_ptr).to(tl.float64) / tl.where(some, total, 1.0)
+        auxk_loss = tl.where(some, auxk_loss, 0.0)
     loss = unexplained + auxk_loss
     tl.store(metrics_ptr, loss)
     tl.store(metrics_ptr + 1, mse)
@@ -215,7 +220,7 @@ def finish_kernel(
     tl.store(metrics_ptr + 3, unexplained)
     tl.store(metrics_ptr + 4, auxk_loss)
     tl.store(metrics_ptr + 5, 1.0 - unexplained)
-    tl.store(metrics_ptr + 6, tl.load(n_dead_ptr).to(tl.float64))
+    tl.store(metrics_ptr + 6, n_dead.to(tl.float64))
     if WATCH:
         sound = (tl.abs(loss) < float("inf")) & (mse <= limit)
         first = (sound == 0) & (tl.load(failure_ptr) == 0)
@@ -227,26 +232,32 @@ def finish_kernel(
 def finish_step(
     squared_error: Float[Tensor, " batch"],
     n_active: Int32[Tensor, " batch"],
-    auxk_loss: Float[Tensor, ""] | None,
     n_dead: Int32[Tensor, ""],
     total_variance: float,
+    auxk_squared_error: Float[Tensor, ""] | None = None,
+    aux_coefficient: float = 0.0,
     watch: DivergenceWatch | None = None,
 ) -> StepMetrics:
-    """Return a step's metrics, and note in `watch` whether it is the first that diverged."""
+    """Return a step's metrics, and note in `watch` whether it is the first that diverged.
+
+    AuxK's loss is its squared error, relative to that of the reconstruction, times the coefficient; 0 if no latent is
+    dead or the reconstruction is exact.
+    """
     metrics = torch.empty(len(StepMetrics._fields), dtype=torch.float64, device=squared_error.device)
     now, failure, limit = watch or (metrics, metrics, 0.0)
     finish_kernel[(1,)](
         squared_error,
         n_active,
-        squared_error if auxk_loss is None else auxk_loss,
+        squared_error if auxk_squared_error is None else auxk_squared_error,
         n_dead,
         now,
         failure,
         metrics,
         len(squared_error),
         total_variance,
+        aux_coefficient,
         limit,
-        AUXK=auxk_loss is not None,
+        AUXK=auxk_squared_error is not None,
         WATCH=watch is not None,
         BLOCK=_BLOCK,
     )

@@ -167,6 +167,29 @@ def reconstruct_kernel(
     tl.store(n_active_ptr + row, n_active)
 
 
+@triton.jit
+def auxk_residual_kernel(
+    e_hat_ptr,
+    g_ptr,
+    total_ptr,
+    squared_error_ptr,
+    out_ptr,
+    scale,
+    coefficient,
+    d_in,
+    D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    mask = d < d_in
+    difference = tl.load(e_hat_ptr + row * d_in + d, mask=mask, other=0.0).to(tl.float32)
+    difference += tl.load(g_ptr + row * d_in + d, mask=mask, other=0.0) / scale
+    tl.store(squared_error_ptr + row, tl.sum(difference * difference, axis=0))
+    total = tl.load(total_ptr)
+    weight = tl.where(total > 0, 2 * coefficient / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(out_ptr + row * d_in + d, (difference * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
 class Reconstruction(NamedTuple):
     """The results of a step for each token."""
 
@@ -270,3 +293,28 @@ def grad_values(
             **tiling.launch,
         )
     return out
+
+
+def auxk_residual(
+    e_hat: Float[Tensor, "rows d_in"],
+    g: Float[Tensor, "rows d_in"],
+    scale: float,
+    total: Float[Tensor, ""],
+    coefficient: float,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows d_in"]]:
+    """Return each row's squared error of `e_hat` and, in `dtype`, the gradient of AuxK's loss with respect to it.
+
+    `g / scale` is `x_hat - x`, whose squares over the whole batch sum to `total`. The loss is `coefficient` times the
+    rows' squared errors relative to that, or 0 if it is 0.
+    """
+    n_rows, d_in = g.shape
+    assert e_hat.is_contiguous()
+    assert g.is_contiguous()
+    tiling = row_tiling(d_in)
+    squared_error = torch.empty(n_rows, dtype=torch.float32, device=g.device)
+    out = torch.empty(n_rows, d_in, dtype=dtype, device=g.device)
+    auxk_residual_kernel[(n_rows,)](
+        e_hat, g, total, squared_error, out, scale, coefficient, d_in, D=tiling.d, num_warps=tiling.num_warps
+    )
+    return squared_error, out

@@ -34,7 +34,7 @@ from .adam import update
 from .csc import to_csc
 from .select import select_topk
 from .step_ends import begin_step, finish_step
-from .token_major import Reconstruction, decode, grad_values, reconstruct
+from .token_major import Reconstruction, auxk_residual, decode, grad_values, reconstruct
 
 _AUXK_ENTRIES = 1 << 26
 """AuxK's pre-activations that are held at a time."""
@@ -131,12 +131,12 @@ class TopKStep:
         values, latents, by_pre_acts, squared_error, n_active, g, all_x = across.all_rows(
             chosen.values, chosen.indices, here.grad_pre_acts, here.squared_error, here.n_active, here.g, x
         )
-        auxk_loss: Float[Tensor, ""] | None = None
+        auxk_squared_error: Float[Tensor, ""] | None = None
         dense: DenseGradients | None = None
         n_dead = self.d_sae if n_dead is None else n_dead
         if n_dead and options.aux_coefficient > 0 and options.k_aux > 0:
             dead = self.tokens_since_fired >= options.dead_after_tokens
-            auxk_loss, dense = self._auxk(x, here.g / scale, squared_error.sum(), bias, dead, n_dead)
+            auxk_squared_error, dense = self._auxk(x, here.g, scale, squared_error.sum(), bias, dead, n_dead)
         self.grad_norm = update(
             values,
             by_pre_acts,
@@ -154,7 +154,15 @@ class TopKStep:
             across,
         )
         n_active, all_dead = across.over_latents(n_active), across.over_latents(self._counters.n_dead)
-        return finish_step(squared_error, n_active, auxk_loss, all_dead, options.total_variance, watch)
+        return finish_step(
+            squared_error,
+            n_active,
+            all_dead,
+            options.total_variance,
+            auxk_squared_error,
+            options.aux_coefficient,
+            watch,
+        )
 
     def _select(
         self, x: Float[Tensor, "batch d_in"], bias: Float[Tensor, " d_sae"], offsets: Int64[Tensor, " batch_plus_1"]
@@ -179,48 +187,39 @@ class TopKStep:
     def _auxk(
         self,
         x: Float[Tensor, "batch d_in"],
-        error: Float[Tensor, "batch d_in"],
+        g: Float[Tensor, "batch d_in"],
+        scale: float,
         squared_error: Float[Tensor, ""],
         bias: Float[Tensor, " d_sae"],
         dead: Bool[Tensor, " d_sae"],
         n_dead: int,
     ) -> tuple[Float[Tensor, ""], DenseGradients]:
-        """Return AuxK's loss, 0 where no latent is dead, and its gradients; `error` is `x_hat - x`, held constant.
+        """Return AuxK's squared error and its gradients; `g / scale` is `x_hat - x`, held constant.
 
-        `x` and `error` are of this rank's rows, and `squared_error` is of the whole batch.
+        `x` and `g` are of this rank's rows, and `squared_error` is of the whole batch.
         """
-        across, coefficient = self.across, self.options.aux_coefficient
+        across, options = self.across, self.options
+
+        def residual(e_hat: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+            if across.shares_latents:
+                e_hat = across.over_latents(e_hat.float())
+            found, by_e_hat = auxk_residual(e_hat, g, scale, squared_error, options.aux_coefficient, x.dtype)
+            return found.sum(), by_e_hat
+
         # The dead come first; those after them have no part in any sum.
         some = torch.argsort(dead.byte(), stable=True, descending=True)[:n_dead]
         bias = bias[some].where(dead[some], -torch.inf)
         W_enc, W_dec = self.W_enc.shadow[some], self.W_dec.shadow[some]
-        weight = torch.where(squared_error > 0, 2 * coefficient / squared_error, 0.0)
         totals: list[Tensor] = []
         n_rows = max(1, _AUXK_ENTRIES // n_dead)
-        for x_part, error_part in zip(x.split(n_rows), error.split(n_rows), strict=True):
+        for x_part, g_part in zip(x.split(n_rows), g.split(n_rows), strict=True):
             sums = auxk_of_rows(
-                x_part,
-                error_part,
-                W_enc,
-                W_dec,
-                bias,
-                self.options.k_aux,
-                weight,
-                torch_topk,
-                _squared,
-                across.only_largest,
-                across.over_latents,
+                x_part, g_part, W_enc, W_dec, bias, options.k_aux, torch_topk, residual, across.only_largest
             )
-            sums = [one.to(error.dtype) for one in sums]
+            sums = [one.float() for one in sums]
             totals = [total.add_(one) for total, one in zip(totals, sums, strict=True)] if totals else sums
         across.over_rows(*totals)
-        loss, by_W_dec, by_W_enc, by_b_enc = totals
+        auxk_squared_error, by_W_dec, by_W_enc, by_b_enc = totals
         slots = torch.full((self.d_sae,), -1, dtype=torch.int32, device=x.device)
         slots.scatter_(0, some, torch.arange(len(some), dtype=torch.int32, device=x.device))
-        any_dead = across.over_latents(torch.count_nonzero(dead)) > 0
-        loss = (weight * loss / 2).where(any_dead, 0.0)
-        return loss, DenseGradients(slots, by_W_enc, by_W_dec, by_b_enc)
-
-
-def _squared(error: Float[Tensor, "rows d_in"]) -> Float[Tensor, ""]:
-    return error.square().sum()
+        return auxk_squared_error, DenseGradients(slots, by_W_enc, by_W_dec, by_b_enc)

@@ -18,6 +18,7 @@ KERNELS = TENSOR_CORES | {
     "decode_kernel",
     "grad_values_kernel",
     "reconstruct_kernel",
+    "auxk_residual_kernel",
     "keys_kernel",
     "places_kernel",
     "segments_kernel",

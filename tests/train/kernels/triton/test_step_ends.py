@@ -72,20 +72,28 @@ def test_b_dec_takes_adams_step(device, d_in, n_groups):
 
 
 @pytest.mark.parametrize("n_rows", [1, 1500])
-@pytest.mark.parametrize("auxk", [False, True])
-def test_metrics_are_means_of_rows(device, n_rows, auxk):
+@pytest.mark.parametrize(("auxk", "n_dead"), [(False, 7), (True, 7), (True, 0)])
+def test_metrics_are_means_of_rows(device, n_rows, auxk, n_dead):
     generator = torch.Generator().manual_seed(0)
     squared_error = torch.rand(n_rows, generator=generator).to(device)
     n_active = torch.randint(33, (n_rows,), generator=generator, dtype=torch.int32).to(device)
-    n_dead = torch.full((), 7, dtype=torch.int32, device=device)
-    loss = torch.full((), 0.25, device=device) if auxk else None
-    found = fused.finish_step(squared_error, n_active, loss, n_dead, 4.0)
-    expected = reference.finish_step(squared_error, n_active, loss, n_dead, 4.0)
+    dead = torch.full((), n_dead, dtype=torch.int32, device=device)
+    auxiliary = (torch.full((), 0.25, device=device), 0.5) if auxk else ()
+    found = fused.finish_step(squared_error, n_active, dead, 4.0, *auxiliary)
+    expected = reference.finish_step(squared_error, n_active, dead, 4.0, *auxiliary)
     torch.testing.assert_close(torch.stack(found), torch.stack(expected))
-    mse = math.fsum(squared_error.tolist()) / n_rows
-    assert float(found.loss) == pytest.approx(mse / 4 + 0.25 * auxk)
-    assert float(found.explained_variance) == pytest.approx(1 - mse / 4)
-    assert (float(found.l0), float(found.n_dead)) == (sum(n_active.tolist()) / n_rows, 7.0)
+    total = math.fsum(squared_error.tolist())
+    auxk_loss = 0.5 * 0.25 / total if auxk and n_dead else 0.0
+    assert float(found.auxk_loss) == pytest.approx(auxk_loss)
+    assert float(found.loss) == pytest.approx(total / n_rows / 4 + auxk_loss)
+    assert float(found.explained_variance) == pytest.approx(1 - total / n_rows / 4)
+    assert (float(found.l0), float(found.n_dead)) == (sum(n_active.tolist()) / n_rows, n_dead)
+
+
+@pytest.mark.parametrize("finish", [fused.finish_step, reference.finish_step])
+def test_an_exact_reconstruction_has_no_auxiliary_loss(device, finish):
+    none, one = torch.zeros(2, device=device), torch.ones((), dtype=torch.int32, device=device)
+    assert finish(none, one.expand(2).contiguous(), one, 4.0, torch.ones((), device=device), 0.5).loss == 0
 
 
 @pytest.mark.parametrize("finish", [fused.finish_step, reference.finish_step])
@@ -94,13 +102,31 @@ def test_metrics_are_means_of_rows(device, n_rows, auxk):
 )
 def test_the_first_step_that_diverges_is_noted(device, finish, bad, auxiliary):
     now, failure = (torch.zeros(n, dtype=torch.float64, device=device) for n in (4, 3))
-    watch, count = DivergenceWatch(now, failure, 8.0), torch.ones((), dtype=torch.int32, device=device)
-    for step, error in enumerate((1.0, bad, 10.0, 1.0), start=1):
+    watch, one = DivergenceWatch(now, failure, 8.0), torch.ones((), dtype=torch.int32, device=device)
+    for step, error in enumerate((0.5, bad, 10.0, 1.0), start=1):
         now[0] = step
-        loss = torch.tensor(auxiliary if error == bad else 0.0, device=device)
-        finish(torch.full((2,), error, device=device), count.expand(2).contiguous(), loss, count, 4.0, watch)
-        assert bool(failure[0] == 0) is (step < 2 and bad != 1.0)
-        if bad == 1.0:
-            break
-    assert failure[0] == (1 if bad == 1.0 else 2)
+        auxk = torch.tensor(auxiliary if step == 2 else 0.0, device=device)
+        finish(torch.full((2,), error, device=device), one.expand(2).contiguous(), one, 4.0, auxk, 0.5, watch)
+        assert bool(failure[0] == 0) is (step == 1)
+    assert failure[0] == 2
     assert failure[2].isnan() if math.isnan(bad) else failure[2] == bad
+
+
+@pytest.mark.parametrize("d_in", [1, 80])
+@pytest.mark.parametrize(("exact", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)])
+def test_auxks_residual_is_the_losss_gradient(device, d_in, exact, dtype):
+    generator = torch.Generator().manual_seed(0)
+    e_hat, g = torch.randn(2, 3, d_in, generator=generator).to(device).unbind()
+    e_hat, scale = e_hat.to(dtype), 0.3
+    total = torch.zeros((), device=device) if exact else (g / scale).square().sum()
+    found = fused.auxk_residual(e_hat, g, scale, total, 0.5, dtype)
+    variable = e_hat.double().requires_grad_()
+    squared_error = (variable + g.double() / scale).square().sum(1)
+    loss = 0.5 * squared_error.sum() / total if not exact else 0 * squared_error.sum()
+    (gradient,) = torch.autograd.grad(loss, variable)
+    # The interpreter truncates where the GPU rounds.
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found[0].double(), squared_error.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), gradient, rtol=rtol, atol=1e-7)
+    for one, other in zip(found, reference.auxk_residual(e_hat, g, scale, total, 0.5, dtype), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=rtol, atol=1e-6)
