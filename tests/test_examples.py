@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ def load(name):
 def test_every_example_is_tested_and_in_the_readme():
     names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
     scripts = {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py", "harvest_with_vllm.py"}
+    scripts |= {"harvest_with_nnsight.py"}
     assert names == scripts | NOTEBOOKS
     readme = (EXAMPLES.parent / "README.md").read_text()
     assert all(f"examples/{name}" in readme for name in names)
@@ -190,3 +192,33 @@ def test_harvest_with_vllm_imports_what_an_engine_of_its_documented_interface_wr
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit, match="vLLM is not installed"):
         load("harvest_with_vllm").main(str(MODEL), text, tmp_path / "other", [1])
+
+
+IN_PEERS = """
+import runpy, site, sys
+site.addsitedir(sys.argv[1])  # after the packages of nnsight's environment
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.peers
+@torch.no_grad()
+def test_harvest_with_nnsight(tmp_path, run_peers):
+    run_peers("-c", IN_PEERS, sysconfig.get_paths()["purelib"], EXAMPLES / "harvest_with_nnsight.py", MODEL, tmp_path)
+    store = ActivationStore.open(tmp_path / "store")
+    n = 2 * store.context_size
+    tokens = store.tokens(0, n).long().reshape(2, -1)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    expected = model(tokens, output_hidden_states=True).hidden_states[2].flatten(0, 1)
+    stored = store.read("blocks.1.resid_post", 0, n).double()
+    assert (stored - expected).norm() < 1e-5 * expected.norm()
+    documents, positions = store.documents(0, n)
+    first = sorted((EXAMPLES.parent / "docs").glob("*.md"))[0]
+    text = AutoTokenizer.from_pretrained(MODEL)(first.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    roles = store.roles(0, n)
+    assert np.flatnonzero(roles == 0).tolist() == [0, store.context_size]  # placed
+    assert (documents == 0).all()
+    assert store.document_info(0)[1] == first.name
+    for row in np.flatnonzero(roles == 1):
+        assert tokens.flatten()[row] == text[positions[row] - 1]
