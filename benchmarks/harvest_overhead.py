@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 
 from thresher.evaluate.features.readout import find_readout
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.forward import choose_workers
-from thresher.harvest.plan import HarvestPlan, make_plan
+from thresher.harvest.model.forward import choose_workers
+from thresher.harvest.model.plan import HarvestPlan, make_plan
 from thresher.harvest.progress import HarvestProgress
 from thresher.harvest.reuse import identity
 from thresher.harvest.run import open_writer, run_model

@@ -85,6 +85,10 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
             "own GPU."
         ),
     ] = "auto"
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        Meta(description="What runs the model; vllm gives the residual stream alone (docs/vllm.md)."),
+    ] = "transformers"
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     offload_folder: OffloadFolder = None
@@ -93,7 +97,7 @@ class HarvestConfig(Config, frozen=True, kw_only=True):
         Meta(
             ge=1,
             description="Processes that hold one model together, by transformers' tensor parallelism, under torchrun "
-            "(docs/large-models.md).",
+            "(docs/large-models.md); with vllm, its GPUs.",
         ),
     ] = 1
     revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model.")] = None

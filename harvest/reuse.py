@@ -38,7 +38,7 @@ NOT_RECORDED = (
     "on_bad_document",
 )
 """Settings that are not recorded."""
-LATER = ("special_tokens", "holdout", "trust_remote_code", "tensor_parallel")
+LATER = ("special_tokens", "holdout", "trust_remote_code", "tensor_parallel", "engine")
 """Settings that are recorded only if they differ from the default."""
 NEUTRAL = ("batch_size", "tensor_parallel", "tokens")
 """Settings that are recorded but not compared: they affect only rounding, or the number of rows."""

@@ -32,11 +32,7 @@ def harvest(config: HarvestConfig | str | Path | None = None, **settings: Any) -
     """
     config = configured(HarvestConfig, config, settings)
     store = locate(config.store)
-    if n_launched() == 1 and config.tensor_parallel > 1:
-        raise ConfigError(
-            f"tensor_parallel = {config.tensor_parallel} needs that many processes, or a multiple: start them with "
-            f"torchrun --nproc-per-node {config.tensor_parallel} -m thresher.harvest ..."
-        )
+    _check_processes(config)
     if is_synthetic(config.model):
         return harvest_synthetic(config, store)
     if _needs_ranks(store, config.cache):
@@ -52,7 +48,7 @@ def harvest(config: HarvestConfig | str | Path | None = None, **settings: Any) -
     with fast_imports():  # loading the model imports its code
         from ..shared.store import ActivationStoreWriter
         from ..shared.store.local.store_folder import check_free
-        from .plan import make_plan
+        from .model.plan import make_plan
         from .resume import resume_contexts
         from .tokens.tokens import read_contexts
 
@@ -68,6 +64,21 @@ def harvest(config: HarvestConfig | str | Path | None = None, **settings: Any) -
         check_unchanged(config, wanted)
     print_stored(config, plan, writer.n_contexts, writer.bytes_written, writer.raw_bytes)
     return store
+
+
+def _check_processes(config: HarvestConfig) -> None:
+    """Raise `ConfigError` unless the engine runs in as many processes as were started."""
+    n = n_launched()
+    if config.engine == "vllm" and n > 1:
+        raise ConfigError(
+            f"{n} processes were started, but engine = 'vllm' runs in one: it starts its own for tensor_parallel GPUs; "
+            "start it without a launcher"
+        )
+    if config.engine == "transformers" and n == 1 and config.tensor_parallel > 1:
+        raise ConfigError(
+            f"tensor_parallel = {config.tensor_parallel} needs that many processes, or a multiple: start them with "
+            f"torchrun --nproc-per-node {config.tensor_parallel} -m thresher.harvest ..."
+        )
 
 
 def _needs_ranks(store: Path | StoreUrl, cache: str | None) -> bool:

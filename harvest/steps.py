@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..shared.store import ActivationStoreWriter
-    from .plan import HarvestPlan
+    from .model.plan import HarvestPlan
     from .tokens.packing import Context, ContextBatch
 
     Writer = TypeVar("Writer", bound=ActivationStoreWriter)
@@ -35,7 +35,7 @@ def open_writer(
 
     `n_kept` is the number of its contexts to keep; it matters only if that harvest had another number of `tokens`.
     """
-    from .plan import metadata_of
+    from .model.plan import metadata_of
 
     metadata = metadata_of(config, identity, plan)
     return make_writer(config, plan.widths, metadata, make, roles=plan.rules.keeps_roles, keep_contexts=n_kept)
@@ -97,7 +97,7 @@ def run_model(
     """
     from ..shared.model.loading.placement import input_device, is_divided, is_spread
     from ..shared.store.format.bits import TORCH_DTYPES
-    from .forward import choose_workers, forward_passes
+    from .model.forward import choose_workers, forward_passes
     from .tokens.tokens import batch_contexts
 
     assignment = writer.assignment

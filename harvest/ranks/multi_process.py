@@ -26,8 +26,8 @@ from ...shared.store.format.checksum import crc32c
 from ...shared.store.write.rank_store import POLL_SECONDS
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
-from ..forward import MAX_WORKERS, follow
-from ..plan import HarvestPlan, make_plan
+from ..model.forward import MAX_WORKERS, follow
+from ..model.plan import HarvestPlan, make_plan
 from ..resume import resume_contexts
 from ..reuse import check_unchanged, compare_store, identity
 from ..steps import open_writer, print_status, print_stored, run_model, write_sources

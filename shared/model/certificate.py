@@ -79,9 +79,9 @@ def measured_in(model: nn.Module) -> str:
 
 def _copies(model: nn.Module) -> bool:
     """Return whether a float32 copy is possible and small enough: no weights are quantised, spread or divided."""
-    if is_spread(model) or is_divided(model):
-        return False
     parameters = list(model.parameters())
+    if is_spread(model) or is_divided(model) or any(parameter.is_meta for parameter in parameters):
+        return False
     plain = all(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)
     return plain and sum(map(torch.Tensor.numel, parameters)) <= FLOAT32_COPY_PARAMETERS
 

@@ -244,7 +244,7 @@ def test_a_busy_store_is_refused_before_the_model_is_loaded(config, monkeypatch)
     harvest(config)
     header = read_manifest(Path(config.store)).header
     writing = commit.StoreFolder.open(Path(config.store), header, resume=True, any_level=False)
-    monkeypatch.setattr("thresher.harvest.plan.load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr("thresher.harvest.model.plan.load_model", lambda *_, **__: pytest.fail("loaded the model"))
     try:
         with pytest.raises(StoreBusyError, match="another process is writing to the store"):
             harvest(replaced(config, tokens=SIZES[1] * CONTEXT))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from thresher.harvest.forward import choose_workers, forward_passes
-from thresher.harvest.plan import HarvestPlan
+from thresher.harvest.model.forward import choose_workers, forward_passes
+from thresher.harvest.model.plan import HarvestPlan
 from thresher.harvest.tokens.packing import ContextBatch
 from thresher.shared.model.language_model import resolve_hook_points
 

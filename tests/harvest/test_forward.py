@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from thresher.harvest.forward import choose_workers, forward_passes
-from thresher.harvest.plan import HarvestPlan
+from thresher.harvest.model.forward import choose_workers, forward_passes
+from thresher.harvest.model.plan import HarvestPlan
 from thresher.harvest.tokens.packing import ContextBatch
 from thresher.shared.model.hook_points import ResolvedHookPoint
 

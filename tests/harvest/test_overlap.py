@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from thresher.harvest.forward import _overlapped
+from thresher.harvest.model.forward import _overlapped
 from thresher.harvest.tokens.packing import ContextBatch
 from thresher.shared.core.compute.host_copies import SLOTS, HostCopies
 

@@ -143,7 +143,7 @@ def test_an_interrupted_store_of_other_content_is_not_resumed(config, monkeypatc
     assert read_manifest(Path(config.store)).n_contexts > 0
     before = files_of(config.store)
     change(config)
-    monkeypatch.setattr("thresher.harvest.plan.load_model", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("thresher.harvest.model.plan.load_model", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(StoreError, match=f"it differs in {CHANGES[change]} \\("):
         harvest(config)
     assert files_of(config.store) == before
@@ -164,7 +164,7 @@ def test_spelling_and_settings_of_the_machine_make_no_other_harvest(config, tmp_
     shutil.copytree(tmp_path / "model", tmp_path / "elsewhere")
     (tmp_path / "link").symlink_to("text")
     before = files_of(config.store)
-    monkeypatch.setattr("thresher.harvest.plan.load_model", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("thresher.harvest.model.plan.load_model", lambda *_: pytest.fail("loaded the model"))
     for changes in (
         {"model": "model", "dataset": "text"},
         {"model": "./model/", "dataset": "../" + tmp_path.name + "/text"},

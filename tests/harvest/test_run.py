@@ -171,8 +171,8 @@ def test_a_complete_store_is_reused_without_the_model(config, tmp_path, monkeypa
     config = replaced(config, model=str(model))
     harvest(config)
     before = files_of(config.store)
-    monkeypatch.setattr("thresher.harvest.plan.load_model", lambda *_: pytest.fail("loaded the model"))
-    monkeypatch.setattr("thresher.harvest.plan.load_tokenizer", lambda *_: pytest.fail("loaded the tokenizer"))
+    monkeypatch.setattr("thresher.harvest.model.plan.load_model", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("thresher.harvest.model.plan.load_tokenizer", lambda *_: pytest.fail("loaded the tokenizer"))
     harvest(replaced(config, hook_points=["blocks.1.resid_post", "blocks.0.hook_mlp_out"], device="cuda"))
     assert "reuses store" in capsys.readouterr().err
     assert files_of(config.store) == before

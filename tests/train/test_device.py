@@ -12,7 +12,7 @@ import thresher.shared.core.compute.device as device_module
 from thresher.evaluate.config import EvaluateConfig
 from thresher.evaluate.prepare import prepare_evaluation
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.plan import make_plan
+from thresher.harvest.model.plan import make_plan
 from thresher.shared import ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError, MissingFileError, ModelError
 from thresher.train import ShuffledBatches, TrainConfig, train

@@ -8,13 +8,17 @@ https://docs.vllm.ai/en/latest/features/speculative_decoding/extract_hidden_stat
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Int32
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ...core.errors import StoreError
 from .safetensors_parts import read_slice, tensors_of
-from .source import Format, Options, Rows, Shape, chosen, dtype_name, shared_value
+from .source import Format, Options, Rows, Shape, chosen, dtype_name, reading_foreign, shared_value
 from .tensor_folder import safetensors_files
 
 STATES, _TOKENS = "hidden_states", "token_ids"
@@ -27,16 +31,7 @@ class HiddenStates:
         self._files = safetensors_files(path)
         infos = [tensors_of(file) for file in self._files]
         for file, info in zip(self._files, infos, strict=True):
-            if STATES not in info or _TOKENS not in info:
-                raise StoreError(
-                    f"'{file}' holds {', '.join(info)}; vLLM's files of hidden states hold {STATES} and {_TOKENS}"
-                )
-            states, tokens = info[STATES].shape, info[_TOKENS].shape
-            if len(states) != 3 or tokens != states[:1]:
-                raise StoreError(
-                    f"'{file}' holds {STATES} {list(states)} and {_TOKENS} {list(tokens)}; expected [tokens, layers, "
-                    "hidden] and [tokens]"
-                )
+            check_layout(file, {name: found.shape for name, found in info.items()})
         shapes = [info[STATES].shape[1:] for info in infos]
         n_layers, width = shared_value("layers and width", shapes, self._files)
         layers = options.layers
@@ -65,6 +60,40 @@ class HiddenStates:
 
     def document(self, part: int) -> np.ndarray:
         return read_slice(self._files[part], _TOKENS, 0, self.shape.part_rows[part]).numpy()
+
+
+def check_layout(file: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise `StoreError` unless a file's tensors have the names and shapes of hidden states."""
+    if STATES not in shapes or _TOKENS not in shapes:
+        raise StoreError(
+            f"'{file}' holds {', '.join(shapes)}; vLLM's files of hidden states hold {STATES} and {_TOKENS}"
+        )
+    states, tokens = tuple(shapes[STATES]), tuple(shapes[_TOKENS])
+    if len(states) != 3 or tokens != states[:1]:
+        raise StoreError(
+            f"'{file}' holds {STATES} {list(states)} and {_TOKENS} {list(tokens)}; expected [tokens, layers, "
+            "hidden] and [tokens]"
+        )
+
+
+def hidden_states_of(
+    file: Path, tensors: Mapping[str, Tensor] | None, tokens: Int32[np.ndarray, " context"], n_layers: int
+) -> Float[Tensor, "context layers hidden"]:
+    """Return the hidden states of one request, from its file unless its tensors are given.
+
+    Raises:
+        StoreError: they are not those of these tokens, or not of so many layers.
+    """
+    if tensors is None:
+        with reading_foreign(file):
+            tensors = load_file(file)
+    check_layout(file, {name: tensor.shape for name, tensor in tensors.items()})
+    states = tensors[STATES].cpu()
+    if not np.array_equal(tensors[_TOKENS].cpu().numpy(), tokens):
+        raise StoreError(f"'{file}' holds the hidden states of other tokens than those of its request")
+    if states.shape[1] != n_layers:
+        raise StoreError(f"'{file}' holds {states.shape[1]} layers; {n_layers} were asked for")
+    return states
 
 
 def _hook_point(layer: int) -> str:

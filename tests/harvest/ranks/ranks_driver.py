@@ -21,9 +21,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from thresher.harvest import forward, steps
+from thresher.harvest import steps
 from thresher.harvest.config import HarvestConfig
-from thresher.harvest.plan import make_plan
+from thresher.harvest.model import forward
+from thresher.harvest.model.plan import make_plan
 from thresher.harvest.ranks import multi_process
 from thresher.harvest.run import harvest
 from thresher.harvest.tokens.packing import Context

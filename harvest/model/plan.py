@@ -7,28 +7,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..shared.core.compute.device import choose_device, make_current
-from ..shared.core.errors import ConfigError, ModelError
-from ..shared.model.capture import capture
-from ..shared.model.certificate import certificate
-from ..shared.model.hook_points import ResolvedHookPoint
-from ..shared.model.language_model import load_model, load_tokenizer, resolve_hook_points
-from ..shared.model.loading.adapters import model_parts
-from ..shared.model.loading.context_limit import context_limit
-from ..shared.model.loading.placement import spread_of
-from ..shared.model.loading.tensor_parallel import Team
-from ..shared.model.probe.probe import probe_tokens
-from ..shared.model.probe.scales import same
-from ..shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
-from ..shared.store.format.roles import ROLE_NAMES
-from ..shared.store.read.stored_tokenizer import serialise_tokenizer
-from ..shared.store.read.tokenizer_folder import describe_tokenizer
-from .config import HarvestConfig
-from .tokens.text_rules import PLAIN_TEXT, TextRules, bos_token_id
-from .tokens.tokens import check_splits, find_text_rules
+from ...shared.core.compute.device import choose_device, make_current
+from ...shared.core.errors import ConfigError, ModelError
+from ...shared.model.capture import capture
+from ...shared.model.certificate import certificate
+from ...shared.model.hook_points import ResolvedHookPoint
+from ...shared.model.language_model import load_model, load_tokenizer, resolve_hook_points
+from ...shared.model.loading.adapters import model_parts
+from ...shared.model.loading.context_limit import context_limit
+from ...shared.model.loading.placement import spread_of
+from ...shared.model.loading.tensor_parallel import Team
+from ...shared.model.probe.probe import probe_tokens
+from ...shared.model.probe.scales import same
+from ...shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
+from ...shared.store.format.roles import ROLE_NAMES
+from ...shared.store.read.stored_tokenizer import serialise_tokenizer
+from ...shared.store.read.tokenizer_folder import describe_tokenizer
+from ..config import HarvestConfig
+from ..tokens.text_rules import PLAIN_TEXT, TextRules, bos_token_id
+from ..tokens.tokens import check_splits, find_text_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .vllm_engine import VllmEngine
 
 
 MAX_VOCABULARY = 1.1
@@ -47,6 +49,8 @@ class HarvestPlan:
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     team: Team | None = None
     """The processes that hold the model together with this one."""
+    engine: VllmEngine | None = None
+    """What runs the model in its place; `model` then has no weights."""
 
     @property
     def n_embeddings(self) -> int:
@@ -61,6 +65,8 @@ class HarvestPlan:
 
 def make_plan(config: HarvestConfig, team: Team | None = None) -> HarvestPlan:
     """Load the model and tokenizer, find the hook points, and check that all of them fit the settings."""
+    if config.engine == "vllm":
+        return _plan_of_vllm(config)
     spread = spread_of(config.device_map, config.max_memory, config.offload_folder, config.device)
     device = choose_device(config.device)
     make_current(device)
@@ -86,13 +92,38 @@ def make_plan(config: HarvestConfig, team: Team | None = None) -> HarvestPlan:
     hook_points = resolve_hook_points(model, config.hook_points)
     if team is not None:
         check_whole(model, hook_points, team)
+    group, rules = _packing(config, model, tokenizer, hook_points)
+    return HarvestPlan(model, tokenizer, hook_points, group, rules, tokenizer_files, team)
+
+
+def _plan_of_vllm(config: HarvestConfig) -> HarvestPlan:
+    """Check all that needs no GPU before vLLM starts."""
+    from .vllm_engine import VllmEngine, describe_model, stream_points
+
+    model = describe_model(config)
+    tokenizer = load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer_files = serialise_tokenizer(tokenizer)
+    check_fits(model, tokenizer, config)
+    hook_points, layers = stream_points(model, config.hook_points)
+    group, rules = _packing(config, model, tokenizer, hook_points)
+    engine = VllmEngine(config, layers, model.dtype)
+    return HarvestPlan(model, tokenizer, hook_points, group, rules, tokenizer_files, engine=engine)
+
+
+def _packing(
+    config: HarvestConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    hook_points: Mapping[str, ResolvedHookPoint],
+) -> tuple[int, TextRules]:
+    """Return the contexts per group and the rules of the text, and check that both splits get a context."""
     widest = max(hook_point.d_in for hook_point in hook_points.values())
     row_bytes = widest * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
     chunk_rows = choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes)
     group = max(1, chunk_rows // config.context_size)
     rules = find_text_rules(config, tokenizer)
     check_splits(config, tokenizer, group, rules, embedding_count(model))
-    return HarvestPlan(model, tokenizer, hook_points, group, rules, tokenizer_files, team)
+    return group, rules
 
 
 def check_whole(model: PreTrainedModel, hook_points: Mapping[str, ResolvedHookPoint], team: Team) -> None:

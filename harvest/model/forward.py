@@ -12,19 +12,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..shared.core.compute.cores import single_threaded_operators
-from ..shared.core.compute.host_copies import SLOTS, HostCopies, PendingCopy
-from ..shared.core.errors import RankError, one_line
-from ..shared.model.capture import capturing
-from ..shared.model.loading.placement import input_device
-from ..shared.model.loading.tensor_parallel import Team
+from ...shared.core.compute.cores import single_threaded_operators
+from ...shared.core.compute.host_copies import SLOTS, HostCopies, PendingCopy
+from ...shared.core.errors import RankError, one_line
+from ...shared.model.capture import capturing
+from ...shared.model.loading.placement import input_device
+from ...shared.model.loading.tensor_parallel import Team
+from ..tokens.packing import ContextBatch
 from .plan import HarvestPlan
-from .tokens.packing import ContextBatch
+from .vllm_engine import VllmEngine
 
 MAX_WORKERS = 16
 _Read = Callable[[Tensor], dict[str, Tensor]]
@@ -56,6 +58,9 @@ def forward_passes(
     On a CPU, at most `workers + 1` batches are started before they are yielded. On a GPU the activations are rounded to
     `dtype` (default: the model's) there, and are copied to the host while the next batches run.
     """
+    if plan.engine is not None:
+        yield from _passes_of_engine(plan.engine, batches)
+        return
     device = input_device(plan.model)
     with capturing(plan.model, plan.hook_points) as alone, leading(alone, plan.team) as read:
         if device.type == "cuda":
@@ -78,6 +83,23 @@ def forward_passes(
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
+
+
+def _passes_of_engine(engine: VllmEngine, batches: Iterable[ContextBatch]) -> Generator[Harvested]:
+    """Yield each batch, in order, while the engine runs the next one."""
+    queued: deque[tuple[ContextBatch, Future[list[Path]], float]] = deque()
+
+    def first() -> Harvested:
+        batch, files, started = queued.popleft()
+        return Harvested(batch, engine.read(batch.tokens, files.result()), time.monotonic() - started)
+
+    with _pool(1) as pool:
+        for batch in batches:
+            queued.append((batch, pool.submit(engine.run, batch.tokens), time.monotonic()))
+            if len(queued) > 1:
+                yield first()
+        while queued:
+            yield first()
 
 
 def _overlapped(
