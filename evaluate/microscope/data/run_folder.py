@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class ModelSource:
     """What to load as the model, and why there is none, if so.
 
-    `tokenizer` loads the tokenizer that the store's tokens were made with, which may begin texts differently from the
-    model's own; without it, the model's is meant.
+    `tokenizer` loads the tokenizer that the store's tokens were made with; without it, the model's is meant. `bos` is
+    the token that begins the store's texts, and `masked` are those that SAEs were not trained on.
     """
 
     name: str | None
@@ -36,6 +36,8 @@ class ModelSource:
     adapter: str | None = None
     missing: str = ""
     tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
+    bos: int | None = None
+    masked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,17 +157,20 @@ def _model(
         return ModelSource(None, missing="the microscope was started with --model false")
     if isinstance(given, str):
         return ModelSource(given)
-    revision = adapter = tokenizer = None
+    revision = adapter = tokenizer = bos = None
+    masked: tuple[int, ...] = ()
     try:
         where = config.store if "://" in config.store else find_near(config.store, folder)
         store = ActivationStore.open(where or config.store, roles=config.roles)
         name = model_name(config, store) or store.metadata.get("model")
         revision, adapter = harvested_revision(store), chosen_adapter(config, store)
         tokenizer = partial(open_tokenizer, config, store)
+        named_bos = store.metadata.get("bos_token_id")
+        bos, masked = named_bos if isinstance(named_bos, int) else None, tuple(store.mask_token_ids)
     except (ThresherError, OSError):
         named = config.model if isinstance(config.model, str) else None
         name = named or next((row["model"] for row in metrics if row.get("model")), None)
     if not name:
         return ModelSource(None, missing="the evaluation names no model; give one with --model")
     found = find_near(str(name), folder) if "://" not in str(name) else None
-    return ModelSource(str(found or name), revision, adapter, tokenizer=tokenizer)
+    return ModelSource(str(found or name), revision, adapter, tokenizer=tokenizer, bos=bos, masked=masked)

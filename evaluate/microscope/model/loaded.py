@@ -33,11 +33,14 @@ class LoadedModel:
         shelf: SaeShelf,
         maxima: Callable[[str], Float[Tensor, " d_sae"]],
         max_tokens: int,
+        bos: int | None = None,
+        masked: Sequence[int] = (),
     ):
         self.model, self.tokenizer, self.shelf, self.maxima = model, tokenizer, shelf, maxima
         limit = context_limit(model)
         self.max_tokens = max_tokens if limit is None else min(limit, max_tokens)
-        self._first = first_token(tokenizer)
+        self._first = first_token(tokenizer) if bos is None else bos
+        self._masked = {*masked, *([] if self._first is None else [self._first])}
         self._attached: dict[str, Attached] = {}
 
     @classmethod
@@ -68,7 +71,7 @@ class LoadedModel:
         if tokenizer is None:
             tokenizer = load_tokenizer(source.name, source.revision, trust_remote_code=trust_remote_code)
         shelf.device = str(model.device)
-        return cls(model, tokenizer, shelf, maxima, max_tokens)
+        return cls(model, tokenizer, shelf, maxima, max_tokens, source.bos, source.masked)
 
     def tokens(self, text: str | None, messages: Sequence[Mapping[str, str]] | None = None) -> list[int]:
         """Return the token ids of a text, or of a conversation by the tokenizer's chat template.
@@ -109,8 +112,8 @@ class LoadedModel:
         return [known.alone(token) for token in tokens]
 
     def usable(self, tokens: Tensor) -> Tensor:
-        """Return which tokens SAEs read: all but the one that begins a text."""
-        return tokens != self._first if self._first is not None else torch.ones_like(tokens, dtype=torch.bool)
+        """Return which tokens SAEs read: all but those that they were not trained on, such as BOS."""
+        return ~torch.isin(tokens, torch.tensor(sorted(self._masked), dtype=tokens.dtype, device=tokens.device))
 
     def usable_first(self, tokens: Sequence[int]) -> bool:
         """Return whether SAEs read the first token of a text."""
@@ -137,6 +140,7 @@ class LoadedModel:
                 raise InterventionError(f"'{other}' and '{name}' are both at '{key}'; edit latents of one of them")
             keys[name] = key
         lm = SaeModel(self.model, {key: self.shelf.get(name) for name, key in keys.items()}, self.tokenizer)
+        lm.skipped = self._first
         for name, key in keys.items():
             lm.maxima[key] = self.maxima(name).to(lm.device)
         return lm, keys

@@ -142,6 +142,7 @@ def strength_curve(
     lm: LoadedModel,
     job: Job,
     prompt: str,
+    tokens: Sequence[int],
     request: LatentEditRequest,
     strengths: Sequence[float],
     concept: Sequence[str],
@@ -154,6 +155,7 @@ def strength_curve(
     spliced, keys = lm.with_saes([request.sae])
     action: Action = request.action
     points, texts = [], []
+    as_tokens: Any = [list(tokens)]
     for strength in strengths:
         job.check()
         curve = steering_curve(
@@ -161,7 +163,7 @@ def strength_curve(
             keys[request.sae],
             request.latent,
             [strength],
-            [prompt],
+            as_tokens,
             concept=concept,
             action=action,
             unit=request.unit,
@@ -172,7 +174,8 @@ def strength_curve(
             random_latents=random_latents,
             seed=sampling.seed,
         )
+        written = [row | {"prompt": prompt} for row in curve.texts]
         points += curve.points
-        texts += curve.texts
-        job.say("points", points=curve.points, texts=curve.texts)
+        texts += written
+        job.say("points", points=curve.points, texts=written)
     return {"points": points, "texts": texts}

@@ -59,11 +59,11 @@ def answer_curve(services: Services, request: CurveRequest) -> Job:
     _check_sampling(services, request.sampling)
 
     def work(lm: Any, job: Job) -> dict[str, Any]:
-        lm.tokens(request.prompt)
         return strength_curve(
             lm,
             job,
             request.prompt,
+            lm.tokens(request.prompt),
             request.edit,
             request.strengths,
             request.concept,

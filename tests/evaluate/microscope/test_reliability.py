@@ -11,14 +11,19 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from thresher.evaluate.explain.notes import Notes, notes_path, shown_explanations
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.microscope.data.run_folder import find_evaluation, open_run
+from thresher.evaluate.microscope.data.saes import SaeShelf
+from thresher.evaluate.microscope.model.loaded import LoadedModel
 from thresher.shared.core.errors import ConfigError, MissingFileError
+from thresher.shared.store import ActivationStore
 
 
 @pytest.fixture
@@ -173,6 +178,23 @@ def test_one_who_leaves_cancels_and_a_full_queue_is_refused(serve, run_folder):
     assert b"event: done" in connections[1][1].read()
     connections[1][0].close()
     client.wait(lambda status: not status["model"]["running"] and status["model"]["waiting"] == 0)
+
+
+def test_texts_begin_as_those_of_the_store_do(copied, tiny):
+    """A store may name another BOS token than the tokenizer has; SAEs read neither it nor other masked tokens."""
+    source = open_run(copied).model
+    assert source.masked == tuple(ActivationStore.open(tiny.store).mask_token_ids) == (0,)
+    lm = LoadedModel.open(
+        replace(source, bos=5, masked=(5, 1)),
+        SaeShelf(open_run(copied).saes),
+        lambda name: torch.ones(32),
+        device="cpu",
+        max_tokens=12,
+        trust_remote_code=False,
+    )
+    assert lm.tokens("def class") == [5, 1, 2]
+    assert lm.usable(torch.tensor([5, 1, 2])).tolist() == [False, False, True]
+    assert lm.with_saes(["topk_k2"])[0].skipped == 5
 
 
 def test_work_that_takes_too_long_ends_with_the_limit(serve, run_folder):
