@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 
 from thresher.harvest.run import harvest
 from thresher.shared import ActivationStore, Sae
+from thresher.shared.core.config import to_toml
 from thresher.shared.model.capture import capture, resolve_hook_points
 from thresher.shared.model.language_model import load_tokenizer
 from thresher.shared.store.format.roles import ASSISTANT, USER
+from thresher.shared.store.read.open import find_manifest
 from thresher.train import train
 from thresher.train.config import TrainConfig
 
@@ -25,6 +28,16 @@ GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
 )
+KILLED = """
+import itertools, os, signal, sys
+from thresher.harvest.config import HarvestConfig
+from thresher.harvest.run import harvest
+from thresher.shared.core.config import load_config
+from thresher.shared.store.local import durable
+steps = itertools.count(1)  # what reaches the disk
+durable.observer = lambda _: next(steps) == 130 and os.kill(os.getpid(), signal.SIGKILL)
+harvest(load_config(HarvestConfig, sys.argv[1], []))
+"""
 LARGE_VOCABULARY = Path(__file__).parent / "large_vocabulary.py"
 
 
@@ -130,3 +143,22 @@ def test_losses_over_a_large_vocabulary_take_bounded_memory(gemma3):
     assert found["increase"] < 1.5 * found["logits_bytes"]
     assert found["ce_clean"] == pytest.approx(found["ce_by_hand"], rel=2e-3)
     assert found["ce_sae"] > found["ce_clean"]
+
+
+def test_a_harvest_that_was_killed_resumes_to_the_same_bytes(config, tmp_path):
+    whole, toml = Path(config.store), tmp_path / "killed.toml"
+    killed = replaced(config, store=str(tmp_path / "killed"))
+    toml.write_text(to_toml(killed))
+    harvest(config)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(toml)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    manifest = find_manifest(Path(killed.store))
+    assert manifest.completion is None
+    assert 0 < manifest.n_contexts < config.n_contexts
+    harvest(killed)
+    assert contents(Path(killed.store)) == contents(whole)
+
+
+def contents(store):
+    files = (path for path in store.rglob("*") if path.is_file() and path.name != "harvest.toml")  # it names the store
+    return {path.relative_to(store): path.read_bytes() for path in files}
