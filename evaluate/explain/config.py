@@ -43,6 +43,18 @@ class ExplainConfig(Config, frozen=True, kw_only=True):
     ] = "random"
     n_intruder_trials: Annotated[int, Meta(ge=0, description="Intruder trials per latent; 0 for none.")] = 10
     max_parts: Annotated[int, Meta(ge=1, description="Most parts of a rule, such as tokens.")] = 12
+    causal: Annotated[
+        bool,
+        Meta(description="Steer latents in the model, and measure whether that makes their rules truer of its text."),
+    ] = False
+    causal_latents: Annotated[int, Meta(ge=1, description="Most latents per SAE to steer.")] = 50
+    causal_prompts: Annotated[int, Meta(ge=2, description="Held-out texts that the model continues.")] = 32
+    causal_tokens: Annotated[
+        int, Meta(ge=1, description="Tokens to generate after each, as far as a context goes.")
+    ] = 32
+    causal_strength: Annotated[
+        float, Meta(gt=0, description="What is added to the latent, in multiples of its largest activation.")
+    ] = 1.0
     llm: Annotated[
         LlmConfig | None, Meta(description="A language model that explains and judges as well: a table, see below.")
     ] = None

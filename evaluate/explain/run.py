@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from ...shared.core.compute.device import choose_device
 from ...shared.core.config import load_config
 from ...shared.core.errors import ConfigError, DataError, MissingFileError
 from ...shared.core.paths import user_path
+from ...shared.intervene.sae_model import SaeModel
 from ...shared.store import ActivationStore
 from ..config import EvaluateConfig
 from ..features.export import export_indexes
@@ -27,7 +28,8 @@ from ..results.output import loss_curve
 from ..saes.digests import digest_of
 from ..saes.names import printable
 from ..saes.sae_folders import EvaluatedSae, diverged_saes, load_saes, sae_folders, unique_names
-from ..with_model.store_model import model_name, open_tokenizer
+from ..with_model.store_model import model_name, open_model, open_tokenizer
+from .causal import Steering
 from .config import ExplainConfig
 from .corpus import Corpus, Firings, read_corpus, read_firings
 from .judge import Counts, Judge, say_estimate
@@ -52,6 +54,10 @@ from .table import (
 )
 from .window_texts import WindowTexts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SteeredModel = tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]
 _VERSION = 1
 """Increased whenever the same inputs give other explanations or scores."""
 WITHOUT_EFFECT = ("evaluation", "saes", "cache", "cache_bytes")
@@ -130,9 +136,10 @@ def _explain_all(
     ids = np.unique(corpus.tokens).tolist()
     texts = TokenTexts({}, {}) if tokenizer is None else TokenTexts.of(tokenizer, ids)
     views = build_views(corpus, texts)
+    model = _model(config, evaluation, device, tokenizer)
     for name in names:
         index = evaluation.indexes[name]
-        parts, firings, samples = explain_sae(config, corpus, views, saes[name], index, device)
+        parts, firings, samples = explain_sae(config, corpus, views, saes[name], index, device, model)
         answered = {}
         if client is not None:
             judge = Judge(client.config, WindowTexts(corpus, texts), firings, samples, config.n_quantiles, config.seed)
@@ -259,6 +266,7 @@ def explain_sae(
     sae: EvaluatedSae,
     index: FeatureIndex,
     device: str,
+    model: SteeredModel | None = None,
 ) -> tuple[list[Explained], Firings, list[Sample]]:
     """Return the rules of an SAE's latents and the two baselines, with their scores; and what these were made from."""
     latents = chosen_latents(config, index)
@@ -277,15 +285,34 @@ def explain_sae(
     explainers = {RULES: rules, TOKEN_FREQUENCY: frequent}
     if len(latents) > 1:
         explainers[RANDOM_LATENT] = [rules[other] for other in _others(len(latents), config.seed)]
+    caused = {}
+    if model is not None:
+        lm = SaeModel.open(model[0], {sae.hook_point: sae.sae}, tokenizer=model[1])
+        caused = Steering(lm, corpus, views, firings, sae.name).scores(explainers, config)
     parts = []
     for explainer, said in explainers.items():
         sums = ScoreSums(corpus.test.n_groups, len(latents))
         sums.sums |= {key: intruders.sums[key] for key in ("right", "trials")}
         score_rules(corpus, firings, views, said, samples, sums)
-        scores = sums.table(config.bootstrap_samples, config.seed)
+        scores = sums.table(config.bootstrap_samples, config.seed) | caused.get(explainer, {})
         texts = [in_words(rule, views) for rule in said]
         parts.append(Explained(explainer, latents, texts, scores, *_counts(samples)))
     return parts, firings, samples
+
+
+def _model(
+    config: ExplainConfig, evaluation: Evaluation, device: str, tokenizer: PreTrainedTokenizerBase | None
+) -> SteeredModel | None:
+    """Return the model to steer, if causal scores are asked for."""
+    if not config.causal:
+        return None
+    model = open_model(evaluation.config, evaluation.store, device)
+    if model is None:
+        raise ConfigError(
+            "causal = true needs the model that was harvested, and the evaluation ran without one; evaluate with it, "
+            "or set causal = false"
+        )
+    return model.float(), tokenizer
 
 
 def chosen_latents(config: ExplainConfig, index: FeatureIndex) -> np.ndarray:

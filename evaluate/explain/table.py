@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 
 from ...shared.core.disk import replacing
 from ..features.files import FeatureIndex
-from .scores import EXACT, SCORES
+from .scores import CAUSAL, EXACT, SCORES
 
 _METADATA_KEY = b"thresher.explanations"
 RULES = "rules"
 TOKEN_FREQUENCY, RANDOM_LATENT = "token frequency", "random latent"
 BASELINES = (TOKEN_FREQUENCY, RANDOM_LATENT)
 """Explainers that the others are compared with; those that a language model judges have its name added."""
-SCORED = (*SCORES, *EXACT)
+SCORED = (*SCORES, *EXACT, *CAUSAL)
 _COUNTED = ("n_answers", "n_bad_answers")
 _SCHEMA = pa.schema(
     {

@@ -41,7 +41,7 @@ class Packed(NamedTuple):
 
 Explanations = Mapping[int, Sequence[Mapping[str, Any]]]
 """What explainers say of an SAE's latents, with scores, by latent: lines of `explanations/NAME.parquet`."""
-SHOWN_SCORES = ("detection", "fuzzing", "simulation", "intruder", "balanced_accuracy")
+SHOWN_SCORES = ("detection", "fuzzing", "simulation", "intruder", "balanced_accuracy", "causal")
 
 
 def pack_features(
@@ -125,7 +125,7 @@ def _explained(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
             name: [None if line[key] is None else _short(line[key]) for key in (name, f"{name}_low", f"{name}_high")]
             for name in SHOWN_SCORES
-            if line[name] is not None
+            if line.get(name) is not None
         }
 
     return {

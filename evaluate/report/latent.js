@@ -90,6 +90,11 @@ const SCORE_LABELS = [
   ["simulation", "Simulation", "Correlation of predicted and actual activations; chance is 0"],
   ["intruder", "Intruder", "How often the context without the latent is found among five; chance is 0.2"],
   ["balanced_accuracy", "Per token", "Balanced accuracy over all held-out tokens, for rules; chance is 0.5"],
+  [
+    "causal",
+    "Causal",
+    "How much more often the rule fires on generated text if this latent is steered than if another one is; chance is 0",
+  ],
 ];
 
 function scoreCell(score) {

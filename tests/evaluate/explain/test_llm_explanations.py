@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 import signal
@@ -62,8 +64,17 @@ def test_explanations_scores_and_baselines_by_a_model(fresh):
         assert line["n_bad_answers"] == 0
         assert line["n_answers"] > 4
     assert [line for line in table if line["explainer"] == "rules"]
-    page = (fresh / "report.html").read_text()
-    assert "explanationTable" in page
+    packed = re.search(r'id="block-sae0-0"[^>]*>([^<]+)<', (fresh / "report.html").read_text())
+    assert packed
+    shown = json.loads(gzip.decompress(base64.b64decode(packed[1])))[own[0]["latent"]]["explanations"]
+    assert ["m", "numbers such as 1"] in [part[:2] for part in shown]
+    assert {part[0] for part in shown} >= {"rules", "token frequency, judged by m", "random latent, judged by m"}
+    batch = gzip.decompress((fresh / "neuronpedia/topk_k10/explanations/batch-0.jsonl.gz").read_bytes())
+    exported = [json.loads(line) for line in batch.splitlines()]
+    by_model = [line for line in exported if line["explanationModelName"] == "m"]
+    assert {int(line["index"]) for line in by_model} == {line["latent"] for line in own}
+    assert {line["description"] for line in by_model} == {"numbers such as 1"}
+    assert {line["explanationModelName"] for line in exported} == {"m", "rules"}  # and no baseline
 
 
 def test_a_judge_that_knows_scores_one(fresh):
@@ -145,11 +156,12 @@ def test_an_estimate_asks_nothing(fresh, capsys):
     assert "cost about" in said
 
 
-def test_killed_anywhere_no_answer_is_paid_twice(fresh, tmp_path):
+@pytest.mark.parametrize("answered", [1, 25])
+def test_killed_anywhere_no_answer_is_paid_twice(fresh, tmp_path, answered):
     released = threading.Event()
 
     def act(body, number):
-        if number >= 25 and not released.is_set():
+        if number >= answered and not released.is_set():
             released.wait(60)
             return failure(503)  # the client is dead by then
         return answer(good(body))
@@ -162,8 +174,9 @@ def test_killed_anywhere_no_answer_is_paid_twice(fresh, tmp_path):
         )
         command = [str(Path(sys.executable).with_name("thresher")), "explain", str(settings)]
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # A thread asks again only when the answer before is on disk, so with four in flight all others are.
         deadline = time.monotonic() + 60
-        while not (len(server.answered) == 25 and server.now == 4):
+        while not (len(server.answered) == answered and server.now == 4):
             assert run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)

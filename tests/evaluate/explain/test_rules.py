@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import regex
 
 from thresher.evaluate.explain.corpus import Corpus, Firings
 from thresher.evaluate.explain.rules.search import (
@@ -234,6 +235,34 @@ def test_a_rule_without_parts_predicts_nothing(known):
     assert scores["detection"] == pytest.approx(np.full(4, 0.5))
     assert scores["simulation"] == pytest.approx(np.zeros(4))
     assert in_words((), known.views).startswith("No short rule")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["नमस्कार", "नमस्ते", "नदी", "घर", "किताब", "पानी"], "words that begin with `नमस्`"),
+        (["👩\u200d👩\u200d👧", "👩\u200d👦", "👩", "🧑🏽\u200d🚀", "!", "?"], "`👩\u200d👩\u200d👧`"),
+        (["كتاب", "بيت", "ماء", "شمس", "قمر", "نهر"], "`كتاب`"),
+        (["山", "川", "雨", "雪", "花", "鳥"], "`山`"),
+    ],
+)
+def test_rules_in_any_script(words, said):
+    """The latent fires on the first word; it is said in whole graphemes."""
+    corpus = make_corpus()
+    corpus.tokens[:] = np.random.default_rng(2).integers(0, len(words), corpus.n_rows)
+    views = build_views(corpus, TokenTexts(dict(enumerate(words)), {}))
+    firings = fire(corpus, np.isin(corpus.tokens, [0, 1]) if "begin" in said else corpus.tokens == 0)
+    [rule] = RuleSearch(corpus, firings, views, 6, 0).search()
+    text = in_words(rule, views)
+    rows = predicted(corpus, views, rule, 0, corpus.n_rows)[0]
+    assert np.array_equal(rows, firings.of(0)[0])
+    if "begin" not in said:
+        assert text == f"Fires on {said}."
+    prefixes = next(view for view in views if view.name == "prefix")
+    for value in range(prefixes.n_values):
+        shown = prefixes.describe(value).split("`")[1]
+        assert len(regex.findall(r"\X", shown)) == 3
+        assert any(word.startswith(shown) for word in words)
 
 
 @pytest.mark.parametrize(
