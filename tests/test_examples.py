@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -156,6 +157,32 @@ def test_from_a_latent_to_its_cause(tmp_path, monkeypatch):
     assert strongest["score"] == pytest.approx(clean - ablated, rel=0.4)
     aucs = [abs(row["auc"] - 0.5) for row in names["rows"]]
     assert aucs == sorted(aucs, reverse=True)
+    checks_of_the_graph(names, model)
+
+
+def checks_of_the_graph(names, model):
+    """Compare what the graph measured without a latent with a plain hook that takes away what the latent writes."""
+    nodes = names["traced"].nodes
+    rows = pq.read_table(names["output"] / "graph" / "verified.parquet").to_pylist()
+    assert len(rows) == 5
+    assert (names["output"] / "graph" / "graph.html").exists()
+    for row in rows:
+        source, target = nodes[row["source"]], nodes[row["target"]]
+        assert row["direct_measured"] == pytest.approx(row["direct"], rel=1e-3, abs=1e-4)
+        if target.kind != "logit":
+            continue
+        written = source.value * Sae.load(names["transcoders"][source.layer]).W_dec[source.number]
+        values = []
+        for some in (0 * written, written):
+            change = torch.zeros(names["run"].tokens.shape[1], len(written))
+            change[source.position] = -some
+            mlp = model.transformer.h[source.layer].mlp
+            handle = mlp.register_forward_hook(lambda _, __, y, change=change: y + change)
+            logits = model(input_ids=names["run"].tokens, use_cache=False).logits[0, -1]
+            values.append(float(logits[target.number] - logits.mean()))
+            handle.remove()
+        assert row["total_measured"] == pytest.approx(values[1] - values[0], abs=1e-3)
+    assert any(nodes[row["target"]].kind == "logit" for row in rows)
 
 
 @torch.no_grad()

@@ -244,7 +244,8 @@ class SplicedModel:
         maximum = float(self.maxima[one.name][latent])
         if maximum <= 0:
             raise InterventionError(
-                f"latent {latent} at '{one.name}' never fired, so multiples of its maximum are zero"
+                f"latent {latent} at '{one.name}' never fired on the texts that maxima were measured on, so multiples "
+                "of its maximum are zero; measure them on others, or give strengths as activations"
             )
         return maximum
 

@@ -58,7 +58,7 @@ def _tokens_of(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, first: in
         return [int(token) for token in prompt]
     if tokenizer is None:
         raise InterventionError("the model was opened without a tokenizer; give token ids instead of text")
-    ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids: Any = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     return [*([first] if first is not None and ids[:1] != [first] else []), *map(int, ids)]
 
 
