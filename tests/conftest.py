@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from . import shape_checks
+
 RANKS_DRIVER = Path(__file__).parent / "harvest" / "ranks" / "ranks_driver.py"
 RANKS_CONFIG = """
 model = "{model}"
@@ -33,6 +35,7 @@ PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
 
 
 def pytest_configure(config):
+    shape_checks.install()
     if config.option.markexpr.strip() != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
 

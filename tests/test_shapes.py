@@ -1,52 +1,72 @@
-"""Annotated shapes are those of a run: every function that names shapes checks them while SAEs are trained."""
+"""Annotated shapes: every function that names some is checked in all of these tests, and a dimension has one name."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 from pathlib import Path
 
-CHILD = """
-import sys
-from jaxtyping import install_import_hook
-sys.path.insert(0, sys.argv[1])
-install_import_hook([f"thresher.{name}" for name in ("shared", "train")], "shape_checks.check_shapes")
-import numpy as np
+import pytest
 import torch
-from thresher.shared.sae import Sae
-from thresher.shared.store import ActivationStoreWriter
-from thresher.train import TrainConfig, train
-import shape_checks
+from beartype.roar import BeartypeCallHintViolation
 
-torch.set_num_threads(1)
-root, A, B = sys.argv[2], "blocks.0.mlp_in", "blocks.0.mlp_out"
-generator = torch.Generator().manual_seed(0)
-with ActivationStoreWriter(f"{root}/store", {A: 24, B: 24}, 16) as writer:
-    rows = {hook: torch.randn(64, 16, 24, generator=generator) for hook in (A, B)}
-    writer.append(rows, held_out=np.arange(64) % 5 == 0)
-tables = [
-    {"architecture": name, "dead_after_tokens": 64, **keys, **({"k": 5} if "topk" in name else {})}
-    for name, keys in {
-        "topk": {}, "batch_topk": {}, "matryoshka_batch_topk": {}, "hierarchical_topk": {},
-        "standard": {"l1_coefficient": 0.3}, "gated": {"l1_coefficient": 0.3}, "jumprelu": {"l0_coefficient": 0.1},
-    }.items()
-]
-for table in tables:
-    table |= {"hook_point": A, "d_sae": 64}
-tables.append({"architecture": "topk", "reads": A, "writes": B, "skip": True, "d_sae": 64, "k": 5})
-for kernels in ("auto", "reference"):
-    folders = train(TrainConfig(
-        store=f"{root}/store", output=f"{root}/{kernels}", sae=tables, batch_size=64, tokens=512, warmup_steps=2,
-        device="cpu", kernels=kernels,
-    ))
-    for folder in folders:
-        Sae.load(folder)(torch.randn(3, 24))
-print(shape_checks.n_checked)
-"""
+from thresher.train.kernels.reference import Reference
+
+from . import shape_checks
+
+ROOT = Path(__file__).parents[1]
+ANNOTATION = re.compile(r"\[(?:np\.)?(?:Tensor|ndarray), f?(['\"])(.*?)\1\]")
+
+# The dimensions that several files name. A name with `all_` is the sum over ranks or layers.
+SHARED = {
+    *("batch", "batch_plus_1", "context", "contexts", "rows", "rows_plus_1", "tokens", "texts", "characters"),
+    *("d_in", "d_out", "d_model", "d_sae", "d_sae_plus_1", "d", "width", "shape", "vocabulary"),
+    *("latents", "all_latents", "latents_here", "targets", "sources", "groups", "parts", "n_features", "rank"),
+    *("nnz", "k", "k_here", "n", "all_n", "m", "n_out", "entries", "peaks", "matches", "chosen", "resamples"),
+    *("chunks", "windows", "size"),
+}
 
 
-def test_annotated_shapes_are_those_of_a_run(tmp_path):
-    child = [sys.executable, "-P", "-c", CHILD, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(child, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) > 100
+def dimensions(source: str) -> set[str]:
+    """Return the names of the dimensions in a file's annotations, without their marks."""
+    found = {name.lstrip("*#") for _, shape in ANNOTATION.findall(source) for name in shape.split()}
+    return {name for name in found if name and name not in ("...", "_") and not name.isdigit()}
+
+
+def test_a_dimension_has_one_name():
+    files: dict[str, list[str]] = {}
+    for stage in ("shared", "harvest", "train", "evaluate"):
+        for file in (ROOT / stage).rglob("*.py"):
+            for name in dimensions(file.read_text()):
+                files.setdefault(name, []).append(str(file.relative_to(ROOT)))
+    assert len(files) > 60
+    assert {name: where for name, where in files.items() if len(where) > 1 and name not in SHARED} == {}
+    assert {name for name in SHARED if len(files.get(name, [])) < 2} == set()
+    odd = {name: where for name, where in files.items() if not re.fullmatch("[a-z][a-z0-9_]*", name)}
+    odd |= {f"n_{name}": files[f"n_{name}"] for name in SHARED if f"n_{name}" in files}
+    odd |= {f"{name}_size": files[f"{name}_size"] for name in SHARED if f"{name}_size" in files}
+    assert odd == {}
+
+
+def test_dimensions_are_found_in_annotations_only():
+    source = 'def f(x: Float[Tensor, "*batch d"], y: Int[np.ndarray, " n+1"], z: Bool[Tensor, "3 ..."]): "[Tensor, b]"'
+    assert dimensions(source) == {"batch", "d", "n+1"}
+
+
+def test_a_shape_that_is_not_the_annotated_one_is_an_error():
+    values, indices, W_dec = torch.ones(4), torch.tensor([0, 1, 2, 0]), torch.ones(3, 5)
+    offsets = torch.tensor([0, 2, 4])
+    assert Reference.decode(values, indices, offsets, W_dec).shape == (2, 5)
+    with pytest.raises(BeartypeCallHintViolation, match="the size of dimension nnz is 3 which does not equal"):
+        Reference.decode(values, indices[:3], offsets, W_dec)
+    with pytest.raises(BeartypeCallHintViolation, match="dtype float32, not "):
+        Reference.decode(values, indices.float(), offsets, W_dec)
+    with pytest.raises(BeartypeCallHintViolation):
+        Reference.decode(values, indices, offsets, W_dec[0])
+
+
+def test_functions_of_every_stage_are_checked():
+    import thresher.evaluate.metrics.reconstruction
+    import thresher.shared.sae.sae
+    import thresher.train.run  # noqa: F401
+
+    assert shape_checks.n_checked > 150

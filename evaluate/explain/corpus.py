@@ -123,7 +123,7 @@ class Firings:
     """Where chosen latents fire in a corpus: rows and activations by latent, rows in order."""
 
     latents: Int64[np.ndarray, " latents"]
-    start: Int64[np.ndarray, " latents_and_one"]
+    start: Int64[np.ndarray, " latents_plus_1"]
     row: Int64[np.ndarray, " entries"]
     value: Float32[np.ndarray, " entries"]
 

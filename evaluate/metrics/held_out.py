@@ -37,10 +37,10 @@ class HeldOut:
 
     store: ActivationStore
     contexts: Int64[np.ndarray, " contexts"]
-    usable: Bool[np.ndarray, "contexts context_size"]
-    group: Int64[np.ndarray, "contexts context_size"]
+    usable: Bool[np.ndarray, "contexts context"]
+    group: Int64[np.ndarray, "contexts context"]
     n_documents: int
-    unmasked: Bool[np.ndarray, "contexts context_size"] | None = None
+    unmasked: Bool[np.ndarray, "contexts context"] | None = None
 
     @property
     def n_groups(self) -> int:

@@ -44,8 +44,8 @@ class Task:
 
 
 def next_tokens(
-    tokens: Int64[np.ndarray, "contexts context_size"], unmasked: Bool[np.ndarray, "contexts context_size"]
-) -> Int64[np.ndarray, "contexts context_size"]:
+    tokens: Int64[np.ndarray, "contexts context"], unmasked: Bool[np.ndarray, "contexts context"]
+) -> Int64[np.ndarray, "contexts context"]:
     """Return the token that follows each row; -1 at the end of a context and before a masked row."""
     following = np.full_like(tokens, -1)
     following[:, :-1] = np.where(unmasked[:, 1:], tokens[:, 1:], -1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int8
+from jaxtyping import Int, Int8, UInt32
 
 from ...shared.core.errors import ConfigError, DataError, ModelError
 from ...shared.store.format.roles import ASSISTANT, MARKER, OTHER, SYSTEM, TOOL, USER
@@ -256,7 +256,7 @@ class Tags(NamedTuple):
             n += len(changed)
         return cls(texts, np.concatenate(numbers), np.concatenate(positions), np.concatenate(characters))
 
-    def follow(self, shadow: Int[np.ndarray, " characters"]) -> Int[np.ndarray, " characters"]:
+    def follow(self, shadow: UInt32[np.ndarray, " characters"]) -> Int[np.ndarray, " characters"]:
         """Return the number of the tag at each character of the second rendering; -1 for other characters.
 
         Tags repeat in a conversation of more than 131,068 characters; then the one nearest to the last tag is taken.

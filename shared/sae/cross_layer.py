@@ -128,7 +128,7 @@ class CrossLayerTranscoder(Sae, architecture=ARCHITECTURE):
                     if f"{name}_{i}" in self._parameters:
                         self.get_parameter(f"{name}_{i}").mul_(norms)
 
-    def decoder_norms(self, n_targets: int | None = None) -> Float[Tensor, "d_sae n_layers"]:
+    def decoder_norms(self, n_targets: int | None = None) -> Float[Tensor, "d_sae targets"]:
         """Return the norm of each latent's decoder for each target, zero for those that it does not write."""
         n, d_sae, *_ = self.sizes
         norms = self.get_parameter("W_dec_0").new_zeros(n, d_sae, n)

@@ -205,7 +205,7 @@ class Sae(nn.Module):
 
     _repr_html_ = sae_html  # what notebooks show
 
-    def decoder_norms(self, n_targets: int = 1) -> Float[Tensor, "d_sae n_targets"]:
+    def decoder_norms(self, n_targets: int = 1) -> Float[Tensor, "d_sae targets"]:
         """Return the norm of each latent's decoder row for each of the targets, which are side by side."""
         return self.W_dec.detach().float().view(self.d_sae, n_targets, -1).norm(dim=2)
 

@@ -82,13 +82,18 @@ def test_losses_of_a_spliced_model_are_summed_without_waiting(rows, monkeypatch)
     )
     model = GPT2LMHeadModel(config).eval()
     hook_points = resolve_hook_points(model, [HOOK])
-    summed = []
+    summed, read = [], []
     monkeypatch.setattr(LossSums, "sums", lambda self, run: summed.append((run, self)) or {})
     with fake_cuda():
         to_gpu(model)
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "cpu", lambda self: SimpleNamespace(numpy=lambda: self))
-            found = accumulate_losses(model, hook_points, [evaluated(make_sae("topk", k=3))], rows, 2)
+            patch.setattr(
+                torch.Tensor,
+                "cpu",
+                lambda self: SimpleNamespace(numpy=lambda: read.append(self) or np.zeros(len(self))),
+            )
+            accumulate_losses(model, hook_points, [evaluated(make_sae("topk", k=3))], rows, 2)
     assert [run for run, _ in summed] == ["clean", "zero", "mean", "sae"]
     assert all(str(total.device) == DEVICE for _, sums in summed for total in sums._sums.values())
-    assert str(found["topk"]["n_kl"].device) == DEVICE
+    assert read
+    assert all(str(total.device) == DEVICE for total in read)

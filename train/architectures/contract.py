@@ -114,7 +114,7 @@ class StepInput:
     across: Collectives = SINGLE_PROCESS
     room: EntryCapacity | None = None
     n_dead: int | None = None
-    W_dec_compute: Float[Tensor, "n_rows d_out"] | None = None
+    W_dec_compute: Float[Tensor, "rows d_out"] | None = None
 
 
 @dataclass

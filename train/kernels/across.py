@@ -23,7 +23,7 @@ class Across:
         """Return how many rows of the whole batch come before those of this rank, which has `n_rows`."""
         return 0
 
-    def all_rows(self, *values: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "all_n ..."], ...]:
+    def all_rows(self, *values: Shaped[Tensor, "_ ..."]) -> tuple[Shaped[Tensor, "_ ..."], ...]:
         """Return values of the whole batch's rows, given those of this rank's; every rank has as many."""
         return values
 

@@ -1,6 +1,6 @@
 """The entries of a batch's latents that a selection chose, and selections in plain PyTorch.
 
-Sparse latents are CSR by row: `indices [nnz]` and `offsets [batch+1]`, where the entries of row i are
+Sparse latents are CSR by row: `indices [nnz]` and `offsets [batch_plus_1]`, where the entries of row i are
 `indices[offsets[i]:offsets[i+1]]`.
 """
 

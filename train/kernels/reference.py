@@ -157,7 +157,7 @@ def reconstruct(
     """Return each token's squared error, `g = scale * (x_hat - target)`, `g . W_dec[i]` where a value is > 0, L0."""
     residual = decode(values, indices, offsets, W_dec) + wide(b_dec) - wide(target)
     g, active = scale * residual, values > 0
-    n_active = sum_by_latent(active.int(), rows_of(offsets, len(values)), offsets, len(target)).int()
+    n_active = sum_by_latent(active.double(), rows_of(offsets, len(values)), offsets, len(target)).int()
     return residual.square().sum(1), g, grad_values(g, W_dec, indices, offsets) * active, n_active
 
 
@@ -237,7 +237,7 @@ def _adam(state: AdamState, gradient: Tensor, hyperparameters: Hyperparameters) 
 
 def begin_step(
     steps: Float[Tensor, " n"], betas: Float64[Tensor, " 2"], schedule: Float[Tensor, " 4"], n_rows: int, k: int
-) -> Int64[Tensor, " n_rows_plus_1"]:
+) -> Int64[Tensor, " rows_plus_1"]:
     """Add 1 to `steps`, all equal, and set Adam's corrections; return the offsets of `k` entries per row."""
     steps += 1
     schedule[1:3] = 1 - betas ** steps[0].double()

@@ -36,7 +36,7 @@ class DataParallel(RankCollectives):
         """Return the rows of the ranks before this one."""
         return n_rows * self.ranks.rank
 
-    def all_rows(self, *values: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "all_n ..."], ...]:
+    def all_rows(self, *values: Shaped[Tensor, "_ ..."]) -> tuple[Shaped[Tensor, "_ ..."], ...]:
         """Return the values of all ranks' rows, in order of rank, without waiting for the device."""
         return tuple(every.flatten(0, 1) for every in self.ranks.stack(*values))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 
 from ....shared.core.progress import progress as show_progress
 from ..corpus import Corpus, Firings
@@ -227,7 +227,7 @@ class RuleSearch:
                 best, found = score, [candidates[allowed[i]] for i in chosen]
         return tuple(found)
 
-    def _training_windows(self, part: Part) -> Int64[np.ndarray, " windows"]:
+    def _training_windows(self, part: Part) -> Int32[np.ndarray, " windows"]:
         """Return the windows of training rows in which a part holds; repeated where it holds several times."""
         known = self._windows.get(part.conditions)
         if known is None:

@@ -43,7 +43,7 @@ class View:
         return np.argsort(self.value, kind="stable")
 
     @cached_property
-    def _first(self) -> Int64[np.ndarray, " values_and_one"]:
+    def _first(self) -> Int64[np.ndarray, " values_plus_1"]:
         return np.searchsorted(self.value, np.arange(self.n_values + 1), sorter=self._order)
 
     def rows_with(self, value: int) -> Int64[np.ndarray, " matches"]:

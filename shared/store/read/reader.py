@@ -202,7 +202,7 @@ class ActivationStore:
         self._check_rows(start, stop)
         return self._chunks.integers(name, start, stop)
 
-    def held_out_contexts(self) -> Bool[np.ndarray, " n_contexts"]:
+    def held_out_contexts(self) -> Bool[np.ndarray, " contexts"]:
         """Return which contexts are held out."""
         return self._statistics.held_out
 
@@ -228,7 +228,7 @@ class ActivationStore:
         contexts = np.arange(start, stop) // self.context_size
         return self.row_mask(start, stop) & ~self.held_out_contexts()[contexts]
 
-    def training_rows_per_chunk(self) -> Int64[np.ndarray, " n_chunks"]:
+    def training_rows_per_chunk(self) -> Int64[np.ndarray, " chunks"]:
         """Return the number of training rows in each chunk."""
         if self._used_codes:
             rows = self._statistics.role_rows

@@ -52,7 +52,7 @@ class Layers:
         pair = layer * self.n - layer * (layer - 1) // 2 + target - layer
         return slice(pair * self.d_sae, (pair + 1) * self.d_sae)
 
-    def decoders(self, W_dec: Float[Tensor, "rows d_out"], layer: int) -> Float[Tensor, "n_targets d_sae d_out"]:
+    def decoders(self, W_dec: Float[Tensor, "rows d_out"], layer: int) -> Float[Tensor, "targets d_sae d_out"]:
         """Return a view of a layer's decoders, by target."""
         rows = slice(self.decoder(layer, layer).start, self.decoder(layer, self.n - 1).stop)
         return W_dec[rows].view(self.n - layer, self.d_sae, -1)

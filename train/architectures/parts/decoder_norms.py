@@ -34,7 +34,7 @@ class DecoderNorms:
     The sum, not the norm of the whole row, is the penalty of crosscoders (Anthropic, "Sparse crosscoders", 2024).
     """
 
-    by_target: Float[Tensor, "d_sae n_targets"]
+    by_target: Float[Tensor, "d_sae targets"]
     sums: Float[Tensor, " d_sae"]
 
     @classmethod

@@ -37,8 +37,8 @@ _MOST_CROWDED = 1 / 16
 class _Found(NamedTuple):
     """Entries by row: the rows, the number of entries in each, their latents, and rows with too many to list."""
 
-    rows: Int64[Tensor, " n_rows"]
-    counts: Int64[Tensor, " n_rows"]
+    rows: Int64[Tensor, " rows"]
+    counts: Int64[Tensor, " rows"]
     latents: Int64[Tensor, " n"]
     crowded: Int64[Tensor, " n_crowded"]
 

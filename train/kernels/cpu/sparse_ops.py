@@ -1,7 +1,7 @@
 """Products of sparse latents and dense matrices on a CPU, by `embedding_bag` and sampled products.
 
-Latents are CSR by row: `values [nnz]`, `indices [nnz]` (int64) and `offsets [batch+1]`; TopK has k entries in every
-row. Operations use the dtype of their inputs; gradients are tested in float64.
+Latents are CSR by row: `values [nnz]`, `indices [nnz]` (int64) and `offsets [batch_plus_1]`; TopK has k entries in
+every row. Operations use the dtype of their inputs; gradients are tested in float64.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def begin_kernel(
 
 def begin_step(
     steps: Float[Tensor, " n"], betas: Float64[Tensor, " 2"], schedule: Float[Tensor, " 4"], n_rows: int, k: int
-) -> Int64[Tensor, " n_rows_plus_1"]:
+) -> Int64[Tensor, " rows_plus_1"]:
     """Add 1 to `steps`, a power of two of equal numbers, set Adam's corrections; return the offsets of `k` per row."""
     offsets = torch.empty(n_rows + 1, dtype=torch.int64, device=steps.device)
     begin_kernel[(triton.cdiv(n_rows + 1, _BLOCK),)](
