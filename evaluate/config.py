@@ -80,6 +80,12 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
         bool, Meta(description="Compare decoder directions: neighbours within each SAE, matches between SAEs.")
     ] = True
     n_neighbours: Annotated[int, Meta(ge=1, description="Number of nearest decoder neighbours per latent.")] = 5
+    suite: Annotated[
+        Literal["standard", "full"],
+        Meta(
+            description="full: also both baselines, stability over seeds, the amortisation gap and first-letter probes."
+        ),
+    ] = "standard"
     baselines: Annotated[
         list[Literal["pca", "neurons"]],
         Meta(

@@ -95,7 +95,11 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
         device=device,
         store=store,
         rows=rows,
-        saes=saes + more + baseline_saes(saes, rows, config.baselines, config.block_rows, device),
+        saes=saes
+        + more
+        + baseline_saes(
+            saes, rows, ["pca", "neurons"] if config.suite == "full" else config.baselines, config.block_rows, device
+        ),
         failed=failed,
         diverged=diverged_saes(config.saes),
         notes=notes,

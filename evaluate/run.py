@@ -25,7 +25,15 @@ from .results.results import Results
 from .results.table import metrics_table, published_lines
 from .saes.names import printable
 from .saes.origin import note_lines
-from .stages import compare_with_truth, evaluate_in_model, evaluate_offline, index_features, probe, result_digests
+from .stages import (
+    compare_with_truth,
+    evaluate_in_model,
+    evaluate_offline,
+    index_features,
+    measure_suite,
+    probe,
+    result_digests,
+)
 
 
 def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any) -> MetricsRows:
@@ -57,6 +65,7 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
     evaluate_in_model(prepared, results)
     _write(results)
     probe(prepared, results)
+    measure_suite(prepared, results, firings)
     _write(results)
     with writing(output / "dictionaries.parquet"):
         (output / "dictionaries.parquet").unlink(missing_ok=True)

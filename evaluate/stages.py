@@ -29,6 +29,9 @@ from .results.provenance import provenance
 from .results.results import Results
 from .saes.digests import digest_of, sae_digest
 from .saes.sae_folders import EvaluatedSae
+from .suite.amortisation import amortisation_gap
+from .suite.first_letter import first_letter_tasks
+from .suite.stability import matched_cosines
 from .with_model.probing import sparse_probing
 from .with_model.splice_losses import accumulate_losses, per_hook_losses, run_name, splice_metrics
 
@@ -191,6 +194,26 @@ def probe(prepared: PreparedEvaluation, results: Results) -> None:
         )
         for name, values in found.items():
             results.add("probes", name, values)
+
+
+def measure_suite(prepared: PreparedEvaluation, results: Results, fired: dict[str, Fired]) -> None:
+    """Measure stability over seeds, amortisation gaps and first letters; does nothing unless `suite` is full."""
+    if prepared.config.suite != "full":
+        return
+    remaining = results.reuse_saved("suite")
+    alone = [sae for sae in remaining if sae.hook_point == sae.target and sae.sae.wiring_kind == "sae"]
+    repeated = [sae for sae in results.saes if not sae.is_cross_layer and sae.made_as is None]
+    found: dict[str, dict[str, Any]] = dict(matched_cosines(repeated, fired))
+    for sae in alone:
+        found[sae.name] = found.get(sae.name, {}) | amortisation_gap(sae, prepared.rows, prepared.device)
+    if prepared.tokenizer is not None:
+        part = prepared.rows.subset(prepared.config.model_rows)
+        tasks = first_letter_tasks(part, prepared.tokenizer, prepared.config.seed)
+        for name, values in sparse_probing(remaining, part, prepared.config, tasks).items() if tasks else ():
+            letters = {key.replace("probe_", "first_letter_", 1): value for key, value in values.items()}
+            found[name] = found.get(name, {}) | letters
+    for sae in remaining:
+        results.add("suite", sae.name, found.get(sae.name, {}))
 
 
 def index_features(prepared: PreparedEvaluation, results: Results) -> dict[str, FeatureIndex] | None:

@@ -64,6 +64,7 @@ FLOORS = [
     "evaluate/ground_truth",
     "evaluate/with_model",
     "evaluate/features",
+    "evaluate/suite",
     "evaluate/results",
     "evaluate/report",
     "evaluate/causal",

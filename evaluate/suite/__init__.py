@@ -1,0 +1,1 @@
+"""What follows from latents being features, where the truth is not known: `suite = "full"`."""

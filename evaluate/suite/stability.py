@@ -1,0 +1,51 @@
+"""Stability: whether SAEs that differ only in their seed find the same directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..metrics.comparison import Fired, pair_kind
+from ..metrics.dictionary import best_matches, decoder_directions, live
+from ..saes.sae_folders import EvaluatedSae
+
+WIDEST_ASSIGNMENT = 8192
+"""Up to this many latents, directions are matched one to one; beyond, each with its nearest."""
+
+
+@torch.no_grad()
+def matched_cosines(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fired]) -> dict[str, dict[str, float | int]]:
+    """Return, by name, the mean cosine of an SAE's live directions with the matched ones of its repetitions.
+
+    Repetitions have the same hook point and settings, but for the seed. Directions are matched one to one so that the
+    sum of cosines is largest; those without a partner, because fewer are live in the other SAE, count as zero. SAEs
+    without repetitions are left out.
+    """
+    settings = {sae.name: {**sae.sae.config, **sae.description()} for sae in saes}
+    live_directions = {sae.name: live(decoder_directions(sae.sae), latents[sae.name].firings) for sae in saes}
+    found: dict[str, dict[str, float | int]] = {}
+    for sae in saes:
+        others = [
+            other
+            for other in saes
+            if other is not sae
+            and other.target == sae.target
+            and pair_kind(settings[sae.name], settings[other.name]) == "seeds"
+        ]
+        if others and len(live_directions[sae.name]):
+            values = [_matched(live_directions[sae.name], live_directions[other.name]) for other in others]
+            found[sae.name] = {"seed_stability": sum(values) / len(values), "repetitions": len(others)}
+    return found
+
+
+def _matched(a: torch.Tensor, b: torch.Tensor) -> float:
+    if not len(b):
+        return 0.0
+    if max(len(a), len(b)) > WIDEST_ASSIGNMENT:
+        return float(best_matches(a, b)[0].mean())
+    from scipy.optimize import linear_sum_assignment
+
+    cosine = (a @ b.T).cpu().numpy()
+    rows, columns = linear_sum_assignment(cosine, maximize=True)
+    return float(cosine[rows, columns].sum()) / len(a)
