@@ -47,7 +47,8 @@ step() { # step NAME SECONDS LOG COMMAND...
 }
 
 # Links to this source are the package, whether or not one is installed.
-ln -s "$PWD"/thresher/*.py "$PWD/shared" "$PWD/harvest" "$PWD/train" "$PWD/evaluate" "$OUT/site/thresher/"
+for part in configs models shared harvest train evaluate; do ln -s "$PWD/$part" "$OUT/site/thresher/"; done
+ln -s "$PWD"/thresher/*.py "$OUT/site/thresher/"
 if [ -n "$WHEELS" ]; then
   # One by one, so that a wheel for another Python costs itself only.
   for wheel in "$WHEELS"/*.whl; do
