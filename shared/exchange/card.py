@@ -16,6 +16,7 @@ from ..core.errors import MissingFileError, SaeError, ThresherError
 from ..core.version import thresher_version
 from ..sae import Sae
 from ..sae.formats.files import WEIGHTS_NAME
+from ..sae.formats.saelens_keys import SAELENS_ARCHITECTURES
 from ..store import ActivationStore
 from .describe import selection, sizes_in_words
 
@@ -146,7 +147,7 @@ def _measured_how(saes: Sequence[CardSae], rows: Mapping[str, Mapping[str, Any]]
 def _snippets(repository: str, first: CardSae) -> str:
     thresher = f'from thresher import Sae\n\nsae = Sae.load("hf://{repository}/{first.name}")\nlatents = sae.encode(x)'
     text = f"```python\n{thresher}  # x: [rows, {first.sae.d_in}], activations as the model computes them\n```"
-    if first.sae.wiring_kind in ("sae", "transcoder"):
+    if first.sae.architecture in SAELENS_ARCHITECTURES:
         text += (
             f'\n\n```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{first.name}")\n```'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -38,6 +39,32 @@ def subtracting_b_dec(parts: SaeParts, wanted: bool) -> SaeParts:
         tensors["b_gate"] = tensors["b_gate"].float() + shift
         tensors["b_mag"] = tensors["b_mag"].float() + shift * tensors["r_mag"].float().exp()
     return replace(parts, tensors=tensors, config=parts.config | {"apply_b_dec_to_input": wanted})
+
+
+def fold_whitening(
+    tensors: Mapping[str, Tensor], whitening: Mapping[str, Tensor], subtracts: bool, where: str
+) -> dict[str, Tensor]:
+    """Return an SAE of rows `(x - mean) matrix`, whose output is `y inverse_matrix + mean`, as one of rows `x`.
+
+    With `b_dec` subtracted from the input, its new value takes the mean away too.
+
+    Raises:
+        SaeError: the whitening is not of such rows.
+    """
+    d = len(tensors["W_enc"])
+    shapes = {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)}
+    if {name: tuple(tensor.shape) for name, tensor in whitening.items()} != shapes or tensors["W_dec"].shape[1] != d:
+        raise SaeError(f"{where} is damaged: its whitening is not of rows of {d} channels that it reads and writes")
+    mean, matrix, inverse = (whitening[name].double() for name in shapes)
+    W_enc = matrix @ tensors["W_enc"].double()
+    changed = {"W_enc": W_enc, "W_dec": tensors["W_dec"].double() @ inverse}
+    changed["b_dec"] = tensors["b_dec"].double() @ inverse + mean
+    shift = torch.zeros_like(W_enc[0]) if subtracts else mean @ W_enc
+    for name in ("b_enc", "b_gate", "b_mag"):
+        if name in tensors:
+            gain = tensors["r_mag"].double().exp() if name == "b_mag" else 1
+            changed[name] = tensors[name].double() - shift * gain
+    return dict(tensors) | {name: tensor.to(tensors[name].dtype) for name, tensor in changed.items()}
 
 
 def split_signs(parts: SaeParts) -> SaeParts:

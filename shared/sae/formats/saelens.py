@@ -18,6 +18,7 @@ from torch import Tensor
 from ...core.errors import SaeError
 from ...model.hook_points import canonical_hook_point
 from .files import CONFIG_NAME, WEIGHTS_NAME, saelens_config, write_folder
+from .folding import fold_whitening
 from .format import SaeFormat, folders
 from .kinds import PURSUIT, ROW_NORMALIZATIONS, Kind, find_kind
 from .parts import SaeParts, check_known, check_tensors, check_top_k, flag, integer, mapping, text
@@ -32,6 +33,8 @@ _OF_OTHER_FUNCTION = {
     "matryoshka_batchtopk": "a checkpoint of training that SAELens saves as jumprelu when training ends",
 }
 """SAELens's architectures that no `Kind` computes, and why."""
+_SCALER, _WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+"""Files beside a checkpoint of training, with the factor or the affine map that training folds at its end."""
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -70,7 +73,7 @@ def read(folder: Path, stated: Mapping[str, Any] | None = None) -> SaeParts:
     known += ("d_out",) if saved.get("d_out") == saved.get("d_in") else ()
     check_known(saved, known, where)
     metadata = _joined_metadata(saved, metadata, where)
-    factor = _norm_factor(saved, stated, kind)
+    scaling = _scaling(folder, saved, stated, kind, where)
     config = _config(saved, architecture, metadata, old, where)
     tensors = _rescaled(saved, config, read_safetensors(folder / WEIGHTS_NAME, where), where)
     d_in, d_sae = integer(saved, "d_in", where), integer(saved, "d_sae", where)
@@ -85,9 +88,15 @@ def read(folder: Path, stated: Mapping[str, Any] | None = None) -> SaeParts:
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
     folded: tuple[str, ...] = ()
-    if factor is not None:
-        tensors |= {"W_enc": tensors["W_enc"] * factor} | {n: tensors[n] / factor for n in ("W_dec", "b_dec")}
-        folded = (f"the factor {factor:.4g} of what is read, which SAELens's registry states",)
+    if isinstance(scaling, float):
+        tensors |= {"W_enc": tensors["W_enc"] * scaling} | {n: tensors[n] / scaling for n in ("W_dec", "b_dec")}
+        said = "which SAELens's registry states" if "norm_scaling_factor" in stated else f"of {_SCALER}"
+        folded = (f"the factor {scaling:.4g} of what is read, {said}",)
+    elif isinstance(scaling, dict):
+        if config.get("rescale_acts_by_decoder_norm"):
+            raise SaeError(f"{where} chooses by decoder norms, which whitening changes: fold it with SAELens first")
+        tensors = fold_whitening(tensors, scaling, config["apply_b_dec_to_input"], where)
+        folded = (f"the whitening of what is read, of {_WHITENING}",)
     return SaeParts(
         architecture,
         tensors,
@@ -103,13 +112,28 @@ def _noted(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in own.items() if key in config or key not in _DECIDED_ABOVE}
 
 
-def _norm_factor(saved: dict[str, Any], stated: Mapping[str, Any], kind: Kind) -> float | None:
-    """Return the factor by which rows are scaled, if a registry says it, and set the configuration to `none`."""
-    factor = stated.get("norm_scaling_factor")
-    if factor is None or kind.is_tied or saved.get("normalize_activations") not in (True, "expected_average_only_in"):
+def _scaling(
+    folder: Path, saved: dict[str, Any], stated: Mapping[str, Any], kind: Kind, where: str
+) -> float | dict[str, Tensor] | None:
+    """Return the factor by which rows are scaled, or how they are whitened, and set the configuration to `none`.
+
+    A registry says the factor, or a file beside a checkpoint of training. None if nothing does, or need not.
+    """
+    normalization, found = saved.get("normalize_activations"), None
+    if kind.is_tied or kind.wiring == "crosscoder":
         return None
-    saved["normalize_activations"] = "none"
-    return float(factor)
+    if normalization in (True, "expected_average_only_in"):
+        found = stated.get("norm_scaling_factor")
+        if found is None and (folder / _SCALER).is_file():
+            found = read_json(folder / _SCALER, where).get("scaling_factor")
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int | float) or not found > 0):
+            raise SaeError(f"{where} has scaling_factor {found!r}, expected a number above 0")
+        found = None if found is None else float(found)
+    elif normalization == "covariance_whitening" and (folder / _WHITENING).is_file():
+        found = read_safetensors(folder / _WHITENING, where)
+    if found is not None:
+        saved["normalize_activations"] = "none"
+    return found
 
 
 def _with_new_names(saved: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,5 +1,11 @@
 """The keys of SAELens's `cfg.json`, of every version: an allow-list, for a key that is not here is refused."""
 
+SAELENS_ARCHITECTURES = (
+    *("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"),
+    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+)
+"""The architectures of ours that SAELens loads."""
+
 RENAMED = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from thresher.shared.core.errors import ConfigError, SaeError
 from thresher.shared.hub.address import HubAddress, is_hub_address, parse_address, repository_address
@@ -64,6 +66,22 @@ def test_a_release_is_found_by_its_name(end, registry):
     figures = {"l0": 82, "explained_variance": 0.79} if end != "canonical" else {"l0": 82}
     assert release.metadata["published"] == figures
     assert release.metadata["model_name"] == "gemma-2-2b"
+    assert "sae_lens" not in sys.modules
+
+
+@pytest.mark.peers
+def test_the_registry_of_the_installed_saelens_is_read_without_importing_it(monkeypatch):
+    (file,) = Path(__file__).parents[3].glob(".venv-peers/lib/python3*/site-packages/sae_lens/pretrained_saes.yaml")
+    monkeypatch.setattr(sys, "path", [str(file.parents[1]), *sys.path])
+    whole = yaml.load(file.read_text(), Loader=yaml.CSafeLoader)
+    for release in list(whole)[::12]:
+        first, last = whole[release]["saes"][0], whole[release]["saes"][-1]
+        for sae in (first, last):
+            found = find_release(f"{release}/{sae['id']}")
+            assert found.address == HubAddress(whole[release]["repo_id"], sae["path"])
+            assert found.metadata["model_name"] == whole[release]["model"]
+    address = find_release("gemma-scope-2b-pt-res/layer_12/width_16k/canonical").address
+    assert address.path.startswith("layer_12/width_16k/average_l0_")
     assert "sae_lens" not in sys.modules
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thresher.shared import Sae
+from thresher.shared.core.errors import SaeError
 
 SCRIPT = """
 import sys, torch
@@ -65,6 +66,42 @@ for name, (cls, config_cls) in SAE_TRAINING_CLASS_REGISTRY.items():
 save_file({key: value.to_dense().contiguous() for key, value in out.items()}, root / "out.safetensors")
 """
 
+CHECKPOINTS = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.activation_scaler import ActivationScaler
+root = Path(sys.argv[1])
+torch.manual_seed(0)
+x = torch.randn(400, 12) @ torch.randn(12, 12) + 3 * torch.randn(12)
+out = {"x": x}
+for name in ("standard", "gated", "topk", "jumprelu"):
+    for kind in ("expected_average_only_in", "covariance_whitening"):
+        for subtracts in (True, False):
+            cls, config_cls = get_sae_training_class(name)
+            config = config_cls(d_in=12, d_sae=30, normalize_activations=kind, apply_b_dec_to_input=subtracts,
+                                **({"k": 4, "rescale_acts_by_decoder_norm": False} if name == "topk" else {}))
+            sae = cls(config)
+            for tensor in sae.parameters():
+                tensor.data = torch.randn_like(tensor) * 0.4
+            if name == "jumprelu":  # below zero, training would let latents be negative, unlike SAELens's inference
+                sae.threshold.data.abs_()
+            sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+            scaler = ActivationScaler()
+            if kind == "covariance_whitening":
+                scaler.estimate_whitening(12, iter([x]), 1)
+            else:
+                scaler.estimate_scaling_factor(12, iter([x]), 1)
+            folder = root / f"{name} {kind} {subtracts}"
+            sae.save_model(folder)
+            scaler.save(str(folder / "activation_scaler.json"))
+            with torch.no_grad():
+                out[folder.name + ".latents"] = sae.encode(scaler(x))
+                out[folder.name] = scaler.unscale(sae.decode(sae.encode(scaler(x))))
+save_file({key: value.to_dense().contiguous() for key, value in out.items()}, root / "out.safetensors")
+"""
+
 KINDS = {
     "standard": ({}, "StandardSAE"),
     "topk": ({"k": 5}, "TopKSAE"),
@@ -111,3 +148,21 @@ def test_what_every_class_of_saelens_writes_is_read(tmp_path, run_peers):
         for value, expected in ((sae.encode(x), theirs[f"{name}.latents"]), (sae(x), theirs[name])):
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=name)
         assert sae.hook_point == "blocks.1.resid_post"
+
+
+def test_the_scaling_beside_checkpoints_is_folded(tmp_path, run_peers):
+    """A factor and a whitening, estimated and saved by SAELens, which gives its latents of scaled rows."""
+    run_peers("-c", CHECKPOINTS, tmp_path)
+    theirs = load_file(tmp_path / "out.safetensors")
+    x = theirs.pop("x")
+    names = [name for name in theirs if not name.endswith(".latents")]
+    assert len(names) == 16
+    for name in names:
+        sae = Sae.load(tmp_path / name)
+        assert ("whitening" in sae.folded[0]) == ("whitening" in name)
+        for value, expected in ((sae.encode(x), theirs[f"{name}.latents"]), (sae(x), theirs[name])):
+            assert (value - expected).norm() < 1e-4 * expected.norm(), name
+    folder = tmp_path / "gated covariance_whitening True"
+    (folder / "activation_whitening.safetensors").unlink()
+    with pytest.raises(SaeError, match="covariance_whitening"):
+        Sae.load(folder)

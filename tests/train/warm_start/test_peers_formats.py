@@ -32,9 +32,11 @@ def shaken(module):
     for tensor in module.parameters():
         tensor.data += 0.2 * torch.randn_like(tensor)
     return module
-coder = shaken(SparseCoder(12, SparseCoderConfig(num_latents=30, k=4)))
-coder.save_to_disk(root / "sparsify")
-out["sparsify"] = coder(x).sae_out.detach()
+for name, kinds in (("sae", {}), ("transcoder", {"transcode": True}),
+                    ("skip transcoder", {"transcode": True, "skip_connection": True})):
+    coder = shaken(SparseCoder(12, SparseCoderConfig(num_latents=30, k=4, **kinds)))
+    coder.save_to_disk(root / ("sparsify " + name))
+    out["sparsify " + name] = coder(x).sae_out.detach()
 common = {"steps": 9000, "activation_dim": 12, "dict_size": 30, "layer": 1, "lm_name": "m", "device": "cpu", "seed": 0}
 annealed = common | {"sparsity_function": "Lp^p", "sparsity_queue_length": 2}
 trainers = {
@@ -63,7 +65,7 @@ def test_peers_saes_compute_the_same_here(tmp_path, run_peers):
     run_peers("-c", SCRIPT, tmp_path)
     theirs = load_file(tmp_path / "out.safetensors")
     x = theirs.pop("x")
-    assert len(theirs) == 1 + 2 * 10
+    assert len(theirs) == 3 + 2 * 10
     for name, expected in theirs.items():
         folder, _, latents = name.partition(".")
         sae = read_trained_sae(tmp_path / folder)

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from thresher.shared.core.errors import ThresherError
 from thresher.shared.sae import Sae
@@ -20,6 +22,12 @@ SAES = {
     "llamascopium clt": ("clt", "config.json"),
     "gemma-scope-2 clt": ("clt", "config.json"),
     "circuit-tracer clt": ("clt", "config.yaml"),
+}
+UNKNOWN = SAES | {
+    "saelens": ("jumprelu", "cfg.json"),
+    "dictionary_learning": ("jumprelu", "config.json"),
+    "gemma-scope": ("jumprelu", None),
+    "thresher clt": ("clt", "cfg.json"),
 }
 CHANGES_FUNCTION = (
     "k",
@@ -48,6 +56,34 @@ def load(path):
 
 def dump(path, config):
     path.write_text(yaml.safe_dump(config) if path.suffix == ".yaml" else json.dumps(config))
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_may_change_the_function_and_is_not_known_is_named(name, make_sae, make_cross_layer, tmp_path):
+    architecture, config_name = UNKNOWN[name]
+    sae = make_cross_layer() if architecture == "clt" else make_sae(architecture)
+    folder = sae.save(tmp_path / "clt" / "sae", name.split()[0])
+    path = find_saes(folder)[0][1]
+    assert Sae.load(path).d_in == sae.d_in
+    if config_name:
+        config = load(folder / config_name)
+        nested = [config, *(value for value in config.values() if isinstance(value, dict))]
+        for place in nested if name == "dictionary_learning" else nested[:1]:
+            place["a_new_gate"] = 2.5
+            dump(folder / config_name, config)
+            with pytest.raises(ThresherError, match=r"a_new_gate = 2\.5, which this version does not know"):
+                Sae.load(path)
+            del place["a_new_gate"]
+        dump(folder / config_name, config)
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        tensors = load_file(file)
+        save_file(tensors | {"a_new_gate": torch.ones(3)}, file)
+    for file in folder.glob("*.npz"):
+        np.savez(file, **dict(np.load(file)), a_new_gate=np.ones(3))
+    for file in folder.glob("ae.pt"):
+        torch.save(torch.load(file, weights_only=True) | {"a_new_gate": torch.ones(3)}, file)
+    with pytest.raises(ThresherError, match="a_new_gate"):
+        Sae.load(path)
 
 
 def test_a_malformed_configuration_gives_an_error_of_ours_or_the_same_sae(written, rows):

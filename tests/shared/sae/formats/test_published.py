@@ -302,6 +302,21 @@ def test_circuit_tracer_thresholds_below_zero_are_refused(make_sae, tmp_path):
         Sae.load(folder / "layer_9.safetensors")
 
 
+def test_circuit_tracer_topk_is_read(rows, make_sae, tmp_path):
+    folder, x = make_sae("transcoder").save(tmp_path / "set", "circuit-tracer"), rows()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    t = {name: tensor.double() for name, tensor in load_file(folder / "layer_4.safetensors").items()}
+    pre_acts = x.double() @ t["W_enc"].T + t["b_enc"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"activation": "topk", "k": 3}))
+    sae = Sae.load(folder / "layer_4.safetensors")
+    latents = pre_acts.relu() * (pre_acts >= pre_acts.topk(3).values[:, -1:])
+    close(sae.encode(x), latents)
+    close(sae(x), latents @ t["W_dec"] + t["b_dec"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"activation": "topk"}))
+    with pytest.raises(SaeError, match="has k None, expected a whole number"):
+        Sae.load(folder / "layer_4.safetensors")
+
+
 def test_qwen_scope_has_its_k_in_its_name(rows, tmp_path):
     tensors, x = gemma(), rows()
     saved = {"W_enc": tensors["W_enc"].T, "W_dec": tensors["W_dec"].T} | {n: tensors[n] for n in ("b_enc", "b_dec")}
