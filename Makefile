@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo microscope demo-real text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers synth-16k clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers synth-16k clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -80,15 +80,7 @@ test-real: $(SMOLLM2) $(GEMMA)  ## run the tests on two real language models, of
 test-gpu: $(READY)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-gpu-package: $(READY)  ## build the wheel and the source distribution in dist, and check their metadata
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
-	rm -rf dist && $(BIN)/python -m build --outdir dist .
-	$(BIN)/python -m twine check --strict dist/*
-
-test-package: package  ## install the wheel into an empty environment, and run the demo with it in an empty folder
-	bash tools/check_package.sh dist/thresher-*.whl $(PYTHON)
-
-check: $(READY)  ## check the kernels, training and their speed on a GPU in ten minutes; prints a page
+gpu-check: $(READY)  ## check the kernels, training and their speed on a GPU in ten minutes; prints a page
 	PY=$(BIN)/python bash tools/gpu_check.sh
 
 OLDEST_TRITON := .venv-gpu-versions

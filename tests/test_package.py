@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -71,3 +72,11 @@ def test_the_demo_stops_at_a_stage_that_fails_and_keeps_a_changed_configuration(
     assert "is missing" in done.stderr
     assert config.read_text() == "tokens = 0\n"
     assert list(tmp_path.rglob("*.toml")) == [config]
+
+
+def test_every_target_of_make_is_defined_once_and_runs_always():
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z][a-z0-9-]*):", text, flags=re.MULTILINE)
+    assert len(targets) == len(set(targets))
+    phony = " ".join(re.findall(r"^\.PHONY:(.*)$", text, flags=re.MULTILINE)).split()
+    assert sorted(phony) == sorted(targets)

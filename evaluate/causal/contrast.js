@@ -30,9 +30,16 @@ document.getElementById("contrast").append(
 
 const chart = document.getElementById("effects");
 drawResponsive(chart, (width, height) => {
-  const root = svg("svg", { width, height, role: "img", "aria-label": "Effect of ablation, one pair of dots for each latent" });
+  const root = svg("svg", {
+    width,
+    height,
+    role: "img",
+    "aria-label": "Effect of ablation, one pair of dots for each latent",
+  });
   const frame = { left: 0, right: width - 12, top: 12, bottom: height - 62 };
-  const values = found.rows.flatMap((row) => ["a", "b"].flatMap((side) => [row[`effect_${side}`], row[`effect_${side}_low`], row[`effect_${side}_high`]]));
+  const values = found.rows.flatMap((row) =>
+    ["a", "b"].flatMap((side) => [row[`effect_${side}`], row[`effect_${side}_low`], row[`effect_${side}_high`]])
+  );
   const y = makeScale([...values, 0], frame.bottom, frame.top);
   frame.left = leftMargin(y);
   const step = (frame.right - frame.left) / found.rows.length;
@@ -42,15 +49,40 @@ drawResponsive(chart, (width, height) => {
   root.append(svg("line", { class: "base", x1: frame.left, x2: frame.right, y1: y(0), y2: y(0) }));
   const every = Math.ceil(44 / step);
   found.rows.forEach((row, i) => {
-    if (i % every === 0)
+    if (i % every === 0) {
       root.append(svg("text", { "text-anchor": "middle", x: x(i + 0.5), y: frame.bottom + 20 }, `${row.latent}`));
+    }
     ["a", "b"].forEach((side, which) => {
       const at = x(i + 0.5) + (which ? 1 : -1) * Math.min(5, step / 5);
       const colour = `var(--a${which})`;
-      if (isNumber(row[`effect_${side}_low`]))
-        root.append(svg("line", { class: "bar-of-a", x1: at, x2: at, y1: y(row[`effect_${side}_low`]), y2: y(row[`effect_${side}_high`]), stroke: colour }));
-      const dot = svg("circle", { cx: at, cy: y(row[`effect_${side}`]), r: Math.min(4.5, step / 4), stroke: colour, "stroke-width": 1.75, fill: which ? "var(--card)" : colour, tabindex: 0 });
-      describe(dot, () => `latent ${name(row)}\nAUC ${row.auc.toFixed(3)}\neffect in ${side} ${formatNumber(row[`effect_${side}`])}\n${within(row, side)}`);
+      if (isNumber(row[`effect_${side}_low`])) {
+        root.append(
+          svg("line", {
+            class: "bar-of-a",
+            x1: at,
+            x2: at,
+            y1: y(row[`effect_${side}_low`]),
+            y2: y(row[`effect_${side}_high`]),
+            stroke: colour,
+          }),
+        );
+      }
+      const dot = svg("circle", {
+        cx: at,
+        cy: y(row[`effect_${side}`]),
+        r: Math.min(4.5, step / 4),
+        stroke: colour,
+        "stroke-width": 1.75,
+        fill: which ? "var(--card)" : colour,
+        tabindex: 0,
+      });
+      describe(
+        dot,
+        () =>
+          `latent ${name(row)}\nAUC ${row.auc.toFixed(3)}\neffect in ${side} ${formatNumber(row[`effect_${side}`])}\n${
+            within(row, side)
+          }`,
+      );
       root.append(dot);
     });
   });
