@@ -12,9 +12,10 @@ import pyarrow as pa
 from ...shared.core.disk import write_file
 from ...shared.core.errors import ConfigError, DataError, HookPointError
 from ...shared.core.paths import user_path
-from ...shared.intervene.edits import Add
+from ...shared.intervene.edits import Add, Edit
 from ...shared.intervene.metrics import LogitDifference, LogProbability
 from ...shared.intervene.sae_model import SaeModel
+from ...shared.intervene.spliced_model import Target
 from ...shared.intervene.texts import one_token
 from ..features.token_text import TokenTexts
 from ..results.output import parquet_bytes
@@ -61,7 +62,7 @@ def steer(config: SteerConfig) -> SteeringCurve:
     write_file(output / "texts.parquet", parquet_bytes(pa.Table.from_pylist(curve.texts)))
     if config.lm_eval:
         for strength in dict.fromkeys(config.strengths):
-            edits = {(hook_point, config.latent): Add(strength, unit=config.unit)}
+            edits: dict[Target, Edit] = {(hook_point, config.latent): Add(strength, unit=config.unit)}
             write_lm_eval(lm, edits, output / f"strength-{strength:g}.pt")
     title = f"Steering latent {config.latent} at {hook_point}"
     page = write_page(output / "steering.html", "steering", title, config.model, found | {"texts": curve.texts})
