@@ -161,8 +161,9 @@ def _start(
     def generate(tokens: np.ndarray) -> list[Path]:
         outputs = engine.generate([{"prompt_token_ids": row.tolist()} for row in tokens], once, use_tqdm=False)
         paths = [(output.kv_transfer_params or {}).get("hidden_states_path") for output in outputs]
-        if None in paths:
+        found = [Path(path) for path in paths if path is not None]
+        if len(found) < len(paths):
             raise ModelError("vLLM returned no hidden states for a context; its version may not support the model")
-        return [Path(path) for path in paths]
+        return found
 
     return generate, getattr(connector, "load_hidden_states", lambda path: None)
