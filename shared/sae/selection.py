@@ -37,7 +37,7 @@ def largest(
     count = np.bincount(row, minlength=batch)
     if count.min() < k:
         return pre_acts.topk(k, dim=-1, sorted=False)
-    place = np.arange(len(row)) + np.repeat(np.arange(batch) * count.max() - np.cumsum(count) + count, count)
+    place = _places(count, int(count.max()))
     flat = torch.from_numpy(candidates)
     padded = pre_acts.new_full((batch, int(count.max())), -torch.inf)
     latents = torch.zeros(padded.shape, dtype=torch.int64)
@@ -50,7 +50,31 @@ def largest(
 def active_entries(
     latents: Float[Tensor, "batch d_sae"],
 ) -> tuple[Float[Tensor, "batch m"], Int64[Tensor, "batch m"]]:
-    """Return the active latents of each row and their indices, padded with zeros to the widest row, at least one."""
-    widest = int((latents > 0).sum(dim=-1).max()) if len(latents) else 0
-    found = latents.topk(max(widest, 1), dim=-1, sorted=False)
-    return found.values, found.indices
+    """Return the latents of each row that are not zero and their indices, padded to the widest row, at least one.
+
+    A row's indices are distinct: padding is zeros at latents that are not active. NaN is not zero.
+    """
+    batch, d_sae = latents.shape
+    active = latents.detach() != 0
+    if latents.device.type != "cpu" or not batch:
+        widest = int(active.sum(dim=-1).max()) if batch else 0
+        indices = active.to(torch.uint8).topk(max(widest, 1), dim=-1, sorted=False).indices
+        return latents.gather(1, indices), indices
+    flags = active.numpy()
+    found = np.flatnonzero(flags)
+    row = found // d_sae
+    count = np.bincount(row, minlength=batch)
+    width = max(int(count.max()), 1)
+    idle = ~flags[:, :width]  # at least as many as a row lacks
+    filled = np.zeros((batch, width), dtype=bool)
+    filled.reshape(-1)[_places(count, width)] = True
+    padded = np.empty((batch, width), dtype=np.int64)
+    padded[filled] = found - row * d_sae
+    padded[~filled] = np.nonzero(idle & (idle.cumsum(axis=1) <= (width - count)[:, None]))[1]
+    indices = torch.from_numpy(padded)
+    return latents.gather(1, indices), indices
+
+
+def _places(count: np.ndarray, width: int) -> np.ndarray:
+    """Return where the entries of rows go in a flat array with `width` places per row, from the entries per row."""
+    return np.arange(count.sum()) + np.repeat(np.arange(len(count)) * width - np.cumsum(count) + count, count)

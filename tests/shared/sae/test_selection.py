@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from thresher.shared.sae import Sae
-from thresher.shared.sae.selection import largest
+from thresher.shared.sae.selection import active_entries, largest
 
 
 def check(pre_acts, k):
@@ -66,3 +66,26 @@ def test_sparse_and_dense_encoding_agree():
     top_acts, top_indices = sae.encode_sparse(x)
     dense = torch.zeros(50, 600).scatter_(1, top_indices, top_acts)
     torch.testing.assert_close(dense, sae.encode(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 0.97, 1.0])
+def test_active_entries_are_those_that_are_not_zero_and_indices_are_distinct(density):
+    latents = torch.relu(torch.rand(64, 9, generator=torch.Generator().manual_seed(0)) + density - 1)
+    acts, indices = active_entries(latents)
+    assert indices.shape[1] == max(1, int((latents > 0).sum(1).max()))
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
+    restored = np.zeros((64, 9), dtype=np.float32)
+    for row in range(64):
+        for act, index in zip(acts[row].tolist(), indices[row].tolist(), strict=True):
+            restored[row, index] = act
+    assert np.array_equal(restored, latents.numpy())
+
+
+def test_active_entries_keep_nan_gradients_and_empty_batches():
+    latents = torch.tensor([[0.0, torch.nan, 0.0], [2.0, 0.0, 3.0]], requires_grad=True)
+    acts, _ = active_entries(latents)
+    assert acts[0].isnan().any()
+    acts[1].sum().backward()
+    assert latents.grad is not None
+    assert latents.grad[1].tolist() == [1.0, 0.0, 1.0]
+    assert active_entries(torch.zeros(0, 3))[1].shape == (0, 1)
