@@ -74,7 +74,12 @@ test: $(READY)  ## run the test suite
 test-long: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-test-real: $(SMOLLM2) $(GEMMA)  ## run the tests on two real language models, of 93 and 245 MB
+SERVER := $(VENV)/.server-ready
+$(SERVER): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt fastapi==0.165.0
+	touch $@
+
+test-real: $(SMOLLM2) $(GEMMA) $(SERVER)  ## run the tests on two real language models, of 93 and 245 MB
 	$(BIN)/python -m pytest -m real $(ARGS)
 
 test-gpu: $(READY)  ## run the tests that need a GPU
