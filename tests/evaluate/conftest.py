@@ -10,7 +10,7 @@ import torch
 
 from thresher.shared.sae import Sae
 
-from .chromium import Browser
+from .chromium import CHROMIUM, SWITCHES, TIMEOUT, Tab
 
 HOOKS = ("blocks.0.resid_post", "blocks.1.resid_post")
 D, CONTEXT, VOCABULARY, N_CONTEXTS = 16, 12, 50, 40
@@ -102,9 +102,20 @@ def sweep(tiny):
     return folder
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """A tab of headless Chromium."""
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium, driven by Playwright, whose event loop runs in this thread until the module ends."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    sync_api.expect.set_options(timeout=TIMEOUT)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """A tab of Chromium."""
+    return Tab(chromium)

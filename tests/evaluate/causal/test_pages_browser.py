@@ -13,9 +13,7 @@ from thresher.evaluate.causal import attribute_command, contrast_command, steer_
 from thresher.evaluate.circuits import graph_command
 from thresher.shared.sae import Sae
 
-from ..chromium import NEEDS_CHROMIUM
-
-pytestmark = NEEDS_CHROMIUM
+pytestmark = pytest.mark.xdist_group("chromium")
 MODEL = Path(__file__).parents[3] / "models" / "stdlib-lm"
 KINDS = ("attribution", "steering", "contrast", "graph")
 TEXT = "def read(path):\n\twith open(path) as"
@@ -93,7 +91,7 @@ def test_a_token_shows_its_latents_alone(page, folder):
     position = rows[0]["position"]
     token = f"document.querySelectorAll('#tokens button')[{position}]"
     browser.evaluate(f"{token}.focus()")
-    browser.press("Enter", 13, "\r")
+    browser.press("Enter")
     browser.wait(f"{token}.ariaPressed === 'true'")
     mine = [row for row in rows if row["position"] == position]
     shown = [f"{row['hook_point']} {row['latent']}" for row in mine]
@@ -103,7 +101,7 @@ def test_a_token_shows_its_latents_alone(page, folder):
     assert [text != "\u2013" for text in browser.texts("#latents td:nth-child(5)")] == [
         r["ablation"] is not None for r in mine
     ]
-    browser.press("Enter", 13, "\r")
+    browser.press("Enter")
     browser.wait(f"{token}.ariaPressed === 'false'")
     assert len(browser.texts("#latents tr")) == 60
     assert browser.faults == []
@@ -122,7 +120,7 @@ def test_a_strength_shows_its_texts_and_a_dot_its_value(page, folder):
         expected = [text["prompt"] for text in texts if text["strength"] == strength]
         assert browser.texts("#texts .context-head") == expected
     browser.evaluate("document.querySelector('#curves .dot').focus()")
-    browser.press("Tab", 9)
+    browser.press("Tab")
     (point,) = (p for p in found["points"] if p["strength"] == 20 and not p["is_random"])
     lines = browser.texts("#tooltip")[0].split("\n")
     assert lines[0] == "strength 20"
@@ -136,7 +134,7 @@ def test_the_contrast_lists_what_was_found_and_confirmed(page, folder):
     assert browser.texts("#contrast th") == [f"{row['hook_point']} {row['latent']}" for row in rows]
     browser.wait("document.querySelectorAll('#effects circle').length === 12")
     browser.evaluate("document.querySelector('#contrast td[tabindex]').focus()")
-    browser.press("Tab", 9)
+    browser.press("Tab")
     assert browser.texts("#tooltip")[0].startswith("95% interval")
     assert browser.faults == []
 
@@ -152,11 +150,11 @@ def test_the_keyboard_moves_in_the_graph_and_edges_lead_to_their_nodes(page, fol
     weights = [number(text) for text in browser.texts("#from .weight")]
     assert weights == pytest.approx([edge["weight"] for edge in edges[:20]], rel=1e-3)
     browser.evaluate("document.querySelector('#graph .chosen').focus()")
-    browser.press("ArrowDown", 40)
+    browser.press("ArrowDown")
     lower = browser.evaluate(chosen)
     assert lower != logit
     assert browser.evaluate("document.activeElement.dataset.node") == lower
-    browser.press("ArrowUp", 38)
+    browser.press("ArrowUp")
     assert browser.evaluate(f"{chosen} !== {json.dumps(lower)}")
     browser.evaluate(f"document.querySelector('[data-node=\"{logit}\"]').dispatchEvent(new Event('click'))")
     browser.evaluate("document.querySelector('#from button').click()")

@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from ..chromium import TIMEOUT, record_faults
+
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.xdist_group("chromium")
 
@@ -16,11 +18,8 @@ def page(chromium, scope):
     """A page of the microscope; what goes wrong in it, or is refused by its policy, fails the test."""
     context = chromium.new_context(base_url=f"http://127.0.0.1:{scope.port}", viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(30_000)
-    faults = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: None if f":{scope.port}/" in request.url else faults.append(request.url))
+    page.set_default_timeout(TIMEOUT)
+    faults = record_faults(page, f"http://127.0.0.1:{scope.port}/")
     yield page
     context.close()
     assert faults == []

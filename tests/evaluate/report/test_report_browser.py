@@ -14,9 +14,7 @@ from thresher.evaluate.report import feature_blocks, write_report
 from thresher.evaluate.report.definitions import METRICS
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
-from ..chromium import NEEDS_CHROMIUM
-
-pytestmark = NEEDS_CHROMIUM
+pytestmark = pytest.mark.xdist_group("chromium")
 NAMES = ("topk-k4", "topk-k2", "relu <b>&amp;")
 
 
@@ -95,7 +93,7 @@ def test_hovering_a_point_explains_it(browser, report):
     browser.wait("document.querySelector('#pareto-variance .mark')")
     browser.hover("#pareto-variance g[tabindex]")
     assert browser.texts("#tooltip")[0].startswith(f"{NAMES[0]}\ntopk at blocks.1.resid_post\nL0 4")
-    browser.press("Escape", 27)
+    browser.press("Escape")
     assert browser.evaluate("document.getElementById('tooltip').hidden")
 
 
@@ -103,9 +101,9 @@ def test_the_keyboard_reads_the_loss_curves(browser, report):
     browser.open(report)
     browser.wait("document.querySelector('#curves-chart svg')")
     browser.evaluate("document.querySelector('#curves-chart svg').focus()")
-    browser.press("Home", 36)
+    browser.press("Home")
     assert "0 tokens" in browser.texts("#curves [role=status]")[0]
-    browser.press("ArrowRight", 39)
+    browser.press("ArrowRight")
     assert "100 tokens" in browser.texts("#curves [role=status]")[0]
 
 
@@ -281,6 +279,5 @@ def test_a_latents_histogram_shrinks_with_the_window(browser, report):
     browser.open(report, "#sae=topk-k4&latent=3", width=800)
     width = "document.querySelector('#browser-latent .chart svg')?.getAttribute('width')"
     browser.wait(f"{width} > 500")
-    narrow = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.call("Emulation.setDeviceMetricsOverride", browser._session, **narrow)
+    browser.page.set_viewport_size({"width": 420, "height": 900})
     browser.wait(f"{width} < 420")

@@ -15,10 +15,11 @@ import pytest
 
 from thresher.evaluate import report
 
+from ..chromium import CHROMIUM
+
 SCRIPTS = ("dom.js", "axes.js", "pareto.js", "curves.js", "histograms.js", "table.js", "blocks.js", "latent.js")
 FOLDER = Path(report.__file__).parent
 NODE = shutil.which("node")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DOM = "var document = { getElementById: () => null }, addEventListener = () => {}, location = { hash: '' };\n"
 SWITCHES = (
     "--headless",
