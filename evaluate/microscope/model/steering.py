@@ -12,7 +12,6 @@ from torch import Tensor
 from ....shared.core.errors import InterventionError
 from ....shared.intervene.edits import Ablate, Add, Clamp, Edit, Scale
 from ....shared.intervene.generation import end_tokens
-from ....shared.intervene.metrics import KLDivergence, evaluate_metric
 from ....shared.intervene.sae_model import SaeModel
 from ...causal.steering_curve import Action, steering_curve
 from ..data.latents import significant
@@ -65,7 +64,7 @@ def steer_texts(
 ) -> dict[str, Any]:
     """Say the next tokens' probabilities with and without the edits, then stream continuations of both kinds.
 
-    Events: `start` with the prompt's tokens; `next` with both distributions and their KL divergence in nats; `token`
+    Events: `start` with the prompt's tokens; `next` with both distributions and KL(clean || steered) in nats; `token`
     with the text that a continuation grows by; and the result, which has the whole texts.
     """
     spliced, keys = lm.with_saes([request.sae for request in requests])
@@ -75,7 +74,8 @@ def steer_texts(
     clean = spliced.run(prompt)
     with spliced.steer(edits):
         steered = spliced.run(prompt)
-    kl = evaluate_metric(KLDivergence(), clean, steered.logits, torch.arange(1))
+    log_p, log_q = (logits[0, -1].float().log_softmax(dim=-1) for logits in (clean.logits, steered.logits))
+    kl = (log_p.exp() * (log_p - log_q)).sum()
     job.say("next", kl=significant(float(kl), 4), **_next_tokens(lm, clean.logits[0, -1], steered.logits[0, -1]))
     del clean, steered
     found: dict[str, Any] = {}

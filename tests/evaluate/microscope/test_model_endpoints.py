@@ -110,6 +110,7 @@ def test_steering_streams_what_the_model_generates_with_and_without_the_edit(cli
             assert "".join(said) == text
     before = lm.run("from path").logits[0, -1].double().softmax(-1)
     shown = next(content for kind, content in events if kind == "next")
+    assert shown["kl"] == pytest.approx(float((before * (before / after).log()).sum()), rel=1e-3)
     for row in shown["tokens"]:
         assert row["clean"] == pytest.approx(float(before[row["token"]]), rel=1e-2, abs=1e-6)
         assert row["steered"] == pytest.approx(float(after[row["token"]]), rel=1e-2, abs=1e-6)
