@@ -70,9 +70,9 @@ def match_words(path: Path, query: str, n: int) -> list[tuple[int, float]]:
         if not wanted:
             return []
         expression = " OR ".join(f'"{some}"' for some in wanted)
-        sql = f"SELECT rowid, -bm25(words, {WEIGHTS}) AS score FROM words WHERE words MATCH ? LIMIT ?"
-        found = [(row, score) for row, score in db.execute(sql, [expression, -1 if rare else COMMON])]
-        return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:n]
+        scored = f"SELECT rowid AS latent, -bm25(words, {WEIGHTS}) AS score FROM words WHERE words MATCH ? LIMIT ?"
+        sql = f"SELECT latent, score FROM ({scored}) ORDER BY score DESC, latent LIMIT ?"
+        return db.execute(sql, [expression, -1 if rare else COMMON, n]).fetchall()
 
 
 def _count(db: sqlite3.Connection, word: str, most: int) -> int:
