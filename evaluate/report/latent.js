@@ -105,6 +105,20 @@ function scoreCell(score) {
   return cell;
 }
 
+// Show each explanation once, because one that a language model judged has the same text; name explainers if several.
+function explanationTexts(explanations) {
+  const by = new Map();
+  for (const [explainer, text, , baseline] of explanations) if (!baseline && !by.has(text)) by.set(text, explainer);
+  return [...by].map(([text, explainer]) =>
+    html(
+      "p",
+      { class: "explanation", dir: "auto" },
+      ...(by.size > 1 ? [html("span", { class: "explainer" }, `${explainer} `)] : []),
+      text,
+    )
+  );
+}
+
 // What explainers say of the latent, and how well that predicts it in documents that they never saw.
 function explanationTable(explanations) {
   const shown = SCORE_LABELS.filter(([key]) => explanations.some(([, , scores]) => scores[key]));
@@ -126,9 +140,7 @@ function explanationTable(explanations) {
     "section",
     { class: "explanations" },
     html("h4", {}, "Explanations"),
-    ...explanations.filter(([, , , baseline]) => !baseline).map(([, text]) =>
-      html("p", { class: "explanation", dir: "auto" }, text)
-    ),
+    ...explanationTexts(explanations),
     html("div", { class: "scroll" }, html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows))),
     html(
       "p",
