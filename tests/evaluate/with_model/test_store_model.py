@@ -62,8 +62,8 @@ def test_the_stores_own_model_is_loaded_as_it_was_harvested(loaded):
     store_model.open_model(config_of("lab/other", attn_implementation="sdpa", trust_remote_code=True), store, "cpu")
     store_model.open_tokenizer(config_of(), store)
     store_model.open_tokenizer(config_of("lab/other"), store)
-    options = {"adapter": None, "trust_remote_code": False, "attn_implementation": "eager"}
-    other = {"adapter": None, "trust_remote_code": True, "attn_implementation": "sdpa"}
+    options = {"adapter": None, "spread": None, "trust_remote_code": False, "attn_implementation": "eager"}
+    other = {"adapter": None, "spread": None, "trust_remote_code": True, "attn_implementation": "sdpa"}
     assert loaded == [
         ("lab/m", "float16", "cpu", "step3000", options),
         ("lab/other", "float16", "cpu", None, other),
