@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ def explain(config: ExplainConfig) -> Written:
             client = None
             if config.llm is not None:
                 cache = stack.enter_context(AnswerCache(paths[waiting[0]].parent / "answers.sqlite"))
-                client = LlmClient(config.llm, cache, config.seed)
+                client = stack.enter_context(closing(LlmClient(config.llm, cache, config.seed)))
             _explain_all(config, evaluation, waiting, paths, prints, client)
     if config.llm is not None and config.llm.estimate_only:
         return paths

@@ -42,6 +42,10 @@ class LlmClient:
         self._key = _read_key(config)
         self._client = _open(config, self._key)
 
+    def close(self) -> None:
+        """Close the connections to the server."""
+        self._client.close()
+
     def digest(self, request: ChatRequest) -> str:
         """Return the hash that a request's answer is kept under."""
         return request.digest(self.config.base_url.rstrip("/"), self.config.model, self.config.temperature, self.seed)

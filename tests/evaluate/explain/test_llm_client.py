@@ -35,9 +35,20 @@ def cache(tmp_path):
         yield cache
 
 
+@pytest.fixture(autouse=True)
+def _close_clients():
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
+OPENED: list[LlmClient] = []
+
+
 def client(server, cache, **changes):
     settings = {"base_url": server.url, "model": "m", "backoff": 0.01, "timeout": 5.0, "concurrency": 4} | changes
-    return LlmClient(LlmConfig(**settings), cache, seed=3)
+    OPENED.append(LlmClient(LlmConfig(**settings), cache, seed=3))
+    return OPENED[-1]
 
 
 def ask(found, some):

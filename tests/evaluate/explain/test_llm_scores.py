@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -56,9 +57,10 @@ def judged(tmp_path_factory):
         return answer("I would rather not." if bad(body) else json.dumps(arbitrary(body)))
 
     path = tmp_path_factory.mktemp("answers") / "answers.sqlite"
-    with ScriptedServer(act) as server, AnswerCache(path) as cache:
+    with ScriptedServer(act) as server, AnswerCache(path) as cache, ExitStack() as opened:
         llm = LlmConfig(base_url=server.url, model="m", contexts_per_call=5, n_simulated=8)
         client = LlmClient(llm, cache, seed=0)
+        opened.callback(client.close)
         judge = Judge(llm, contexts, firings, samples, 4, 0)
         said = {number: f"explanation {number}." for number in range(N_LATENTS)}
         for score in SCORES:
