@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
 
 
+def cells_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """Return the cells of a table's row: each metric's mean over rows, and its interval if there are several."""
+    cells = []
+    for metric in metrics:
+        mean, half = mean_and_half_width([row[metric] for row in rows])
+        cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
+    return " | ".join(cells)
+
+
 def table(runs: list[Run]) -> list[str]:
     """Return a row per library and SAE, with means over seeds and their intervals."""
     lines = ["| | " + " | ".join(("seeds", *SHOWN)) + " |", "|" + "---|" * (len(SHOWN) + 2)]
@@ -128,11 +138,7 @@ def table(runs: list[Run]) -> list[str]:
     order = {name: number for number, name in enumerate(OURS)}
     for key in sorted(dict.fromkeys((run["name"], run["library"]) for run in runs), key=lambda key: order[key[0]]):
         some = [run for run in runs if (run["name"], run["library"]) == key]
-        cells = []
-        for metric in SHOWN:
-            mean, half = mean_and_half_width([run[metric] for run in some])
-            cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
-        lines.append(f"| `{key[0]}`, {key[1]} | {len(some)} | " + " | ".join(cells) + " |")
+        lines.append(f"| `{key[0]}`, {key[1]} | {len(some)} | {cells_of(some, SHOWN)} |")
     return lines
 
 

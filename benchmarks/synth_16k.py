@@ -26,7 +26,7 @@ from thresher.train import TrainConfig, train
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves this folder out
 
-from ground_truth import mean_and_half_width
+from ground_truth import cells_of
 from quality import ROOT
 
 SHOWN = ("f1", "mcc", "explained_variance", "l0")
@@ -74,11 +74,7 @@ def table(by_seed: Sequence[Sequence[Row]]) -> list[str]:
                 found.setdefault((name, float(row["k"] or row["target_l0"])), []).append(row)
     lines = ["| | k or target L0 | seeds | " + " | ".join(SHOWN) + " |", "|" + "---|" * (len(SHOWN) + 3)]
     for (name, sparsity), rows in sorted(found.items()):
-        cells = []
-        for key in SHOWN:
-            mean, half = mean_and_half_width([row[key] for row in rows])
-            cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
-        lines.append(f"| `{name}` | {sparsity:g} | {len(rows)} | " + " | ".join(cells) + " |")
+        lines.append(f"| `{name}` | {sparsity:g} | {len(rows)} | {cells_of(rows, SHOWN)} |")
     return lines
 
 
