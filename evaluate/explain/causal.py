@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,14 +78,15 @@ class Steering:
 
     def chosen(self, rules: Sequence[Rule], config: ExplainConfig) -> list[int]:
         """Return the numbers of the latents to steer: at most `latents` of those with a rule, at random."""
-        there = [number for number, rule in enumerate(rules) if rule and self.largest(number) > 0]
+        there = [number for number, rule in enumerate(rules) if rule and self.largest[number] > 0]
         order = np.random.default_rng([config.seed, 13]).permutation(len(there))[: config.causal_latents]
         return [there[i] for i in np.sort(order)]
 
-    def largest(self, number: int) -> float:
-        """Return the largest activation of a latent on training rows."""
-        row, value = self.firings.of(number)
-        return float(value[row < self.corpus.n_train].max(initial=0))
+    @cached_property
+    def largest(self) -> list[float]:
+        """The largest activation of each latent on training rows."""
+        found = map(self.firings.of, range(len(self.firings.latents)))
+        return [float(value[row < self.corpus.n_train].max(initial=0)) for row, value in found]
 
     def continuations(self, edits: dict[int, float], config: ExplainConfig) -> Continuations:
         """Return the continuations of the prompts with amounts added to latents, in which `seed` is the chance."""
@@ -137,8 +139,8 @@ class Steering:
         """Return what is added to the latent, and, if there is one, to another: a vector of the same length."""
         latents = self.firings.latents
         latent = int(latents[number])
-        amount = config.causal_strength * self.largest(number)
-        rest = [other for other in range(len(latents)) if other != number and self.largest(other) > 0]
+        amount = config.causal_strength * self.largest[number]
+        rest = [other for other in range(len(latents)) if other != number and self.largest[other] > 0]
         if not rest:
             return [{latent: amount}]
         other = int(latents[np.random.default_rng([config.seed, latent, 17]).choice(rest)])
