@@ -100,13 +100,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
+def are_of_index(index: FeatureIndex) -> bool:
+    """Return whether the explanations beside an index were made for it, and not for an earlier one."""
+    return read_metadata(explanations_path(index)).get("index") == index.metadata.get("fingerprint")
+
+
 def read_explanations(index: FeatureIndex) -> dict[int, list[dict[str, Any]]]:
     """Return the explanations of an index's latents by latent; none if they were made for another index."""
-    path = explanations_path(index)
-    if read_metadata(path).get("index") != index.metadata.get("fingerprint"):
+    if not are_of_index(index):
         return {}
     found: dict[int, list[dict[str, Any]]] = {}
-    for line in pq.read_table(path).to_pylist():
+    for line in pq.read_table(explanations_path(index)).to_pylist():
         found.setdefault(line["latent"], []).append(line)
     return found
 

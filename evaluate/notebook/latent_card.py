@@ -10,7 +10,7 @@ from typing import Any
 
 from ...shared.core.errors import ConfigError
 from ...shared.core.paths import user_path
-from ..explain.table import explanations_path, read_explanations
+from ..explain.table import read_explanations
 from ..features.files import FeatureIndex
 from ..features.token_text import TokenTexts
 from ..report.write import environment
@@ -95,7 +95,7 @@ def show(sae: str | Path, latent: int, evaluation: str | Path, *, n_contexts: in
     """
     index = _open_index(user_path(evaluation), Path(sae).name)
     line, texts = index.latent(latent), index.texts
-    explained = read_explanations(index).get(latent, []) if explanations_path(index).exists() else []
+    explained = read_explanations(index).get(latent, [])
     return LatentCard(
         sae=index.name,
         latent=latent,

@@ -90,13 +90,7 @@ function setUpBrowser(saes, catalogue) {
   list.addEventListener("scroll", () => {
     if (list.scrollTop + list.clientHeight > list.scrollHeight - 400) more();
   });
-  list.addEventListener("keydown", (event) => {
-    const line = document.activeElement.closest("li");
-    const next = { ArrowDown: line?.nextElementSibling, ArrowUp: line?.previousElementSibling }[event.key];
-    if (!next) return;
-    event.preventDefault();
-    next.firstElementChild.focus();
-  });
+  moveByArrows(list);
 
   const showStatus = (progress = "") => {
     status.textContent = `${shown.length.toLocaleString("en")} of ${

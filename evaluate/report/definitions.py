@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 Style = Literal["text", "integer", "fraction", "percent", "number"]
@@ -222,6 +223,11 @@ def columns(metrics: list[dict[str, Any]]) -> list[Column]:
         for key in others
         if any(isinstance(row.get(key), int | float) and not isinstance(row.get(key), bool) for row in metrics)
     ]
+
+
+def significant(value: float | None, digits: int = 6) -> float | None:
+    """Return a number with a few significant digits; None for None, NaN and infinity."""
+    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
 
 
 def format_value(value: Any, style: Style) -> str:

@@ -74,6 +74,17 @@ function lightOnHover(element, name) {
   element.addEventListener("blur", () => light(null));
 }
 
+// Let the arrow keys move the focus from line to line of a list of links.
+function moveByArrows(list) {
+  list.addEventListener("keydown", (event) => {
+    const line = document.activeElement.closest("li");
+    const next = { ArrowDown: line?.nextElementSibling, ArrowUp: line?.previousElementSibling }[event.key];
+    if (!next) return;
+    event.preventDefault();
+    next.firstElementChild.focus();
+  });
+}
+
 // Draw whenever the container's width changes; return a function that redraws.
 function drawResponsive(container, draw) {
   let width = 0;

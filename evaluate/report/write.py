@@ -18,7 +18,7 @@ from ..features.files import FeatureIndex
 from ..metrics.held_out import HeldOut
 from ..results.provenance import logit_effects_note, provenance, report_title
 from .comparison import COMPARED
-from .definitions import PER_HOOK, PROVENANCE_LABELS, Column, columns, format_value
+from .definitions import PER_HOOK, PROVENANCE_LABELS, Column, columns, format_value, significant
 from .feature_blocks import Explanations, pack_features
 from .labels import point_labels
 
@@ -159,11 +159,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
-    return _significant(value) if isinstance(value, float) else value
-
-
-def _significant(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return significant(value) if isinstance(value, float) else value
 
 
 def _is_number(value: Any) -> bool:

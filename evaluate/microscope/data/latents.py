@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....shared.core.errors import ConfigError, MissingFileError
-from ...explain.table import explanations_path, read_metadata
+from ...explain.table import are_of_index, explanations_path
 from ...features.files import FeatureIndex
+from ...report.definitions import significant
 from .run_folder import OpenRun
 
 SHOWN_PEAKS, SHOWN_PROMOTED, SHOWN_NEIGHBOURS = 4, 4, 8
@@ -166,11 +167,10 @@ class LatentTables:
     def explanations(self, name: str, latents: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
         """Return the explanations of some latents; none if they were made for another index."""
         index = self.index(name)
-        path = explanations_path(index)
-        if read_metadata(path).get("index") != index.metadata.get("fingerprint"):
+        if not are_of_index(index):
             return {}
         sql = "SELECT * FROM read_parquet(?) WHERE list_contains(?::BIGINT[], latent)"
-        rows = self.rows(sql, [str(path.absolute()), list(latents)])
+        rows = self.rows(sql, [str(explanations_path(index).absolute()), list(latents)])
         found: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
             found.setdefault(row["latent"], []).append(
@@ -237,11 +237,6 @@ def token_ids(index: FeatureIndex, text: str) -> list[int]:
     exact = [token for token, known in index.vocabulary.items() if known == text]
     folded = text.strip().casefold()
     return exact or [token for token, known in index.vocabulary.items() if known.strip().casefold() == folded]
-
-
-def significant(value: float, digits: int = 6) -> float | None:
-    """Return a number with a few significant digits; None for NaN and infinity."""
-    return float(f"{value:.{digits}g}") if value is not None and abs(value) < float("inf") else None
 
 
 def _context(index: FeatureIndex, entry: Mapping[str, Any]) -> dict[str, Any]:

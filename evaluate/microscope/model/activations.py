@@ -12,7 +12,7 @@ from torch import Tensor
 from ....shared.core.errors import InterventionError
 from ....shared.intervene.attached import Attached, Codes
 from ....shared.model.capture import capture
-from ..data.latents import significant
+from ...report.definitions import significant
 from .loaded import LoadedModel
 from .worker import Job
 

@@ -14,7 +14,7 @@ from ....shared.intervene.edits import Ablate, Add, Clamp, Edit, Scale
 from ....shared.intervene.generation import end_tokens
 from ....shared.intervene.sae_model import SaeModel
 from ...causal.steering_curve import Action, steering_curve
-from ..data.latents import significant
+from ...report.definitions import significant
 from .loaded import LoadedModel
 from .worker import Job
 

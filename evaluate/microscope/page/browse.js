@@ -160,13 +160,7 @@ function build(place, sae, known) {
   list.addEventListener("scroll", () => {
     if (list.scrollTop + list.clientHeight > list.scrollHeight - 400 && list.children.length < total) more();
   });
-  list.addEventListener("keydown", (event) => {
-    const line = document.activeElement.closest("li");
-    const next = { ArrowDown: line?.nextElementSibling, ArrowUp: line?.previousElementSibling }[event.key];
-    if (!next) return;
-    event.preventDefault();
-    next.firstElementChild.focus();
-  });
+  moveByArrows(list);
   for (const control of [sort, alive, starred, least, most, fires, promotes]) {
     control.addEventListener("change", () => more(true));
   }
