@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..shared.core.config import configured, to_toml
 from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import SaeError
+from ..shared.core.progress import in_kernel
 from .config import EvaluateConfig
 from .explain.notes import shown_explanations
 from .features.export import export_indexes
@@ -95,7 +96,8 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
         diverged=prepared.diverged,
         comparison=comparison,
     )
-    tqdm.write(metrics_table(metrics))
+    if not in_kernel():  # a notebook shows the rows that are returned
+        tqdm.write(metrics_table(metrics))
     for line in (*published_lines(metrics), *baseline_lines(comparison)):
         tqdm.write(line)
     tqdm.write(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")

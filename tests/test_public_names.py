@@ -11,6 +11,8 @@ from pathlib import Path, PurePath
 import pytest
 
 import thresher
+from thresher import ThresherError
+from thresher.shared.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
@@ -36,10 +38,14 @@ def test_importing_thresher_imports_nothing_else():
 
 
 def test_every_public_name_is_what_its_module_defines():
+    from thresher.evaluate.causal.contrast import contrast
+    from thresher.evaluate.causal.steering_curve import steering_curve
+    from thresher.evaluate.circuits.run import graph
     from thresher.evaluate.config import EvaluateConfig
+    from thresher.evaluate.explain.run import explain
+    from thresher.evaluate.features.files import FeatureIndex
     from thresher.evaluate.notebook.latent_card import show
     from thresher.harvest.config import HarvestConfig
-    from thresher.shared.core.errors import ThresherError
     from thresher.shared.intervene.edits import Ablate, Add, Clamp, Fires, Orthogonal, ProjectionCap, Scale
     from thresher.shared.intervene.metrics import KLDivergence, LogitDifference, LogProbability
     from thresher.shared.intervene.sae_model import SaeModel
@@ -52,6 +58,7 @@ def test_every_public_name_is_what_its_module_defines():
         ActivationStore,
         ActivationStoreWriter,
         EvaluateConfig,
+        FeatureIndex,
         HarvestConfig,
         Sae,
         SaeModel,
@@ -61,9 +68,10 @@ def test_every_public_name_is_what_its_module_defines():
         *(Ablate, Add, Clamp, Fires, Orthogonal, ProjectionCap, Scale),
         *(KLDivergence, LogitDifference, LogProbability),
     )
-    for each in (*classes, show):
+    functions = (contrast, explain, graph, show, steering_curve)
+    for each in (*classes, *functions):
         assert getattr(thresher, each.__name__) is each
-    names = {each.__name__ for each in (*classes, show)} | {*STAGES, "__version__"}
+    names = {each.__name__ for each in (*classes, *functions)} | {*STAGES, "__version__"}
     assert names == set(thresher.__all__) == set(dir(thresher))
     with pytest.raises(AttributeError, match="no attribute 'Sea'"):
         thresher.Sea  # noqa: B018
@@ -90,6 +98,21 @@ print(json.dumps(found))
     assert len(found) == 3
     assert len(set(found)) == 1
     assert "no-such" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "settings"),
+    [
+        ("explain", {"evaluation": "./no-such"}),
+        ("graph", {"model": "./no-such", "transcoders": "./no-such", "text": "a", "output": "o"}),
+    ],
+)
+def test_what_is_beyond_the_stages_takes_keywords_too(function, settings):
+    function = getattr(thresher, function)
+    with pytest.raises(ThresherError, match="no-such"):
+        function(**settings)
+    with pytest.raises(ConfigError, match="unknown"):
+        function(**settings, unknown=1)
 
 
 MISSING = {

@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thresher.evaluate import EvaluateConfig as EvaluateConfig
     from thresher.evaluate import evaluate as evaluate
+    from thresher.evaluate.causal.contrast import contrast as contrast
+    from thresher.evaluate.causal.steering_curve import steering_curve as steering_curve
+    from thresher.evaluate.circuits.run import graph as graph
+    from thresher.evaluate.explain.run import explain as explain
+    from thresher.evaluate.features.files import FeatureIndex as FeatureIndex
     from thresher.evaluate.notebook.latent_card import show as show
     from thresher.harvest import HarvestConfig as HarvestConfig
     from thresher.harvest import harvest as harvest
@@ -43,6 +48,7 @@ _MODULES = {
     "Add": "shared.intervene.edits",
     "Clamp": "shared.intervene.edits",
     "EvaluateConfig": "evaluate",
+    "FeatureIndex": "evaluate.features.files",
     "Fires": "shared.intervene.edits",
     "HarvestConfig": "harvest",
     "KLDivergence": "shared.intervene.metrics",
@@ -56,7 +62,11 @@ _MODULES = {
     "ShuffledBatches": "train",
     "ThresherError": "shared.core.errors",
     "TrainConfig": "train",
+    "contrast": "evaluate.causal.contrast",
+    "explain": "evaluate.explain.run",
+    "graph": "evaluate.circuits.run",
     "show": "evaluate.notebook.latent_card",
+    "steering_curve": "evaluate.causal.steering_curve",
 }
 _STAGES = ("harvest", "train", "evaluate")
 
@@ -67,6 +77,7 @@ __all__ = [
     "Add",
     "Clamp",
     "EvaluateConfig",
+    "FeatureIndex",
     "Fires",
     "HarvestConfig",
     "KLDivergence",
@@ -81,9 +92,13 @@ __all__ = [
     "ThresherError",
     "TrainConfig",
     "__version__",
+    "contrast",
     "evaluate",
+    "explain",
+    "graph",
     "harvest",
     "show",
+    "steering_curve",
     "train",
 ]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...shared.core.config import configured
 from ...shared.core.disk import write_file
 from ...shared.core.paths import user_path
 from ...shared.intervene.texts import first_token, token_lists
@@ -34,8 +35,12 @@ if TYPE_CHECKING:
 PROMOTED = 3
 
 
-def graph(config: GraphConfig) -> Graph:
-    """Make the graph of a text's next token, and write it with its summary, the viewers' graph.json and graph.html."""
+def graph(config: GraphConfig | str | Path | None = None, **settings: Any) -> Graph:
+    """Make the graph of a text's next token, and write it with its summary, the viewers' graph.json and graph.html.
+
+    The configuration is an object, the path of a TOML file, or none; keywords replace its keys.
+    """
+    config = configured(GraphConfig, config, settings)
     model = load_model(
         config.model,
         "float32",
@@ -51,7 +56,7 @@ def graph(config: GraphConfig) -> Graph:
         sae.to(dtype)
     first = first_token(tokenizer)
     (tokens,) = token_lists(config.text, tokenizer, first, context_limit(model))
-    settings = GraphSettings(
+    limits = GraphSettings(
         config.max_nodes,
         config.max_logits,
         config.logit_mass,
@@ -60,7 +65,7 @@ def graph(config: GraphConfig) -> Graph:
         config.batch_size,
     )
     skipped = int(config.skip_first_token and tokens[0] == first)
-    found, replacement = attribution_graph(model, saes.values(), tokens, settings, skipped=skipped)
+    found, replacement = attribution_graph(model, saes.values(), tokens, limits, skipped=skipped)
     rows = verify(found, replacement, found.strongest_edges(config.verify))
     _write(config, found, replacement, rows, model, tokenizer, list(saes))
     return found

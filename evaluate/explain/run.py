@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...shared.core.compute.device import choose_device
-from ...shared.core.config import load_config
+from ...shared.core.config import configured, load_config
 from ...shared.core.errors import ConfigError, DataError, MissingFileError
 from ...shared.core.paths import user_path
 from ...shared.intervene.sae_model import SaeModel
@@ -79,11 +79,12 @@ class Written(dict[str, Path]):
     complete = True
 
 
-def explain(config: ExplainConfig) -> Written:
+def explain(config: ExplainConfig | str | Path | None = None, **settings: Any) -> Written:
     """Write `explanations/NAME.parquet` for each SAE and write the report anew; return the files by SAE name.
 
     An SAE whose explanations are there already, made from the same index, store and settings, is kept. Explanations
-    that a budget cut short are written, and completed by a further call.
+    that a budget cut short are written, and completed by a further call. The configuration is an object, the path of a
+    TOML file, or none; keywords replace its keys.
 
     Raises:
         MissingFileError: there is no evaluation, or it has no feature indexes.
@@ -93,6 +94,7 @@ def explain(config: ExplainConfig) -> Written:
         StoreError: the store holds no tokens, no training or no held-out contexts.
         NonFiniteError: a latent is NaN or infinite.
     """
+    config = configured(ExplainConfig, config, settings)
     evaluation = open_evaluation(config)
     chosen = config.saes or list(evaluation.indexes)
     for name in chosen:

@@ -1,10 +1,11 @@
-"""Show the progress of a stage: a bar on a terminal, else (as in a log file) a line every half minute."""
+"""Show the progress of a stage: a bar on a terminal or in a notebook, or lines half a minute apart (in a log file)."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,17 +25,32 @@ def progress(
     disable: bool | None = None,
     delay: float = 0.0,
 ) -> tqdm[Any] | ProgressLines:
-    """Return a tqdm bar, or `ProgressLines` if stderr is not a terminal; `disable` hides both.
+    """Return a tqdm bar, or `ProgressLines` without a terminal or a notebook; `disable` hides both.
 
-    The bar appears after `delay` seconds.
+    The bar appears after `delay` seconds. In a notebook with ipywidgets it is a widget.
     """
-    if disable or sys.stderr.isatty():
+    if disable or in_kernel() or sys.stderr.isatty():
         options: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial, "delay": delay}
-        bar: tqdm[Any] = tqdm(iterable, unit_scale=unit_scale, disable=bool(disable), **options)
+        bar: tqdm[Any] = _bar_class()(iterable, unit_scale=unit_scale, disable=bool(disable), **options)
         return bar
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # pyright: ignore[reportArgumentType]
     return ProgressLines(iterable, desc, unit, total, initial)
+
+
+def in_kernel() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bar_class() -> type[tqdm[Any]]:
+    if not in_kernel() or find_spec("ipywidgets") is None:
+        return tqdm
+    from tqdm.notebook import tqdm as notebook_bar
+
+    return notebook_bar
 
 
 class ProgressLines:

@@ -1,8 +1,9 @@
-"""A bar on a terminal, and lines where there is none."""
+"""A bar on a terminal and in a notebook, and lines where there is neither."""
 
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -49,3 +50,15 @@ def test_a_terminal_gets_a_bar_and_disabled_is_silent(clock, monkeypatch, capsys
     bar = progress(desc="train", unit="token", total=10)
     assert isinstance(bar, tqdm)
     bar.close()
+
+
+def test_a_kernel_gets_a_bar_also_without_widgets(monkeypatch, capsys):
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: None)
+    for _ in progress(range(4), desc="probe", unit="SAE"):
+        pass
+    assert "probe: 100%" in capsys.readouterr().err
+    shell.config.clear()  # IPython in a terminal, or in a script
+    assert list(progress(range(4), desc="probe", unit="SAE")) == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ""
