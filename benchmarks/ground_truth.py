@@ -1,6 +1,6 @@
 """Train our SAEs and SAELens's on the same rows of a synthetic law, and compare both with the true features.
 
-    .venv/bin/python benchmarks/ground_truth.py [--peers] [--seeds 3] [--architectures batch_topk matryoshka_batch_topk]
+    .venv/bin/python benchmarks/ground_truth.py [--peers] [--seeds 0 1 2] [--architectures batch_topk topk]
 
 All train on the same 2 million rows of `synth-1k` in the same order: 256 latents, k = 6, batches of 1,024, learning
 rate 1e-3, and latents that are dead after a tenth of the run. Everything else is each library's default; with
@@ -44,9 +44,14 @@ OURS: dict[str, dict[str, Any]] = {
     "matryoshka_batch_topk": {"architecture": "matryoshka_batch_topk", "k": K, "prefix_sizes": PREFIXES},
     "lista_matryoshka": {"architecture": "lista_matryoshka", "k": K, "prefix_sizes": PREFIXES},
     "topk": {"architecture": "topk", "k": K},
+    "jumprelu": {"architecture": "jumprelu", "target_l0": K},
+    "standard": {"architecture": "standard", "target_l0": K},
     "random": {"architecture": "random", "k": K},
     "frozen_decoder": {"architecture": "batch_topk", "k": K, "freeze": ["W_dec"]},
 }
+PEERS = ("batch_topk", "matryoshka_batch_topk", "topk", "jumprelu", "standard", "matching_pursuit")
+PEER_L1 = 1.0
+"""SAELens's L1 coefficient that comes to an L0 near k here."""
 SHOWN = ("f1", "mcc", "precision", "recall", "uniqueness", "explained_variance", "l0")
 Run = dict[str, Any]
 
@@ -64,7 +69,7 @@ def train_peer(options: argparse.Namespace, library: str, name: str, seed: int, 
     """Train one of SAELens's SAEs on the same rows in the peers' environment."""
     command: list[Any] = [ROOT / ".venv-peers/bin/python", ROOT / "benchmarks/peers/synthetic.py", name, options.rows]
     command += [folder / "sae", "--k", K, "--lr", LR, "--seed", seed, "--d-sae", D_SAE, "--batch-size", BATCH]
-    command += ["--dead-steps", STEPS // 10, "--prefix-sizes", *PREFIXES[:-1]]
+    command += ["--dead-steps", STEPS // 10, "--prefix-sizes", *PREFIXES[:-1], "--l1-coefficient", PEER_L1]
     if library == "SAELens, scheduled":
         command += ["--warmup-steps", STEPS // 20, "--decay-steps", STEPS // 5]
     done = subprocess.run(
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "runs/synth-1k/store")
     parser.add_argument("--output", type=Path, default=ROOT / "runs/bench/ground_truth")
     parser.add_argument("--architectures", nargs="+", choices=OURS, default=list(OURS)[:2])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--peers", action="store_true", help="train SAELens's too, in .venv-peers")
     parser.add_argument("--scheduled", action="store_true", help="train them also with our warm-up and decay")
     options = parser.parse_args()
@@ -160,13 +165,12 @@ def main() -> None:
     if options.peers:
         libraries += ["SAELens", *(["SAELens, scheduled"] if options.scheduled else [])]
         export_rows(ActivationStore.open(options.store), "features", options.rows, TOKENS, BATCH)
-    peers = ("batch_topk", "matryoshka_batch_topk", "topk", "matching_pursuit")
     runs = [
         result_of(options, library, name, seed)
-        for seed in range(options.seeds)
+        for seed in options.seeds
         for library in libraries
         for name in options.architectures
-        if library == "Thresher" or name in peers
+        if library == "Thresher" or name in PEERS
     ]
     print("\n".join(table(runs)))
 

@@ -15,7 +15,7 @@ from ..shared.core.progress import in_kernel
 from .config import EvaluateConfig
 from .explain.notes import shown_explanations
 from .features.export import export_indexes
-from .metrics.comparison import compare_dictionaries
+from .metrics.comparison import compare_dictionaries, training_settings
 from .notebook.metrics_rows import MetricsRows
 from .prepare import prepare_evaluation
 from .report.comparison import baseline_lines, compare_with_baselines
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
     metrics = _write(results)
     results.remove_stale()
 
-    comparison = compare_with_baselines(metrics, {sae.name: sae.sae.config for sae in results.saes})
+    comparison = compare_with_baselines(metrics, {sae.name: training_settings(sae) for sae in results.saes})
     write_json(output / "comparison.json", comparison)
     explanations = {name: shown_explanations(index) for name, index in (features or {}).items()}
     report = write_evaluation_report(

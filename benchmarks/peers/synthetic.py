@@ -4,8 +4,8 @@
 
 The trainer is the one of its `SyntheticSAERunner`, with that runner's settings: rows as they are, Adam (.9, .999), and
 no AMP. Only what must be equal is given: rows and their order, batches, latents, k, learning rate, and after how many
-steps a latent is dead. The learning rate is constant, as it is there by default, unless `--warmup-steps` and
-`--decay-steps` give it a schedule.
+steps a latent is dead. JumpReLU's penalty is the one on the distance from an L0, of `--k`. The learning rate is
+constant, as it is there by default, unless `--warmup-steps` and `--decay-steps` give it a schedule.
 """
 
 from __future__ import annotations
@@ -22,10 +22,19 @@ from safetensors.torch import load_file
 
 sys.modules["torchvision"] = None  # type: ignore[assignment]  # it may be built for another torch
 
+CLASSES = {
+    "topk": "TopK",
+    "batch_topk": "BatchTopK",
+    "matryoshka_batch_topk": "MatryoshkaBatchTopK",
+    "jumprelu": "JumpReLU",
+    "standard": "Standard",
+    "matching_pursuit": "MatchingPursuit",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("architecture", choices=["batch_topk", "matryoshka_batch_topk", "topk", "matching_pursuit"])
+    parser.add_argument("architecture", choices=list(CLASSES))
     parser.add_argument("rows")
     parser.add_argument("folder")
     parser.add_argument("--k", type=int, required=True)
@@ -35,6 +44,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--dead-steps", type=int, required=True)
     parser.add_argument("--prefix-sizes", type=int, nargs="*", default=[])
+    parser.add_argument("--l1-coefficient", type=float, default=1.0)
     parser.add_argument("--warmup-steps", type=int, default=0)
     parser.add_argument("--decay-steps", type=int, default=0)
     options = parser.parse_args()
@@ -44,23 +54,24 @@ def main() -> None:
 
     rows = load_file(options.rows)["train"]
     batches = rows[: len(rows) // options.batch_size * options.batch_size].split(options.batch_size)
-    name, settings = {
-        "topk": ("TopK", {"k": options.k}),
-        "batch_topk": ("BatchTopK", {"k": options.k}),
-        "matryoshka_batch_topk": (
-            "MatryoshkaBatchTopK",
-            {"k": options.k, "matryoshka_widths": options.prefix_sizes, "use_matryoshka_aux_loss": True},
-        ),
-        "matching_pursuit": (
-            "MatchingPursuit",
-            {
-                "max_iterations": options.k,
-                "residual_threshold": 0,
-                "stop_on_duplicate_support": False,
-                "decoder_init_norm": 1.0,
-            },
-        ),
+    settings = {
+        "topk": {"k": options.k},
+        "batch_topk": {"k": options.k},
+        "matryoshka_batch_topk": {
+            "k": options.k,
+            "matryoshka_widths": options.prefix_sizes,
+            "use_matryoshka_aux_loss": True,
+        },
+        "jumprelu": {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": options.k},
+        "standard": {"l1_coefficient": options.l1_coefficient},
+        "matching_pursuit": {
+            "max_iterations": options.k,
+            "residual_threshold": 0,
+            "stop_on_duplicate_support": False,
+            "decoder_init_norm": 1.0,
+        },
     }[options.architecture]
+    name = CLASSES[options.architecture]
     torch.manual_seed(options.seed)
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=rows.shape[1], d_sae=options.d_sae, **settings)
     sae = getattr(sae_lens, f"{name}TrainingSAE")(config)

@@ -17,12 +17,24 @@ from .dictionary import compare_directions, decoder_directions, live
 PairKind = Literal["widths", "seeds", "other"]
 
 
+def training_settings(sae: EvaluatedSae) -> dict[str, Any]:
+    """Return what an SAE was trained with, as far as its files say, and how it chooses latents.
+
+    A refined SAE was trained with the same settings as the one it was made from, and chooses otherwise.
+    """
+    return sae.sae.config | sae.description() | {"selection": sae.sae.selection}
+
+
+def settings_but(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the settings that are known, without the SAE's name and some keys: repetitions share all but the seed."""
+    return {key: value for key, value in settings.items() if value is not None and key not in ("name", *keys)}
+
+
 def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> PairKind:
     """Return how the training settings of two SAEs differ: in width, only in seed, or otherwise."""
     if a["d_sae"] != b["d_sae"]:
         return "widths" if a["architecture"] == b["architecture"] else "other"
-    keys = (a.keys() | b.keys()) - {"name", "seed"}
-    return "seeds" if all(a.get(key) == b.get(key) for key in keys) else "other"
+    return "seeds" if settings_but(a, "seed") == settings_but(b, "seed") else "other"
 
 
 class Fired(Protocol):
@@ -40,7 +52,7 @@ def compare_dictionaries(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fir
         tuple(sorted(pair, key=lambda sae: sae.sae.d_sae)) for pair in combinations(saes, 2) if _same_target(*pair)
     ]
     rows = []
-    settings = {sae.name: sae.sae.config | sae.description() for sae in saes}
+    settings = {sae.name: training_settings(sae) for sae in saes}
     for a, b in progress(pairs, unit="pair", desc="compare"):
         described = {"a": a.name, "b": b.name, "hook_point": a.target}
         described |= {"kind": pair_kind(settings[a.name], settings[b.name])}

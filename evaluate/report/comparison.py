@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..metrics.comparison import settings_but
 from .definitions import METRICS, Column
 
 Row = Mapping[str, Any]
@@ -26,8 +27,8 @@ COMPARED: dict[str, Column] = {metric.key: metric for metric in METRICS if metri
 def compare_with_baselines(metrics: Sequence[Row], settings: Mapping[str, Row]) -> dict[str, Any]:
     """Return, by hook point, the metrics' resolution, and each SAE's metrics beside those of its baselines.
 
-    `metrics` are the rows of metrics.json, `settings` the hyperparameters of each SAE, by name; SAEs whose
-    hyperparameters differ in nothing but the seed are repetitions. A baseline is the one of its kind whose L0 is
+    `metrics` are the rows of metrics.json, `settings` the `training_settings` of each SAE, by name; SAEs whose
+    settings differ in nothing but the seed are repetitions. A baseline is the one of its kind whose L0 is
     nearest.
     """
     rows = [row for row in metrics if row.get("hook_point") and row.get("explained_variance") is not None]
@@ -66,8 +67,8 @@ def _of_seeds(key: str, rows: Sequence[Row], settings: Mapping[str, Row]) -> tup
         own = settings.get(str(row["name"]))
         if own is None or own.get("seed") is None or row.get(key) is None:
             continue
-        same = {name: value for name, value in own.items() if name not in ("seed", "name")}
-        groups.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), {})[own["seed"]] = float(row[key])
+        same = repr(sorted(settings_but(own, "seed").items()))
+        groups.setdefault(same, {})[own["seed"]] = float(row[key])
     repeated = [np.array(list(values.values())) for values in groups.values() if len(values) > 1]
     n_spare = sum(len(values) - 1 for values in repeated)
     if not n_spare:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..metrics.comparison import Fired, pair_kind
+from ..metrics.comparison import Fired, pair_kind, training_settings
 from ..metrics.dictionary import best_matches, decoder_directions, live
 from ..saes.sae_folders import EvaluatedSae
 
@@ -22,7 +22,7 @@ def matched_cosines(saes: Sequence[EvaluatedSae], latents: Mapping[str, Fired]) 
     sum of cosines is largest; those without a partner, because fewer are live in the other SAE, count as zero. SAEs
     without repetitions are left out.
     """
-    settings = {sae.name: {**sae.sae.config, **sae.description()} for sae in saes}
+    settings = {sae.name: training_settings(sae) for sae in saes}
     live_directions = {sae.name: live(decoder_directions(sae.sae), latents[sae.name].firings) for sae in saes}
     found: dict[str, dict[str, float | int]] = {}
     for sae in saes:

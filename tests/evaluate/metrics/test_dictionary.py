@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 
 from thresher.evaluate.metrics import dictionary
-from thresher.evaluate.metrics.comparison import compare_dictionaries, pair_kind
+from thresher.evaluate.metrics.comparison import compare_dictionaries, pair_kind, training_settings
 from thresher.evaluate.metrics.dictionary import (
     best_matches,
     compare_directions,
@@ -19,6 +21,7 @@ from thresher.evaluate.metrics.dictionary import (
 )
 from thresher.evaluate.metrics.latent_sums import LatentSums
 from thresher.evaluate.saes.sae_folders import EvaluatedSae
+from thresher.shared.sae.leave_one_out import refined
 
 
 def cosines(a, b):
@@ -126,3 +129,17 @@ def test_jumprelu_saes_of_other_targets_or_trained_as_another_kind_are_no_seeds(
         sums.add_dense(torch.ones(1, 32), torch.ones(1, 32))
     kinds = {(row["a"], row["b"]): row["kind"] for row in compare_dictionaries(saes, latents)}
     assert {pair for pair, kind in kinds.items() if kind == "seeds"} == {("0", "2")}
+
+
+def test_a_refined_sae_is_no_repetition_of_the_one_it_was_made_from(make_sae):
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    first, second = make_sae("standard", seed=0), make_sae("standard", seed=1)
+    for seed, sae in enumerate((first, second)):
+        sae.config |= {"architecture": "standard", "seed": seed, "apply_b_dec_to_input": True}  # as training saves it
+    saes = {"first": first, "refined": refined(first, [x]), "second": second, "second refined": refined(second, [x])}
+    settings = {name: training_settings(EvaluatedSae(name, None, sae, "h", "h")) for name, sae in saes.items()}
+    kinds = {pair: pair_kind(*(settings[name] for name in pair)) for pair in combinations(saes, 2)}
+    assert {pair for pair, kind in kinds.items() if kind == "seeds"} == {
+        ("first", "second"),
+        ("refined", "second refined"),
+    }
