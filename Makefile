@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package check format bench bench-peers synth-16k clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package docs docs-serve check format bench bench-peers synth-16k clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -130,6 +130,14 @@ bench-gpu-peers: $(READY) $(PEERS)/.ready  ## the same, compared with other libr
 
 test-peers: $(READY) $(PEERS)/.ready  ## run the tests that need other libraries, in a separate environment
 	$(BIN)/python -m pytest -m peers $(ARGS)
+
+export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)  ## build the documentation site in build/site; warnings are errors
+	$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "the site is build/site/index.html; it needs no server and no network"
+
+docs-serve: $(READY)  ## serve the site on this machine, and build it again when a page changes
+	$(BIN)/python -m mkdocs serve --strict
 
 package: $(READY)  ## build the wheel and the source distribution in dist, and check their metadata
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine

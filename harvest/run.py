@@ -29,6 +29,15 @@ def harvest(config: HarvestConfig | str | Path | None = None, **settings: Any) -
     A complete store is reused without loading the model. An interrupted store, or one with fewer rows than `tokens`,
     is resumed and ends with the same bytes as an uninterrupted one. The configuration is an object, the path of a TOML
     file, or none; keywords replace its keys.
+
+    Raises:
+        ConfigError: a key or value is not acceptable, or the store was harvested with other settings.
+        ModelError, HookPointError: the model cannot be loaded, or has no such hook point.
+        DataError, MissingFileError: the text cannot be read, or has too few tokens.
+        NonFiniteError: an activation is NaN or infinite.
+        StoreError, StoreBusyError: the path holds something else, or another process writes to it.
+        DiskSpaceError, OutputError, UnreachableError: the store cannot be written.
+        KeyboardInterrupt: a signal asked to stop; the same call resumes.
     """
     config = configured(HarvestConfig, config, settings)
     store = locate(config.store)

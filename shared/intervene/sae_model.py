@@ -24,6 +24,13 @@ class SaeModel(SplicedModel):
 
     `open` loads one, `run` gives logits and latents, `steer` edits latents in all that follows, `generate` continues
     texts, and `ablate` and `attribute` say which latents a metric of the logits depends on.
+
+    Attributes:
+        model: the Hugging Face model.
+        tokenizer: its tokenizer, or None.
+        saes: the SAEs by hook point.
+        skipped: the token that SAEs leave alone, or None.
+        maxima: for each SAE, the largest activation of each latent `[d_sae]`: what `unit="max"` means.
     """
 
     def generate(

@@ -42,13 +42,7 @@ class SplicedModel:
     """A causal language model with any number of SAEs, transcoders and crosscoders at its hook points.
 
     Without edits it computes what the model alone does, bit by bit, unless it was opened with `error="drop"`.
-
-    Attributes:
-        model: the Hugging Face model.
-        tokenizer: its tokenizer, or None.
-        saes: the SAEs by hook point.
-        skipped: the token that SAEs leave alone, or None.
-        maxima: for each SAE, the largest activation of each latent `[d_sae]`: what `unit="max"` means.
+    `SaeModel` lists its attributes.
     """
 
     def __init__(

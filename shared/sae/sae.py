@@ -267,7 +267,7 @@ class Sae(nn.Module):
         return centred @ self.W_enc + (self.b_gate if self.selection == "gated" else self.b_enc)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents."""
+        """Return the latents of rows in raw units; a latent that is not active is 0."""
         if self.selection == "matching_pursuit":
             return self._pursued(self._centred(x))
         pre_acts = self.pre_activations(x)

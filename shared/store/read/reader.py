@@ -33,6 +33,20 @@ class ActivationStore:
     Open it with `ActivationStore.open(path)`, where the path is a folder or a URL such as `s3://bucket/prefix`. Row `r`
     is position `r % context_size` of context `r // context_size`. Of an unfinished store the committed shards can be
     read.
+
+    Attributes:
+        path: folder or URL of the store.
+        hook_points: names of the hook points; `d_in(name)` is the width of one.
+        n_rows: number of rows, one per token, held-out and masked ones included.
+        n_contexts: number of contexts.
+        context_size: rows per context.
+        dtype: data type of what `read` returns.
+        codec: how chunks are compressed: none, lz4, zstd or int8.
+        complete: whether its writer has finished.
+        metadata: what the writer recorded, such as `model` and `dataset`.
+        mask_token_ids: tokens whose rows are neither trained on nor evaluated.
+        has_tokens: whether the store has tokens.
+        has_roles: whether the store has a role for each row.
     """
 
     def __init__(self, files: StoreFiles, manifest: Manifest, verify: Verify, threads: int | None) -> None:
@@ -143,7 +157,13 @@ class ActivationStore:
             ) from None
 
     def read(self, hook_point: str, start: int, stop: int) -> Float[Tensor, "n d_in"]:
-        """Return rows [start, stop) in the store's dtype."""
+        """Return rows [start, stop) in the store's dtype, in raw units: as the model computed them.
+
+        Raises:
+            HookPointError: the store does not hold the hook point.
+            ConfigError: the rows are not all in the store.
+            StoreError: a chunk does not match its checksum.
+        """
         self._check_rows(start, stop)
         first = start // self.chunk_rows
         chunks = range(first, -(-stop // self.chunk_rows))
