@@ -180,6 +180,13 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             description="Trained SAE to start every SAE from, or a run's output: each starts from the SAE of its name."
         ),
     ] = None
+    documents: Annotated[
+        Literal["even", "odd"] | None,
+        Meta(
+            description="Train on half of the documents, those of even or odd number in the store: two runs show what "
+            "depends on the data (default: all)."
+        ),
+    ] = None
     normalize_activations: Annotated[
         Literal["expected_average_only_in", "none"],
         Meta(

@@ -23,6 +23,7 @@ from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
 from .recipes import Began, RunFacts, Setting, completed, settings_for, warmup_for
 from .step.sae_trainer import Schedule
+from .stream.batches import no_training_rows
 from .sweep.grids import expand_sweep
 from .warm_start import read_initial, source_of
 
@@ -121,7 +122,7 @@ def plan_run(
         StoreError: the store has no training rows, or those of a hook point do not vary.
     """
     if not rows_per_epoch:
-        raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
+        raise StoreError(no_training_rows(store, config.documents))
     ranks = ranks or TrainRanks(config.device)
     saes = expand_sweep(config.sae)
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))

@@ -25,6 +25,7 @@ from .reporting.progress import TrainProgress
 from .run_state import RunState, began_with
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
+from .stream.row_mask import TrainingRowMask
 from .warm_start import initialise_trainers
 
 
@@ -61,7 +62,7 @@ def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     check_output(output, store.path)
     began = ranks.from_first(began_with(output) if ranks.first else None)
-    plan = plan_run(config, store, int(store.training_rows_per_chunk().sum()), ranks, began)
+    plan = plan_run(config, store, int(TrainingRowMask(store, config.documents).rows_per_chunk().sum()), ranks, began)
     if config.dry_run:
         say(plan.describe())
         return TrainedSaes()
@@ -121,6 +122,7 @@ def _open_batches(config: TrainConfig, plan: TrainPlan, store: ActivationStore, 
         rank=part,
         world_size=n_parts,
         n_rows=plan.schedule.n_steps * plan.schedule.batch_size,
+        documents=config.documents,
     )
 
 

@@ -32,6 +32,7 @@ from .same_run import Difference, Request, compare_run
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
 from .stream.normalization import scale_of, scale_of_raw_norm
+from .stream.row_mask import Half
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
@@ -73,7 +74,7 @@ class RunState:
         kind = torch.device(config.device).type
         self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=kind)
         self._table = tomllib.loads(to_toml(self._config))
-        self._metadata = _sae_metadata(store)
+        self._metadata = _sae_metadata(store, config.documents)
         self._saes = plan.saes
         request = Request.of(self._table, plan, store)
         loaded = ranks.from_first(self._load() if ranks.first else None)
@@ -371,11 +372,13 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def _sae_metadata(store: ActivationStore) -> dict[str, Any]:
+def _sae_metadata(store: ActivationStore, documents: Half | None) -> dict[str, Any]:
     said = store.metadata
     roles = {} if store.used_roles is None else {"roles": list(store.used_roles)}
+    half = {} if documents is None else {"documents": documents}
     return {
         **roles,
+        **half,
         "model_name": said.get("model"),
         "model_content": stored_model_content(said),
         "dataset_path": said.get("dataset"),

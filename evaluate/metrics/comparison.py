@@ -1,4 +1,4 @@
-"""Compare a sweep's dictionaries in pairs: across widths (feature splitting) and across seeds (stability)."""
+"""Compare a sweep's dictionaries in pairs: across widths (feature splitting), and seeds and data (stability)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from ...shared.core.progress import progress
 from ..saes.sae_folders import EvaluatedSae
 from .dictionary import compare_directions, decoder_directions, live
 
-PairKind = Literal["widths", "seeds", "other"]
+PairKind = Literal["widths", "seeds", "halves", "other"]
 
 
 def training_settings(sae: EvaluatedSae) -> dict[str, Any]:
-    """Return what an SAE was trained with, as far as its files say, and how it chooses latents.
+    """Return what an SAE was trained with and on, as far as its files say, and how it chooses latents.
 
     A refined SAE was trained with the same settings as the one it was made from, and chooses otherwise.
     """
-    return sae.sae.config | sae.description() | {"selection": sae.sae.selection}
+    return (
+        sae.sae.config
+        | sae.description()
+        | {
+            "selection": sae.sae.selection,
+            "documents": sae.sae.metadata.get("documents"),
+        }
+    )
 
 
 def settings_but(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -31,10 +38,17 @@ def settings_but(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def pair_kind(a: Mapping[str, Any], b: Mapping[str, Any]) -> PairKind:
-    """Return how the training settings of two SAEs differ: in width, only in seed, or otherwise."""
+    """Return how the training settings of two SAEs differ.
+
+    That is in width, only in the seed, only in the half of the documents (`documents` of the training configuration),
+    or otherwise.
+    """
     if a["d_sae"] != b["d_sae"]:
         return "widths" if a["architecture"] == b["architecture"] else "other"
-    return "seeds" if settings_but(a, "seed") == settings_but(b, "seed") else "other"
+    if settings_but(a, "seed") == settings_but(b, "seed"):
+        return "seeds"
+    disjoint = {a.get("documents"), b.get("documents")} == {"even", "odd"}
+    return "halves" if disjoint and settings_but(a, "documents") == settings_but(b, "documents") else "other"
 
 
 class Fired(Protocol):

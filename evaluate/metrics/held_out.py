@@ -137,7 +137,7 @@ def _rows_of(store: ActivationStore, contexts: Int64[np.ndarray, " contexts"], k
         usable[part] = store.row_mask(start * size, stop * size).reshape(-1, size)[within]
         if unmasked is not usable:
             unmasked[part] = store.row_mask(start * size, stop * size, any_role=True).reshape(-1, size)[within]
-        documents[part] = row_documents(store, start, stop).reshape(-1, size)[within]
+        documents[part] = store.document_keys(start * size, stop * size).reshape(-1, size)[within]
     if not usable.any():
         raise StoreError(
             f"store '{store.path}' has {usable.size:,} {kind} rows and every one is masked"
@@ -156,10 +156,3 @@ def _by_shard(contexts: Int64[np.ndarray, " contexts"], per_shard: int) -> Itera
     edges = np.flatnonzero(np.diff(contexts // per_shard)) + 1
     for first, last in pairwise([0, *edges.tolist(), len(contexts)]):
         yield slice(first, last), int(contexts[first]), int(contexts[last - 1]) + 1
-
-
-def row_documents(store: ActivationStore, start: int, stop: int) -> Int64[np.ndarray, " rows"]:
-    """Return the document of each row of contexts [start, stop); rows without one share a number per context."""
-    document, _ = store.documents(start * store.context_size, stop * store.context_size)
-    context = np.repeat(np.arange(start, stop), store.context_size)
-    return np.where(document < 0, -1 - context, document)

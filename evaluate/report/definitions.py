@@ -18,6 +18,31 @@ class Column(NamedTuple):
     definition: str
 
 
+def _probe_columns(prefix: str, label: str, what: str) -> tuple[Column, ...]:
+    """Return the columns of a kind of k-sparse probes."""
+    accuracy = "Mean held-out accuracy of a logistic regression on"
+    return (
+        *(
+            Column(
+                f"{prefix}_accuracy_k{k}",
+                f"{label}, k = {k}",
+                "fraction",
+                "higher",
+                f"{accuracy} {k} latent{'s' * (k > 1)} for {what}.",
+            )
+            for k in (1, 2, 5, 16)
+        ),
+        Column(
+            f"{prefix}_accuracy_activations",
+            f"{label}, activations",
+            "fraction",
+            "",
+            f"{accuracy} the activations themselves for {what}.",
+        ),
+        Column(f"{prefix}_tasks", f"{label}, tasks", "integer", "", "Number of tasks that these accuracies are over."),
+    )
+
+
 METRICS = (
     Column("name", "SAE", "text", "", "Name of the SAE, which is also its folder in the sweep."),
     Column("architecture", "Architecture", "text", "", "How the latents are made sparse."),
@@ -122,24 +147,8 @@ METRICS = (
         "",
         "Mean over live latents of the cosine between encoder column and decoder row.",
     ),
-    *(
-        Column(
-            f"probe_accuracy_k{k}",
-            f"Probe accuracy, k = {k}",
-            "fraction",
-            "higher",
-            f"Mean held-out accuracy of a logistic regression on {k} latent{'s' * (k > 1)} for whether the next token "
-            "is a particular one.",
-        )
-        for k in (1, 2, 5, 16)
-    ),
-    Column(
-        "probe_accuracy_activations",
-        "Probe accuracy, activations",
-        "fraction",
-        "",
-        "The same with the activations themselves.",
-    ),
+    *_probe_columns("probe", "Probe accuracy", "whether the next token is a particular one"),
+    *_probe_columns("first_letter", "First letter", "whether a row's own token begins with a particular letter"),
     Column(
         "f1",
         "F1",
@@ -182,6 +191,35 @@ METRICS = (
         "its own.",
     ),
     Column("true_l0", "True L0", "number", "", "Mean number of features that fire per row of the law."),
+    Column(
+        "seed_stability",
+        "Stability, seeds",
+        "fraction",
+        "higher",
+        "Mean cosine of live decoder rows with the matched ones of SAEs that differ in their seed only.",
+    ),
+    Column("repetitions", "Repetitions", "integer", "", "Number of SAEs that differ in their seed only."),
+    Column(
+        "half_stability",
+        "Stability, data",
+        "fraction",
+        "higher",
+        "Mean cosine of live decoder rows with the matched ones of the SAE trained on the other half of the documents.",
+    ),
+    Column(
+        "pursuit_explained_variance",
+        "Explained variance, pursuit",
+        "fraction",
+        "higher",
+        "Explained variance of non-negative gradient pursuit with the decoder, at the encoder's L0.",
+    ),
+    Column(
+        "amortisation_gap",
+        "Amortisation gap",
+        "fraction",
+        "lower",
+        "By how much the encoder's explained variance is below that of pursuit.",
+    ),
     Column("n_rows", "Tokens", "integer", "", "Number of held-out tokens evaluated."),
     Column("n_model_tokens", "Model tokens", "integer", "", "Number of those tokens on which the model was run."),
     Column(

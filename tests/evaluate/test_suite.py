@@ -54,6 +54,19 @@ def test_stability_is_the_best_matching_of_repetitions(make_sae):
     assert found == {name: {"seed_stability": pytest.approx(best, abs=1e-5), "repetitions": 1} for name in ("1", "2")}
 
 
+def test_stability_over_halves_is_that_of_the_other_half_alone(make_sae):
+    saes = []
+    for name, half, seed in (("a", "even", 1), ("b", "odd", 2), ("c", None, 3)):
+        sae = make_sae(seed=seed, d_sae=5)  # other weights, as another half of the data gives
+        sae.config["seed"] = 0
+        sae.metadata |= {} if half is None else {"documents": half}
+        saes.append(EvaluatedSae(name, Path(), sae, HOOK, HOOK))
+    alive = {sae.name: SimpleNamespace(firings=np.ones(5, dtype=np.int64)) for sae in saes}
+    a, b = (sae.sae.W_dec.double().numpy() for sae in saes[:2])
+    best = max(sum(float(a[i] @ b[j]) for i, j in enumerate(order)) / 5 for order in permutations(range(5)))
+    assert matched_cosines(saes, alive) == {name: {"half_stability": pytest.approx(best, abs=1e-5)} for name in "ab"}
+
+
 def test_letters_are_those_of_the_text_after_its_space():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast

@@ -19,7 +19,7 @@ from ...shared.core.errors import ConfigError, HookPointError, StoreError
 from ...shared.model.hook_points import canonical_hook_point
 from .gpu_windows import Staging, WindowRows, take_rows, used_here
 from .order import ORDER_VERSION, Epoch, epoch_and_row, order_epoch, place_window
-from .row_mask import TrainingRowMask
+from .row_mask import Half, TrainingRowMask
 from .window_memory import WindowBuffers
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class ShuffledBatches:
         rank: this process's rank.
         world_size: number of ranks.
         n_rows: number of rows after which the stream ends, so that nothing beyond is decoded (default: no end).
+        documents: half of the documents to take rows of (default: all).
 
     Raises:
         HookPointError: the store does not have one of the hook points.
@@ -76,6 +77,7 @@ class ShuffledBatches:
         rank: int = 0,
         world_size: int = 1,
         n_rows: int | None = None,
+        documents: Half | None = None,
     ):
         names = [canonical_hook_point(name) for name in hook_points or store.hook_points]
         for name in names:
@@ -103,15 +105,15 @@ class ShuffledBatches:
         self.device = numbered(choose_device(str(device)))
         self.window_bytes = window_bytes
         self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self._rows_per_chunk = np.asarray(store.training_rows_per_chunk(), dtype=np.int64)
+        self._usable = TrainingRowMask(store, documents)
+        self._rows_per_chunk = self._usable.rows_per_chunk()
         self.rows_per_epoch = int(self._rows_per_chunk.sum())
         if not self.rows_per_epoch:
-            raise StoreError(f"store '{store.path}' has no training rows; all are held out or masked")
+            raise StoreError(no_training_rows(store, documents))
         self._rows_taken = 0
         self._end = sys.maxsize if n_rows is None else n_rows
         self._epochs: dict[int, Epoch] = {}
         self._windows: dict[tuple[int, int], Future[Window]] = {}
-        self._usable = TrainingRowMask(store)
         self._buffers: dict[str, WindowBuffers] = {}
         self._staging = Staging(store, self.device) if self.device.type != "cpu" else None
         # Pinned memory belongs to the current device, which is set per thread.
@@ -251,6 +253,12 @@ class ShuffledBatches:
         rows = self._buffers[hook_point].take((n_rows + 1, d_in), self.store.dtype)
         self.store.place_rows(hook_point, chunks, places, rows)
         return rows[:n_rows]
+
+
+def no_training_rows(store: ActivationStore, documents: Half | None) -> str:
+    """Return the message of an error: no row can be trained on."""
+    of = "" if documents is None else f" in documents of {documents} number"
+    return f"store '{store.path}' has no training rows{of}; all are held out or masked"
 
 
 def _take(window: Window, part: slice) -> dict[str, Tensor]:

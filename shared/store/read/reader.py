@@ -284,6 +284,11 @@ class ActivationStore:
         self._check_rows(start, stop)
         return self._documents.rows(start, stop)
 
+    def document_keys(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        """Return the document of each row in [start, stop); a negative number per context where it is unknown."""
+        document, _ = self.documents(start, stop)
+        return np.where(document < 0, -1 - np.arange(start, stop) // self.context_size, document)
+
     def document_info(self, document: int) -> tuple[int | None, str | None]:
         """Return a document's (hash, name), each None where unknown."""
         return self._documents.info(document)

@@ -113,6 +113,10 @@ def test_pair_kinds():
     assert pair_kind(topk, topk | {"k": 4}) == "other"
     assert pair_kind(topk, topk | {"architecture": "standard", "d_sae": 16}) == "other"
     assert pair_kind(topk | {"seed": 0}, topk | {"seed": 1}) == "seeds"
+    even, odd = topk | {"documents": "even", "seed": 0}, topk | {"documents": "odd", "seed": 0}
+    assert pair_kind(even, odd) == "halves"
+    assert pair_kind(even, odd | {"seed": 1}) == pair_kind(even, odd | {"k": 4}) == "other"
+    assert pair_kind(even, topk | {"seed": 0}) == "other"  # one is trained on what the other is, too
     assert pair_kind(topk | {"lr": 1e-3}, topk | {"lr": 3e-3}) == "other"
 
 
