@@ -41,7 +41,7 @@ def load(name):
 def test_every_example_is_tested_and_in_the_readme():
     names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
     scripts = {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py", "harvest_with_vllm.py"}
-    scripts |= {"harvest_with_nnsight.py"}
+    scripts |= {"harvest_with_nnsight.py", "harvest_with_interp_engine.py"}
     assert names == scripts | NOTEBOOKS
     readme = (EXAMPLES.parent / "README.md").read_text()
     assert all(f"examples/{name}" in readme for name in names)
@@ -223,7 +223,7 @@ def test_harvest_with_vllm_imports_what_an_engine_of_its_documented_interface_wr
 
 IN_PEERS = """
 import runpy, site, sys
-site.addsitedir(sys.argv[1])  # after the packages of nnsight's environment
+site.addsitedir(sys.argv[1])  # after the packages of the peers' environment
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -249,3 +249,35 @@ def test_harvest_with_nnsight(tmp_path, run_peers):
     assert store.document_info(0)[1] == first.name
     for row in np.flatnonzero(roles == 1):
         assert tokens.flatten()[row] == text[positions[row] - 1]
+
+
+@pytest.mark.peers
+@torch.no_grad()
+def test_harvest_with_interp_engine(tmp_path, run_peers):
+    script = EXAMPLES / "harvest_with_interp_engine.py"
+    run_peers("-c", IN_PEERS, sysconfig.get_paths()["purelib"], script, MODEL, tmp_path)
+    store = ActivationStore.open(tmp_path / "store")
+    n = 2 * store.context_size
+    tokens = store.tokens(0, n).long().reshape(2, -1)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    seen = {}
+    block = model.transformer.h[1]
+    block.ln_2.register_forward_hook(lambda _, __, y: seen.update({"blocks.1.mlp_in": y}))
+    block.mlp.register_forward_hook(lambda _, __, y: seen.update({"blocks.1.mlp_out": y}))
+    seen["blocks.1.resid_post"] = model(tokens, output_hidden_states=True).hidden_states[2]
+    assert set(store.hook_points) == set(seen)
+    for name, expected in seen.items():
+        stored = store.read(name, 0, n).double()
+        assert (stored - expected.flatten(0, 1)).norm() < 1e-5 * expected.norm()
+    documents, positions = store.documents(0, n)
+    assert (documents == 0).all()
+    assert positions.tolist() == list(range(n))
+    first = sorted((EXAMPLES.parent / "docs").glob("*.md"))[0]
+    assert store.document_info(0)[1] == first.name
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = tokenizer(first.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokens.flatten().tolist() == [tokenizer.bos_token_id, *text][:n]
+    assert np.flatnonzero(~store.row_mask(0, n)).tolist() == [0]
+    held_out, of = store.held_out_contexts(), store.documents(0, store.n_rows)[0].reshape(-1, store.context_size)
+    assert 0 < held_out.sum() < len(held_out)
+    assert not set(of[held_out].flatten()) & set(of[~held_out].flatten())

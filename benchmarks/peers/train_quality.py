@@ -69,7 +69,7 @@ def sae_lens(options: argparse.Namespace, batches: list[Tensor], d_in: int) -> E
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         latents = saved.encode(x)
-        return latents, saved.decode(latents, x)
+        return latents, saved.decode(latents)
 
     return encode
 

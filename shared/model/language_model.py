@@ -114,14 +114,13 @@ def load_model(
         with (
             _only_errors_logged(),
             spreading(spread) as (spread_options, temporary),
-            dividing(team, torch.device(device)) as divided,
         ):
             model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 base,
                 dtype=torch_dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_checkpoint_keys reports them
-                **options | spread_options | divided,
+                **options | spread_options | dividing(team, torch.device(device)),
             )
             remove_with(model, temporary)
             partial = loader is AutoModel or type(model.config) is not type(config)

@@ -5,14 +5,9 @@ The processes that hold one model together are a *team*. They run every forward 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from ...core.compute.processes import Ranks
 from ...core.errors import ModelError
@@ -47,33 +42,32 @@ def check_divides(config: PretrainedConfig, name: str, n: int) -> None:
             )
 
 
-@contextmanager
-def dividing(team: Team | None, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Yield the arguments with which `from_pretrained`, called within this context, divides a model among a team.
+def dividing(team: Team | None, device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which `from_pretrained` divides a model among a team.
 
-    transformers expects the processes of one model to be all there are. With several teams it is given the mesh of one.
+    Raises:
+        ModelError: this version of transformers cannot, or it would put the model on another kind of device.
     """
     if team is None:
-        yield {}
-        return
+        return {}
     try:
-        from transformers.distributed import mixin
         from transformers.distributed.configuration_utils import DistributedConfig
-        from transformers.distributed.utils import TransformersDeviceMesh
     except ImportError:
-        DistributedConfig = mixin = TransformersDeviceMesh = None
-    if DistributedConfig is None or "tp_size" not in inspect.signature(DistributedConfig).parameters:
+        DistributedConfig = None
+    if DistributedConfig is None or not {"tp_size", "dp_replicate_size", "dp_size"} <= set(dir(DistributedConfig)):
         raise ModelError("tensor_parallel needs a newer version of transformers: pip install -U transformers")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type != device.type:
+        raise ModelError(
+            f"transformers divides a model among this machine's devices of type {accelerator.type}, and device is "
+            f"{device.type}; leave device out, or hide the others (CUDA_VISIBLE_DEVICES='')"
+        )
 
-    def own_mesh(config: Any) -> tuple[torch.device, Any]:
-        meshes = []
-        for third, fourth, names in (
-            (1, team.n, ("pp", "dp_replicate", "fsdp", "tp")),
-            (team.n, 1, ("pp", "dp_replicate", "efsdp", "ep")),
-        ):
-            shape = (team.n_teams, 1, 1, third, fourth)
-            meshes.append(init_device_mesh(device.type, shape, mesh_dim_names=("team", *names))[names])
-        return device, TransformersDeviceMesh(*meshes)  # pyright: ignore[reportOptionalCall]
+    class Replicated(DistributedConfig):
+        """A copy of the model per team. Copies that are not trained have no gradients to share: no FSDP joins them."""
 
-    with patch.object(mixin, "initialize_distributed_mesh", own_mesh):
-        yield {"distributed_config": DistributedConfig(tp_size=team.n)}
+        @property
+        def dp_size(self) -> int:
+            return 1
+
+    return {"distributed_config": Replicated(tp_size=team.n, dp_replicate_size=team.n_teams)}
