@@ -133,7 +133,7 @@ test-peers: $(READY) $(PEERS)/.ready  ## run the tests that need other libraries
 
 export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)  ## build the documentation site in build/site; warnings are errors
-	$(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m mkdocs build --strict
 	@echo "the site is build/site/index.html; it needs no server and no network"
 
 docs-serve: $(READY)  ## serve the site on this machine, and build it again when a page changes

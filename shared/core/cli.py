@@ -65,7 +65,7 @@ def run_guarded(action: Callable[[], Any]) -> int:
     try:
         result = action()
     except ThresherError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error.line()}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -1,18 +1,45 @@
 """All errors that a user can cause. They share one root, and each also derives from the builtin it resembles.
 
 A message says what was expected, what was found, and what to do. The command line prints it as one line and exits with
-code 2. Any other exception is a bug in Thresher and keeps its traceback.
+code 2. Any other exception is a bug in Thresher and keeps its traceback. docs/troubleshooting.md has a section for each
+class, which is named after the message where it says more.
 """
 
 import textwrap
+from typing import ClassVar
+
+_PAGE = "docs/troubleshooting.md"
 
 
 class ThresherError(Exception):
     """Root of all errors that the user can fix."""
 
+    names_page: ClassVar[bool] = True
+    """Whether the section on this class says more than a message of it."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if self.names_page:
+            self.add_note(f"see {self._section()}")  # tracebacks show it below the message
+
+    @classmethod
+    def anchor(cls) -> str:
+        """Return the anchor of the section on this class in docs/troubleshooting.md; its base's if it is private."""
+        return next(each.__name__ for each in cls.__mro__ if each.__name__[0] != "_").lower()
+
+    def line(self) -> str:
+        """Return the message in one line, with the section that says more."""
+        message = " ".join(str(self).split())
+        return f"{message} ({self._section()})" if self.names_page else message
+
+    def _section(self) -> str:
+        return f"{_PAGE}#{self.anchor()}"
+
 
 class ConfigError(ThresherError, ValueError):
     """A configuration key or value is not acceptable."""
+
+    names_page = False  # the message says which key, what was expected and what was given
 
 
 class MissingFileError(ThresherError, FileNotFoundError):

@@ -23,10 +23,11 @@ ROOT = Path(__file__).parents[2]
 def site(tmp_path_factory):
     """Build the site as `make docs` does, which makes an error of a broken link, and return its folder."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"PYTHONSAFEPATH": "1", "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "Documentation built" in done.stderr  # with --quiet, --strict would not count warnings
     return folder
 
 

@@ -313,7 +313,7 @@ def test_a_moved_hub_revision_is_refused_with_the_earlier_commit(config, monkeyp
     found |= {"model": "lab/m", "content": found["content"] | {"weights": "commit a1", "tokenizer": "commit a1"}}
     now = found | {"content": found["content"] | {"weights": "commit b2", "tokenizer": "commit b2"}}
     without_content(config.store, content=found["content"], model="lab/m")
-    with pytest.raises(StoreError, match=r"weights \('commit a1', now 'commit b2'\); .* revision = 'a1'$"):
+    with pytest.raises(StoreError, match=r"(?m)weights \('commit a1', now 'commit b2'\); .* revision = 'a1'$"):
         compare_store(Path(config.store), now)
     assert is_complete(Path(config.store), found | {"revision": "a1"})
 

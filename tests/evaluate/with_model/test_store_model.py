@@ -37,6 +37,7 @@ from ...tiny_models import build
 
 HOOK = "blocks.1.resid_post"
 WORDS = ["<s>", "dust", "grain", "chaff", "husk", "straw", "<unk>"]
+SECTION = " (docs/troubleshooting.md#modelerror)"
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def tokens_of_index(path):
 def test_a_relative_model_that_is_not_here_is_refused_with_advice(elsewhere, capsys):
     line = refused(capsys)
     assert line.startswith("error: no folder or file 'model' (relative to where it was harvested; here that is '")
-    assert line.endswith("give the model's path (--model PATH), or set model = false to evaluate without it")
+    assert line.endswith("give the model's path (--model PATH), or set model = false to evaluate without it" + SECTION)
 
 
 def test_a_gguf_file_that_is_not_here_is_refused_and_a_present_one_is_not(elsewhere):
@@ -236,7 +237,7 @@ def test_the_model_covers_the_tokenizer_of_an_older_store(harvested, elsewhere, 
     forget("store", "tokenizer_files", "tokenizer_digest", "content", weights="0" * 32)
     line = refused(capsys, model="false")
     assert line.startswith("error: no folder or file 'model' (relative to where it was harvested")
-    assert line.endswith("or set feature_rows = 0 to leave out the feature index")
+    assert line.endswith("or set feature_rows = 0 to leave out the feature index" + SECTION)
     assert run(model=harvested / "model") == 0
     assert {"dust", "grain"} <= tokens_of_index("out/features/sae.parquet")
 
@@ -284,7 +285,7 @@ def test_other_weights_are_noted_if_asked_for_and_refused_otherwise(harvested, e
     other = save_model(elsewhere / "model", seed=1)
     line = refused(capsys)
     assert line.startswith("error: the weights of 'model' are not those that store 'store' was harvested with (2 files")
-    assert line.endswith("give the model that was harvested, or --model model to run this one")
+    assert line.endswith("give the model that was harvested, or --model model to run this one" + SECTION)
     assert run("--feature_rows", 0, model=other) == 0
     assert f"note: the weights of '{other}' are not those that store 'store' was harvested" in capsys.readouterr().err
 

@@ -164,7 +164,7 @@ def test_an_unreachable_dataset_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"cannot load dataset 'org/corpus'.*Couldn't reach the Hub more$"):
+    with pytest.raises(DataError, match=r"(?m)cannot load dataset 'org/corpus'.*Couldn't reach the Hub more$"):
         read("org/corpus")
 
 

@@ -71,7 +71,7 @@ def test_a_split_is_what_datasets_makes_of_it(tmp_path, layout):
         assert read(tmp_path, split=split) == sorted(names)
         assert source_files(config_of(tmp_path, split=split)) == [tmp_path / name for name in sorted(names)]
     assert read(tmp_path, split="all") == sorted(name for names in splits.values() for name in names)
-    with pytest.raises(DataError, match=f"no split 'other'; set split to one that it has: {', '.join(splits)}$"):
+    with pytest.raises(DataError, match=f"(?m)no split 'other'; set split to one that it has: {', '.join(splits)}$"):
         read(tmp_path, split="other")
 
 

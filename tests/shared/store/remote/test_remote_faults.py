@@ -90,7 +90,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_one_line(s3, proxy, monkey
     store = ActivationStore.open(url)
     proxy.refuse = True
     proxy.cut_down = [0] * 100
-    with pytest.raises(UnreachableError, match=rf"^cannot read 'a/c\.0\.0' in '{url}': failed 5 times .*$"):
+    with pytest.raises(UnreachableError, match=rf"(?m)^cannot read 'a/c\.0\.0' in '{url}': failed 5 times .*$"):
         store.read("a", 0, 10)
     with pytest.raises(UnreachableError):
         store.verify()
