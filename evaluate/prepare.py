@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..shared.core.compute.device import choose_device, make_current
+from ..shared.core.errors import ConfigError
 from ..shared.model.hook_points import ResolvedHookPoint
 from ..shared.store import ActivationStore
 from .baselines.directions import baseline_saes
@@ -17,6 +18,7 @@ from .config import EvaluateConfig
 from .metrics.held_out import HeldOut, held_out
 from .saes.origin import compare_origins
 from .saes.sae_folders import EvaluatedSae, diverged_saes, divergence_notes, load_saes, sae_folders
+from .with_model.labelled_texts import LabelledTexts, read_labelled_texts
 from .with_model.probing import Task, probe_tasks
 from .with_model.same_model import check_embeddings, check_vocabulary
 from .with_model.store_model import model_name, open_model, open_tokenizer, splice_points
@@ -44,6 +46,7 @@ class PreparedEvaluation:
     hook_points: dict[str, ResolvedHookPoint]
     tokenizer: PreTrainedTokenizerBase | None
     tasks: list[Task]
+    labelled: LabelledTexts | None = None
 
     @property
     def has_features(self) -> bool:
@@ -55,7 +58,7 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     """Open the store, SAEs, model and tokenizer, and check them against each other.
 
     Raises:
-        ConfigError: the settings contradict each other.
+        ConfigError: the settings contradict each other, or the labelled texts are none.
         OutputError: the output cannot be written.
         MissingFileError: the store or an SAE does not exist.
         StoreError: the store is damaged, has no held-out rows, or lacks data that the settings need.
@@ -66,6 +69,7 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     make_current(device)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     check_settings(config, store)
+    labelled = None if config.probe_texts is None else read_labelled_texts(config.probe_texts)
     failed: dict[str, str] = {}
     saes = load_saes(sae_folders(config.saes), store, device, failed)
     notes = compare_origins(saes, store, config.allow_other_model)
@@ -81,7 +85,11 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     shows_tokens = config.feature_rows > 0 and store.has_tokens
     model = open_model(config, store, device)
     hook_points = splice_points(model, saes, store) if model is not None else {}
-    tokenizer = open_tokenizer(config, store) if shows_tokens else None
+    reads_letters = config.suite == "full" and store.has_tokens
+    tokenizer = open_tokenizer(config, store) if shows_tokens or reads_letters or labelled is not None else None
+    if labelled is not None and (model is None or tokenizer is None):
+        lacking = "model" if model is None else "tokenizer"
+        raise ConfigError(f"probe_texts runs the model on texts, and there is no {lacking}; name one, or leave it out")
     if model is not None:
         check_embeddings(rows, model_name(config, store) or "the model", model)
     if model is not None and isinstance(config.model, str):
@@ -108,4 +116,5 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
         hook_points=hook_points,
         tokenizer=tokenizer,
         tasks=tasks,
+        labelled=labelled,
     )

@@ -33,6 +33,7 @@ from .stages import (
     index_features,
     measure_suite,
     probe,
+    probe_labels,
     result_digests,
 )
 
@@ -66,6 +67,7 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
     evaluate_in_model(prepared, results)
     _write(results)
     probe(prepared, results)
+    probe_labels(prepared, results)
     measure_suite(prepared, results, firings)
     _write(results)
     with writing(output / "dictionaries.parquet"):

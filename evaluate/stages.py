@@ -32,6 +32,7 @@ from .saes.sae_folders import EvaluatedSae
 from .suite.amortisation import amortisation_gap
 from .suite.first_letter import first_letter_tasks
 from .suite.stability import matched_cosines
+from .with_model.labelled_texts import labelled_probing
 from .with_model.probing import sparse_probing
 from .with_model.splice_losses import accumulate_losses, per_hook_losses, run_name, splice_metrics
 
@@ -60,6 +61,7 @@ def result_digests(prepared: PreparedEvaluation) -> dict[str, str]:
         prepared.device,
         prepared.store.manifest.checksum,
         prepared.model_name,
+        *([] if prepared.labelled is None else [prepared.labelled.texts, prepared.labelled.labels]),
     ]
     context = digest_of(facts, [*rows, *model])
     return {
@@ -194,6 +196,20 @@ def probe(prepared: PreparedEvaluation, results: Results) -> None:
         )
         for name, values in found.items():
             results.add("probes", name, values)
+
+
+def probe_labels(prepared: PreparedEvaluation, results: Results) -> None:
+    """Run k-sparse probing on labelled texts; without texts, do nothing."""
+    model, tokenizer = prepared.model, prepared.tokenizer
+    if prepared.labelled is None or model is None or tokenizer is None:
+        return
+    remaining = results.reuse_saved("labels")
+    if remaining:
+        found = labelled_probing(
+            remaining, prepared.labelled, model, prepared.hook_points, tokenizer, prepared.store, prepared.config
+        )
+        for name, values in found.items():
+            results.add("labels", name, values)
 
 
 def measure_suite(prepared: PreparedEvaluation, results: Results, fired: dict[str, Fired]) -> None:

@@ -148,6 +148,7 @@ METRICS = (
         "Mean over live latents of the cosine between encoder column and decoder row.",
     ),
     *_probe_columns("probe", "Probe accuracy", "whether the next token is a particular one"),
+    *_probe_columns("label", "Label", "whether a text has a particular label, from means over its tokens"),
     *_probe_columns("first_letter", "First letter", "whether a row's own token begins with a particular letter"),
     Column(
         "f1",

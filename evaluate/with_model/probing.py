@@ -8,7 +8,7 @@ the same regression on the activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,34 +159,43 @@ def sparse_probing(
     read = list(dict.fromkeys(hook_point for group in groups for hook_point in members(group)))
     parts = [block.activations for block in rows.blocks(read, config.block_rows)]
     x = {group: torch.cat([concatenate(part, group) for part in parts]) for group in groups}
-    baseline = {group: _mean([_accuracies(x[group], task, None) for task in tasks]) for group in groups}
-    results = {}
+    baseline = {group: mean_of([_accuracy(x[group], task) for task in tasks]) for group in groups}
+    results: dict[str, dict[str, float | int]] = {}
     for sae in progress(saes, unit="SAE", desc="probe"):
-        accuracies = _mean([_accuracies(x[sae.hook_point], task, sae) for task in tasks])
-        results[sae.name] = {"probe_tasks": len(tasks), **accuracies, **baseline[sae.hook_point]}
+        own = x[sae.hook_point]
+        found = [
+            sparse_accuracies(dense_latents(sae, own[task.train]), dense_latents(sae, own[task.test]), task)
+            for task in tasks
+        ]
+        accuracies = {f"probe_accuracy_k{k}": mean_of([one[k] for one in found]) for k in SPARSITIES}
+        accuracies["probe_accuracy_activations"] = baseline[sae.hook_point]
+        results[sae.name] = {"probe_tasks": len(tasks), **accuracies}
     return results
 
 
-def _accuracies(x: Float[Tensor, "rows d_in"], task: Task, sae: EvaluatedSae | None) -> dict[str, float]:
-    if sae is None:
-        accuracy = probe_accuracy(x[task.train], task.train_labels, x[task.test], task.test_labels)
-        return {"probe_accuracy_activations": accuracy}
-    train, test = _latents(sae, x[task.train]), _latents(sae, x[task.test])
+def _accuracy(x: Float[Tensor, "rows d_in"], task: Task) -> float:
+    return probe_accuracy(x[task.train], task.train_labels, x[task.test], task.test_labels)
+
+
+def sparse_accuracies(
+    train: Float[Tensor, "n_train d_sae"], test: Float[Tensor, "n_test d_sae"], task: Task
+) -> dict[int, float]:
+    """Return the accuracy on a task's test rows for each k, from the latents of its rows."""
     found = {}
     for k in SPARSITIES:
         chosen = select_latents(train, task.train_labels, k)
-        found[f"probe_accuracy_k{k}"] = probe_accuracy(
-            train[:, chosen], task.train_labels, test[:, chosen], task.test_labels
-        )
+        found[k] = probe_accuracy(train[:, chosen], task.train_labels, test[:, chosen], task.test_labels)
     return found
 
 
-def _latents(sae: EvaluatedSae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_sae"]:
+def dense_latents(sae: EvaluatedSae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_sae"]:
+    """Return the latents of rows on the CPU."""
     encoded = encode(sae.sae, x.to(sae.sae.device))
     if encoded.top_indices is None:
         return encoded.latents.cpu()
     return torch.zeros(len(x), sae.sae.d_sae).scatter_add_(1, encoded.top_indices.cpu(), encoded.latents.cpu())
 
 
-def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def mean_of(numbers: Sequence[float]) -> float:
+    """Return the mean over tasks."""
+    return float(np.mean(numbers))
