@@ -161,7 +161,7 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     offsets = torch.arange(0, B * k + 1, k, device=device)
     latents, values = indices.flatten(), acts.flatten()
     scale = 2 / B
-    found = fused.reconstruct(values, latents, offsets, W, parameters["b_dec"], x, scale)
+    found = fused.reconstruct(values, latents, W, parameters["b_dec"], x, scale)
     n = len(x[rows]) * k
     part = values[:n], latents[:n], offsets[: len(x[rows]) + 1]
     residual = reference.decode(*part, W) - x[rows].float()
@@ -202,7 +202,7 @@ def kernels(size: Size, device: Any, options: argparse.Namespace) -> dict[str, A
     calls: dict[str, tuple[Callable[[], object], float, float]] = {
         "select": (lambda: fused.select_topk(x, W, bias, k), *product),
         "reconstruct": (
-            lambda: fused.reconstruct(values, latents, offsets, W, parameters["b_dec"], x, scale),
+            lambda: fused.reconstruct(values, latents, W, parameters["b_dec"], x, scale),
             4 * B * k * d,
             B * d * 6 + min(B * k, F) * d * 2,
         ),

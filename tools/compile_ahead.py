@@ -28,8 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from thresher.train.kernels.csc import MAX_SEGMENT
+from thresher.train.kernels.fused_state import GROUP
 from thresher.train.kernels.triton import adam as optimizer
-from thresher.train.kernels.triton import csc, feature_major, merge, select, step_ends, threshold, token_major
+from thresher.train.kernels.triton import csc, feature_major, merge, select, step_ends, threshold, tile, token_major
 from thresher.train.kernels.triton.dequantise import rows_kernel
 
 CAPABILITIES = (80, 90)
@@ -84,11 +85,11 @@ class Variant(NamedTuple):
 
 def variants() -> Iterator[Variant]:
     """Yield what the launches use at the sizes that matter."""
-    tile = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
+    whole = {"BLOCK_ROWS": 128, "BLOCK_LATENTS": 128, "BLOCK_D": 64}
     # Of what `select_tiling` may choose, 24,576 latents' choice for k = 32 first.
     packed = {"COLUMN_BITS": 7}
     for n_candidates in (5, 2, 4, 6, 8, 16, 32):
-        constants = {"N_CANDIDATES": n_candidates} | packed | tile
+        constants = {"N_CANDIDATES": n_candidates} | packed | whole
         yield Variant(select.candidates_kernel, constants, 8, max_registers={90: 128})
     # 960 keys of a row at 24,576 latents, 4,096 at 131,072, and more than registers hold.
     for n_held, held in ((1024, True), (4096, True), (merge.MAX_HELD_KEYS, True), (merge.MAX_HELD_KEYS, False)):
@@ -104,13 +105,13 @@ def variants() -> Iterator[Variant]:
     for k in (32, 64, 128):
         yield Variant(
             select.recompute_kernel,
-            {"K_PADDED": k} | packed | tile | {"BLOCK_ROWS": 16},
+            {"K_PADDED": k} | packed | whole | {"BLOCK_ROWS": 16},
             4,
             max_registers=dict.fromkeys(CAPABILITIES, select.recompute_registers(packed["COLUMN_BITS"])),
             types=(("keys_ptr", "*i64"),),
         )
     for fill in (False, True):
-        yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | tile, 8)
+        yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | whole, 8)
     # In float32 products are no tensor cores'.
     small = {"BLOCK_ROWS": 64, "BLOCK_LATENTS": 64, "BLOCK_D": 32}
     exact = (("x_ptr", "*fp32"), ("W_ptr", "*fp32"), ("keys_ptr", "*i64"))
@@ -123,23 +124,26 @@ def variants() -> Iterator[Variant]:
     for fill in (False, True):
         yield Variant(threshold.threshold_kernel, {"N_SLOTS": 8, "FILL": fill} | small, 8, types=exact)
     shadows = (("x_ptr", "*fp32"), ("W_enc_shadow_ptr", "*fp32"), ("W_dec_shadow_ptr", "*fp32"))
-    for d_in in (768, 4096):
-        tiling = token_major.row_tiling(d_in)
-        rows = {"ENTRIES": tiling.entries, "D": tiling.d}
+    for d_in in (768, 2304, 4096):
+        tiling = tile.row_tiling(d_in)
+        rows = {"ENTRIES": tiling.entries, "WIDTHS": tiling.widths}
+        token = token_major.token_tiling(64 if d_in == 4096 else 32, d_in, 2)
+        chosen = {"K": token.k, "BLOCK_D": token.channels, "STAGES": token.stages}
         latents = rows | {"MAX_SEGMENT": MAX_SEGMENT}
         bfloat16_matrix = (("matrix_ptr", "*bf16"),)
         alone, both = latents | {"ALSO": False}, latents | {"ALSO": True}
         yield Variant(token_major.decode_kernel, rows, tiling.num_warps)
         yield Variant(token_major.grad_values_kernel, rows, tiling.num_warps)
-        yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps)
-        residual = {"D": tiling.d}
+        yield Variant(token_major.reconstruct_kernel, chosen, token.num_warps)
+        residual = {"WIDTHS": tiling.widths}
         for kind in ("*bf16", "*fp32"):
             types = (("e_hat_ptr", kind), ("out_ptr", "*bf16"))
             yield Variant(token_major.auxk_residual_kernel, residual, tiling.num_warps, types=types)
         # Architectures that use the ops one at a time decode from the float32 weights; AuxK's target is float32.
         for kernel in (token_major.decode_kernel, token_major.grad_values_kernel):
             yield Variant(kernel, rows, tiling.num_warps, types=exact[1:2])
-        yield Variant(token_major.reconstruct_kernel, rows, tiling.num_warps, types=(("target_ptr", "*fp32"),))
+        types = (("target_ptr", "*fp32"),)
+        yield Variant(token_major.reconstruct_kernel, chosen, token.num_warps, types=types)
         yield Variant(feature_major.segments_kernel, both, tiling.num_warps, types=bfloat16_matrix)
         yield Variant(feature_major.segments_kernel, alone, tiling.num_warps)
         yield Variant(feature_major.grad_weights_kernel, latents, tiling.num_warps)
@@ -147,15 +151,15 @@ def variants() -> Iterator[Variant]:
         passes = ((False, True), (True, True), (False, False))
         for (norm_only, sum_bias), dense in itertools.product(passes, (False, True)):
             constants = latents | {"NORM_ONLY": norm_only, "SUM_BIAS": sum_bias, "DENSE": dense}
-            constants["GROUP"] = optimizer.GROUP
-            limits: dict[int, int | None] = dict.fromkeys(CAPABILITIES, optimizer.update_registers(tiling.num_warps))
+            constants["GROUP"] = GROUP
+            limits: dict[int, int | None] = dict.fromkeys(CAPABILITIES, optimizer.UPDATE_REGISTERS)
             for types in ((), shadows):
                 yield Variant(optimizer.update_kernel, constants, tiling.num_warps, max_registers=limits, types=types)
     # Triton makes constants of arguments that are 1, as the width is in `sum_by_latent`, of which every step has one.
-    tiling = token_major.row_tiling(1)
+    tiling = tile.row_tiling(1)
     ones = {
         "ENTRIES": tiling.entries,
-        "D": tiling.d,
+        "WIDTHS": tiling.widths,
         "MAX_SEGMENT": MAX_SEGMENT,
         "d_in": 1,
     }

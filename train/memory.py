@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from .architectures.base import Architecture
 from .architectures.contract import Parameters, is_per_latent
+from .kernels.csc import MAX_SEGMENT
+from .kernels.fused_state import GROUP
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 256 << 20, 1 << 30
@@ -91,6 +93,12 @@ def sae_memory(architecture: Architecture, compute_dtype: str, path: Path = "cpu
         counters=torch.int64.itemsize * -(-architecture.d_sae // n_shards) + sum(t.nbytes for t in buffers.values()),
         gradients=0 if path == "fused" else weights,
     )
+
+
+def fused_step_bytes(batch_size: int, k: int, d_sae: int, d_in: int) -> int:
+    """Return the bytes of the sums that a fused step keeps of a batch's entries: of hot latents, and for `b_dec`."""
+    n_segments = batch_size * k // MAX_SEGMENT
+    return torch.float32.itemsize * d_in * (2 * n_segments + -(-d_sae // GROUP))
 
 
 def held_bytes(architecture: Architecture, compute_dtype: str) -> int:

@@ -17,7 +17,7 @@ from .architectures.registry import find_architecture
 from .check_settings import check_activations, check_frozen, check_schedules, notes_of
 from .config import SaeConfig, TrainConfig
 from .kernels import backend_for
-from .memory import Memory, available_memory, parameter_shapes, sae_memory
+from .memory import Memory, available_memory, fused_step_bytes, parameter_shapes, sae_memory
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
@@ -217,7 +217,8 @@ def _memory(
 
     `windows` bounds the decoded activations. `batch` counts the pre-activations of the widest SAE in 2 bytes, and the
     rows of the widest hook points in 16: as stored, normalised in both dtypes, and the error. Ranks whose fused steps
-    share a batch also hold its other rows in the compute dtype, their errors, and the entries in 12 bytes.
+    share a batch also hold its other rows in the compute dtype, their errors, and the entries in 12 bytes. Fused steps
+    hold partial sums besides; they have no pre-activations, but AuxK and the selection have room in those counted.
     """
     together = n_ranks > 1 and config.parallel != "spread"
     n_shards = n_ranks if together and config.parallel == "latents" else 1
@@ -243,12 +244,19 @@ def _memory(
     width = max(max(architecture.d_in, architecture.d_out) for architecture in architectures.values())
     n_bytes = getattr(torch, config.compute_dtype).itemsize
     a_row = max(((n_bytes + 4) * one.d_in + 12 * int(one.config.k or 0) for one in fused), default=0)
+    sums = max(
+        (
+            fused_step_bytes(config.batch_size, int(one.config.k or 0), -(-one.d_sae // n_shards), one.d_in)
+            for one in fused
+        ),
+        default=0,
+    )
     hook_points = {place for architecture in architectures.values() for place in architecture.config.wiring.hook_points}
     windows = [store.n_rows * store.d_in(hook) * store.dtype.itemsize for hook in hook_points]
     return {
         **max(of_ranks, key=sum)._asdict(),
         "windows": sum(min(config.window_bytes, n_bytes) for n_bytes in windows),
-        "batch": rows * (2 * widest + 16 * width) + (config.batch_size - rows) * a_row,
+        "batch": rows * (2 * widest + 16 * width) + (config.batch_size - rows) * a_row + sums,
     }
 
 

@@ -4,16 +4,20 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 from thresher.shared.core.config import load_config
 from thresher.train import TrainConfig
 from thresher.train.architectures import ARCHITECTURES, make_architecture, make_config
+from thresher.train.architectures.contract import Batch
 from thresher.train.kernels.triton import Triton
 from thresher.train.lockstep import make_trainers
 from thresher.train.memory import sae_memory
@@ -150,6 +154,90 @@ def test_the_memory_of_large_saes_is_what_arithmetic_says(path, recipe, d_in, d_
     assert sum(memory._replace(gradients=0)) == held
     assert held / 2**30 == pytest.approx(gib, abs=0.001)
     assert memory.gradients == (0 if path == "fused" else memory.weights)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes on the device of tensors that operations make, while they are alive, and remembers the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self._alive = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        self.now = sum(self._alive.values())
+        self.most = max(self.most, self.now)
+        return found
+
+    def _freed(self, key):
+        del self._alive[key]
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_sae", "k", "n_shards", "n_dead", "most_gib"),
+    [
+        pytest.param(768, 24_576, 32, 1, 384, 0.26, id="AuxK"),
+        pytest.param(4096, 131_072, 64, 1, 0, 1.51, id="wide"),
+        pytest.param(4096, 8192, 128, 1, 0, 0.59, id="many entries of few latents"),
+        pytest.param(4096, 1 << 20, 64, 8, 2048, 1.51, id="a million latents on 8 GPUs"),
+    ],
+)
+def test_a_fused_step_takes_no_more_than_the_plan_counts(
+    array_store, monkeypatch, d_in, d_sae, k, n_shards, n_dead, most_gib
+):
+    """At the sizes that matter, on tensors without values: what a step makes, with the batch that it is given."""
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *arguments, **options: None)
+    batch = 4096
+    ranks = SimpleNamespace(
+        n=n_shards,
+        local_n=n_shards,
+        rank=0,
+        part=lambda length: slice(0, length // n_shards),
+        add=lambda *totals: None,
+        stack=lambda *own: tuple(one.new_empty(n_shards, *one.shape) for one in own),
+    )
+    sae = {"hook_point": "x", "architecture": "topk", "d_sae": d_sae, "k": k}
+    config = TrainConfig(
+        store="x", output="o", tokens=1 << 20, batch_size=batch, device="cuda", parallel="latents", sae=[sae]
+    )
+    with monkeypatch.context() as a_gpu:
+        a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        a_gpu.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+        a_gpu.setattr(torch.cuda, "get_device_name", lambda device: "an H100")
+        plan = plan_run(config, array_store({"x": torch.randn(64, d_in).bfloat16()}), 64, ranks)
+        told = plan.describe()
+    layout = Layout(ranks, "latents")
+    with fake_cuda():
+        trainer = SaeTrainer(
+            config=make_config(**sae),
+            d_in=d_in,
+            normalization=Normalization(torch.zeros(d_in), 1.0, float(d_in)),
+            schedule=Schedule(1000, batch, 1, 0.5),
+            kernels=Triton(),
+            device=DEVICE,
+            across=layout.across,
+            shard=layout.shard,
+        )
+        assert isinstance(trainer.mode, FusedStep)
+        trainer.mode.dead.n_dead, trainer.mode.dead.next_poll = n_dead, 1 << 60
+        trainer._initialised = True
+        rows = torch.randn(batch, d_in, device=DEVICE)
+        given = Batch(rows, rows.to(torch.bfloat16))
+        with Peak() as peak:
+            trainer.step(given)
+        assert peak.now < peak.most / 4, "what a step makes is freed after it"
+    # As stored, in float32 and in the compute dtype.
+    needed = (2 + 4 + 2) * rows.numel() + peak.most
+    assert plan.memory["batch"] / 8 < needed <= plan.memory["batch"] < most_gib * 2**30
+    assert f"batch {plan.memory['batch'] / 2**30:.2f}" in told
+    if n_shards == 8:
+        assert "memory of the process that needs most, in GiB: weights 4.00, moments 8.00, copies 2.00" in told
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries nothing is asked")

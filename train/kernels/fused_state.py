@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float, Float64, Int32, Int64
 from torch import Tensor
 
+GROUP = 16
+"""Latents that a program of `update` takes: the order of the sums over latents depends on it, not on the device."""
+
 
 @dataclass(frozen=True)
 class AdamState:

@@ -148,17 +148,25 @@ def grad_weights_and_bias(
 def reconstruct(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
     scale: float,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_in"], Float[Tensor, " nnz"], Int[Tensor, " batch"]]:
-    """Return each token's squared error, `g = scale * (x_hat - target)`, `g . W_dec[i]` where a value is > 0, L0."""
+    """Return each token's squared error, `g = scale * (x_hat - target)`, `g . W_dec[i]` where a value is > 0, L0.
+
+    Each token has `nnz / batch` entries.
+    """
+    n = len(target)
+    offsets = torch.arange(n + 1, device=values.device) * (len(values) // n)
     residual = decode(values, indices, offsets, W_dec) + wide(b_dec) - wide(target)
     g, active = scale * residual, values > 0
-    n_active = sum_by_latent(active.double(), rows_of(offsets, len(values)), offsets, len(target)).int()
-    return residual.square().sum(1), g, grad_values(g, W_dec, indices, offsets) * active, n_active
+    return (
+        residual.square().sum(1),
+        g,
+        grad_values(g, W_dec, indices, offsets) * active,
+        active.view(n, -1).sum(1).int(),
+    )
 
 
 def auxk_residual(

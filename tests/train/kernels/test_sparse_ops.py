@@ -12,6 +12,7 @@ from thresher.shared.store.format.codecs import dequantise_rows as store_dequant
 from thresher.train.kernels import cpu, reference
 from thresher.train.kernels import triton as fused
 from thresher.train.kernels.triton.csc import to_csc
+from thresher.train.kernels.triton.token_major import MAX_AT_ONCE
 from thresher.train.stream.normalization import Normalization
 
 
@@ -33,6 +34,7 @@ SHAPES = [
     pytest.param([1], 20, 16, torch.float32, id="one row, k=1"),
     pytest.param([3, 0, 19, 1], 20, 80, torch.float32, id="ragged, an empty row, d_in=80"),
     pytest.param([2, 2, 2], 20, 130, torch.bfloat16, id="bfloat16, d_in past a power of two"),
+    pytest.param([2, 5], 20, 1100, torch.bfloat16, id="bfloat16, a row of two parts"),
 ]
 
 
@@ -111,12 +113,20 @@ def test_no_entries_are_sorted_and_summed_to_zero(device):
     assert not by_bias.any()
 
 
-@pytest.mark.parametrize(("counts", "d_sae", "d_in", "dtype"), SHAPES)
-def test_reconstruct_is_the_loss_and_its_gradients(device, counts, d_sae, d_in, dtype):
-    values, indices, offsets, W_dec, x, b_dec = sparse(device, counts, d_sae, d_in, dtype)
+@pytest.mark.parametrize(
+    ("batch", "k", "d_in", "dtype"),
+    [
+        pytest.param(1, 1, 16, torch.float32, id="one row, k=1"),
+        pytest.param(3, 19, 300, torch.float32, id="channels in turns"),
+        pytest.param(4, 3, 130, torch.bfloat16, id="bfloat16, d_in past a power of two"),
+        pytest.param(2, MAX_AT_ONCE + 1, 16, torch.bfloat16, id="more than are held at once"),
+    ],
+)
+def test_reconstruct_is_the_loss_and_its_gradients(device, batch, k, d_in, dtype):
+    values, indices, offsets, W_dec, x, b_dec = sparse(device, [k] * batch, k + 2, d_in, dtype)
     values[::3] = 0.0
-    scale = 2 / len(counts)
-    found = fused.reconstruct(values, indices, offsets, W_dec, b_dec, x, scale)
+    scale = 2 / batch
+    found = fused.reconstruct(values, indices, W_dec, b_dec, x, scale)
 
     pre_acts = values.double().requires_grad_()
     x_hat = reference.decode(pre_acts, indices, offsets, W_dec.double()) + b_dec
@@ -128,6 +138,7 @@ def test_reconstruct_is_the_loss_and_its_gradients(device, counts, d_sae, d_in, 
     # A latent that ReLU holds at zero, or one that is negative, passes nothing on.
     expected = torch.where(values > 0, pre_acts.grad, 0.0)
     torch.testing.assert_close(found.grad_pre_acts.double(), expected, rtol=1e-4, atol=1e-3)
+    assert found.n_active.tolist() == (values > 0).view(batch, k).sum(1).tolist()
     ends = offsets.tolist()
     assert found.n_active.tolist() == [int((values[a:b] > 0).sum()) for a, b in itertools.pairwise(ends)]
 

@@ -9,7 +9,7 @@ Clipping by the exact global norm takes the kernel twice: once for the squared n
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
@@ -20,18 +20,54 @@ from torch import Tensor
 
 from ..across import Across
 from ..csc import SegmentedCsc
-from ..fused_state import AdamState, DenseGradients, Hyperparameters, LatentCounters
+from ..fused_state import GROUP, AdamState, DenseGradients, Hyperparameters, LatentCounters
 from .feature_major import sum_latent, sum_segments
 from .step_ends import adam, clip_gradients, update_b_dec
-from .token_major import row_tiling
+from .tile import add_scaled, dot, load_row, row_tiling, scaled, store_row, zero_row
 
-GROUP = 16
-"""Latents of a program. The order of the sums over latents depends on it, and on nothing of the device."""
+UPDATE_REGISTERS = 128
+"""Registers a thread of `update` may have: of programs of 4 warps four then share an SM, of 8 warps two."""
 
 
-def update_registers(num_warps: int) -> int | None:
-    """Return the registers a thread of `update` may have: of programs of 4 warps, as many as let three share an SM."""
-    return 168 if num_warps == 4 else None
+@triton.jit
+def adam_of_row(
+    weight,
+    mean,
+    square,
+    gradient,
+    clip_by,
+    lr,
+    correction1,
+    correction2,
+    keep1,
+    keep2,
+    new1,
+    new2,
+    eps,
+):
+    """Return a row of weights after Adam's step along its gradient times `clip_by`, and its moments."""
+    weights = ()
+    means = ()
+    squares = ()
+    for part in tl.static_range(len(weight)):
+        stepped = adam(
+            weight[part],
+            mean[part],
+            square[part],
+            gradient[part] * clip_by,
+            lr,
+            correction1,
+            correction2,
+            keep1,
+            keep2,
+            new1,
+            new2,
+            eps,
+        )
+        weights += (stepped[0],)
+        means += (stepped[1],)
+        squares += (stepped[2],)
+    return weights, means, squares
 
 
 @triton.jit
@@ -85,147 +121,132 @@ def update_kernel(
     GROUP: tl.constexpr,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    mask = d < d_in
+    is_encoder = tl.program_id(1)
+    first, stop = group * GROUP, tl.minimum((group + 1) * GROUP, d_sae)
     squares = 0.0
-    n_dead = 0
-    by_bias = tl.zeros([D], tl.float32)
-    for latent in range(group * GROUP, tl.minimum((group + 1) * GROUP, d_sae)):
-        at = latent * d_in + d
-        # A load waits for earlier stores, which may be to the same memory. So the update's loads are issued first; they
-        # arrive while gradients are summed.
-        W_dec = tl.load(W_dec_ptr + at, mask=mask, other=0.0)
-        if SUM_BIAS or not NORM_ONLY:
-            W_enc = tl.load(W_enc_ptr + at, mask=mask, other=0.0)
+    if not NORM_ONLY:
+        lr = tl.load(schedule_ptr)
+        correction1 = tl.load(schedule_ptr + 1)
+        correction2 = tl.load(schedule_ptr + 2)
+        clip_by = tl.load(schedule_ptr + 3)
+    # A row and its moments are asked for first, and arrive while its gradient is summed.
+    if is_encoder == 0:
+        n_dead = 0
+        for latent in range(first, stop):
+            at = latent * d_in
+            W = load_row(W_dec_ptr + at, d_in, WIDTHS)
+            if not NORM_ONLY:
+                mean = load_row(W_dec_mean_ptr + at, d_in, WIDTHS)
+                square = load_row(W_dec_square_ptr + at, d_in, WIDTHS)
+                since = tl.load(tokens_since_fired_ptr + latent)
+            gradient, total_acts = sum_latent(
+                latent,
+                acts_ptr,
+                order_ptr,
+                rows_ptr,
+                g_ptr,
+                stride_g,
+                starts_ptr,
+                partial_dec_ptr,
+                partial_acts_ptr,
+                d_in,
+                MAX_SEGMENT,
+                ENTRIES,
+                WIDTHS,
+            )
+            if DENSE:
+                slot = tl.load(slots_ptr + latent).to(tl.int64)
+                dense = load_row(dense_dec_ptr + slot * d_in, tl.where(slot >= 0, d_in, 0), WIDTHS)
+                gradient = add_scaled(gradient, 1.0, dense)
+            along = dot(gradient, W) / tl.maximum(dot(W, W), 1e-30)
+            gradient = add_scaled(gradient, -along, W)
+            if NORM_ONLY:
+                squares += dot(gradient, gradient)
+            else:
+                W, mean, square = adam_of_row(
+                    W, mean, square, gradient, clip_by, lr, correction1, correction2, keep1, keep2, new1, new2, eps
+                )
+                # What is past the row is zero before and after.
+                W = scaled(W, 1.0 / tl.maximum(tl.sqrt_rn(dot(W, W)), 1e-15))
+                store_row(W_dec_mean_ptr + at, mean, d_in)
+                store_row(W_dec_square_ptr + at, square, d_in)
+                store_row(W_dec_ptr + at, W, d_in)
+                store_row(W_dec_shadow_ptr + at, W, d_in)
+                # Activations are not negative, so their sum is positive if and only if one of them is.
+                tl.store(tokens_since_fired_ptr + latent, tl.where(total_acts > 0, 0, since + n_rows))
+                n_dead += (since >= dead_after_tokens).to(tl.int32)
         if not NORM_ONLY:
-            W_dec_mean = tl.load(W_dec_mean_ptr + at, mask=mask, other=0.0)
-            W_dec_square = tl.load(W_dec_square_ptr + at, mask=mask, other=0.0)
-            W_enc_mean = tl.load(W_enc_mean_ptr + at, mask=mask, other=0.0)
-            W_enc_square = tl.load(W_enc_square_ptr + at, mask=mask, other=0.0)
-            b_enc = tl.load(b_enc_ptr + latent)
-            b_enc_mean = tl.load(b_enc_mean_ptr + latent)
-            b_enc_square = tl.load(b_enc_square_ptr + latent)
-            since = tl.load(tokens_since_fired_ptr + latent)
-            lr = tl.load(schedule_ptr)
-            correction1 = tl.load(schedule_ptr + 1)
-            correction2 = tl.load(schedule_ptr + 2)
-            clip_by = tl.load(schedule_ptr + 3)
-        grad_dec, total_acts = sum_latent(
-            latent,
-            acts_ptr,
-            order_ptr,
-            rows_ptr,
-            g_ptr,
-            stride_g,
-            starts_ptr,
-            partial_dec_ptr,
-            partial_acts_ptr,
-            d,
-            d_in,
-            MAX_SEGMENT,
-            ENTRIES,
-            D,
-        )
-        if DENSE:
-            slot = tl.load(slots_ptr + latent).to(tl.int64)
-            dense_at = slot * d_in + d
-            in_slot = mask & (dense_at >= 0)
-            grad_dec += tl.load(dense_dec_ptr + dense_at, mask=in_slot, other=0.0)
-        along = tl.sum(grad_dec * W_dec, axis=0) / tl.maximum(tl.sum(W_dec * W_dec, axis=0), 1e-30)
-        grad_dec -= along * W_dec
-        grad_enc, grad_bias = sum_latent(
-            latent,
-            grad_pre_acts_ptr,
-            order_ptr,
-            rows_ptr,
-            x_ptr,
-            stride_x,
-            starts_ptr,
-            partial_enc_ptr,
-            partial_bias_ptr,
-            d,
-            d_in,
-            MAX_SEGMENT,
-            ENTRIES,
-            D,
-        )
-        if DENSE:
-            grad_enc += tl.load(dense_enc_ptr + dense_at, mask=in_slot, other=0.0)
-            grad_bias += tl.load(dense_bias_ptr + slot, mask=slot >= 0, other=0.0)
-        # The encoder read x - b_dec.
-        grad_enc -= grad_bias * tl.load(b_dec_ptr + d, mask=mask, other=0.0)
-        if SUM_BIAS:
-            by_bias += grad_bias * W_enc
-        if NORM_ONLY:
-            squares += tl.sum(grad_enc * grad_enc, axis=0) + tl.sum(grad_dec * grad_dec, axis=0) + grad_bias * grad_bias
-        else:
-            W_dec, W_dec_mean, W_dec_square = adam(
-                W_dec,
-                W_dec_mean,
-                W_dec_square,
-                grad_dec * clip_by,
-                lr,
-                correction1,
-                correction2,
-                keep1,
-                keep2,
-                new1,
-                new2,
-                eps,
-            )
-            W_enc, W_enc_mean, W_enc_square = adam(
-                W_enc,
-                W_enc_mean,
-                W_enc_square,
-                grad_enc * clip_by,
-                lr,
-                correction1,
-                correction2,
-                keep1,
-                keep2,
-                new1,
-                new2,
-                eps,
-            )
-            b_enc, b_enc_mean, b_enc_square = adam(
-                b_enc,
-                b_enc_mean,
-                b_enc_square,
-                grad_bias * clip_by,
-                lr,
-                correction1,
-                correction2,
-                keep1,
-                keep2,
-                new1,
-                new2,
-                eps,
-            )
-            squared = tl.sum(tl.where(mask, W_dec * W_dec, 0.0), axis=0)
-            W_dec = W_dec / tl.maximum(tl.sqrt_rn(squared), 1e-15)
-            tl.store(W_dec_mean_ptr + at, W_dec_mean, mask=mask)
-            tl.store(W_dec_square_ptr + at, W_dec_square, mask=mask)
-            tl.store(W_dec_ptr + at, W_dec, mask=mask)
-            tl.store(W_dec_shadow_ptr + at, W_dec.to(W_dec_shadow_ptr.dtype.element_ty), mask=mask)
-            tl.store(W_enc_mean_ptr + at, W_enc_mean, mask=mask)
-            tl.store(W_enc_square_ptr + at, W_enc_square, mask=mask)
-            tl.store(W_enc_ptr + at, W_enc, mask=mask)
-            tl.store(W_enc_shadow_ptr + at, W_enc.to(W_enc_shadow_ptr.dtype.element_ty), mask=mask)
-            tl.store(b_enc_mean_ptr + latent, b_enc_mean)
-            tl.store(b_enc_square_ptr + latent, b_enc_square)
-            tl.store(b_enc_ptr + latent, b_enc)
-            # Activations are not negative, so their sum is positive if and only if one of them is.
-            tl.store(tokens_since_fired_ptr + latent, tl.where(total_acts > 0, 0, since + n_rows))
-            n_dead += (since >= dead_after_tokens).to(tl.int32)
-    if SUM_BIAS:
-        tl.store(by_bias_ptr + group * d_in + d, by_bias, mask=mask)
-    if NORM_ONLY:
-        tl.store(squares_ptr + group, squares)
+            tl.store(n_dead_ptr + group, n_dead)
     else:
-        tl.store(n_dead_ptr + group, n_dead)
+        by_bias = zero_row(WIDTHS)
+        for latent in range(first, stop):
+            at = latent * d_in
+            if SUM_BIAS or not NORM_ONLY:
+                W = load_row(W_enc_ptr + at, d_in, WIDTHS)
+            if not NORM_ONLY:
+                mean = load_row(W_enc_mean_ptr + at, d_in, WIDTHS)
+                square = load_row(W_enc_square_ptr + at, d_in, WIDTHS)
+                b_enc = tl.load(b_enc_ptr + latent)
+                b_enc_mean = tl.load(b_enc_mean_ptr + latent)
+                b_enc_square = tl.load(b_enc_square_ptr + latent)
+            gradient, grad_bias = sum_latent(
+                latent,
+                grad_pre_acts_ptr,
+                order_ptr,
+                rows_ptr,
+                x_ptr,
+                stride_x,
+                starts_ptr,
+                partial_enc_ptr,
+                partial_bias_ptr,
+                d_in,
+                MAX_SEGMENT,
+                ENTRIES,
+                WIDTHS,
+            )
+            if DENSE:
+                slot = tl.load(slots_ptr + latent).to(tl.int64)
+                dense = load_row(dense_enc_ptr + slot * d_in, tl.where(slot >= 0, d_in, 0), WIDTHS)
+                gradient = add_scaled(gradient, 1.0, dense)
+                grad_bias += tl.load(dense_bias_ptr + slot, mask=slot >= 0, other=0.0)
+            # The encoder read x - b_dec.
+            gradient = add_scaled(gradient, -grad_bias, load_row(b_dec_ptr, d_in, WIDTHS))
+            if SUM_BIAS:
+                by_bias = add_scaled(by_bias, grad_bias, W)
+            if NORM_ONLY:
+                squares += dot(gradient, gradient) + grad_bias * grad_bias
+            else:
+                W, mean, square = adam_of_row(
+                    W, mean, square, gradient, clip_by, lr, correction1, correction2, keep1, keep2, new1, new2, eps
+                )
+                b_enc, b_enc_mean, b_enc_square = adam(
+                    b_enc,
+                    b_enc_mean,
+                    b_enc_square,
+                    grad_bias * clip_by,
+                    lr,
+                    correction1,
+                    correction2,
+                    keep1,
+                    keep2,
+                    new1,
+                    new2,
+                    eps,
+                )
+                store_row(W_enc_mean_ptr + at, mean, d_in)
+                store_row(W_enc_square_ptr + at, square, d_in)
+                store_row(W_enc_ptr + at, W, d_in)
+                store_row(W_enc_shadow_ptr + at, W, d_in)
+                tl.store(b_enc_mean_ptr + latent, b_enc_mean)
+                tl.store(b_enc_square_ptr + latent, b_enc_square)
+                tl.store(b_enc_ptr + latent, b_enc)
+        if SUM_BIAS:
+            store_row(by_bias_ptr + group * d_in, by_bias, d_in)
+    if NORM_ONLY:
+        tl.store(squares_ptr + 2 * group + is_encoder, squares)
 
 
 def update(
@@ -256,13 +277,13 @@ def update(
     partial_enc, partial_dec = sum_segments(csc, grad_pre_acts, x, also=(acts, g))
     n_groups = triton.cdiv(d_sae, GROUP)
     clipped = max_norm is not None
-    squares = torch.empty(n_groups if clipped else 1, dtype=torch.float32, device=x.device)
+    squares = torch.empty(2 * n_groups if clipped else 1, dtype=torch.float32, device=x.device)
     by_biases = torch.empty(n_groups, d_in, dtype=torch.float32, device=x.device)
     n_dead = torch.empty(n_groups, dtype=torch.int32, device=x.device)
     h = hyperparameters
 
     def run(norm_only: bool) -> None:
-        update_kernel[(n_groups,)](
+        update_kernel[(n_groups, 2)](
             acts,
             grad_pre_acts,
             csc.order,
@@ -306,7 +327,7 @@ def update(
             DENSE=dense is not None,
             GROUP=GROUP,
             MAX_SEGMENT=csc.max_segment,
-            maxnreg=update_registers(tiling.num_warps),
+            maxnreg=UPDATE_REGISTERS,
             **tiling.launch,
         )
 

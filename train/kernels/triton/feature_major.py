@@ -17,47 +17,7 @@ from torch import Tensor
 
 from ..csc import SegmentedCsc
 from .csc import to_csc
-from .token_major import row_tiling
-
-
-@triton.jit
-def sum_entries(
-    values_ptr,
-    order_ptr,
-    rows_ptr,
-    matrix_ptr,
-    stride,
-    start,
-    n,
-    n_before,
-    skipped,
-    d,
-    d_in,
-    ENTRIES: tl.constexpr,
-    D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Return `sum_j values_j matrix[row_j]` over n sorted entries, and the values' own sum.
-
-    The entries start at `start`; after the first `n_before`, `skipped` are left out. Only `start` needs 64 bits. Rows
-    of so many turns are asked for at once, into shared memory if more than one.
-    """
-    order_ptr += start
-    rows_ptr += start
-    total = tl.zeros([ENTRIES, D], tl.float32)
-    values_total = tl.zeros([ENTRIES], tl.float32)
-    for first in tl.range(0, n, ENTRIES, num_stages=STAGES):
-        places = first + tl.arange(0, ENTRIES)
-        inside = places < n
-        places = tl.where(places < n_before, places, places + skipped)
-        entry = tl.load(order_ptr + places, mask=inside, other=0)
-        row = tl.load(rows_ptr + places, mask=inside, other=0).to(tl.int64)
-        value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
-        mask = inside[:, None] & (d < d_in)[None, :]
-        terms = tl.load(matrix_ptr + row[:, None] * stride + d[None, :], mask=mask, other=0.0)
-        total += value[:, None] * terms.to(tl.float32)
-        values_total += value
-    return tl.sum(total, axis=0), tl.sum(values_total, axis=0)
+from .tile import add_scaled, load_row, load_rows, row_tiling, store_row, sum_over_entries, zero_row, zero_rows
 
 
 @triton.jit
@@ -73,28 +33,26 @@ def store_segment(
     d_in,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
-    d = tl.arange(0, D)
-    start = segment * MAX_SEGMENT
-    total, values_total = sum_entries(
-        values_ptr,
-        order_ptr,
-        rows_ptr,
-        matrix_ptr,
-        stride,
-        start,
-        MAX_SEGMENT,
-        MAX_SEGMENT,
-        0,
-        d,
-        d_in,
-        ENTRIES,
-        D,
-        STAGES=3,
-    )
-    tl.store(partial_ptr + segment * d_in + d, total, mask=d < d_in)
-    tl.store(partial_values_ptr + segment, values_total)
+    """Store `sum_j values_j matrix[row_j]` over a segment, and the values' own sum.
+
+    The rows of three turns are asked for at once, into shared memory.
+    """
+    order_ptr += segment * MAX_SEGMENT
+    rows_ptr += segment * MAX_SEGMENT
+    total = zero_rows(ENTRIES, WIDTHS)
+    values_total = tl.zeros([ENTRIES], tl.float32)
+    for first in tl.range(0, MAX_SEGMENT, ENTRIES, num_stages=3):
+        places = first + tl.arange(0, ENTRIES)
+        inside = places < MAX_SEGMENT
+        entry = tl.load(order_ptr + places, mask=inside, other=0)
+        row = tl.load(rows_ptr + places, mask=inside, other=0).to(tl.int64)
+        value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
+        total = add_scaled(total, value[:, None], load_rows(matrix_ptr + row * stride, inside, d_in, WIDTHS))
+        values_total += value
+    store_row(partial_ptr + segment * d_in, sum_over_entries(total), d_in)
+    tl.store(partial_values_ptr + segment, tl.sum(values_total, axis=0))
 
 
 @triton.jit
@@ -118,7 +76,7 @@ def segments_kernel(
     ALSO: tl.constexpr,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
     start = segment * MAX_SEGMENT
@@ -140,7 +98,7 @@ def segments_kernel(
             d_in,
             MAX_SEGMENT,
             ENTRIES,
-            D,
+            WIDTHS,
         )
     else:
         store_segment(
@@ -155,7 +113,7 @@ def segments_kernel(
             d_in,
             MAX_SEGMENT,
             ENTRIES,
-            D,
+            WIDTHS,
         )
 
 
@@ -170,36 +128,36 @@ def sum_latent(
     starts_ptr,
     partial_ptr,
     partial_values_ptr,
-    d,
     d_in,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     """Return the sum over a latent's entries, those of its segments from the partial sums, and that of its values."""
     start = tl.load(starts_ptr + latent)
-    stop = tl.load(starts_ptr + latent + 1)
+    length = (tl.load(starts_ptr + latent + 1) - start).to(tl.int32)
     first = tl.cdiv(start, MAX_SEGMENT)
-    n_segments = tl.maximum(stop // MAX_SEGMENT - first, 0)
-    skipped = (n_segments * MAX_SEGMENT).to(tl.int32)
-    total, values_total = sum_entries(
-        values_ptr,
-        order_ptr,
-        rows_ptr,
-        matrix_ptr,
-        stride,
-        start,
-        (stop - start).to(tl.int32) - skipped,
-        (first * MAX_SEGMENT - start).to(tl.int32),
-        skipped,
-        d,
-        d_in,
-        ENTRIES,
-        D,
-        STAGES=1,
-    )
+    n_before = (first * MAX_SEGMENT - start).to(tl.int32)
+    n_segments = tl.maximum(length - n_before, 0) // MAX_SEGMENT
+    skipped = n_segments * MAX_SEGMENT
+    n = length - skipped
+    order_ptr += start
+    rows_ptr += start
+    total = zero_row(WIDTHS)
+    values_total = 0.0
+    # A thread adds the same channels of some entries that it asks for together, so that no sum crosses threads.
+    for turn in range(0, n, ENTRIES):
+        for number in tl.static_range(ENTRIES):
+            place = turn + number
+            inside = place < n
+            place = tl.where(place < n_before, place, place + skipped)
+            entry = tl.load(order_ptr + place, mask=inside, other=0)
+            row = tl.load(rows_ptr + place, mask=inside, other=0).to(tl.int64)
+            value = tl.load(values_ptr + entry, mask=inside, other=0.0).to(tl.float32)
+            total = add_scaled(total, value, load_row(matrix_ptr + row * stride, tl.where(inside, d_in, 0), WIDTHS))
+            values_total += value
     for segment in range(first, first + n_segments):
-        total += tl.load(partial_ptr + segment * d_in + d, mask=d < d_in, other=0.0)
+        total = add_scaled(total, 1.0, load_row(partial_ptr + segment * d_in, d_in, WIDTHS))
         values_total += tl.load(partial_values_ptr + segment)
     return total, values_total
 
@@ -219,10 +177,9 @@ def grad_weights_kernel(
     d_in,
     MAX_SEGMENT: tl.constexpr,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     latent = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
     total, values_total = sum_latent(
         latent,
         values_ptr,
@@ -233,13 +190,12 @@ def grad_weights_kernel(
         starts_ptr,
         partial_ptr,
         partial_values_ptr,
-        d,
         d_in,
         MAX_SEGMENT,
         ENTRIES,
-        D,
+        WIDTHS,
     )
-    tl.store(out_ptr + latent * d_in + d, total, mask=d < d_in)
+    store_row(out_ptr + latent * d_in, total, d_in)
     tl.store(out_values_ptr + latent, values_total)
 
 

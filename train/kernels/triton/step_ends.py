@@ -20,10 +20,14 @@ _BLOCK = 1024
 
 @triton.jit
 def adam(weight, mean, square, gradient, lr, correction1, correction2, keep1, keep2, new1, new2, eps):
-    """Return the new weight and its new moments (arXiv 1412.6980; in PyTorch's order of operations)."""
+    """Return the new weight and its new moments (arXiv 1412.6980).
+
+    The root is good to a unit in the last place: an exactly rounded one, and a division by the correction's, would be a
+    sixth of what `update` computes.
+    """
     mean = mean * keep1 + gradient * new1
     square = square * keep2 + gradient * gradient * new2
-    weight -= (lr / correction1) * mean / (tl.sqrt_rn(square) / tl.sqrt_rn(correction2) + eps)
+    weight -= (lr / correction1) * mean / (tl.sqrt(square) * (1.0 / tl.sqrt_rn(correction2)) + eps)
     return weight, mean, square
 
 

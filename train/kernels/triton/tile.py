@@ -1,13 +1,19 @@
-"""Parts that the Triton kernels share: one tile of pre-activations, and keys that sort like values.
+"""Parts that the Triton kernels share: one tile of pre-activations, keys that sort like values, and rows in registers.
+
+A row is a tuple of parts. Of each, a thread loads 16 bytes in float32; the last part may be a smaller power of two. Of
+768 channels and 128 threads they are 512 and 256, where a single part would be 1,024 wide and a quarter of the threads
+idle. So rows of every type lie alike in the threads, and sums of rows do not cross them.
 
 Hints for other readers: `tl.dot` accumulates in float32; row starts are 64-bit, because d_sae * d_in
 passes 2^31 long before memory runs out; a masked load always names the value that changes nothing.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +39,133 @@ def n_resident(device: torch.device, n_programs: int) -> int:
     """Return how many programs to launch, each of which takes turns at the work of `n_programs`: four per SM."""
     n_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return min(n_programs, 4 * n_sms)
+
+
+class RowTiling(NamedTuple):
+    """How a program holds rows of `d_in`: how many at once, in parts of which widths, and over how many warps."""
+
+    entries: int
+    widths: tuple[int, ...]
+    num_warps: int
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Return the keyword arguments of a launch."""
+        return {"ENTRIES": self.entries, "WIDTHS": self.widths, "num_warps": self.num_warps}
+
+
+def row_tiling(d_in: int) -> RowTiling:
+    """Choose to hold the whole row, and as many rows at a time as fit in registers without spilling."""
+    num_warps = 4 if d_in <= 1024 else 8 if d_in <= 8192 else 16
+    # With fewer elements than threads, threads that share one could read what another has already written.
+    n_whole, rest = divmod(d_in, 128 * num_warps)
+    widths = (128 * num_warps,) * n_whole
+    if rest:
+        widths += (max(32 * num_warps, triton.next_power_of_2(rest)),)
+    entries = max(1, min(16, num_warps * 1024 // triton.next_power_of_2(sum(widths))))
+    return RowTiling(entries, widths, num_warps)
+
+
+@triton.jit
+def zero_row(WIDTHS: tl.constexpr):
+    """Return a row of zeros."""
+    row = ()
+    for part in tl.static_range(len(WIDTHS)):
+        row += (tl.zeros([WIDTHS[part]], tl.float32),)
+    return row
+
+
+@triton.jit
+def load_row(row_ptr, d_in, WIDTHS: tl.constexpr):
+    """Return the row of `d_in` channels at an address in float32; what is past them is 0."""
+    row = ()
+    for part in tl.static_range(len(WIDTHS)):
+        d = part * WIDTHS[0] + tl.arange(0, WIDTHS[part])
+        row += (tl.load(row_ptr + d, mask=d < d_in, other=0.0).to(tl.float32),)
+    return row
+
+
+@triton.jit
+def store_row(row_ptr, row, d_in):
+    """Store a row of `d_in` channels at an address, in the type of what is there."""
+    for part in tl.static_range(len(row)):
+        d = part * row[0].shape[0] + tl.arange(0, row[part].shape[0])
+        tl.store(row_ptr + d, row[part].to(row_ptr.dtype.element_ty), mask=d < d_in)
+
+
+@triton.jit
+def zero_rows(ENTRIES: tl.constexpr, WIDTHS: tl.constexpr):
+    """Return rows of zeros."""
+    rows = ()
+    for part in tl.static_range(len(WIDTHS)):
+        rows += (tl.zeros([ENTRIES, WIDTHS[part]], tl.float32),)
+    return rows
+
+
+@triton.jit
+def load_rows(row_ptrs, inside, d_in, WIDTHS: tl.constexpr):
+    """Return the rows at some addresses in float32; zeros for those not `inside`."""
+    rows = ()
+    for part in tl.static_range(len(WIDTHS)):
+        d = part * WIDTHS[0] + tl.arange(0, WIDTHS[part])
+        mask = inside[:, None] & (d < d_in)[None, :]
+        rows += (tl.load(row_ptrs[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def add_scaled(rows, factor, terms):
+    """Return `rows + factor * terms`, of one row each or of several."""
+    total = ()
+    for part in tl.static_range(len(rows)):
+        total += (rows[part] + factor * terms[part],)
+    return total
+
+
+@triton.jit
+def scaled(row, factor):
+    """Return `factor * row`."""
+    product = ()
+    for part in tl.static_range(len(row)):
+        product += (factor * row[part],)
+    return product
+
+
+@triton.jit
+def sum_over_entries(rows):
+    """Return the sum of some rows."""
+    total = ()
+    for part in tl.static_range(len(rows)):
+        total += (tl.sum(rows[part], axis=0),)
+    return total
+
+
+@triton.jit
+def dot(row, other):
+    """Return the inner product of two rows."""
+    whole = row[0] * other[0]
+    rest = 0.0
+    for part in tl.static_range(1, len(row)):
+        product = row[part] * other[part]
+        if product.shape[0] == whole.shape[0]:
+            whole += product
+        else:
+            rest += tl.sum(product, axis=0)
+    return tl.sum(whole, axis=0) + rest
+
+
+@triton.jit
+def dots(rows, row):
+    """Return the inner products of some rows with one."""
+    whole = rows[0] * row[0][None, :]
+    rest = tl.zeros([whole.shape[0]], tl.float32)
+    for part in tl.static_range(1, len(row)):
+        product = rows[part] * row[part][None, :]
+        if product.shape[1] == whole.shape[1]:
+            whole += product
+        else:
+            rest += tl.sum(product, axis=1)
+    return tl.sum(whole, axis=1) + rest
 
 
 @triton.jit

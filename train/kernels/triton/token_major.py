@@ -1,10 +1,12 @@
-"""Decode, the loss and the gradient of the values: one program a token, one pass over its decoder rows.
+"""Decode, the loss and the gradient of the values: one program a token.
 
-A token's whole row of `d_in` stays in registers: the chosen decoder rows are summed, the loss and its
-gradient `g` formed, and the same decoder rows, still in the cache, are multiplied with `g`.
+`reconstruct` takes some channels of all of a token's decoder rows at a time: it sums them, forms the loss and its
+gradient `g` of these channels, and multiplies the same elements with `g`. Each element of a decoder row is read once;
+those of the next channels are then on their way to shared memory.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -15,74 +17,34 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from .tile import add_scaled, dot, dots, load_row, load_rows, row_tiling, scaled, store_row, zero_row
 
-class RowTiling(NamedTuple):
-    """How a program holds rows of `d_in`: how many at once, and over how many warps."""
+MAX_AT_ONCE = 256
+"""The most entries of a row that `reconstruct` takes at once; it takes more in two passes."""
+_TILE, _BYTES_AHEAD = 4096, 32 << 10
 
-    entries: int
-    d: int
+
+class TokenTiling(NamedTuple):
+    """How a program of `reconstruct` holds some channels of all decoder rows of a token, and how many it asks for."""
+
+    k: int
+    channels: int
+    stages: int
     num_warps: int
 
     @property
     def launch(self) -> dict[str, int]:
         """Return the keyword arguments of a launch."""
-        return {"ENTRIES": self.entries, "D": self.d, "num_warps": self.num_warps}
+        return {"K": self.k, "BLOCK_D": self.channels, "STAGES": self.stages, "num_warps": self.num_warps}
 
 
-def row_tiling(d_in: int) -> RowTiling:
-    """Choose to hold the whole row, and as many rows at a time as fit in registers without spilling."""
-    # With fewer elements than threads, threads that share one could read what another has already written.
-    d = max(128, triton.next_power_of_2(d_in))
-    num_warps = 4 if d <= 1024 else 8 if d <= 8192 else 16
-    entries = max(1, min(16, num_warps * 1024 // d))
-    return RowTiling(entries, d, num_warps)
-
-
-@triton.jit
-def decode_row(values_ptr, indices_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES: tl.constexpr, D: tl.constexpr):
-    """Return `sum_j values_j W[indices_j]` over a row's entries."""
-    # Terms are added across entries once, at the end: that crosses warps.
-    x_hat = tl.zeros([ENTRIES, D], tl.float32)
-    for first in range(start, stop, ENTRIES):
-        entries = first + tl.arange(0, ENTRIES)
-        value = tl.load(values_ptr + entries, mask=entries < stop, other=0.0).to(tl.float32)
-        latent = tl.load(indices_ptr + entries, mask=entries < stop, other=0).to(tl.int64)
-        mask = (entries < stop)[:, None] & (d < d_in)[None, :]
-        W = tl.load(W_ptr + latent[:, None] * stride_W + d[None, :], mask=mask, other=0.0)
-        x_hat += value[:, None] * W.to(tl.float32)
-    return tl.sum(x_hat, axis=0)
-
-
-@triton.jit
-def store_grad_values(
-    g,
-    values_ptr,
-    indices_ptr,
-    out_ptr,
-    start,
-    stop,
-    W_ptr,
-    stride_W,
-    d,
-    d_in,
-    ENTRIES: tl.constexpr,
-    D: tl.constexpr,
-    RELU: tl.constexpr,
-):
-    """Store `g . W[indices_j]` for a row's entries; with RELU, 0 where the value is, and return how many are not."""
-    n_active = 0
-    for first in range(start, stop, ENTRIES):
-        entries = first + tl.arange(0, ENTRIES)
-        latent = tl.load(indices_ptr + entries, mask=entries < stop, other=0).to(tl.int64)
-        mask = (entries < stop)[:, None] & (d < d_in)[None, :]
-        W = tl.load(W_ptr + latent[:, None] * stride_W + d[None, :], mask=mask, other=0.0)
-        dots = tl.sum(g[None, :] * W.to(tl.float32), axis=1)
-        if RELU:
-            value = tl.load(values_ptr + entries, mask=entries < stop, other=0.0)
-            dots = tl.where(value > 0, dots, 0.0)
-            n_active += tl.sum((value > 0).to(tl.int32), axis=0)
-        tl.store(out_ptr + entries, dots, mask=entries < stop)
-    return n_active
+def token_tiling(k: int, d_in: int, itemsize: int) -> TokenTiling:
+    """Choose 32 elements for a thread, of 128 channels where `k` allows, and 32 KiB to be under way."""
+    padded = triton.next_power_of_2(k)
+    num_warps = min(16, max(4, padded // 8))
+    channels = min(_TILE * num_warps // 4 // padded, max(128, triton.next_power_of_2(d_in)))
+    ahead = _BYTES_AHEAD // (padded * channels * itemsize)
+    return TokenTiling(padded, channels, 1 + min(3, max(1, ahead)), num_warps)
 
 
 @triton.jit
@@ -96,14 +58,22 @@ def decode_kernel(
     d_in,
     stride_W,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
     start = tl.minimum(tl.load(offsets_ptr + row).to(tl.int64), capacity)
     stop = tl.minimum(tl.load(offsets_ptr + row + 1).to(tl.int64), capacity)
-    x_hat = decode_row(values_ptr, indices_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D)
-    tl.store(x_hat_ptr + row * d_in + d, x_hat, mask=d < d_in)
+    values_ptr += start
+    indices_ptr += start
+    n = (stop - start).to(tl.int32)
+    x_hat = zero_row(WIDTHS)
+    for first in range(0, n, ENTRIES):
+        for number in tl.static_range(ENTRIES):
+            inside = first + number < n
+            value = tl.load(values_ptr + first + number, mask=inside, other=0.0).to(tl.float32)
+            latent = tl.load(indices_ptr + first + number, mask=inside, other=0).to(tl.int64)
+            x_hat = add_scaled(x_hat, value, load_row(W_ptr + latent * stride_W, tl.where(inside, d_in, 0), WIDTHS))
+    store_row(x_hat_ptr + row * d_in, x_hat, d_in)
 
 
 @triton.jit
@@ -118,23 +88,23 @@ def grad_values_kernel(
     stride_g,
     stride_W,
     ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
     start = tl.minimum(tl.load(offsets_ptr + row).to(tl.int64), capacity)
     stop = tl.minimum(tl.load(offsets_ptr + row + 1).to(tl.int64), capacity)
-    g = tl.load(g_ptr + row * stride_g + d, mask=d < d_in, other=0.0).to(tl.float32)
-    store_grad_values(
-        g, indices_ptr, indices_ptr, out_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D, RELU=False
-    )
+    g = load_row(g_ptr + row * stride_g, d_in, WIDTHS)
+    for first in range(start, stop, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        latent = tl.load(indices_ptr + entries, mask=entries < stop, other=0).to(tl.int64)
+        W = load_rows(W_ptr + latent * stride_W, entries < stop, d_in, WIDTHS)
+        tl.store(out_ptr + entries, dots(W, g), mask=entries < stop)
 
 
 @triton.jit
 def reconstruct_kernel(
     values_ptr,
     indices_ptr,
-    offsets_ptr,
     W_ptr,
     b_ptr,
     target_ptr,
@@ -143,28 +113,38 @@ def reconstruct_kernel(
     grad_values_ptr,
     n_active_ptr,
     scale,
-    capacity,
+    k,
     d_in,
     stride_W,
     stride_target,
-    ENTRIES: tl.constexpr,
-    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    start = tl.minimum(tl.load(offsets_ptr + row).to(tl.int64), capacity)
-    stop = tl.minimum(tl.load(offsets_ptr + row + 1).to(tl.int64), capacity)
-    x_hat = decode_row(values_ptr, indices_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D)
-    x_hat += tl.load(b_ptr + d, mask=d < d_in, other=0.0).to(tl.float32)
-    target = tl.load(target_ptr + row * stride_target + d, mask=d < d_in, other=0.0).to(tl.float32)
-    residual = tl.where(d < d_in, x_hat - target, 0.0)
-    tl.store(loss_ptr + row, tl.sum(residual * residual, axis=0))
-    g = residual * scale
-    tl.store(g_ptr + row * d_in + d, g, mask=d < d_in)
-    n_active = store_grad_values(
-        g, values_ptr, indices_ptr, grad_values_ptr, start, stop, W_ptr, stride_W, d, d_in, ENTRIES, D, RELU=True
-    )
-    tl.store(n_active_ptr + row, n_active)
+    entries = tl.arange(0, K)
+    inside = entries < k
+    value = tl.load(values_ptr + row * k + entries, mask=inside, other=0.0)
+    latent = tl.load(indices_ptr + row * k + entries, mask=inside, other=0).to(tl.int64)
+    W_rows = W_ptr + latent[:, None] * stride_W
+    squares = tl.zeros([BLOCK_D], tl.float32)
+    # Products are added over channels once, at the end: that crosses threads.
+    products = tl.zeros([K, BLOCK_D], tl.float32)
+    for start in tl.range(0, d_in, BLOCK_D, num_stages=STAGES):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = d < d_in
+        W = tl.load(W_rows + d[None, :], mask=inside[:, None] & mask[None, :], other=0.0).to(tl.float32)
+        x_hat = tl.sum(value[:, None] * W, axis=0) + tl.load(b_ptr + d, mask=mask, other=0.0)
+        target = tl.load(target_ptr + row * stride_target + d, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.where(mask, x_hat - target, 0.0)
+        squares += residual * residual
+        g = residual * scale
+        tl.store(g_ptr + row * d_in + d, g, mask=mask)
+        products += g[None, :] * W
+    tl.store(loss_ptr + row, tl.sum(squares, axis=0))
+    active = value > 0
+    tl.store(grad_values_ptr + row * k + entries, tl.where(active, tl.sum(products, axis=1), 0.0), mask=inside)
+    tl.store(n_active_ptr + row, tl.sum(active.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -177,17 +157,15 @@ def auxk_residual_kernel(
     scale,
     coefficient,
     d_in,
-    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
-    mask = d < d_in
-    difference = tl.load(e_hat_ptr + row * d_in + d, mask=mask, other=0.0).to(tl.float32)
-    difference += tl.load(g_ptr + row * d_in + d, mask=mask, other=0.0) / scale
-    tl.store(squared_error_ptr + row, tl.sum(difference * difference, axis=0))
+    error = load_row(g_ptr + row * d_in, d_in, WIDTHS)
+    difference = add_scaled(load_row(e_hat_ptr + row * d_in, d_in, WIDTHS), 1 / scale, error)
+    tl.store(squared_error_ptr + row, dot(difference, difference))
     total = tl.load(total_ptr)
     weight = tl.where(total > 0, 2 * coefficient / tl.where(total > 0, total, 1.0), 0.0)
-    tl.store(out_ptr + row * d_in + d, (difference * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    store_row(out_ptr + row * d_in, scaled(difference, weight), d_in)
 
 
 class Reconstruction(NamedTuple):
@@ -202,7 +180,6 @@ class Reconstruction(NamedTuple):
 def reconstruct(
     values: Float[Tensor, " nnz"],
     indices: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " batch_plus_1"],
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     target: Float[Tensor, "batch d_in"],
@@ -210,12 +187,19 @@ def reconstruct(
 ) -> Reconstruction:
     """Return each token's squared error, `g = scale * (x_hat - target)`, and `g . W_dec[i]` where a value is positive.
 
-    With `scale = 2 / batch` the latter two are the gradients of the batch's mean squared error. Count the positive
-    values of each token.
+    Each token has `nnz / batch` entries. With `scale = 2 / batch` the latter two are the gradients of the batch's mean
+    squared error. Count the positive values of each token.
     """
     n_rows, d_in = target.shape
+    k = len(values) // max(1, n_rows)
+    assert k * n_rows == len(values)
     assert W_dec.stride(1) == target.stride(1) == 1
-    tiling = row_tiling(d_in)
+    if k > MAX_AT_ONCE:
+        offsets = torch.arange(0, len(values) + 1, k, device=target.device)
+        error = decode(values, indices, offsets, W_dec).add_(b_dec).sub_(target)
+        squared_error, g, active = error.square().sum(1), error.mul_(scale), values > 0
+        grad_pre_acts = grad_values(g, W_dec, indices, offsets).mul_(active)
+        return Reconstruction(squared_error, g, grad_pre_acts, active.view(n_rows, k).sum(1, dtype=torch.int32))
     squared_error = torch.empty(n_rows, dtype=torch.float32, device=target.device)
     g = torch.empty(n_rows, d_in, dtype=torch.float32, device=target.device)
     grad_pre_acts = torch.empty(len(values), dtype=torch.float32, device=target.device)
@@ -224,7 +208,6 @@ def reconstruct(
         reconstruct_kernel[(n_rows,)](
             values,
             indices,
-            offsets,
             W_dec,
             b_dec,
             target,
@@ -233,11 +216,11 @@ def reconstruct(
             grad_pre_acts,
             n_active,
             scale,
-            len(values),
+            k,
             d_in,
             W_dec.stride(0),
             target.stride(0),
-            **tiling.launch,
+            **token_tiling(k, d_in, W_dec.itemsize).launch,
         )
     return Reconstruction(squared_error, g, grad_pre_acts, n_active)
 
@@ -315,6 +298,6 @@ def auxk_residual(
     squared_error = torch.empty(n_rows, dtype=torch.float32, device=g.device)
     out = torch.empty(n_rows, d_in, dtype=dtype, device=g.device)
     auxk_residual_kernel[(n_rows,)](
-        e_hat, g, total, squared_error, out, scale, coefficient, d_in, D=tiling.d, num_warps=tiling.num_warps
+        e_hat, g, total, squared_error, out, scale, coefficient, d_in, WIDTHS=tiling.widths, num_warps=tiling.num_warps
     )
     return squared_error, out

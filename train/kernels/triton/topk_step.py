@@ -177,7 +177,7 @@ class TopKStep:
         """Return the error of the rows' reconstructions and its gradients; in one kernel if all latents are here."""
         W_dec, b_dec = self.W_dec.shadow, self.b_dec.weight
         if not self.across.shares_latents:
-            return reconstruct(*chosen, W_dec, b_dec, x, scale)
+            return reconstruct(chosen.values, chosen.indices, W_dec, b_dec, x, scale)
         error = self.across.over_latents(decode(*chosen, W_dec)).add_(b_dec).sub_(x)
         squared_error = error.square().sum(1)
         g = error.mul_(scale)
