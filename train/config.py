@@ -216,6 +216,13 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     keep_checkpoints: Annotated[
         int, Meta(ge=1, description="Checkpoints to keep, including the one at the end of the run.")
     ] = 2
+    save_every_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(
+            description="Tokens between SAEs that are saved as they are then, as folders in each SAE's checkpoints "
+            "(default: none)."
+        ),
+    ] = None
     log_every_steps: Annotated[int, Meta(ge=1, description="Steps between lines of metrics.jsonl.")] = 1
     tensorboard: Annotated[bool, Meta(description="Also write TensorBoard event files, if it is installed.")] = False
     wandb: Annotated[

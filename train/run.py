@@ -136,6 +136,7 @@ def _take_steps(
 ) -> None:
     n_steps, batch_size = plan.schedule.n_steps, plan.schedule.batch_size
     checkpoint_steps = max(1, config.checkpoint_every_tokens // batch_size)
+    save_steps = max(1, config.save_every_tokens // batch_size) if config.save_every_tokens else n_steps
     saved_here = [run.output / trainer.name for trainer in trainers if layout.saves(trainer.name)]
     agreement, pending = Agreement(layout.ranks), PendingLines(run.step)
     with (
@@ -148,9 +149,11 @@ def _take_steps(
             metrics = step_all(trainers, prepared)
             run.step += 1
             progress.advance()
-            save_now = run.step % checkpoint_steps == 0 and run.step < n_steps
-            read_now = save_now or run.step == n_steps
-            if run.step % config.log_every_steps == 0 or run.step == n_steps:
+            ends = run.step == n_steps
+            checkpoint_now = run.step % checkpoint_steps == 0 and not ends
+            save_now = run.step % save_steps == 0 and not ends
+            read_now = checkpoint_now or save_now or ends
+            if run.step % config.log_every_steps == 0 or ends:
                 read_now |= pending.add(run.step, metrics)
             if read_now:
                 for trainer in trainers:
@@ -162,7 +165,10 @@ def _take_steps(
                 if not run.has_healthy(trainers):
                     raise run.no_sae_left()
                 break
-            if save_now or decision.stop:
+            if save_now:
+                with progress.pausing():
+                    run.save_saes(trainers)
+            if checkpoint_now or decision.stop:
                 progress.log(pending.read())
                 with progress.pausing():
                     run.checkpoint(trainers, batches)

@@ -20,7 +20,7 @@ from ..shared.model.content import stored_model_content
 from ..shared.sae.formats.files import CONFIG_NAME as SAE_CONFIG_NAME
 from ..shared.sae.formats.files import DIVERGED_NAME
 from ..shared.sae.formats.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
-from .checkpoints.checkpoint import fault_of, load_state, remove_states, save_state, state_path
+from .checkpoints.checkpoint import fault_of, load_state, remove_saes, remove_states, sae_path, save_state, state_path
 from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
 from .config import SaeConfig, TrainConfig
 from .parallel.latents import is_per_latent
@@ -204,6 +204,7 @@ class RunState:
         """Remove earlier files of SAEs that are trained again, and notes on SAEs that are no longer in the sweep."""
         for name in retried:
             remove_states(self.output, name, keep=())
+            remove_saes(self.output, name)
             (self.output / name / DIVERGED_NAME).unlink(missing_ok=True)
         now = {str(sae.name) for sae in self._saes}
         for path in self.output.glob(f"*/{DIVERGED_NAME}"):
@@ -280,6 +281,21 @@ class RunState:
         self._record.checkpoints = [checkpoint, *older][: self._keep]
         self._save(trainers)
 
+    def save_saes(self, trainers: list[SaeTrainer]) -> None:
+        """Save the SAEs as they are now, beside those of other steps and what the run ends with."""
+        read = {"step": self.step, "tokens": self.step * self.plan.schedule.batch_size}
+        for trainer in trainers:
+            if trainer.diverged is None:
+                self._save_sae(trainer, sae_path(self.output, trainer.name, self.step), self._metadata | read)
+
+    def _save_sae(self, trainer: SaeTrainer, folder: Path, metadata: dict[str, Any]) -> bool:
+        """Save an SAE, if this rank does; all ranks that train it call this."""
+        parameters = self.layout.whole(trainer.name, trainer.trained_parameters, trainer.config.d_sae)
+        if self.layout.saves(trainer.name):
+            with writing(folder):
+                trainer.to_sae(metadata, parameters).save(folder)
+        return self.layout.saves(trainer.name)
+
     def record_divergence(self, trainers: list[SaeTrainer]) -> None:
         """Report why each diverged SAE has no weights, on the terminal and in a file in its folder."""
         for trainer in trainers:
@@ -323,15 +339,9 @@ class RunState:
                 self.checkpoint(trainers, batches)
             files = self._record.checkpoints[0].files
         for trainer in trainers:
-            if trainer.diverged is None:
-                parameters = self.layout.whole(trainer.name, trainer.trained_parameters, trainer.config.d_sae)
-                if not self.layout.saves(trainer.name):
-                    continue
-                folder = self.output / trainer.name
-                with writing(folder):
-                    trainer.to_sae(self._metadata, parameters).save(folder)
+            if trainer.diverged is None and self._save_sae(trainer, self.output / trainer.name, self._metadata):
                 own = msgspec.structs.replace(self._config, sae=[trainer.config])
-                write_file(folder / _CONFIG_NAME, to_toml(own).encode())
+                write_file(self.output / trainer.name / _CONFIG_NAME, to_toml(own).encode())
         final = Checkpoint(
             step=n_steps,
             stream=batches.state_dict() | {"rows_taken": n_steps * batch_size},

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MAY_CHANGE = {
     "checkpoint_every_tokens",
     "keep_checkpoints",
+    "save_every_tokens",
     "log_every_steps",
     "tensorboard",
     "wandb",

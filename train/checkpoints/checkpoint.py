@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from ...shared.store.format.checksum import crc32c
 def state_path(output: Path, name: str, step: int) -> Path:
     """Return the file of one SAE's state at a step."""
     return output / name / "checkpoints" / f"step-{step:09d}.safetensors"
+
+
+def sae_path(output: Path, name: str, step: int) -> Path:
+    """Return the folder of one SAE as it was saved at a step."""
+    return state_path(output, name, step).with_suffix("")
 
 
 def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) -> int:
@@ -74,6 +80,12 @@ def load_state(
             whole = rows is None or not has_rows(key) or not file.get_slice(key).get_shape()
             state[key] = file.get_tensor(key) if whole else file.get_slice(key)[rows]
     return state
+
+
+def remove_saes(output: Path, name: str) -> None:
+    """Remove what was saved of an SAE before the end of its training."""
+    for folder in (output / name / "checkpoints").glob("step-*/"):
+        shutil.rmtree(folder)
 
 
 def remove_states(output: Path, name: str, keep: Iterable[int]) -> None:
