@@ -51,6 +51,7 @@ class OpenRun:
         indexes: the feature indexes by SAE name, in the order of the metrics.
         saes: the folders of SAEs that are still there, by name.
         model: the language model.
+        store: the store that was evaluated on, if it is still there.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class OpenRun:
     indexes: dict[str, FeatureIndex]
     saes: dict[str, Path]
     model: ModelSource
+    store: ActivationStore | None = None
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the metrics of an SAE; empty if it has none."""
@@ -127,7 +129,9 @@ def open_run(run: str | Path, model: str | bool | None = None) -> OpenRun:
     order = {row["name"]: i for i, row in enumerate(metrics)}
     found.sort(key=lambda index: order.get(index.name, len(order)))
     indexes = {index.name: index for index in found}
-    return OpenRun(folder, config, metrics, indexes, _saes(config, folder), _model(config, folder, metrics, model))
+    store = _store(config, folder)
+    source = _model(config, folder, metrics, model, store)
+    return OpenRun(folder, config, metrics, indexes, _saes(config, folder), source, store)
 
 
 def find_near(path: str, folder: Path) -> Path | None:
@@ -149,28 +153,51 @@ def _saes(config: EvaluateConfig, folder: Path) -> dict[str, Path]:
     return dict(zip(unique_names(folders), folders, strict=True))
 
 
+def _store(config: EvaluateConfig, folder: Path) -> ActivationStore | None:
+    """Return the evaluation's store, or None if it is gone or cannot be read."""
+    where = config.store if "://" in config.store else find_near(config.store, folder)
+    try:
+        return ActivationStore.open(where or config.store, roles=config.roles)
+    except (ThresherError, OSError):
+        return None
+
+
 def _model(
-    config: EvaluateConfig, folder: Path, metrics: list[dict[str, Any]], given: str | bool | None
+    config: EvaluateConfig,
+    folder: Path,
+    metrics: list[dict[str, Any]],
+    given: str | bool | None,
+    store: ActivationStore | None,
 ) -> ModelSource:
     """Return the model that the settings name, else the evaluation's."""
     if given is False:
         return ModelSource(None, missing="the microscope was started with --model false")
     if isinstance(given, str):
         return ModelSource(given)
-    revision = adapter = tokenizer = bos = None
-    masked: tuple[int, ...] = ()
+    named = config.model if isinstance(config.model, str) else None
+    fallback = named or next((row["model"] for row in metrics if row.get("model")), None)
+    if store is None:
+        return _at(fallback, folder)
     try:
-        where = config.store if "://" in config.store else find_near(config.store, folder)
-        store = ActivationStore.open(where or config.store, roles=config.roles)
         name = model_name(config, store) or store.metadata.get("model")
         revision, adapter = harvested_revision(store), chosen_adapter(config, store)
-        tokenizer = partial(open_tokenizer, config, store)
-        named_bos = store.metadata.get("bos_token_id")
-        bos, masked = named_bos if isinstance(named_bos, int) else None, tuple(store.mask_token_ids)
     except (ThresherError, OSError):
-        named = config.model if isinstance(config.model, str) else None
-        name = named or next((row["model"] for row in metrics if row.get("model")), None)
+        return _at(fallback, folder)
+    bos = store.metadata.get("bos_token_id")
+    return _at(
+        name,
+        folder,
+        revision=revision,
+        adapter=adapter,
+        tokenizer=partial(open_tokenizer, config, store),
+        bos=bos if isinstance(bos, int) else None,
+        masked=tuple(store.mask_token_ids),
+    )
+
+
+def _at(name: str | None, folder: Path, **known: Any) -> ModelSource:
+    """Return a model by its name, or by its path near the run."""
     if not name:
         return ModelSource(None, missing="the evaluation names no model; give one with --model")
-    found = find_near(str(name), folder) if "://" not in str(name) else None
-    return ModelSource(str(found or name), revision, adapter, tokenizer=tokenizer, bos=bos, masked=masked)
+    found = find_near(name, folder) if "://" not in name else None
+    return ModelSource(str(found or name), **known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,23 @@ from torch import Tensor
 from ....shared.core.errors import MissingFileError
 from ....shared.model.hook_points import canonical_hook_point
 from ....shared.sae import CrossLayerTranscoder, Sae
+from .checkpoints import SaeCheckpoint
 
 KEPT_BYTES = 8 << 30
 
 
 class SaeShelf:
-    """SAEs by name, of which the most recently used stay in memory."""
+    """SAEs by name, of which the most recently used stay in memory, and their `checkpoints`, `SAE@STEP`."""
 
-    def __init__(self, paths: Mapping[str, Path], device: str = "cpu", kept_bytes: int = KEPT_BYTES):
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        checkpoints: Iterable[SaeCheckpoint] = (),
+        device: str = "cpu",
+        kept_bytes: int = KEPT_BYTES,
+    ):
         self.paths, self.device, self._kept_bytes = dict(paths), device, kept_bytes
+        self.checkpoints = {one.name: one for one in checkpoints if one.name not in self.paths}
         self._lock = threading.Lock()
         self._saes: OrderedDict[str, Sae] = OrderedDict()
         self._norms: dict[str, Float[Tensor, " d_sae"]] = {}
@@ -37,12 +45,17 @@ class SaeShelf:
         """
         with self._lock:
             if name not in self._saes:
-                if name not in self.paths:
-                    raise MissingFileError(f"the weights of the SAE '{name}' are no longer where they were evaluated")
-                self._saes[name] = Sae.load(self.paths[name]).to(self.device).eval().requires_grad_(False)
+                self._saes[name] = self._load(name).to(self.device).eval().requires_grad_(False)
                 self._drop_oldest()
             self._saes.move_to_end(name)
             return self._saes[name]
+
+    def _load(self, name: str) -> Sae:
+        if name in self.checkpoints:
+            return Sae.load(self.checkpoints[name].folder)
+        if name not in self.paths:
+            raise MissingFileError(f"the weights of the SAE '{name}' are no longer where they were evaluated")
+        return Sae.load(self.paths[name])
 
     def _drop_oldest(self) -> None:
         while len(self._saes) > 1 and sum(map(_bytes_of, self._saes.values())) > self._kept_bytes:

@@ -91,12 +91,23 @@ class LoadedModel:
             )
         return tokens
 
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
     def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if not getattr(self.tokenizer, "chat_template", None):
+        """Return the token ids up to where the assistant answers, or, if it has the last turn, goes on."""
+        if not self.chats:
             raise InterventionError("this model's tokenizer has no chat template; give a text instead of messages")
+        begun = bool(messages) and messages[-1]["role"] == "assistant"
         try:
             found: Any = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=True, add_generation_prompt=True, return_dict=False
+                [dict(message) for message in messages],
+                tokenize=True,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+                return_dict=False,
             )
         except Exception as error:  # a template may raise anything, also of jinja2
             raise InterventionError(f"the chat template refuses these messages: {error}") from None

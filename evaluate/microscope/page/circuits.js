@@ -1,32 +1,27 @@
 // Circuits: the attribution graph of a prompt through the run's transcoders, drawn by the component of `thresher graph`.
+import { showAttribution } from "./attribution.js";
 import { post, run } from "./parts/api.js";
-import { area, button, choice, field, heading, latentLink, linkTo, note, runner } from "./parts/controls.js";
+import { button, choice, field, heading, latentLink, linkTo, note, runner } from "./parts/controls.js";
+import { asBody, promptField } from "./parts/prompt.js";
 
 export function showCircuits(place, parameters, known, current) {
   place.append(heading("Circuits"));
-  if (!known.transcoders.length) {
-    place.append(
-      note(
-        "What leads to a prediction is traced through transcoders, and this run has none. Train some with configs/train/graph.toml, evaluate them, and open that run.",
-      ),
-    );
-    return;
-  }
-  const text = area(parameters.get("text") ?? "", { rows: 4, maxlength: 20000 });
+  if (!known.transcoders.length) return showAttribution(place, parameters, known, current);
+  const prompt = promptField("Prompt", "text", parameters);
   const [trace, stop] = [button("Trace", null, { id: "run" }), button("Cancel")];
   const result = html("div", { class: "result" });
   place.append(
     note(`What leads to the next token, through ${known.transcoders.length} transcoders.`),
-    field("Prompt", text, true),
+    prompt.element,
     html("div", { class: "controls" }, trace, stop),
     result,
   );
   const start = runner(trace, stop, result);
   trace.addEventListener("click", () => {
-    history.replaceState(null, "", linkTo({ page: "circuits", text: text.value }));
-    start(async (signal) => draw(result, await post("/api/graph", { text: text.value }, signal)));
+    history.replaceState(null, "", linkTo({ page: "circuits", ...prompt.address() }));
+    start(async (signal) => draw(result, await post("/api/graph", asBody(prompt.value()), signal)));
   });
-  if (text.value && current()) trace.click();
+  if (!prompt.isEmpty() && current()) trace.click();
 }
 
 // The transcoder of a layer and the number of a latent in it; a cross-layer transcoder counts the latents of all layers.

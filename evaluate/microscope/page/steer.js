@@ -1,33 +1,13 @@
 // Steer: edits of latents, continuations with and without them side by side, and the curve of strength.
 import { stream } from "./parts/api.js";
-import {
-  area,
-  button,
-  choice,
-  editText,
-  field,
-  heading,
-  latentLink,
-  linkTo,
-  note,
-  number,
-  readEdit,
-  runner,
-} from "./parts/controls.js";
+import { button, editText, field, heading, linkTo, note, number, readEdit, runner } from "./parts/controls.js";
+import { asRequest, editRow } from "./parts/edit_row.js";
+import { promptField } from "./parts/prompt.js";
 import { drawStrengths } from "./parts/strengths.js";
-
-const ACTIONS = ["add", "clamp", "scale", "ablate"];
-const PLACES = [["all", "all tokens"], ["prompt", "the prompt"], ["generated", "what is generated"], [
-  "active",
-  "where it fires",
-]];
-const WHOLE = new Set(["all", "prompt", "generated", "active"]);
 
 export function showSteer(place, parameters, known, current) {
   const usable = known.list.filter((sae) => sae.has_weights).map((sae) => sae.name);
-  const prompt = area(parameters.get("prompt") ?? "", { rows: 3, id: "prompt", maxlength: 20000 });
-  const chat = html("input", { type: "checkbox", id: "chat" });
-  chat.checked = parameters.get("chat") === "true";
+  const prompt = promptField("Prompt", "prompt", parameters, { rows: 3, id: "prompt" });
   const rows = html("div", { class: "edits-list" });
   const settings = {
     max_new_tokens: number(parameters.get("max_new_tokens") ?? 30, {
@@ -54,18 +34,13 @@ export function showSteer(place, parameters, known, current) {
   place.append(
     heading("Steer"),
     note("The model continues the prompt with its latents as they are, and once more with these edits."),
-    field("Prompt", prompt, true),
-    html("label", { class: "field" }, chat, "as a chat message"),
+    prompt.element,
     html("h2", {}, "Edits"),
     rows,
     html(
       "div",
       { class: "controls" },
-      button(
-        "Add a latent",
-        () =>
-          rows.append(editRow({ sae: usable[0], latent: 0, action: "add", strength: 2, unit: "max", where: "all" })),
-      ),
+      button("Add a latent", () => rows.append(editRow(readEdit(editText({ sae: usable[0], latent: 0 })), usable))),
     ),
     html(
       "div",
@@ -77,72 +52,26 @@ export function showSteer(place, parameters, known, current) {
     result,
   );
 
-  function editRow(edit) {
-    const sae = choice(usable, usable.includes(edit.sae) ? edit.sae : usable[0]);
-    const latent = number(edit.latent, { min: 0, step: 1, class: "latent-number" });
-    const action = choice(ACTIONS, edit.action);
-    const strength = number(edit.strength);
-    const unit = choice([["max", "× maximum"], ["activation", "activation"]], edit.unit);
-    const positions = !WHOLE.has(edit.where);
-    const where = choice([...PLACES, ["positions", "these tokens:"]], positions ? "positions" : edit.where);
-    const list = html("input", { type: "text", size: 8, placeholder: "3 4 5", "aria-label": "Positions of tokens" });
-    list.value = positions ? edit.where : "";
-    const look = html("a", { class: "look" }, "look");
-    const row = html(
-      "div",
-      { class: "controls edit" },
-      field("SAE", sae),
-      field("Latent", latent),
-      look,
-      field("Action", action),
-      field("Strength", strength),
-      unit,
-      field("At", where),
-      list,
-    );
-    row.append(button("Remove", () => row.remove(), { "aria-label": "Remove this edit" }));
-    row.read = () => ({
-      sae: sae.value,
-      latent: Number(latent.value),
-      action: action.value,
-      strength: Number(strength.value),
-      unit: unit.value,
-      where: where.value === "positions" ? list.value.trim().split(/[\s,;]+/).join(" ") : where.value,
-    });
-    const update = () => {
-      look.href = latentLink(sae.value, latent.value);
-      strength.parentElement.hidden = action.value === "ablate";
-      unit.hidden = action.value === "scale" || action.value === "ablate";
-      list.hidden = where.value !== "positions";
-    };
-    row.addEventListener("input", update);
-    unit.setAttribute("aria-label", "Unit of the strength");
-    update();
-    return row;
-  }
   const given = parameters.getAll("edit").map(readEdit);
-  rows.append(...given.map(editRow));
+  rows.append(...given.map((edit) => editRow(edit, usable)));
   const edits = () => [...rows.children].map((row) => row.read());
-  const requested = () =>
-    edits().map((
-      edit,
-    ) => (WHOLE.has(edit.where) ? edit : { ...edit, where: edit.where.split(" ").filter(Boolean).map(Number) }));
+  const requested = () => edits().map(asRequest);
   const sampling = () => Object.fromEntries(Object.entries(settings).map(([key, input]) => [key, Number(input.value)]));
   const address = () =>
     linkTo({
       page: "steer",
-      prompt: prompt.value,
-      chat: chat.checked || null,
+      ...prompt.address(),
       edit: edits().map(editText),
       ...sampling(),
     });
 
   const start = runner(go, stop, result);
   const begin = (work) => {
-    history.replaceState(null, "", address());
     start(async (signal) => {
       status.textContent = "Waiting for the model…";
       try {
+        await Promise.all([...rows.children].map((row) => row.suggested()));
+        history.replaceState(null, "", address());
         await work(signal);
         status.textContent = "Done.";
       } catch (error) {
@@ -156,8 +85,8 @@ export function showSteer(place, parameters, known, current) {
   go.addEventListener("click", () =>
     begin(async (signal) => {
       const views = new Views(result, sampling().n);
-      const given = chat.checked ? [{ role: "user", content: prompt.value }] : prompt.value;
-      await stream("/api/steer", { prompt: given, edits: requested(), sampling: sampling() }, (event, content) => {
+      const body = { prompt: prompt.value(), edits: requested(), sampling: sampling() };
+      await stream("/api/steer", body, (event, content) => {
         if (event === "queued") onQueue(content);
         else views.take(event, content, status);
       }, signal);
@@ -169,7 +98,7 @@ export function showSteer(place, parameters, known, current) {
       const strengths = [0, 0.5, 1, 2, 3, 4].map((factor) => factor * (edit.strength || 1));
       const points = [];
       await stream("/api/steer/curve", {
-        prompt: prompt.value,
+        prompt: prompt.value(),
         edit,
         strengths,
         sampling: { ...sampling(), max_new_tokens: Math.min(20, sampling().max_new_tokens) },
@@ -181,7 +110,7 @@ export function showSteer(place, parameters, known, current) {
         drawStrengths(result, points);
       }, signal);
     }));
-  if (prompt.value && given.length && parameters.get("go") === "true" && current()) go.click();
+  if (!prompt.isEmpty() && given.length && parameters.get("go") === "true" && current()) go.click();
 }
 
 // What a steering request streams: the next token's probabilities, and continuations that grow.

@@ -1,7 +1,6 @@
 // Try text: the strongest latents of each token, one latent over all tokens, and what fires on one text but not on another.
 import { post } from "./parts/api.js";
 import {
-  area,
   button,
   choice,
   colouredText,
@@ -14,24 +13,25 @@ import {
   note,
   runner,
 } from "./parts/controls.js";
+import { asBody, promptField } from "./parts/prompt.js";
 
 export function showText(place, parameters, known, current) {
-  const text = area(parameters.get("text") ?? "", { rows: 5, id: "text", maxlength: 20000 });
-  const other = area(parameters.get("against") ?? "", { rows: 3, id: "against", maxlength: 20000 });
+  const text = promptField("Text", "text", parameters, { rows: 5, id: "text" });
+  const other = promptField("The other text", "against", parameters, { rows: 3, id: "against" });
   const [run, stop] = [button("Run", null, { id: "run" }), button("Cancel")];
   const compare = html(
     "details",
     {},
     html("summary", {}, "Compare with another text"),
     note("Latents that fire on the text above and not on this one."),
-    field("The other text", other, true),
+    other.element,
   );
-  compare.open = Boolean(other.value);
+  compare.open = !other.isEmpty();
   const [status, result] = [note("", { role: "status" }), html("div", { class: "result" })];
   place.append(
     heading("Try text"),
     note(`The model runs on the text, up to ${known.limits.max_tokens} tokens, and every SAE reads its activations.`),
-    field("Text", text, true),
+    text.element,
     compare,
     html("div", { class: "controls" }, run, stop),
     status,
@@ -43,25 +43,26 @@ export function showText(place, parameters, known, current) {
     start(async (signal) => {
       status.textContent = "The model runs…";
       try {
-        if (other.value.trim()) await contrast(result, text.value, other.value, signal);
-        else await activations(result, text.value, follow, known, signal);
+        if (!other.isEmpty()) await contrast(result, text.value(), other.value(), signal);
+        else await activations(result, text.value(), follow, known, signal);
       } finally {
         status.textContent = "";
       }
     });
   run.addEventListener("click", () => {
-    const address = linkTo({ page: "text", text: text.value, against: other.value, follow });
-    history.replaceState(null, "", address);
+    history.replaceState(null, "", linkTo({ page: "text", ...text.address(), ...other.address(), follow }));
     go();
   });
-  text.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && run.click());
-  if (text.value && current()) go();
+  text.element.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run.click();
+  });
+  if (!text.isEmpty() && current()) go();
 }
 
-async function activations(result, text, follow, known, signal) {
+async function activations(result, prompt, follow, known, signal) {
   const [latent, ...name] = (follow ?? "").split(",");
   const followed = name.length ? { sae: name.join(","), latent: Number(latent) } : null;
-  const body = { text, top: 6 };
+  const body = { ...asBody(prompt), top: 6 };
   if (followed) {
     Object.assign(body, {
       saes: known.list.filter((sae) => sae.has_weights).map((sae) => sae.name),

@@ -20,6 +20,7 @@ from .assets import page_files
 from .endpoint import Endpoint
 from .messages import (
     ActivationsRequest,
+    AttributionRequest,
     ContrastRequest,
     CurveRequest,
     GraphRequest,
@@ -41,6 +42,7 @@ ENDPOINTS = (
     Endpoint("GET", "/api/saes", endpoints.list_saes),
     Endpoint("GET", "/api/saes/{name:path}/latents/{latent:int}", endpoints.describe_latent),
     Endpoint("GET", "/api/saes/{name:path}/latents/{latent:int}/matches", endpoints.match_latent),
+    Endpoint("GET", "/api/saes/{name:path}/latents/{latent:int}/strength", endpoints.suggest_strength),
     Endpoint("GET", "/api/saes/{name:path}/latents", endpoints.list_latents, LatentsQuery),
     Endpoint("GET", "/api/saes/{name:path}", endpoints.describe_one_sae),
     Endpoint("GET", "/api/search", endpoints.search_latents, SearchQuery),
@@ -48,6 +50,7 @@ ENDPOINTS = (
     Endpoint("PUT", "/api/notes", endpoints.write_note, body=NoteRequest),
     Endpoint("POST", "/api/activations", model_endpoints.answer_activations, body=ActivationsRequest, runs_model=True),
     Endpoint("POST", "/api/contrast", model_endpoints.answer_contrast, body=ContrastRequest, runs_model=True),
+    Endpoint("POST", "/api/attribution", model_endpoints.answer_attribution, body=AttributionRequest, runs_model=True),
     Endpoint("POST", "/api/graph", model_endpoints.answer_graph, body=GraphRequest, runs_model=True),
     Endpoint("POST", "/api/steer", model_endpoints.answer_steer, body=SteerRequest, runs_model=True, streams=True),
     Endpoint(

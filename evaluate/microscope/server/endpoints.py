@@ -53,6 +53,11 @@ def _sae(services: Services, name: str) -> dict[str, Any]:
         "n_rows": index.metadata.get("n_rows"),
         "hook_point": index.metadata.get("hook_point"),
         "has_weights": name in services.run.saes,
+        "checkpoints": [
+            {"name": one.name, "step": one.step, "tokens": one.tokens}
+            for one in services.shelf.checkpoints.values()
+            if one.sae == name
+        ],
         "metrics": {key: value for key, value in row.items() if isinstance(value, (int, float, str)) and key != "name"},
         "density_histogram": row.get("density_histogram"),
     }
@@ -110,6 +115,12 @@ def match_latent(services: Services, _: NoQuery, name: str, latent: int) -> dict
         some = services.tables.some(match["sae"], [row["latent"] for row in match["latents"]])
         match["latents"] = [row | some[row["latent"]] for row in match["latents"]]
     return {"sae": name, "latent": latent, "matches": matches}
+
+
+def suggest_strength(services: Services, _: NoQuery, name: str, latent: int) -> dict[str, Any]:
+    """Return a strength to begin steering a latent with, and how long the vector that it adds is."""
+    services.check_latent(name, latent)
+    return {"sae": name, "latent": latent} | services.strengths.of(name, latent)
 
 
 def search_latents(services: Services, query: SearchQuery) -> dict[str, Any]:

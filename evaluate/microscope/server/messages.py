@@ -26,15 +26,26 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     content: _Text
 
 
+_Prompt = _Text | Annotated[list[ChatMessage], Meta(max_length=100)]
+Conversation = list[dict[str, str]]
+
+
+def text_or_messages(prompt: str | list[ChatMessage]) -> tuple[str | None, Conversation | None]:
+    """Return a prompt as a text, or else as plain messages."""
+    if isinstance(prompt, str):
+        return prompt, None
+    return None, [msgspec.structs.asdict(message) for message in prompt]
+
+
 class TextRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A text, or a conversation."""
 
     text: _Text | None = None
     messages: Annotated[list[ChatMessage], Meta(max_length=100)] | None = None
 
-    def conversation(self) -> list[dict[str, str]] | None:
-        """Return the messages as plain objects."""
-        return None if self.messages is None else [msgspec.structs.asdict(message) for message in self.messages]
+    def parts(self) -> tuple[str | None, Conversation | None]:
+        """Return the text, and the messages as plain objects."""
+        return self.text, None if self.messages is None else text_or_messages(self.messages)[1]
 
 
 class ActivationsRequest(TextRequest, kw_only=True):
@@ -46,10 +57,10 @@ class ActivationsRequest(TextRequest, kw_only=True):
 
 
 class ContrastRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Texts of one kind and of another."""
+    """Texts or conversations of one kind and of another."""
 
-    a: Annotated[list[_Text], Meta(min_length=1, max_length=32)]
-    b: Annotated[list[_Text], Meta(min_length=1, max_length=32)]
+    a: Annotated[list[_Prompt], Meta(min_length=1, max_length=32)]
+    b: Annotated[list[_Prompt], Meta(min_length=1, max_length=32)]
     saes: _Names | None = None
     limit: Annotated[int, Meta(ge=1, le=200)] = 40
 
@@ -57,21 +68,15 @@ class ContrastRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class SteerRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A prompt (a text or messages), edits of latents, and how to sample."""
 
-    prompt: _Text | Annotated[list[ChatMessage], Meta(max_length=100)]
+    prompt: _Prompt
     edits: Annotated[list[LatentEditRequest], Meta(max_length=32)] = []
     sampling: SamplingRequest = msgspec.field(default_factory=SamplingRequest)
-
-    def parts(self) -> tuple[str | None, list[dict[str, str]] | None]:
-        """Return the text or the messages."""
-        if isinstance(self.prompt, str):
-            return self.prompt, None
-        return None, [msgspec.structs.asdict(message) for message in self.prompt]
 
 
 class CurveRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A prompt, one latent's edit, and the strengths to compare."""
 
-    prompt: _Text
+    prompt: _Prompt
     edit: LatentEditRequest
     strengths: Annotated[list[float], Meta(min_length=1, max_length=12)]
     concept: Annotated[list[_Name], Meta(max_length=10)] = []
@@ -81,6 +86,12 @@ class CurveRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class GraphRequest(TextRequest, kw_only=True):
     """A prompt whose next token is traced, and the transcoders to trace it through (default: all)."""
+
+    saes: _Names | None = None
+
+
+class AttributionRequest(TextRequest, kw_only=True):
+    """A prompt whose next token is explained, and the SAEs to do so (default: the first at each hook point)."""
 
     saes: _Names | None = None
 

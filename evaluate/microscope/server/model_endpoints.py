@@ -7,20 +7,33 @@ from typing import Any
 
 from ....shared.core.errors import InterventionError, MissingFileError
 from ..model.activations import contrast_texts, text_activations
+from ..model.attribution import attribute_prompt
 from ..model.circuits import trace_prompt
 from ..model.steering import LatentEditRequest, SamplingRequest, steer_texts, strength_curve
 from ..model.worker import Job
-from .messages import ActivationsRequest, ContrastRequest, CurveRequest, GraphRequest, SteerRequest
+from .messages import (
+    ActivationsRequest,
+    AttributionRequest,
+    ContrastRequest,
+    CurveRequest,
+    GraphRequest,
+    SteerRequest,
+    text_or_messages,
+)
 from .services import Services
 
 
 def answer_activations(services: Services, request: ActivationsRequest) -> Job:
-    """Run a text: the strongest latents of each token in every SAE, and where each SAE's strongest ones fire."""
-    names = services.names(request.saes or list(request.latents) or None)
+    """Run a text: the strongest latents of each token in every SAE, and where each SAE's strongest ones fire.
+
+    A checkpoint of an SAE, by the name that `/api/saes` gives it, is another SAE with the same latents.
+    """
+    names = services.names(request.saes or list(request.latents) or None, checkpoints=True)
     for name, latents in request.latents.items():
+        trained = services.shelf.checkpoints[name].sae if name in services.shelf.checkpoints else name
         for latent in latents:
-            services.check_latent(name, latent)
-    text, messages = request.text, request.conversation()
+            services.check_latent(trained, latent)
+    text, messages = request.parts()
     return services.worker.submit(
         lambda lm, job: text_activations(lm, job, lm.tokens(text, messages), names, request.top, request.latents)
     )
@@ -31,14 +44,8 @@ def answer_contrast(services: Services, request: ContrastRequest) -> Job:
     names = services.names(request.saes)
 
     def work(lm: Any, job: Job) -> dict[str, Any]:
-        a, b = ([lm.tokens(text) for text in texts] for texts in (request.a, request.b))
-        found = contrast_texts(lm, job, a, b, names, request.limit)
-        for name in dict.fromkeys(row["sae"] for row in found["latents"]):
-            some = services.tables.some(name, [row["latent"] for row in found["latents"] if row["sae"] == name])
-            for row in found["latents"]:
-                if row["sae"] == name:
-                    row |= {key: value for key, value in some[row["latent"]].items() if key not in row}
-        return found
+        a, b = ([lm.tokens(*text_or_messages(prompt)) for prompt in side] for side in (request.a, request.b))
+        return services.described(contrast_texts(lm, job, a, b, names, request.limit))
 
     return services.worker.submit(work)
 
@@ -47,9 +54,9 @@ def answer_steer(services: Services, request: SteerRequest) -> Job:
     """Continue a prompt with and without edits of latents, as server-sent events, one for each token."""
     _check_edits(services, request.edits)
     _check_sampling(services, request.sampling)
-    text, messages = request.parts()
+    prompt = text_or_messages(request.prompt)
     return services.worker.submit(
-        lambda lm, job: steer_texts(lm, job, lm.tokens(text, messages), request.edits, request.sampling)
+        lambda lm, job: steer_texts(lm, job, lm.tokens(*prompt), request.edits, request.sampling)
     )
 
 
@@ -58,12 +65,15 @@ def answer_curve(services: Services, request: CurveRequest) -> Job:
     _check_edits(services, [request.edit])
     _check_sampling(services, request.sampling)
 
+    text, messages = text_or_messages(request.prompt)
+
     def work(lm: Any, job: Job) -> dict[str, Any]:
+        tokens = lm.tokens(text, messages)
         return strength_curve(
             lm,
             job,
-            request.prompt,
-            lm.tokens(request.prompt),
+            text or "".join(lm.texts(tokens)),
+            tokens,
             request.edit,
             request.strengths,
             request.concept,
@@ -74,12 +84,23 @@ def answer_curve(services: Services, request: CurveRequest) -> Job:
     return services.worker.submit(work)
 
 
+def answer_attribution(services: Services, request: AttributionRequest) -> Job:
+    """Estimate what each latent adds to the likeliest next token of a prompt, through one SAE per hook point."""
+    names = services.names(request.saes) if request.saes else services.one_per_hook_point()
+    prompt = request.parts()
+
+    def work(lm: Any, job: Job) -> dict[str, Any]:
+        return services.described(attribute_prompt(lm, job, lm.tokens(*prompt), names))
+
+    return services.worker.submit(work)
+
+
 def answer_graph(services: Services, request: GraphRequest) -> Job:
     """Trace a prompt's next token through the run's transcoders: an attribution graph in the viewers' schema."""
     names = services.names(request.saes) if request.saes else services.run.transcoders
     if not names:
         raise InterventionError("this run has no transcoders; train some with configs/train/graph.toml (make graph)")
-    text, messages, model = request.text, request.conversation(), services.run.model.name or "model"
+    (text, messages), model = request.parts(), services.run.model.name or "model"
 
     def work(lm: Any, job: Job) -> dict[str, Any]:
         tokens = lm.tokens(text, messages)

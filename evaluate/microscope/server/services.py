@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from ....shared.core.compute.device import choose_device
 from ....shared.core.errors import ConfigError, MissingFileError
 from ...explain.notes import Notes, notes_path
 from ..config import MicroscopeConfig
+from ..data.checkpoints import find_checkpoints
 from ..data.latents import LatentTables
 from ..data.run_folder import OpenRun, open_run
 from ..data.saes import SaeShelf
+from ..data.strength import UsualStrengths
 from ..model.loaded import LoadedModel
 from ..model.worker import ModelWorker
 from ..search.embeddings_server import EmbeddingsServer
@@ -37,6 +40,7 @@ class Services:
     preparation: Preparation
     search: LatentSearch
     notes: Notes
+    strengths: UsualStrengths
 
     @classmethod
     def open(cls, config: MicroscopeConfig) -> Services:
@@ -47,29 +51,34 @@ class Services:
         """
         run = open_run(config.run, config.model)
         cache = _cache_folder(run.folder)
-        tables, shelf = LatentTables(run, cache), SaeShelf(run.saes)
+        tables, shelf = LatentTables(run, cache), SaeShelf(run.saes, find_checkpoints(run.saes))
+
+        loading = threading.Lock()  # transformers changes global state while it loads: two models at once lose weights
 
         def load() -> LoadedModel:
-            return LoadedModel.open(
-                run.model,
-                shelf,
-                tables.maxima,
-                device=choose_device(config.device),
-                max_tokens=config.max_tokens,
-                trust_remote_code=config.trust_remote_code,
-                eager=bool(run.transcoders),
-            )
+            with loading:
+                return LoadedModel.open(
+                    run.model,
+                    shelf,
+                    tables.maxima,
+                    device=choose_device(config.device),
+                    max_tokens=config.max_tokens,
+                    trust_remote_code=config.trust_remote_code,
+                    eager=bool(run.transcoders),
+                )
 
         def open_encoder() -> TextEncoder | None:
             if config.embeddings_url is not None:
                 return EmbeddingsServer(config.embeddings_url, str(config.encoder))
             name = packaged_encoder() if config.encoder in (None, True) else config.encoder
-            return SentenceEncoder(name) if name else None
+            with loading:
+                return SentenceEncoder(name) if name else None
 
         worker: ModelWorker[LoadedModel] = ModelWorker(load, config.max_seconds, config.max_waiting)
         preparation = Preparation(tables, cache, open_encoder, config.embedded_latents, lambda: worker.busy)
         search = LatentSearch(tables, preparation)
-        return cls(config, run, tables, shelf, worker, preparation, search, Notes(notes_path(run.folder)))
+        notes, strengths = Notes(notes_path(run.folder)), UsualStrengths(tables, shelf)
+        return cls(config, run, tables, shelf, worker, preparation, search, notes, strengths)
 
     def start(self) -> None:
         """Start to load the model and to prepare the search."""
@@ -81,18 +90,35 @@ class Services:
         self.worker.stop()
         self.preparation.stop()
 
-    def names(self, given: Sequence[str] | None) -> list[str]:
-        """Return the SAEs that a request names, or all whose weights are there.
+    def names(self, given: Sequence[str] | None, *, checkpoints: bool = False) -> list[str]:
+        """Return the SAEs that a request names, or all whose weights are there; with `checkpoints`, it may name some.
 
         Raises:
             MissingFileError: there is no such SAE, or none has weights.
         """
         for name in given or ():
-            self.tables.index(name)
+            if not checkpoints or name not in self.shelf.checkpoints:
+                self.tables.index(name)
         found = list(given or (name for name in self.run.indexes if name in self.run.saes))
         if not found:
             raise MissingFileError("the weights of this run's SAEs are no longer where they were evaluated")
         return list(dict.fromkeys(found))
+
+    def one_per_hook_point(self) -> list[str]:
+        """Return the first SAE with weights at each hook point; raise `MissingFileError` if there is none."""
+        first: dict[Any, str] = {}
+        for name in self.names(None):
+            first.setdefault(self.tables.index(name).metadata.get("hook_point"), name)
+        return list(first.values())
+
+    def described(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer with what lists show of each of the `latents` in it."""
+        for name in dict.fromkeys(row["sae"] for row in found["latents"]):
+            rows = [row for row in found["latents"] if row["sae"] == name]
+            some = self.tables.some(name, [row["latent"] for row in rows])
+            for row in rows:
+                row |= {key: value for key, value in some[row["latent"]].items() if key not in row}
+        return found
 
     def check_latent(self, name: str, latent: int) -> None:
         """Raise an error if there is no such latent."""
@@ -102,9 +128,10 @@ class Services:
 
     def status(self) -> dict[str, Any]:
         """Return what the page says of the model and the search."""
-        state = self.preparation.state
+        state, lm = self.preparation.state, self.worker.model
         search = {"words": state.words, "meaning": state.meaning, "encoder": state.encoder, "note": state.note}
-        return {"model": self.worker.status() | {"name": self.run.model.name}, "search": search}
+        model = self.worker.status() | {"name": self.run.model.name, "chats": None if lm is None else lm.chats}
+        return {"model": model, "search": search}
 
 
 def _cache_folder(evaluation: Path) -> Path:

@@ -22,6 +22,8 @@ from thresher.evaluate.microscope.server.application import application
 from thresher.evaluate.microscope.server.security import Access
 from thresher.evaluate.microscope.server.services import Services
 
+from ..chromium import TIMEOUT, record_faults
+
 WORDS = ("<s> def class return import from self open path file read write yield raise").split()  # noqa: SIM905
 
 
@@ -45,6 +47,36 @@ def run_folder(tiny, sweep, speaker):
     """The folder of an evaluated run."""
     folder = tiny.root / "run"
     settings = {"store": str(tiny.store), "saes": str(sweep), "model": str(speaker), "bootstrap_samples": 0}
+    evaluate(EvaluateConfig(output=str(folder / "evaluation"), **settings))
+    return folder
+
+
+TEMPLATE = (
+    "{% for turn in messages %}{% if turn.role == 'user' %}class{% elif turn.role == 'assistant' %}self"
+    "{% else %}{{ raise_exception('no turn of ' + turn.role) }}{% endif %} {{ turn.content }} {% endfor %}"
+    "{% if add_generation_prompt %}self{% endif %}"
+)
+"""Of a chat: `class` and `self` say whose turn it is."""
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny, speaker):
+    """A run of `thresher train` that saved its SAEs at two earlier steps, evaluated with a model that chats."""
+    from thresher.train import TrainConfig, train
+
+    model, folder = tiny.root / "chats", tiny.root / "trained"
+    shutil.copytree(speaker, model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    saes = [
+        {"name": "topk", "hook_point": "blocks.1.resid_post", "d_sae": 32, "k": 4},
+        {"name": "relu", "architecture": "standard", "hook_point": "blocks.0.resid_post", "d_sae": 24}
+        | {"l1_coefficient": 0.5},
+    ]
+    settings = {"batch_size": 16, "tokens": 16 * 20, "save_every_tokens": 16 * 8}
+    train(TrainConfig(store=str(tiny.store), output=str(folder / "saes"), device="cpu", sae=saes, **settings))
+    settings = {"store": str(tiny.store), "saes": str(folder / "saes"), "model": str(model), "bootstrap_samples": 0}
     evaluate(EvaluateConfig(output=str(folder / "evaluation"), **settings))
     return folder
 
@@ -127,6 +159,33 @@ def scope(serve, run_folder):
     found = serve(run=str(run_folder), encoder=False, device="cpu")
     found.client.wait(lambda status: status["model"]["state"] == "ready" and status["search"]["words"] == 1)
     return found
+
+
+@pytest.fixture(scope="session")
+def trained(serve, trained_run):
+    """A microscope of the run that was trained."""
+    found = serve(run=str(trained_run), encoder=False, device="cpu")
+    found.client.wait(lambda status: status["model"]["state"] == "ready" and status["search"]["words"] == 1)
+    return found
+
+
+@pytest.fixture
+def open_page(chromium):
+    """The function that opens a page of a microscope; what goes wrong in it, or is refused by it, fails the test."""
+    contexts, faults = [], []
+
+    def open_at(microscope):
+        address = f"http://127.0.0.1:{microscope.port}"
+        contexts.append(chromium.new_context(base_url=address, viewport={"width": 1280, "height": 900}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(TIMEOUT)
+        faults.append(record_faults(page, f"{address}/"))
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert [fault for some in faults for fault in some] == []
 
 
 @pytest.fixture(scope="session")

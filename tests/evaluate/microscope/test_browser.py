@@ -7,22 +7,13 @@ import re
 
 import pytest
 
-from ..chromium import TIMEOUT, record_faults
-
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.xdist_group("chromium")
 
 
 @pytest.fixture
-def page(chromium, scope):
-    """A page of the microscope; what goes wrong in it, or is refused by its policy, fails the test."""
-    context = chromium.new_context(base_url=f"http://127.0.0.1:{scope.port}", viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(TIMEOUT)
-    faults = record_faults(page, f"http://127.0.0.1:{scope.port}/")
-    yield page
-    context.close()
-    assert faults == []
+def page(open_page, scope):
+    return open_page(scope)
 
 
 def count(page, selector, n):

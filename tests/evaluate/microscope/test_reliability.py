@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import thresher.evaluate.microscope.server.services as services_module
 from thresher.evaluate.explain.notes import Notes, notes_path, shown_explanations
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.microscope.data.run_folder import find_evaluation, open_run
@@ -36,6 +37,7 @@ def copied(run_folder, tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
+import thresher.evaluate.microscope.server.services as services_module
 from thresher.evaluate.explain.notes import Notes
 notes = Notes(Path(sys.argv[1]))
 for latent in range(10**9):
@@ -72,6 +74,32 @@ def test_the_command_prints_its_address_once_it_answers_and_ends_on_interrupt(co
     _, said = child.communicate(timeout=60)
     assert child.returncode == 0, said
     assert "Traceback" not in said
+
+
+def test_model_and_encoder_are_not_loaded_at_once(serve, copied, monkeypatch):
+    """transformers changes global state while it loads: two at once left a model without its tied weights."""
+    inside, met, real = set(), [], LoadedModel.open
+
+    def enter(who):
+        inside.add(who)
+        for _ in range(20):  # long enough for the other one to come in, if nothing stops it
+            met.extend(inside - {who})
+            threading.Event().wait(0.02)
+        inside.remove(who)
+
+    def open_model(*given, **settings):
+        enter("model")
+        return real(*given, **settings)
+
+    def open_encoder(name):
+        enter("encoder")
+        raise ConfigError("no encoder")
+
+    monkeypatch.setattr(LoadedModel, "open", open_model)
+    monkeypatch.setattr(services_module, "SentenceEncoder", open_encoder)
+    client = serve(run=str(copied), encoder="some-encoder", device="cpu").client
+    client.wait(lambda status: status["model"]["state"] == "ready" and status["search"]["note"] == "no encoder")
+    assert met == []
 
 
 def test_without_a_model_everything_but_the_model_works(serve, copied):

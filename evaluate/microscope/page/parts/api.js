@@ -60,3 +60,17 @@ export function run() {
   known.catch(() => known = null);
   return known;
 }
+
+let chats = null;
+// Whether the model takes a chat, once it is loaded; null if there is no model.
+export function modelChats() {
+  chats ??= (async () => {
+    for (;;) {
+      const { model } = await read("/api/status");
+      if (model.state !== "loading") return model.chats;
+      await new Promise((done) => setTimeout(done, 1000));
+    }
+  })();
+  chats.catch(() => chats = null);
+  return chats;
+}

@@ -10,11 +10,13 @@ export const steerLink = (sae, latent, more = {}) =>
   linkTo({ page: "steer", edit: editText({ sae, latent }), ...more });
 
 // An edit as text in an address: latent, action, strength, unit and where, then the SAE, whose name may have commas.
-export const editText = ({ sae, latent, action = "add", strength = 2, unit = "max", where = "all" }) =>
+// Without a strength, the server suggests one.
+export const editText = ({ sae, latent, action = "add", strength = "", unit = "max", where = "all" }) =>
   [latent, action, strength, unit, where, sae].join(",");
 export function readEdit(text) {
   const [latent, action, strength, unit, where, ...name] = text.split(",");
-  return { sae: name.join(","), latent: Number(latent), action, strength: Number(strength), unit, where };
+  const amount = strength ? Number(strength) : "";
+  return { sae: name.join(","), latent: Number(latent), action, strength: amount, unit, where };
 }
 
 export const field = (label, control, wide = false) =>
