@@ -41,6 +41,8 @@ def folder(tmp_path, monkeypatch):
 
 def is_accepted(command: list[str], capsys: pytest.CaptureFixture[str]) -> bool:
     """Return whether `thresher` takes the command's keys and values; files may be missing."""
+    if command[1:] == ["--version"]:
+        return main(command[1:]) == 0
     name, arguments = command[1], [argument.replace("s3://", "./no-such-") for argument in command[2:]]
     assert name in ENTRIES, command
     config = getattr(ENTRIES[name].load(), "CONFIG", None)
