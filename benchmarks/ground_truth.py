@@ -44,6 +44,7 @@ OURS: dict[str, dict[str, Any]] = {
     "matryoshka_batch_topk": {"architecture": "matryoshka_batch_topk", "k": K, "prefix_sizes": PREFIXES},
     "lista_matryoshka": {"architecture": "lista_matryoshka", "k": K, "prefix_sizes": PREFIXES},
     "topk": {"architecture": "topk", "k": K},
+    "matching_pursuit": {"architecture": "matching_pursuit", "k": K},
     "jumprelu": {"architecture": "jumprelu", "target_l0": K},
     "standard": {"architecture": "standard", "target_l0": K},
     "random": {"architecture": "random", "k": K},

@@ -85,6 +85,8 @@ def sae_memory(architecture: Architecture, compute_dtype: str, path: Path = "cpu
     copied = {"fused": list(parameters), "ops": ["W_enc"], "cpu": ["W_enc", "W_dec"]}[path]
     if path == "cpu" and compute_dtype == "float32":
         copied.remove("W_dec")
+    if "W_enc" not in parameters:
+        copied = ["W_dec"]
     return Memory(
         weights=weights,
         moments=2 * weights,

@@ -25,7 +25,11 @@ _SHORTEST, _LONGEST = 700, 70_000
 _LENGTH_POWER = 0.575
 _LR_SHARES = {
     **dict.fromkeys(
-        ("topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk", "gated", "random", "lista_matryoshka"), 1.0
+        (
+            *("topk", "batch_topk", "matryoshka_batch_topk", "hierarchical_topk", "gated", "random"),
+            *("lista_matryoshka", "matching_pursuit"),
+        ),
+        1.0,
     ),
     **dict.fromkeys(("standard", "transcoder", "skip_transcoder", "crosscoder"), 1.5),
     "jumprelu": 0.5,

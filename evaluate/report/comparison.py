@@ -22,6 +22,8 @@ from .definitions import METRICS, Column
 Row = Mapping[str, Any]
 COMPARED: dict[str, Column] = {metric.key: metric for metric in METRICS if metric.better and metric.key != "l0"}
 """The metrics of which one direction is better."""
+BY_CONSTRUCTION = ("dead_fraction", "max_decoder_cosine_mean", "relative_reconstruction_bias", "amortisation_gap")
+"""Metrics that are not put beside baselines, because an orthonormal basis has the best values whatever the rows are."""
 
 
 def compare_with_baselines(metrics: Sequence[Row], settings: Mapping[str, Row]) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def _beside(row: Row, rows: Sequence[Row], resolution: Mapping[str, Any]) -> dic
     for key in COMPARED:
         value = row.get(key)
         known = {kind: other for kind, other in nearest.items() if other.get(key) is not None}
-        if value is None or not known:
+        if value is None or not known or key in BY_CONSTRUCTION:
             continue
         best = min(known, key=lambda kind: _loss(key, known[kind][key]))
         ahead = _loss(key, known[best][key]) - _loss(key, value)

@@ -71,6 +71,7 @@ USED = {
     "hierarchical_topk": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder"},
     "random": {"k"},
     "lista_matryoshka": {"k", "aux_coefficient", "k_aux", "unit_norm_decoder", "prefix_sizes", "refine_rate"},
+    "matching_pursuit": {"k"},
     "standard": {"l1_coefficient", "target_l0", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},
     "gated": {
         *("l1_coefficient", "target_l0", "sparsity_warmup_steps", "unit_norm_decoder"),

@@ -140,6 +140,7 @@ EVERY_ARCHITECTURE = [
     TOPK | {"k": 4, "architecture": "batch_topk"},
     TOPK | {"k": 4, "architecture": "matryoshka_batch_topk", "prefix_sizes": [24, 96]},
     TOPK | {"k": 4, "architecture": "hierarchical_topk"},
+    TOPK | {"k": 4, "architecture": "matching_pursuit"},
     TOPK | {"architecture": "jumprelu", "l0_coefficient": 0.02},
     TOPK | {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 4.0, "name": "jumprelu-target"},
     TOPK | {"architecture": "jumprelu", "sparsity_loss": "tanh", "l0_coefficient": 0.3, "name": "tanh"},

@@ -47,10 +47,13 @@ class OpByOp:
             parameters, parts.architecture, parts.architecture.config.clip_grad_norm, parts.across
         )
         self.exp_avg, self.exp_avg_sq = self.optimizer.exp_avg, self.optimizer.exp_avg_sq
-        self.W_enc_compute = parameters["W_enc"].to(parts.compute_dtype, copy=True)
+        encoder = "W_enc" if "W_enc" in parameters else "W_dec"  # a decoder that encodes, too
+        self.W_enc_compute = parameters[encoder].to(parts.compute_dtype, copy=True)
         self.W_dec_compute: Tensor | None = None
-        self.optimizer.copies = {"W_enc": self.W_enc_compute}
-        if parts.copies_decoder:
+        self.optimizer.copies = {encoder: self.W_enc_compute}
+        if encoder == "W_dec":
+            self.W_dec_compute = self.W_enc_compute if parts.copies_decoder else None
+        elif parts.copies_decoder:
             self.W_dec_compute = parameters["W_dec"].to(parts.compute_dtype)
             if self.W_dec_compute is not parameters["W_dec"]:
                 self.optimizer.copies["W_dec"] = self.W_dec_compute

@@ -247,6 +247,6 @@ class SaeTrainer:
     def to_sae(self, metadata: dict[str, Any], parameters: Mapping[str, Tensor] | None = None) -> Sae:
         """Return the current SAE for inference on raw activations; `parameters` are those of all ranks combined."""
         parameters = dict(parameters or self.trained_parameters)
-        buffers = {name: tensor.to(parameters["W_enc"].device) for name, tensor in self.buffers.items()}
-        normalization = self.normalization.to(parameters["W_enc"].device)
+        buffers = {name: tensor.to(parameters["W_dec"].device) for name, tensor in self.buffers.items()}
+        normalization = self.normalization.to(parameters["W_dec"].device)
         return self.architecture.to_sae(parameters, buffers, normalization, metadata)

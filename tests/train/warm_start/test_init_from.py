@@ -28,6 +28,7 @@ KEYS = {
     "hierarchical_topk": {"k": 3},
     "random": {"k": 3},
     "lista_matryoshka": {"k": 3},
+    "matching_pursuit": {"k": 3},
     "standard": {"l1_coefficient": 0.1},
     "gated": {"l1_coefficient": 0.1},
     "jumprelu": {"l0_coefficient": 0.1},
@@ -187,7 +188,7 @@ def test_what_does_not_fit_is_refused_in_a_line(store, tmp_path):
     by_row.normalize_activations = "layer_norm"
     by_row.save(tmp_path / "by-row")
     for changes, error, message in (
-        ({"d_sae": 64}, SaeError, r"it has d_sae 48, expected 64$"),
+        ({"d_sae": 64}, SaeError, r"it has d_sae 48, expected 64\b"),
         ({"architecture": "gated", "k": None, "l1_coefficient": 1.0}, SaeError, "is a 'topk' SAE; expected 'gated'"),
         ({"init_from": str(tmp_path / "by-row")}, SaeError, r"it normalises each row by itself \(layer_norm\)"),
         ({"init_from": str(tmp_path / "nowhere")}, MissingFileError, "no SAE to start from at .*nowhere"),
