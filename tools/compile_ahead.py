@@ -207,6 +207,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     usage = disassembled(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path, "-res-usage").split("Function")[-1]
     fields = dict(part.rsplit(":", 1) for part in usage.split() if ":" in part and part.rsplit(":", 1)[1].isdigit())
     return {
+        "triton": triton.__version__,
         "kernel": variant.kernel.__name__,
         "capability": capability,
         "constants": variant.constants,

@@ -71,7 +71,7 @@ def zero_row(WIDTHS: tl.constexpr):
     """Return a row of zeros."""
     row = ()
     for part in tl.static_range(len(WIDTHS)):
-        row += (tl.zeros([WIDTHS[part]], tl.float32),)
+        row += (tl.zeros([tl.constexpr(WIDTHS[part])], tl.float32),)
     return row
 
 
@@ -98,7 +98,7 @@ def zero_rows(ENTRIES: tl.constexpr, WIDTHS: tl.constexpr):
     """Return rows of zeros."""
     rows = ()
     for part in tl.static_range(len(WIDTHS)):
-        rows += (tl.zeros([ENTRIES, WIDTHS[part]], tl.float32),)
+        rows += (tl.zeros([ENTRIES, tl.constexpr(WIDTHS[part])], tl.float32),)
     return rows
 
 

@@ -1,4 +1,8 @@
-"""Every kernel compiles for sm_80 and sm_90 here, where there is no GPU, spills nothing, and fits."""
+"""Every kernel compiles for sm_80 and sm_90 here, where there is no GPU, spills nothing, and fits.
+
+So it does with the oldest Triton that is supported, which `make test` installs beside the environment; with that one
+every kernel is also interpreted and checked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[4] / "tools" / "compile_ahead.py"
+ROOT = Path(__file__).parents[4]
+TOOL = ROOT / "tools" / "compile_ahead.py"
+OLDEST = ROOT / ".venv-gpu-versions"
+has_oldest = pytest.mark.skipif(
+    not (OLDEST / ".ready").exists(), reason=f"make test installs the oldest supported Triton in {OLDEST.name}"
+)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 TENSOR_CORES = {"candidates_kernel", "recompute_kernel", "threshold_kernel"}
 KERNELS = TENSOR_CORES | {
@@ -32,13 +41,18 @@ KERNELS = TENSOR_CORES | {
 }
 
 
-def compile_all(capability, *options):
-    """Compile in a process of its own: in this one Triton interprets."""
+def output_of(tool, *arguments, triton=None):
+    """Run a tool in a process of its own, because in this one Triton interprets, and with Triton from a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(TOOL), str(capability), *options]
+    environment |= {} if triton is None else {"PYTHONPATH": str(triton)}
+    command = [sys.executable, str(tool), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return done.stdout
+
+
+def compile_all(capability, *options, triton=None):
+    return [json.loads(line) for line in output_of(TOOL, capability, *options, triton=triton).splitlines()]
 
 
 def assert_fits(results, capability):
@@ -60,7 +74,26 @@ def test_every_kernel_compiles_without_spills(capability):
     assert_fits(compile_all(capability, "--each-once"), capability)
 
 
-@pytest.mark.long
+@has_oldest
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_variant_compiles_without_spills(capability):
-    assert_fits(compile_all(capability), capability)
+def test_every_kernel_compiles_with_the_oldest_triton(capability):
+    results = compile_all(capability, "--each-once", triton=OLDEST)
+    assert_fits(results, capability)
+    assert {result["triton"][:4] for result in results} == {"3.6."}
+
+
+@has_oldest
+def test_every_kernel_is_right_in_the_oldest_tritons_interpreter(tmp_path):
+    file = tmp_path / "kernels.json"
+    output_of(ROOT / "tools" / "gpu" / "kernels.py", "--rehearse", file, triton=OLDEST)
+    report = json.loads(file.read_text())
+    assert len(report["checks"]) > 10
+    assert all(check["passed"] for check in report["checks"])
+    assert report["never_launched"] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("triton", [None, pytest.param(OLDEST, marks=has_oldest)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_variant_compiles_without_spills(capability, triton):
+    assert_fits(compile_all(capability, triton=triton), capability)
