@@ -1,6 +1,5 @@
 """`python -m thresher.evaluate`: the same as `thresher evaluate`."""
 
-from ..shared.core.cli import run_process
-from .command import main
+from ..shared.core.cli import run
 
-run_process(main)
+run("evaluate")

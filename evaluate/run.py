@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..shared.core.config import configured, to_toml
 from ..shared.core.disk import write_file, writing
 from ..shared.core.errors import SaeError
-from ..shared.core.progress import in_kernel
+from ..shared.core.terminal.progress import in_kernel
+from ..shared.core.terminal.results import print_result
 from .config import EvaluateConfig
 from .explain.notes import shown_explanations
 from .features.export import export_indexes
@@ -37,6 +36,8 @@ from .stages import (
     result_digests,
 )
 
+_log = logging.getLogger(__name__)
+
 
 def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any) -> MetricsRows:
     """Evaluate every SAE on the store's held-out contexts; write and return the metrics.
@@ -54,7 +55,7 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
     config = configured(EvaluateConfig, config, settings)
     prepared = prepare_evaluation(config)
     for line in note_lines(prepared.notes):
-        tqdm.write(line, file=sys.stderr)
+        _log.info(line)
     output = prepared.output
     write_file(output / "config.toml", to_toml(config).encode())
     results = Results(output, prepared.saes, prepared.failed, result_digests(prepared))
@@ -99,16 +100,16 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
         comparison=comparison,
     )
     if not in_kernel():  # a notebook shows the rows that are returned
-        tqdm.write(metrics_table(metrics))
+        print_result(metrics_table(metrics))
     for line in (*published_lines(metrics), *baseline_lines(comparison)):
-        tqdm.write(line)
-    tqdm.write(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
+        print_result(line)
+    print_result(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
     if config.export and features:
         dataset = str(prepared.store.metadata.get("dataset") or "")
         export_indexes(features, output / "neuronpedia", prepared.model_name, dataset, explanations)
-        tqdm.write(f"export  {printable(str(output / 'neuronpedia'))}")
+        print_result(f"export  {printable(str(output / 'neuronpedia'))}")
     for name, reason in (results.failed | prepared.diverged).items():
-        tqdm.write(f"{'failed' if name in results.failed else 'diverged in training'}  {name}: {reason}")
+        print_result(f"{'failed' if name in results.failed else 'diverged in training'}  {name}: {reason}")
     results.finish()
     return MetricsRows(metrics)
 

@@ -1,6 +1,5 @@
 """`python -m thresher.harvest`: the same as `thresher harvest`."""
 
-from ..shared.core.cli import run_process
-from .command import main
+from ..shared.core.cli import run
 
-run_process(main)
+run("harvest")

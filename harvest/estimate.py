@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,8 @@ from ..shared.core.errors import DiskSpaceError
 from ..shared.core.location import cache_folder, locate
 from ..shared.store.format.layout import ITEM_BYTES
 from .config import HarvestConfig
+
+_log = logging.getLogger(__name__)
 
 # Stored bytes over raw bytes, with a margin: bitshuffled bfloat16 activations compress to 0.70 to 0.78.
 STORED_FRACTION = {"none": 1.0, "lz4": 0.85, "zstd": 0.85, "int8": 1.0}
@@ -68,11 +70,10 @@ def check_disk(store: Path, needed: Estimate) -> int:
 
 def print_estimate(needed: Estimate, n_hook_points: int, free: int) -> None:
     """Print the estimate."""
-    print(
+    _log.info(
         f"harvest: {needed.n_rows:,} rows at {n_hook_points} hook point{'s' * (n_hook_points > 1)}, "
         f"about {human_bytes(needed.stored_bytes)} ({human_bytes(needed.raw_bytes)} raw; {human_bytes(free)} free), "
-        f"about {human_seconds(needed.seconds)} at {needed.n_rows / needed.seconds:,.0f} tokens/s",
-        file=sys.stderr,
+        f"about {human_seconds(needed.seconds)} at {needed.n_rows / needed.seconds:,.0f} tokens/s"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ..shared.core.progress import progress
+from ..shared.core.terminal.progress import progress
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStoreWriter

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..shared.core.errors import StoreError
 from ..shared.core.location import StoreUrl
-from ..shared.core.progress import progress
+from ..shared.core.terminal.progress import progress
 from ..shared.store import ActivationStore
 from .config import HarvestConfig
 from .reuse import find_manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .tokens.packing import Context, ContextBatch
 
     Writer = TypeVar("Writer", bound=ActivationStoreWriter)
+
+_log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 4
 
@@ -138,17 +140,16 @@ def append(
 def print_status(store: Path | StoreUrl, status: StoreStatus) -> None:
     """Print the notes on an existing store, and whether it is complete."""
     for note in status.notes:
-        print(f"note: {note}", file=sys.stderr)
+        _log.info(f"note: {note}")
     if status.complete:
-        print(f"reuses store '{store}': it is complete and of this configuration", file=sys.stderr)
+        _log.info(f"reuses store '{store}': it is complete and of this configuration")
 
 
 def print_stored(config: HarvestConfig, plan: HarvestPlan, n_contexts: int, bytes_written: int, raw_bytes: int) -> None:
     """Print what the store holds and what this run wrote."""
     n_hook_points = len(plan.widths)
-    print(
+    _log.info(
         f"stored {n_contexts * config.context_size:,} rows at {n_hook_points} hook point{'s'[: n_hook_points != 1]} in "
         f"'{config.store}'; "
-        f"this run wrote {human_bytes(bytes_written)} for {human_bytes(raw_bytes)} of activations",
-        file=sys.stderr,
+        f"this run wrote {human_bytes(bytes_written)} for {human_bytes(raw_bytes)} of activations"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from ..shared.store import ActivationStoreWriter
     from ..shared.synthetic.sampler import Sampler
+
+_log = logging.getLogger(__name__)
 
 SAMPLER_VERSION = 1
 """Increased whenever the same settings give other rows."""
@@ -77,10 +79,9 @@ def harvest_synthetic(config: HarvestConfig, store: Path | StoreUrl) -> Path | S
                 writer.append({HOOK_POINT: rows}, held_out=held_out, copy=False)
                 progress.update(len(rows))
                 interrupt.check()
-    print(
+    _log.info(
         f"stored {writer.n_contexts * config.context_size:,} rows of '{config.model}' in '{config.store}'; "
-        f"this run wrote {human_bytes(writer.bytes_written)} for {human_bytes(writer.raw_bytes)} of activations",
-        file=sys.stderr,
+        f"this run wrote {human_bytes(writer.bytes_written)} for {human_bytes(writer.raw_bytes)} of activations"
     )
     return store
 

@@ -65,6 +65,15 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("no CUDA device was found: the tests that need one were skipped")
 
 
+@pytest.fixture(autouse=True)
+def _shown_logs():
+    """Show messages as the command line does, so that tests that call a stage's function see them on stderr."""
+    from thresher.shared.core.terminal.logs import LogSettings, shown_logs
+
+    with shown_logs(LogSettings()):
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_peers():
     """The function that runs Python in the peers' environment, without a network, and returns what it prints."""

@@ -16,6 +16,8 @@ PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
 # From the ground up. An entry is a folder, or a file of a folder whose other files stand elsewhere.
 FLOORS = [
     "shared/core",
+    "shared/core/terminal",
+    "shared/core/cli.py",
     "shared/core/compute",
     "shared/display",
     "shared/synthetic",
@@ -27,6 +29,7 @@ FLOORS = [
     "shared/sae/sources",
     "shared/sae",
     "shared/intervene",
+    "shared/store/config.py",
     "shared/store/format",
     "shared/store/local",
     "shared/store/remote",

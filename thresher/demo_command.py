@@ -9,6 +9,8 @@ from pathlib import Path
 
 from thresher.shared.core.cli import asks_for_help, run_guarded
 from thresher.shared.core.errors import ConfigError
+from thresher.shared.core.terminal.logs import log_settings
+from thresher.shared.core.terminal.results import print_result
 
 SUMMARY = "Run every stage on the bundled model and this Python's standard library."
 DEMO_STAGES = ("harvest", "train", "evaluate", "attribute", "steer", "explain")
@@ -41,14 +43,16 @@ def run_demo(arguments: list[str]) -> int:
         raise ConfigError(
             f"`thresher demo` takes no arguments, got '{arguments[0]}'; change configs/STAGE/demo.toml and run a stage"
         )
+    settings = log_settings()
+    logs = [] if settings is None else settings.arguments()
     for stage in DEMO_STAGES:
         config = _config(stage)
-        print(f"$ thresher {stage} {config}", flush=True)
-        command = [sys.executable, "-P", "-c", "from thresher.shared.core.cli import run; run()", stage, str(config)]
-        code = subprocess.run(command).returncode
+        print_result(f"$ thresher {stage} {config}")
+        run = "from thresher.shared.core.cli import run; run()"
+        code = subprocess.run([sys.executable, "-P", "-c", run, stage, str(config), *logs]).returncode
         if code:
             return code
-    print(f"open {DEMO_REPORT} in a browser", flush=True)
+    print_result(f"open {DEMO_REPORT} in a browser")
     return 0
 
 

@@ -1,6 +1,5 @@
 """`python -m thresher.train`: the same as `thresher train`."""
 
-from ..shared.core.cli import run_process
-from .command import main
+from ..shared.core.cli import run
 
-run_process(main)
+run("train")

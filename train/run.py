@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..shared.core.compute.device import make_current
 from ..shared.core.config import configured
 from ..shared.core.disk import check_output
 from ..shared.core.interrupt import Interrupt
+from ..shared.core.terminal.results import print_result
 from ..shared.store import ActivationStore
 from .checkpoints.output import locked
 from .config import TrainConfig
@@ -27,6 +28,8 @@ from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
 from .stream.row_mask import TrainingRowMask
 from .warm_start import initialise_trainers
+
+_log = logging.getLogger(__name__)
 
 
 class TrainedSaes(list[Path]):
@@ -57,17 +60,18 @@ def train(config: TrainConfig | str | Path | None = None, **settings: Any) -> Tr
 
 def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
     make_current(config.device)
-    say = print if ranks.first else _say_nothing
+    say = _log.info if ranks.first else _say_nothing
     output = Path(config.output)
     store = ActivationStore.open(config.store, cache=config.cache, cache_bytes=config.cache_bytes, roles=config.roles)
     check_output(output, store.path)
     began = ranks.from_first(began_with(output) if ranks.first else None)
     plan = plan_run(config, store, int(TrainingRowMask(store, config.documents).rows_per_chunk().sum()), ranks, began)
     if config.dry_run:
-        say(plan.describe())
+        if ranks.first:
+            print_result(plan.describe())
         return TrainedSaes()
     with locked(output, ranks):
-        run = RunState(config, plan, store, ranks, say)
+        run = RunState(config, plan, store, ranks)
         if run.finished and run.folders():
             say(
                 f"this run is finished; its SAEs are in '{output}'; "
@@ -78,33 +82,34 @@ def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
     if run.diverged:
         if not run.folders():
             raise run.no_sae_left()
-        say(_divergence_line(run.diverged, len(run.folders())), file=sys.stderr)
+        if ranks.first:
+            _log.warning(_divergence_line(run.diverged, len(run.folders())))
     return TrainedSaes(run.folders(), run.diverged)
 
 
-def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, say: Callable[..., None]) -> None:
+def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, say: Callable[[str], None]) -> None:
     plan, layout = run.plan, run.layout
     for note in plan.notes:
-        say(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     with _open_batches(config, plan, store, layout) as batches:
         trainers = make_trainers(config, plan, store, layout, run.scales)
         run.resume(trainers, batches)
         if run.step == 0:
             for name, note in initialise_trainers(trainers, config.init_from):
                 if layout.saves(name):
-                    print(f"note: {note}", file=sys.stderr)
+                    _log.info(f"note: {note}")
         _take_steps(config, plan, run, trainers, batches, layout)
         run.finish(trainers, batches)
     n_tokens = plan.schedule.n_steps * plan.schedule.batch_size
     n_trained = sum(name not in run.diverged for name in plan.n_parameters)
     saes = "1 SAE" if n_trained == 1 else f"{n_trained} SAEs"
-    say(f"trained {saes} on {n_tokens:,} tokens, in '{config.output}'", file=sys.stderr)
+    say(f"trained {saes} on {n_tokens:,} tokens, in '{config.output}'")
 
 
 def _divergence_line(diverged: Mapping[str, str], n_trained: int) -> str:
     reasons = "; ".join(f"'{name}' with {reason}" for name, reason in diverged.items())
     return (
-        f"warning: {len(diverged)} of {len(diverged) + n_trained} SAEs diverged and have no weights: {reasons}; "
+        f"{len(diverged)} of {len(diverged) + n_trained} SAEs diverged and have no weights: {reasons}; "
         "change their tables (a lower lr, another seed) and run again to train only these"
     )
 
@@ -178,5 +183,5 @@ def _take_steps(
         agreement.settle()
 
 
-def _say_nothing(*arguments: object, **options: object) -> None:
+def _say_nothing(message: str) -> None:
     pass

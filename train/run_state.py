@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import logging
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,8 @@ from .stream.row_mask import Half
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
 
+_log = logging.getLogger(__name__)
+
 _CONFIG_NAME = "config.toml"
 
 
@@ -64,13 +65,11 @@ class RunState:
         plan: TrainPlan,
         store: ActivationStore,
         ranks: TrainRanks,
-        say: Callable[..., None] = print,
     ):
         self.output = Path(config.output)
         self.step = 0
         self._keep = config.keep_checkpoints
         self._ranks = ranks
-        self._say = say
         kind = torch.device(config.device).type
         self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=kind)
         self._table = tomllib.loads(to_toml(self._config))
@@ -81,7 +80,7 @@ class RunState:
         assert loaded is not None
         record, saved, notes = loaded
         for note in notes:
-            self._tell(f"note: {note}")
+            self._say(f"note: {note}")
         difference = compare_run(self.output, record, saved, request, store) if record else Difference()
         self.scales = ranks.from_first(self._scales(record, plan, store) if ranks.first else {})
         names = [str(sae.name) for sae in plan.saes]
@@ -92,7 +91,7 @@ class RunState:
         if record is not None:
             self._record = msgspec.structs.replace(record)
             if record.store is None and not record.finished:
-                self._tell(
+                self._say(
                     "note: this run was begun by a release that did not record which store it trained on; "
                     "whether this is the same one cannot be checked"
                 )
@@ -183,7 +182,7 @@ class RunState:
         record.lengths = [*record.lengths, n_steps]
         falls = n_steps - round(n_steps * schedule.decay_fraction)
         batch = schedule.batch_size
-        self._tell(
+        self._say(
             f"continuing from step {before:,} ({before * batch:,} tokens) to step {n_steps:,} ({n_steps * batch:,} "
             "tokens): the learning rate is that of a run of the new length, without another warm-up, and falls from "
             f"step {falls:,}"
@@ -198,7 +197,7 @@ class RunState:
         kept = {str(sae.name) for sae in self._healthy()} - set(names)
         record.trained = {name: checksum for name, checksum in final.items() if name in kept}
         record.step, record.finished, record.pending, record.checkpoints = 0, False, list(names), []
-        self._tell(f"training again what diverged: {', '.join(names)}; the other SAEs stay as they are")
+        self._say(f"training again what diverged: {', '.join(names)}; the other SAEs stay as they are")
 
     def _remove_leftovers(self, retried: tuple[str, ...]) -> None:
         """Remove earlier files of SAEs that are trained again, and notes on SAEs that are no longer in the sweep."""
@@ -222,7 +221,8 @@ class RunState:
             self._record.checkpoints = self._record.checkpoints[1:]
             older = self._record.checkpoints
             instead = f"the checkpoint before it, at step {older[0].step:,}" if older else "the start of the run"
-            self._tell(f"warning: {faults[0]}; resuming from {instead}")
+            if self._ranks.first:
+                _log.warning(f"{faults[0]}; resuming from {instead}")
         pending = set(self._record.pending or [])
         self._record.diverged = {name: why for name, why in self._record.diverged.items() if name not in pending}
         self._remove_notes(trainers)
@@ -304,7 +304,7 @@ class RunState:
                 if not path.exists():
                     content = {"reason": trainer.diverged, "lr": trainer.architecture.lr}
                     write_file(path, (json.dumps(content) + "\n").encode())
-                    print(f"warning: SAE '{trainer.name}' diverged: {trainer.diverged}", file=sys.stderr)
+                    _log.warning(f"SAE '{trainer.name}' diverged: {trainer.diverged}")
 
     def has_healthy(self, trainers: list[SaeTrainer]) -> bool:
         """Return whether any SAE of the sweep has not diverged; if all have, mark the run as finished.
@@ -374,8 +374,9 @@ class RunState:
             save_record(self.output, self._record, self._on_disk)
         self._on_disk = msgspec.structs.replace(self._record)
 
-    def _tell(self, sentence: str) -> None:
-        self._say(sentence, file=sys.stderr)
+    def _say(self, sentence: str) -> None:
+        if self._ranks.first:
+            _log.info(sentence)
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

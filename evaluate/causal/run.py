@@ -12,6 +12,7 @@ import pyarrow as pa
 from ...shared.core.disk import write_file
 from ...shared.core.errors import ConfigError, DataError, HookPointError
 from ...shared.core.paths import user_path
+from ...shared.core.terminal.results import print_result
 from ...shared.intervene.edits import Add, Edit
 from ...shared.intervene.metrics import LogitDifference, LogProbability
 from ...shared.intervene.sae_model import SaeModel
@@ -69,8 +70,8 @@ def steer(config: SteerConfig) -> SteeringCurve:
     own = [point for point in curve.points if not point["is_random"]]
     for point in own:
         values = "  ".join(f"{key} {point[key]:.3g}" for key in QUANTITIES if point[key] is not None)
-        print(f"strength {point['strength']:g}: {values}")
-    print(f"wrote '{page}'")
+        print_result(f"strength {point['strength']:g}: {values}")
+    print_result(f"wrote '{page}'")
     return curve
 
 
@@ -110,12 +111,12 @@ def report_attribution(config: AttributeConfig) -> list[dict[str, Any]]:
     write_file(output / "attribution.parquet", parquet_bytes(pa.Table.from_pylist(table)))
     title = f"Why “{texts.alone(right)}” rather than “{texts.alone(wrong)}”"
     page = write_page(output / "attribution.html", "attribution", title, config.model, found | {"rows": rows[:2000]})
-    print(f"logit of {texts.alone(right)!r} minus that of {texts.alone(wrong)!r}: {found['metric']:.3f}")
+    print_result(f"logit of {texts.alone(right)!r} minus that of {texts.alone(wrong)!r}: {found['metric']:.3f}")
     for row in rows[:5]:
         measured = "" if row["ablation"] is None else f", {row['ablation']:+.3f} if ablated"
         where = f"token {row['position']} {texts.alone(tokens[row['position']])!r}"
-        print(f"{row['hook_point']} latent {row['latent']} at {where}: {row['score']:+.3f}{measured}")
-    print(f"wrote '{page}'")
+        print_result(f"{row['hook_point']} latent {row['latent']} at {where}: {row['score']:+.3f}{measured}")
+    print_result(f"wrote '{page}'")
     return rows
 
 
@@ -136,8 +137,8 @@ def report_contrast(config: ContrastConfig) -> list[dict[str, Any]]:
     page = write_page(output / "contrast.html", "contrast", "Contrast of two sets of texts", config.model, found)
     for row in rows[:5]:
         effects = f"ablated: {row['effect_a']:+.3g} in a, {row['effect_b']:+.3g} in b"
-        print(f"{row['hook_point']} latent {row['latent']}: AUC {row['auc']:.3f}, q {row['q']:.2g}; {effects}")
-    print(f"wrote '{page}'")
+        print_result(f"{row['hook_point']} latent {row['latent']}: AUC {row['auc']:.3f}, q {row['q']:.2g}; {effects}")
+    print_result(f"wrote '{page}'")
     return rows
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...shared.core.errors import InterventionError
-from ...shared.core.progress import progress
+from ...shared.core.terminal.progress import progress
 from ...shared.intervene.edits import Add, Clamp, Edit, Scale, Unit, Where
 from ...shared.intervene.metrics import KLDivergence, LogProbability, evaluate_metric
 from ...shared.intervene.sae_model import SaeModel

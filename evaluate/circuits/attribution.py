@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ...shared.core.errors import InterventionError, ModelError
-from ...shared.core.progress import progress
+from ...shared.core.terminal.progress import progress
 from ...shared.sae import Sae
 from .graph import Graph, Node
 from .influence import influence, normalized

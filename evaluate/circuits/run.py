@@ -13,6 +13,7 @@ import torch
 from ...shared.core.config import configured
 from ...shared.core.disk import write_file
 from ...shared.core.paths import user_path
+from ...shared.core.terminal.results import print_result
 from ...shared.intervene.texts import first_token, token_lists
 from ...shared.model.language_model import load_model, load_tokenizer
 from ...shared.model.loading.context_limit import context_limit
@@ -115,7 +116,7 @@ def _write(
     verified = [row | {key: node_id(found.nodes[row[key]]) for key in ("source", "target")} for row in rows]
     page = _page(output / "graph.html", config, found, content, summary | {"verified": verified}, logits[0], texts)
     _print(found, rows, labels)
-    print(f"wrote '{page}'")
+    print_result(f"wrote '{page}'")
 
 
 def graph_content(
@@ -187,19 +188,19 @@ def _page(
 
 def _print(found: Graph, rows: list[dict[str, Any]], labels: dict[int, str]) -> None:
     s = found.summary()
-    print(
+    print_result(
         f"{s['tokens']} tokens, {s['active_latents']} active latents, {s['latent_nodes']} in the graph; "
         f"{s['kept_nodes']} nodes and {s['kept_edges']} edges kept"
     )
-    print(f"replacement score {s['replacement_score']:.3f}, completeness score {s['completeness_score']:.3f}")
-    print(
+    print_result(f"replacement score {s['replacement_score']:.3f}, completeness score {s['completeness_score']:.3f}")
+    print_result(
         f"{s['backward_passes']} backward passes, {s['seconds']:.2f} s; effects add up within {s['gap']:.1e}, "
         f"logits within {s['logit_gap']:.1e} of the model's"
     )
     for row in rows:
         source, target = (found.nodes[row[key]] for key in ("source", "target"))
         there = labels[row["target"]] if target.kind == "logit" else f"{target.layer}/{target.number}@{target.position}"
-        print(
+        print_result(
             f"without {source.layer}/{source.number}@{source.position} -> {there}: "
             f"direct {row['direct']:+.4f} predicted, {row['direct_measured']:+.4f} measured; "
             f"total {row['total']:+.4f} predicted, {row['total_frozen']:+.4f} with patterns and norms frozen, "

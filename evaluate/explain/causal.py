@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
 from ...shared.core.errors import ConfigError, DataError
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ...shared.intervene.edits import Add, Edit
 from ...shared.intervene.sae_model import SaeModel
 from ...shared.intervene.spliced_model import Target

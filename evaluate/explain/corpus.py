@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
 from ...shared.core.errors import NonFiniteError, StoreError
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ...shared.model.hook_points import members
 from ...shared.store import ActivationStore
 from ..features.sparse import active_latents

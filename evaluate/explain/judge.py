@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
+from ...shared.core.terminal.results import print_result
 from .corpus import Firings
 from .llm import answers, prompts
 from .llm.answers import BadAnswerError
@@ -230,7 +230,7 @@ def say_estimate(client: LlmClient, requests: Sequence[ChatRequest], name: str) 
         if limit is not None
     ]
     budget = f"; budget {' and '.join(limits)}" if limits else "; no budget is set"
-    tqdm.write(
+    print_result(
         f"estimate {name}: {len(requests):,} calls to {client.config.model}, about {prompt:,} prompt tokens and "
         f"{completion:,} tokens of answers{cost}{budget}; what is answered already costs nothing"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ...shared.core.compute.device import choose_device
 from ...shared.core.config import configured, load_config
 from ...shared.core.errors import ConfigError, DataError, MissingFileError
 from ...shared.core.paths import user_path
+from ...shared.core.terminal.results import print_result
 from ...shared.intervene.sae_model import SaeModel
 from ...shared.store import ActivationStore
 from ..config import EvaluateConfig
@@ -56,6 +57,8 @@ from .window_texts import WindowTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 SteeredModel = tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]
 _VERSION = 1
@@ -108,7 +111,7 @@ def explain(config: ExplainConfig | str | Path | None = None, **settings: Any) -
     waiting = [name for name in chosen if read_metadata(paths[name]).get("fingerprint") != prints[name]]
     for name in chosen:
         if name not in waiting:
-            tqdm.write(f"kept     the explanations of {printable(name)}")
+            _log.info(f"kept     the explanations of {printable(name)}")
     if waiting:
         with ExitStack() as stack:
             client = None
@@ -119,7 +122,7 @@ def explain(config: ExplainConfig | str | Path | None = None, **settings: Any) -
     if config.llm is not None and config.llm.estimate_only:
         return paths
     report = _show(evaluation)
-    tqdm.write(f"report   {printable(str(report))}")
+    print_result(f"report   {printable(str(report))}")
     return paths
 
 
@@ -162,7 +165,7 @@ def _explain_all(
         _say(name, len(parts[0].latents), means)
     if not paths.complete:
         assert client is not None
-        tqdm.write(f"stopped at the budget ({client.budget}); raise it and run again: what is answered is kept")
+        _log.warning(f"stopped at the budget ({client.budget}); raise it and run again: what is answered is kept")
 
 
 def _ask(
@@ -215,8 +218,8 @@ def _ask(
             )
         )
     bad = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
-    tqdm.write(f"asked    {llm.model}: {client.n_sent:,} calls, {client.n_cached:,} answered before; {client.budget}")
-    tqdm.write(f"         bad answers: {bad}")
+    print_result(f"asked    {llm.model}: {client.n_sent:,} calls, {client.n_cached:,} answered before; {client.budget}")
+    print_result(f"         bad answers: {bad}")
     return found, {"prompts": PROMPTS, "bad_answers": dict(reasons)}
 
 
@@ -353,10 +356,10 @@ def _counts(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _say(name: str, n_latents: int, means: Mapping[str, Mapping[str, float]]) -> None:
-    tqdm.write(f"explained {n_latents:,} latents of {printable(name)}; mean scores on held-out documents:")
+    print_result(f"explained {n_latents:,} latents of {printable(name)}; mean scores on held-out documents:")
     for explainer, scores in means.items():
         shown = "  ".join(f"{score.replace('_', ' ')} {value:.3f}" for score, value in scores.items())
-        tqdm.write(f"  {explainer:<16} {shown}")
+        print_result(f"  {explainer:<16} {shown}")
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ...shared.core.disk import writing
 from ...shared.core.errors import DataError, StoreError
 from ...shared.core.paths import user_path
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ...shared.model.hook_points import members
 from ...shared.store import ActivationStore
 from ..metrics.encoding import rows_at_a_time
@@ -37,6 +37,8 @@ from .token_text import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 8192
 
@@ -197,7 +199,7 @@ def _print_unusual_logit_effects(readout: Readout | str, indexes: Sequence[Featu
     if isinstance(readout, Readout) and readout.has_norm:
         return
     for note in dict.fromkeys(str(index.metadata.get("logit_effects")) for index in indexes):
-        tqdm.write(f"logit effects  {note}")
+        _log.info(f"logit effects  {note}")
 
 
 def _walk(
@@ -278,11 +280,11 @@ def _existing(path: Path, fingerprint: str) -> FeatureIndex | None:
     try:
         index = FeatureIndex.open(path)
     except DataError:
-        tqdm.write(f"'{path}' is damaged and is built again")
+        _log.warning(f"'{path}' is damaged and is built again")
         return None
     if index.metadata.get("fingerprint") != fingerprint:
         return None
     if not index.is_intact():
-        tqdm.write(f"'{path}' is damaged and is built again")
+        _log.warning(f"'{path}' is damaged and is built again")
         return None
     return index

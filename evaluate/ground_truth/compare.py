@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ...shared.sae import Sae
 from ...shared.synthetic.sampler import Firing, Sampler
 from ...shared.synthetic.truth import Truth

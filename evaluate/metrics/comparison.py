@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from ...shared.core.progress import progress
+from ...shared.core.terminal.progress import progress
 from ..saes.sae_folders import EvaluatedSae
 from .dictionary import compare_directions, decoder_directions, live
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ...shared.model.hook_points import members
 from ..saes.hook_group import concatenate, width
 from ..saes.sae_folders import EvaluatedSae

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
-import sys
 import threading
 import webbrowser
 from importlib.util import find_spec
 from typing import Any
 
 from ...shared.core.errors import ConfigError, OutputError
+from ...shared.core.terminal.results import print_result
 from .config import DEFAULT_PORT, MicroscopeConfig
+
+_log = logging.getLogger(__name__)
 
 NEEDED = ("starlette", "uvicorn", "duckdb")
 TRIED_PORTS = 20
@@ -88,13 +91,11 @@ def _announcing(base: Any) -> Any:
 
 
 def _announce(config: MicroscopeConfig, address: str, is_local: bool) -> None:
-    print(f"microscope  {address}", flush=True)
+    print_result(f"microscope  {address}")
     if not is_local:
-        print(
+        _log.warning(
             "other machines can reach this address; whoever has the token in it can use the model and change notes, "
-            "and the connection is not encrypted",
-            file=sys.stderr,
-            flush=True,
+            "and the connection is not encrypted"
         )
     if config.open:
         threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ...shared.core.disk import replacing_folder
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ..features.files import FeatureIndex
 from ..features.token_text import TokenTexts
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ...shared.core.disk import write_file, writing
 from ..saes.names import file_names, printable
 from ..saes.sae_folders import EvaluatedSae
 from .output import finite, write_metrics
+
+_log = logging.getLogger(__name__)
 
 PROGRESS_NAME = ".progress.json"
 
@@ -54,7 +55,7 @@ class Results:
     def fail(self, name: str, reason: str) -> None:
         """Record why an SAE failed; keep the results that it has so far."""
         self.rows[name]["error"] = printable(reason)
-        tqdm.write(f"failed  {name}: {printable(reason)}")
+        _log.warning(f"{name} failed: {printable(reason)}")
 
     def save_value(self, name: str, key: str, value: str) -> None:
         """Save a value beside an SAE's results, for an evaluation that resumes."""
@@ -78,7 +79,7 @@ class Results:
                 self._merge(sae.name, saved)
                 n_reused += 1
         if n_reused:
-            tqdm.write(
+            _log.info(
                 f"reused  {stage} results of {n_reused} SAE{'s' * (n_reused != 1)} from an interrupted evaluation"
             )
         return remaining

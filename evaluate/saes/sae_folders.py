@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ...shared.core.errors import HookPointError, MissingFileError, SaeError
 from ...shared.model.hook_points import canonical_hook_point, group_name, members
@@ -19,6 +17,8 @@ from ...shared.sae.sources import locate_source
 from ...shared.store import ActivationStore
 from .hook_group import width
 from .names import printable
+
+_log = logging.getLogger(__name__)
 
 SPARSITY_KEYS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
 """The training settings that control sparsity."""
@@ -108,7 +108,7 @@ def sae_folders(saes: str | list[str]) -> list[Path]:
         if not inside:
             raise MissingFileError(f"no SAE in '{source}': expected {CONFIG_NAME} in it or in one of its folders")
         for note in notes:
-            tqdm.write(f"note: {note}", file=sys.stderr)
+            _log.info(f"note: {note}")
         found += inside
     once: dict[Path, Path] = {}
     for path in found:

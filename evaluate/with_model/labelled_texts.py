@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...shared.core.errors import ConfigError, MissingFileError
-from ...shared.core.progress import progress
+from ...shared.core.terminal.progress import progress
 from ...shared.intervene.texts import pad, token_lists
 from ...shared.model.capture import capturing
 from ...shared.model.hook_points import ResolvedHookPoint, members

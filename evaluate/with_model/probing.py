@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ...shared.core.errors import StoreError
-from ...shared.core.progress import progress
+from ...shared.core.terminal.progress import progress
 from ...shared.model.hook_points import members
 from ..config import EvaluateConfig
 from ..metrics.encoding import encode

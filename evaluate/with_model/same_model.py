@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...shared.core.errors import ModelError, StoreError
@@ -22,6 +21,8 @@ from ...shared.model.loading.packages import local_model
 from ...shared.store import ActivationStore
 from ...shared.store.read.stored_tokenizer import load_stored_tokenizer
 from ..metrics.held_out import HeldOut
+
+_log = logging.getLogger(__name__)
 
 CONTEXTS_AT_ONCE = 1024
 
@@ -91,7 +92,7 @@ def check_weights(
                 f"the {difference}; give the model that was harvested, or --model {shlex.quote(model.base)} "
                 "to run this one"
             )
-        tqdm.write(f"note: the {difference}; losses and scores are of this model", file=sys.stderr)
+        _log.info(f"note: the {difference}; losses and scores are of this model")
 
 
 def check_class(store: ActivationStore, name: str, model: PreTrainedModel) -> None:
@@ -130,7 +131,7 @@ def check_vocabulary(
         return
     tokenizer = harvested_tokenizer(store, trust_remote_code)
     if tokenizer is None or now is None:
-        tqdm.write(f"note: the vocabulary of '{name}' could not be compared with the store's", file=sys.stderr)
+        _log.info(f"note: the vocabulary of '{name}' could not be compared with the store's")
         return
     ours, theirs = tokens_of(tokenizer, ids), tokens_of(load_tokenizer(name, trust_remote_code=trust_remote_code), ids)
     differing = [i for i in range(len(ids)) if ours[i] != theirs[i]]

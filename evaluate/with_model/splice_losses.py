@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...shared.core.progress import progress as show_progress
+from ...shared.core.terminal.progress import progress as show_progress
 from ...shared.model.capture import reading, splice
 from ...shared.model.hook_points import ResolvedHookPoint, members
 from ...shared.sae import CrossLayerTranscoder

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...shared.core.errors import DataError
+from ...shared.core.terminal.logs import adopt_library_logs
 from ..config import HarvestConfig
 from .columns import Columns, encodable
 from .columns import Document as Document
@@ -137,6 +138,7 @@ def _datasets() -> Any:
     """Import `datasets` lazily: it takes about a second and plain text does not need it."""
     import datasets
 
+    adopt_library_logs()
     return datasets
 
 

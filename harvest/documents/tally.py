@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from dataclasses import dataclass, field
 
 from ...shared.core.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 ADVICE = 'repair it, or set on_bad_document = "skip" to skip what cannot be read'
 
@@ -64,12 +66,12 @@ class Tally:
         amounts += [f"{self.n_token_ids:,} token ids"] if self.n_token_ids else []
         passed_over = self._passed_over()
         end = f"; {passed_over}" if passed_over else ""
-        print(f"text: read {summary}, {' and '.join(amounts)} from '{self.source}'{end}", file=sys.stderr)
+        _log.info(f"text: read {summary}, {' and '.join(amounts)} from '{self.source}'{end}")
 
     def print_left_out(self) -> None:
         """Print what is left out, as far as it is known before reading."""
         if self.left_out:
-            print(f"text: from '{self.source}', {self._passed_over()}", file=sys.stderr)
+            _log.info(f"text: from '{self.source}', {self._passed_over()}")
 
     def _passed_over(self) -> str:
         parts = []

@@ -8,8 +8,8 @@ forward passes.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +35,8 @@ from ..tokens.packing import Context
 from ..tokens.tokens import read_contexts
 from .rank_group import RankGroup, join_leaders, join_ranks, rank_device
 from .rank_progress import RankProgress
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 SECONDS_UNTIL_VISIBLE = 120
@@ -118,7 +120,7 @@ def harvest_assignment(
     if ranks.first:
         write_sources(config, plan, writer)
         for fault in writer.faults:
-            print(f"note: {fault}", file=sys.stderr)
+            _log.info(f"note: {fault}")
 
     def check() -> None:
         interrupt.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from .token_checks import check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 LOOK_AT_DOCUMENTS = 32
 _LOOK_AT_CHARACTERS = 1 << 20
@@ -36,10 +38,9 @@ def find_text_rules(config: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -
     if rules.kind == "text" and not rules.keeps_special_tokens:
         token, n = most_frequent_special(first, tokenizer)
         if n > len(first) / 2:
-            print(
+            _log.info(
                 f"note: {n} of the first {len(first)} documents spell out the special token '{token}'; it is "
-                'tokenized as plain text: set special_tokens = "tokens" to keep special tokens',
-                file=sys.stderr,
+                'tokenized as plain text: set special_tokens = "tokens" to keep special tokens'
             )
     return rules
 
@@ -61,7 +62,7 @@ def check_splits(
     while len(splits) < (2 if config.holdout_fraction else 1) and (context := next(contexts, None)) is not None:
         splits.add(context.held_out)
     if config.holdout == "contexts" and config.holdout_fraction:
-        print(f"note: {describe_schedule(config.holdout_fraction)}", file=sys.stderr)
+        _log.info(f"note: {describe_schedule(config.holdout_fraction)}")
 
 
 def read_contexts(
@@ -77,10 +78,9 @@ def read_contexts(
         n_packed += 1
         yield context
     if n_packed < n_wanted:
-        print(
+        _log.info(
             f"note: '{config.dataset}' has text for {n_packed * config.context_size:,} of the "
-            f"{n_wanted * config.context_size:,} tokens requested; the store holds those",
-            file=sys.stderr,
+            f"{n_wanted * config.context_size:,} tokens requested; the store holds those"
         )
 
 
@@ -110,9 +110,7 @@ def _pack(
     ):
         yield context if rules.keeps_roles else context._replace(roles=None)
     if refused and report:
-        print(
-            f"note: skipped {len(refused):,} document{'s' * (len(refused) > 1)}, first: {refused[0]}", file=sys.stderr
-        )
+        _log.info(f"note: skipped {len(refused):,} document{'s' * (len(refused) > 1)}, first: {refused[0]}")
 
 
 def batch_contexts(

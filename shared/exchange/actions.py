@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Annotated, TypeVar
-
-from msgspec import Meta
+from typing import TypeVar
 
 from ..core.cli import FAULTS_FOUND
 from ..core.config import Config, action_config
 from ..core.errors import ConfigError, MissingFileError
 from ..core.paths import user_path
+from ..core.terminal.results import print_result
 from ..sae.formats import SaeFormat, walk_saes
 from ..sae.sources import locate_source
+from .config import ConvertConfig, PushSaeConfig, SourceConfig, TargetConfig
 
-
-class SourceConfig(Config, frozen=True):
-    """Options of `info` and `verify`."""
-
-    source: Annotated[str, Meta(description="A folder, a file, hf://USER/REPO/path@revision or a release's name.")]
-
-
-class TargetConfig(SourceConfig, frozen=True):
-    """Options of `pull`."""
-
-    folder: Annotated[str, Meta(description="The folder to write, which must not be there yet.")]
-
-
-class ConvertConfig(TargetConfig, frozen=True):
-    """Options of `convert`."""
-
-    format: Annotated[str, Meta(description="The format to write.")]
-    approximate: Annotated[
-        bool,
-        Meta(description="Convert what the format cannot hold as it is, and state what is lost on rows of `store`."),
-    ] = False
-    store: Annotated[str | None, Meta(description="The store whose held-out rows the loss is measured on.")] = None
-    rows: Annotated[int, Meta(ge=1, description="How many rows to measure on.")] = 8192
-
-
-class PushSaeConfig(SourceConfig, frozen=True):
-    """Options of `push`."""
-
-    repo: Annotated[str, Meta(description="The repository, USER/NAME; it is made if there is none.")]
-    evaluation: Annotated[
-        str | None, Meta(description="Output of `thresher evaluate`, for the card (default: beside the SAEs).")
-    ] = None
-    license: Annotated[str, Meta(description="Licence of the SAEs, by its name on the Hub.")] = "mit"
-    private: Annotated[bool, Meta(description="Make a private repository.")] = False
-    dry_run: Annotated[bool, Meta(description="Print the model card and the files, and upload nothing.")] = False
-
+_log = logging.getLogger(__name__)
 
 _C = TypeVar("_C", bound=Config)
 
@@ -78,7 +44,7 @@ def found_saes(source: str) -> tuple[Path, list[tuple[SaeFormat, Path]]]:
     path = locate_source(source, several=True).path
     found, notes = walk_saes(path)
     for note in notes:
-        print(f"note: {note}")
+        _log.info(f"note: {note}")
     if not found:
         raise MissingFileError(f"no SAE in '{source}'; docs/formats.md lists the files of each format")
     return path, found
@@ -89,7 +55,7 @@ def _info(arguments: list[str]) -> int:
 
     config = _options(SourceConfig, arguments, "info", "source")
     root, found = found_saes(config.source)
-    print("\n\n".join("\n".join(describe_sae(fmt, path, root)) for fmt, path in found))
+    print_result("\n\n".join("\n".join(describe_sae(fmt, path, root)) for fmt, path in found))
     return 0
 
 
@@ -103,8 +69,8 @@ def _verify(arguments: list[str]) -> int:
         fault = verify_sae(fmt, path)
         n_faults += fault is not None
         name = path.relative_to(root) if path != root else path.name
-        print(f"fault  {name}: {fault}" if fault else f"ok     {name}  {fmt.name}")
-    print(f"{len(found)} SAEs, {n_faults} with faults")
+        print_result(f"fault  {name}: {fault}" if fault else f"ok     {name}  {fmt.name}")
+    print_result(f"{len(found)} SAEs, {n_faults} with faults")
     return FAULTS_FOUND if n_faults else 0
 
 
@@ -116,7 +82,7 @@ def _convert(arguments: list[str]) -> int:
         raise ConfigError("--approximate and --store go together: what is lost is measured on the store's rows")
     root, found = found_saes(config.source)
     for line in convert(found, root, user_path(config.folder), config.format, config.store, config.rows):
-        print(line)
+        print_result(line)
     return 0
 
 
@@ -126,7 +92,7 @@ def _push(arguments: list[str]) -> int:
     config = _options(PushSaeConfig, arguments, "push", "source")
     evaluation = user_path(config.evaluation) if config.evaluation else None
     for line in push(user_path(config.source), config.repo, evaluation, config.license, config.private, config.dry_run):
-        print(line)
+        print_result(line)
     return 0
 
 
@@ -135,5 +101,5 @@ def _pull(arguments: list[str]) -> int:
 
     config = _options(TargetConfig, arguments, "pull", "source", "folder")
     for line in pull(config.source, user_path(config.folder)):
-        print(line)
+        print_result(line)
     return 0

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from ..core.errors import MissingFileError
 from ..core.location import cache_folder
-from ..core.progress import progress
+from ..core.terminal.progress import progress
 from .loading.packages import local_model
 
 CACHE_FOLDER = "digests"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,6 +23,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..core.compute.device import choose_device
 from ..core.errors import ModelError, ThresherError, one_line
 from ..core.paths import expand_home
+from ..core.terminal.logs import adopt_library_logs
+from ..core.terminal.progress import shows_bars
 from .capture import capture as capture
 from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
@@ -294,7 +295,8 @@ def _only_errors_logged() -> Iterator[None]:
 
 
 def _quiet_unless_terminal() -> None:
-    if not sys.stderr.isatty():
+    adopt_library_logs()
+    if not shows_bars():
         transformers.utils.logging.disable_progress_bar()
 
 

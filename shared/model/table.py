@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.compute.device import choose_device
+from ..core.terminal.results import print_result
 from .capture import MODULE_PATHS_NOTE
 from .certificate import Findings, measure, measured_in
 from .hook_points import KINDS
@@ -28,14 +29,16 @@ def print_hook_points(config: HooksConfig) -> None:
     )
     blocks, findings = measure(model)
     if blocks is None:
-        print(f"{type(model).__name__} has no list of blocks that all run in a forward pass; {MODULE_PATHS_NOTE}")
+        print_result(
+            f"{type(model).__name__} has no list of blocks that all run in a forward pass; {MODULE_PATHS_NOTE}"
+        )
         return
-    print(f"{type(model).__name__}: {len(blocks.modules)} blocks in {blocks.path}, measured in {measured_in(model)}")
+    print_result(
+        f"{type(model).__name__}: {len(blocks.modules)} blocks in {blocks.path}, measured in {measured_in(model)}"
+    )
     for layers, lines in group_blocks(blocks.path, len(blocks.modules), findings):
-        print(f"\n{layers}")
-        for line in lines:
-            print(f"  {line}")
-    print(f"\nA hook point is named blocks.N.KIND; {MODULE_PATHS_NOTE}.")
+        print_result("\n".join(["", layers, *(f"  {line}" for line in lines)]))
+    print_result(f"\nA hook point is named blocks.N.KIND; {MODULE_PATHS_NOTE}.")
 
 
 def group_blocks(path: str, n_blocks: int, findings: Findings) -> list[tuple[str, list[str]]]:

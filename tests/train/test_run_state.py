@@ -402,7 +402,7 @@ def test_a_diverged_sae_is_reported_and_can_be_trained_again_alone(config, whole
     stamps = [(folder / "sae_weights.safetensors").stat().st_mtime_ns for folder in folders]
     assert main(["train", str(path)]) == 3
     said = capsys.readouterr()
-    assert "this run is finished" in said.out
+    assert "this run is finished" in said.err
     assert "'bad' with loss" in said.err
     good = change(config, sae=[TOPK, BAD | {"lr": 1e-3}, TANH])
     expected = train(change(good, output=str(tmp_path / "good")))
@@ -450,7 +450,7 @@ def test_where_all_diverged_the_run_fails_and_can_be_tried_again(config, whole, 
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"all SAEs diverged, 'bad' with .* run again"):
             train(change(config, sae=[TOPK | {"lr": 1e18}, BAD]))
-    assert "its SAEs are in" not in capsys.readouterr().out
+    assert "its SAEs are in" not in capsys.readouterr().err
     assert weights(train(change(config, sae=[TOPK]))) == weights(whole)[:1]
 
 

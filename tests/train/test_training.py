@@ -259,7 +259,7 @@ def test_a_finished_run_says_so_and_does_nothing(config, capsys):
     folders = train(config)
     before = weights(folders[0])
     assert train(config) == folders
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is finished" in capsys.readouterr().err
     assert weights(folders[0]) == before
 
 

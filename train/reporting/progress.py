@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ...shared.core.progress import progress
+from ...shared.core.terminal.progress import progress
 from ..config import TrainConfig
 from ..step.sae_trainer import Schedule
 from .loggers import loggers_of

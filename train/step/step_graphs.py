@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..architectures.contract import Batch, Number
+
+_log = logging.getLogger(__name__)
 
 _EAGER_STEPS = 3
 _MOST_GRAPHS = 4
@@ -56,7 +58,7 @@ class StepGraphs:
                 self._graphs[key] = _capture_step(run, batch, self._capture)
             except Exception as error:  # Triton's errors are not RuntimeErrors
                 self._capture = None
-                print(f"warning: steps are not captured in a CUDA graph: {error}"[:300], file=sys.stderr)
+                _log.warning(f"steps are not captured in a CUDA graph: {error}"[:300])
                 return run(batch)
             for old in list(self._graphs)[:-_MOST_GRAPHS]:
                 del self._graphs[old]

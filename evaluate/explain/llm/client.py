@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from ....shared.core.errors import ConfigError, LlmError, one_line
-from ....shared.core.progress import ProgressLines
-from ....shared.core.progress import progress as show_progress
+from ....shared.core.terminal.progress import ProgressLines
+from ....shared.core.terminal.progress import progress as show_progress
 from .cache import AnswerCache
 from .config import LlmConfig
 from .limits import Budget, RateLimit

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
-from ....shared.core.progress import progress as show_progress
+from ....shared.core.terminal.progress import progress as show_progress
 from ..corpus import Corpus, Firings
 from .views import View
 

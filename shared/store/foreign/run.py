@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ...core.errors import ConfigError, MissingFileError, StoreError
 from ...core.interrupt import Interrupt
 from ...core.location import StoreUrl, locate
 from ...core.paths import user_path
-from ...core.progress import progress
+from ...core.terminal.progress import progress
 from ..format.layout import ITEM_BYTES
 from ..read.open import find_manifest
 from ..write.writer import ActivationStoreWriter
@@ -20,6 +20,8 @@ from . import crosslayer, llamascopium, saelens, saev, tensor_folder, vllm
 from .config import DEFAULT_CONTEXT, ImportConfig
 from .contexts import Contexts
 from .source import Format, Options, Source, digest
+
+_log = logging.getLogger(__name__)
 
 FOREIGN_FORMATS = (
     saev.FORMAT,
@@ -69,7 +71,7 @@ def import_store(config: ImportConfig) -> Path | StoreUrl:
         raise StoreError(f"'{root}' holds {sum(shape.part_rows)} rows, too few for one context; lower --context_size")
     wanted = _identity(config, found, source, root, contexts)
     if _is_complete(target, wanted):
-        print(f"reuses store '{target}': it is complete and of this import", file=sys.stderr)
+        _log.info(f"reuses store '{target}': it is complete and of this import")
         return target
     _write(config, source, contexts, wanted, _dtype(config, source))
     return target
@@ -177,15 +179,13 @@ def _write(config: ImportConfig, source: Source, contexts: Contexts, wanted: dic
             bar.update((stop - first) * size)
             interrupt.check()
     left_out = f"; {contexts.n_left_out:,} rows that fill no context were left out" if contexts.n_left_out else ""
-    print(
+    _log.info(
         f"imported {contexts.n_contexts * size:,} rows of {wanted['format']} at {len(shape.hook_points)} hook "
         f"point{'s' * (len(shape.hook_points) > 1)} into '{config.store}' as {dtype}, {contexts.n_held_out:,} of "
-        f"{contexts.n_contexts:,} contexts held out{left_out}",
-        file=sys.stderr,
+        f"{contexts.n_contexts:,} contexts held out{left_out}"
     )
     if not shape.documents and not shape.one_document_each:
-        print(
+        _log.info(
             "note: the source does not say which rows are of one document, so held-out rows may be of documents that "
-            "are trained on",
-            file=sys.stderr,
+            "are trained on"
         )

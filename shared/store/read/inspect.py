@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta
-from tqdm import tqdm
 
 from ...core.cli import FAULTS_FOUND
-from ...core.config import Config, action_config
+from ...core.config import action_config
 from ...core.errors import ConfigError, ModelError, StoreError
+from ...core.terminal.progress import progress
+from ...core.terminal.results import print_result
+from ..config import SampleConfig, StoreConfig
 from ..format.layout import ITEM_BYTES, arrays_of
 from .reader import ActivationStore
-
-
-class StoreConfig(Config, frozen=True):
-    """Options of `info` and `verify`."""
-
-    path: Annotated[str, Meta(description="The store's folder or URL.")]
-
-
-class SampleConfig(StoreConfig, frozen=True):
-    """Options of `sample`."""
-
-    contexts: Annotated[int, Meta(ge=0, description="How many contexts to print.")] = 3
-    seed: Annotated[int, Meta(ge=0, description="Seed of the choice of contexts.")] = 0
-    tokenizer: Annotated[str | None, Meta(description="Tokenizer to decode with (default: the store's own).")] = None
 
 
 def run_store_command(arguments: list[str]) -> int:
@@ -43,7 +29,7 @@ def run_store_command(arguments: list[str]) -> int:
     if action == "verify":
         return verify_store(store)
     lines = sample_store(store, config) if isinstance(config, SampleConfig) else describe_store(store)
-    print("\n".join(lines))
+    print_result("\n".join(lines))
     return 0
 
 
@@ -93,13 +79,13 @@ def verify_store(store: ActivationStore) -> int:
     header = store.manifest.header
     keys = {array.shard_key(record.shard) for array in arrays_of(header) for record in store.manifest.shards}
     total = sum(file.bytes for record in store.manifest.shards for key, file in record.files.items() if key in keys)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         faults = store.verify(bar.update)
     for fault in faults:
-        print(" ".join(fault.split()))
+        print_result(" ".join(fault.split()))
     state = "complete" if store.complete else "unfinished"
     n = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
-    print(f"{store.path}: {state}, {store.n_rows:,} rows, {total:,} bytes of data checked, {n}")
+    print_result(f"{store.path}: {state}, {store.n_rows:,} rows, {total:,} bytes of data checked, {n}")
     return FAULTS_FOUND if faults else 0
 
 

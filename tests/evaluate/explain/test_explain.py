@@ -64,7 +64,7 @@ def test_what_is_there_is_kept_and_other_settings_replace_it(evaluation, explain
     before = path.read_bytes()
     settings = {"evaluation": str(evaluation), "window": 6, "n_score": 8, "bootstrap_samples": 50}
     explain(ExplainConfig(**settings))
-    assert "kept" in capsys.readouterr().out
+    assert "kept" in capsys.readouterr().err
     assert path.read_bytes() == before
     path.unlink()
     explain(ExplainConfig(**settings))

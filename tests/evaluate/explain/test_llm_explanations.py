@@ -128,9 +128,9 @@ def test_a_budget_stops_cleanly_and_more_of_it_completes(fresh, capsys):
         found = explain(small)
         assert not found.complete
         assert 0 < 110 * len(server.bodies) <= 12_000
-        said = capsys.readouterr().out
-        assert "estimate topk_k10" in said
-        assert "stopped at the budget" in said
+        said = capsys.readouterr()
+        assert "estimate topk_k10" in said.out
+        assert "stopped at the budget" in said.err
         assert any(line["explainer"] == "m" for line in lines(found["topk_k10"]))
         found = explain(config(fresh, server))
         assert found.complete

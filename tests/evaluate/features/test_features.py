@@ -294,7 +294,7 @@ def test_a_damaged_index_is_built_again(store, tmp_path, capsys, where):
     whole.path.write_bytes(b"" if where == "empty" else content)
     again = build_feature_index(store, [Named("a", make_sae())], tmp_path, settings=SETTINGS)["a"]
     assert lines(again) == expected
-    assert "is damaged and is built again" in capsys.readouterr().out
+    assert "is damaged and is built again" in capsys.readouterr().err
 
 
 def test_a_flipped_byte_in_kept_progress_is_noticed(tmp_path):
@@ -323,7 +323,7 @@ def test_the_reason_for_missing_logit_effects_is_recorded(store, tmp_path, capsy
     index = build_feature_index(store, [Named("a", make_sae())], tmp_path, model=model, settings=SETTINGS)["a"]
     assert lines(index)[0]["promoted"] == []
     assert index.metadata["logit_effects"].startswith("none: GPT2LMHeadModel computes its logits differently from")
-    assert capsys.readouterr().out.count("logit effects  none: GPT2LMHeadModel") == 1
+    assert capsys.readouterr().err.count("logit effects  none: GPT2LMHeadModel") == 1
 
 
 def test_a_killed_pass_resumes_where_it_was(store, tmp_path, monkeypatch):

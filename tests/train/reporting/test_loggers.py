@@ -61,7 +61,7 @@ def test_jsonl_has_every_number(config, kill_and_resume):
 
 
 def test_without_a_terminal_lines_show_the_progress(config, monkeypatch, capsys):
-    monkeypatch.setattr("thresher.shared.core.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("thresher.shared.core.terminal.progress.SECONDS_BETWEEN_LINES", 0.0)
     train(config)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
     assert len(told) == 12

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from thresher.shared.core import progress as progress_module
-from thresher.shared.core.progress import progress
+from thresher.shared.core.terminal import progress as progress_module
+from thresher.shared.core.terminal.progress import progress
 
 
 @pytest.fixture
