@@ -129,7 +129,7 @@ MISSING = {
 
 # Names that every module of a kind defines, by the modules that may.
 CONTRACTS = {
-    "**/*command.py": {"CONFIG", "SUMMARY", "USAGE", "main"},
+    "**/*command.py": {"CONFIG", "SUMMARY", "USAGE", "actions", "main"},
     "shared/core/cli.py": {"main"},
     "shared/sae/formats/**": {
         *("CONFIG_NAME", "FORMAT", "WEIGHTS_NAME"),

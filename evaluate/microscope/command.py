@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from ...shared.core.config import Config
+
 SUMMARY = "Browse, search, try text on and steer latents in the browser."
+
+
+def actions() -> dict[str, type[Config]]:
+    """Return the options of the command, which has one action without a name."""
+    from .config import MicroscopeConfig
+
+    return {"": MicroscopeConfig}
 
 
 def main(arguments: list[str]) -> int:

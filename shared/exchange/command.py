@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..core.config import Config
+
 SUMMARY = "Show, convert, verify, upload or download SAEs."
 USAGE = """usage: thresher sae info SOURCE
        thresher sae convert SOURCE FOLDER --format NAME [--approximate --store PATH] [--rows N]
@@ -13,6 +15,13 @@ Show what SAEs are and what reading folded; write them in another format; check 
 again as the same bytes; upload a sweep to the Hugging Face Hub with a model card; download SAEs.
 SOURCE is a folder, a file, a folder of several, hf://USER/REPO/path@revision or a release's name (docs/formats.md).
 """
+
+
+def actions() -> dict[str, type[Config]]:
+    """Return the options of each action."""
+    from .config import ACTIONS
+
+    return ACTIONS
 
 
 def main(arguments: list[str]) -> int:

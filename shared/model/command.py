@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.config import help_text, load_config
+from ..core.config import Config, help_text, load_config
 from ..core.errors import ConfigError
 from .hooks_config import HooksConfig
 
 SUMMARY = "List a model's hook points: width, module, and the identity that was measured."
+
+
+def actions() -> dict[str, type[Config]]:
+    """Return the options of the command, which has one action without a name."""
+    return {"": HooksConfig}
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..core.config import Config
+
 SUMMARY = "Show, verify, sample, import, upload or download an activation store."
 USAGE = """usage: thresher store info PATH
        thresher store verify PATH
@@ -16,6 +18,21 @@ import --help`, docs/importing.md); upload a store to the Hugging Face Hub or do
 after an interruption.
 PATH is a folder, or a URL such as s3://bucket/prefix (docs/object-stores.md).
 """
+
+
+def actions() -> dict[str, type[Config]]:
+    """Return the options of each action."""
+    from .config import PullStoreConfig, PushStoreConfig, SampleConfig, StoreConfig
+    from .foreign.config import ImportConfig
+
+    return {
+        "info": StoreConfig,
+        "verify": StoreConfig,
+        "sample": SampleConfig,
+        "import": ImportConfig,
+        "push": PushStoreConfig,
+        "pull": PullStoreConfig,
+    }
 
 
 def main(arguments: list[str]) -> int:
