@@ -10,7 +10,7 @@ OLDEST_TRITON := .venv-gpu-versions
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text labelled-text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package package docs docs-serve check format bench bench-peers synth-16k clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text labelled-text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package test-package-versions package docs docs-serve check format bench bench-peers synth-16k clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -150,6 +150,10 @@ package: $(READY)  ## build the wheel and the source distribution in dist, and c
 
 test-package: package  ## install the wheel into an empty environment, and run the demo with it in an empty folder
 	bash tools/check_package.sh dist/thresher-*.whl $(PYTHON)
+
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+test-package-versions: package  ## install the wheel with several Pythons, and make a small first run with each
+	for python in $(PYTHONS); do bash tools/check_package.sh dist/thresher-*.whl $$python first-run || exit 1; done
 
 check: $(READY)  ## check lint, format and types; changes nothing
 	$(BIN)/ruff check .

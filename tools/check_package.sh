@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Install the built wheel into an empty environment, and run the demo with it in an empty folder.
-#   bash tools/check_package.sh dist/thresher-*.whl [PYTHON]
+# Install the built wheel into an empty environment, and run it in an empty folder: the demo, or a small first run.
+#   bash tools/check_package.sh dist/thresher-*.whl [PYTHON [demo|first-run]]
 set -euo pipefail
 wheel=$(realpath "$1")
 python=${2:-python3}
+what=${3:-demo}
 constraints=$(realpath "$(dirname "$0")/../constraints.txt")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -16,6 +17,15 @@ echo "installed in $SECONDS s: $(environment/bin/thresher --version), Python $(e
 mkdir work
 cd work
 started=$SECONDS
-../environment/bin/thresher demo
-test -s runs/demo/evaluation/report.html
-echo "the demo ran from the wheel in $((SECONDS - started)) s"
+if [ "$what" = demo ]; then
+  ../environment/bin/thresher demo
+  report=runs/demo/evaluation/report.html
+else
+  ../environment/bin/thresher init --model stdlib-lm --dataset python-stdlib --tokens 100_000 --output first
+  for stage in harvest train evaluate; do
+    ../environment/bin/thresher "$stage" "first/$stage.toml"
+  done
+  report=first/evaluation/report.html
+fi
+test -s "$report"
+echo "the $what ran from the wheel in $((SECONDS - started)) s"
