@@ -62,7 +62,7 @@ def write_first_run(config: InitConfig) -> list[Path]:
         lines = _unmeasured_lines(harvest, _hidden_size(config.model))
     else:
         lines = taken.lines(harvest, evaluate.model_rows)
-    contents = written(harvest, train, evaluate, lines)
+    contents = _file_contents(harvest, train, evaluate, lines)
     check_output(folder, None)
     for path, content in zip(paths, contents, strict=True):
         write_file(path, content.encode())
@@ -114,7 +114,7 @@ def choose_training(config: InitConfig, widths: Mapping[str, int]) -> TrainConfi
     )
 
 
-def written(
+def _file_contents(
     harvest: HarvestConfig, train: TrainConfig, evaluate: EvaluateConfig, estimated: list[str]
 ) -> tuple[str, str, str]:
     """Return the text of the three files."""

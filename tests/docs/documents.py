@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
-_PROGRAMS = ("thresher", "make", "torchrun", "pip", "bash", "lm_eval")
+_PROGRAMS = ("thresher", "make", "torchrun", "pip", "bash", "lm_eval", "docker", "sbatch", "sky")
 
 
 class Block(NamedTuple):

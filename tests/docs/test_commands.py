@@ -15,6 +15,7 @@ import pytest
 
 from thresher.shared.core.cli import main
 from thresher.shared.core.config import load_config
+from thresher.shared.core.terminal.logs import take_log_flags
 from thresher.train.sweep.grids import expand_sweep
 
 from .documents import ROOT, Block, blocks, commands
@@ -43,6 +44,7 @@ def is_accepted(command: list[str], capsys: pytest.CaptureFixture[str]) -> bool:
     """Return whether `thresher` takes the command's keys and values; files may be missing."""
     if command[1:] == ["--version"]:
         return main(command[1:]) == 0
+    _, command = take_log_flags(command)
     name, arguments = command[1], [argument.replace("s3://", "./no-such-") for argument in command[2:]]
     assert name in ENTRIES, command
     config = getattr(ENTRIES[name].load(), "CONFIG", None)
@@ -71,8 +73,13 @@ def test_a_command_is_one_that_its_program_takes(block: Block, command: list[str
     elif program == "pip":
         extras = re.findall(r"\[(.*)\]", arguments[-1])
         assert {name for listed in extras for name in listed.split(",")} <= EXTRAS.keys()
-    elif program == "bash":
+    elif program in ("bash", "sbatch"):
         assert (folder / arguments[0]).is_file()
+    elif program == "sky":
+        assert (folder / arguments[-1]).is_file()
+    elif program == "docker":
+        assert (ROOT / "Dockerfile").is_file()
+        assert arguments[0] == "build" or is_accepted(arguments[arguments.index("thresher") :], capsys)
     else:
         assert program == "lm_eval"  # run by tests/evaluate/causal
 

@@ -220,7 +220,9 @@ def one_interrupted(scene: Scene) -> None:
     """End one rank by a signal, as a launcher does, and resume."""
     scene.begin("interrupted")
     codes = scene.run(2, at_step(40, 1, signal.SIGTERM))
-    scene.expect(codes, [2, 130], "error: rank 0 stops: rank 1 failed: it was interrupted; ", "\ninterrupted; ")
+    scene.expect(
+        codes, [2, 130], "error: rank 0 stops: rank 1 failed: it was interrupted; ", "\nwarning: interrupted; "
+    )
     scene.go_on(2)
 
 

@@ -99,8 +99,9 @@ def test_a_folder_of_several_formats_is_shown_converted_and_verified(tmp_path, c
         ("saelens", "k-2.7"),
     ]
     assert notes == [f"'{root / 'other'}' has model.safetensors, which no known format has"]
-    code, out, _ = run(capsys, "info", root)
+    code, out, err = run(capsys, "info", root)
     assert code == 0
+    assert err.startswith("note: ")
     for text in (
         "sparsify: cfg.json and sae.safetensors",
         "reads       blocks.7.resid_post",
@@ -109,11 +110,10 @@ def test_a_folder_of_several_formats_is_shown_converted_and_verified(tmp_path, c
         "the 4 largest of a row",
         "above thresholds of 0.4 to 0.4",
         f"d_in {D}, d_sae {N}, float32",
-        "note: ",
     ):
         assert text in out
     code, out, _ = run(capsys, "verify", root)
-    assert (code, out.count("\nok "), "4 SAEs, 0 with faults" in out) == (0, 4, True)
+    assert (code, f"\n{out}".count("\nok "), "4 SAEs, 0 with faults" in out) == (0, 4, True)
     code, out, _ = run(capsys, "convert", root, tmp_path / "new", "--format", "dictionary_learning")
     assert code == 0
     assert len(walk_saes(tmp_path / "new")[0]) == 4
