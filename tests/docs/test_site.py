@@ -16,7 +16,11 @@ import pytest
 
 import thresher
 
+from ..evaluate.chromium import CHROMIUM, SWITCHES, Tab
+
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.xdist_group("chromium")  # one worker, so that the site is built once
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,22 @@ def test_links_lead_to_where_the_site_has_the_file(tmp_path, monkeypatch):
     pages = outside.outside_pages(tmp_path)
     assert pages.keys() == {"repository/configs/index.md", "repository/configs/x.toml.md"}
     assert "(x.toml.md)" in pages["repository/configs/index.md"]
+
+
+def test_the_search_works_in_a_page_that_is_opened_as_a_file(site):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES) as browser,
+    ):
+        tab = Tab(browser)
+        tab.open(site / "reference" / "saes.html", ready="input.md-search__input")
+        tab.page.locator("input.md-search__input").click()
+        tab.page.keyboard.type("held-out documents", delay=20)
+        first = tab.page.locator(".md-search-result__link").first
+        first.wait_for()
+        assert first.get_attribute("href").startswith((site / "").as_uri())
+        assert tab.faults == []
