@@ -76,9 +76,9 @@ function draw(result, { tokens, target, latents, errors }, prompt) {
       html("code", { class: "token" }, compact(target.text)),
       `, with probability ${(100 * target.probability).toFixed(1)}%.`,
     ),
-    html("div", { class: "card" }, colouredText(texts, sums, show)),
+    html("div", { class: "card" }, colouredText(texts, sums, show, { what: "effect of its latents" })),
     note(
-      `Darker tokens have latents that matter more; choose one to see only those. What the SAEs miss adds ${
+      `Tokens with more colour have latents that matter more; choose one to see only those. What the SAEs miss adds ${
         signed(left)
       } nats.`,
     ),

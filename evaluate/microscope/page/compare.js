@@ -78,9 +78,9 @@ function draw(result, found, sides) {
       note(
         `L0 ${mean(l0).toFixed(1)}, ${
           (100 * mean(error)).toFixed(1)
-        }% missed on average. Darker tokens are missed more.`,
+        }% missed on average. Tokens with more colour are missed more.`,
       ),
-      html("div", { class: "card" }, colouredText(texts, error, choose, largest)),
+      html("div", { class: "card" }, colouredText(texts, error, choose, { largest, what: "share missed" })),
       lists[side],
     );
   });

@@ -119,8 +119,13 @@ export function runner(start, stop, place) {
   };
 }
 
-// A text whose tokens are coloured by values; `choose(i)` is called for a token that is chosen.
-export function colouredText(texts, values, choose = null, largest = Math.max(...values, 1e-9)) {
+// A text whose tokens are coloured by values, which `what` names; `choose(i)` is called for a token that is chosen.
+export function colouredText(
+  texts,
+  values,
+  choose = null,
+  { largest = Math.max(...values, 1e-9), what = "activation" } = {},
+) {
   const text = html("p", { class: "context-text tokens-of-text", dir: "auto" });
   for (const { text: characters, tokens } of wholeCharacters(texts)) {
     const value = Math.max(...tokens.map((i) => values[i] ?? 0));
@@ -128,7 +133,7 @@ export function colouredText(texts, values, choose = null, largest = Math.max(..
     const attributes = { class: value > 0 ? "active" : "quiet", style: `--heat: ${heat}%` };
     const word = visible(characters);
     const span = choose ? html("button", { type: "button", ...attributes }, word) : html("span", attributes, word);
-    describe(span, () => `${word}\n${value > 0 ? `activation ${formatNumber(value)}` : "not active"}`);
+    describe(span, () => `${word}\n${what} ${value > 0 ? formatNumber(value) : "0"}`);
     if (choose) span.addEventListener("click", () => choose(tokens[0], span));
     text.append(span);
   }

@@ -93,7 +93,7 @@ export function editRow(edit, usable) {
 function reason({ unit, max_activation, length }) {
   const vector = length === null
     ? ""
-    : `; the added vector is ${formatNumber(length)} times as long as a typical activation`;
+    : `; the added vector is ${length.toFixed(2)} times as long as a typical activation`;
   if (unit === "max") return `Suggested: twice the largest activation, ${formatNumber(max_activation)}${vector}.`;
   return `Suggested: a vector as long as a typical activation. The largest activation, ${
     formatNumber(max_activation)

@@ -53,7 +53,10 @@ export function promptField(label, name, parameters, { id, rows = 4 } = {}) {
   show(given.length > 0);
   modelChats().then((can) => {
     if (can) offer.replaceChildren(...kinds);
-    else if (can === false) offer.replaceChildren(note(NO_CHAT));
+    else if (can === false) {
+      offer.replaceChildren(note(NO_CHAT));
+      plain.after(offer);
+    }
   }, () => {});
 
   const messages = () =>
