@@ -38,15 +38,15 @@ N = 2
 MOST_ENTRIES = {"entries": math.inf, "gradients": -1.0}
 
 
-def trainer_of(options: argparse.Namespace, k: int, ranks: TrainRanks, dtype: torch.dtype) -> SaeTrainer:
+def trainer_of(options: argparse.Namespace, k: int, layout: Layout, dtype: torch.dtype) -> SaeTrainer:
     """Return the trainer of this process."""
-    layout = Layout(ranks, "data")
     return SaeTrainer(
         config=make_config(hook_point="h", architecture="topk", d_sae=options.d_sae, k=k, lr=1e-3, name="sae"),
         d_in=options.d_in,
         normalization=Normalization(torch.zeros(options.d_in), 1.0, float(options.d_in)),
         schedule=Schedule(1_000_000, options.batch_size, 1, 0.0),
-        kernels=kernels_for("cpu"),
+        kernels=kernels_for(layout.ranks.device),
+        device=layout.ranks.device,
         compute_dtype=dtype,
         across=layout.across,
         shard=layout.shard,
@@ -64,13 +64,13 @@ def step(way: str, trainer: SaeTrainer, rows: torch.Tensor) -> tuple[float, floa
 
 def compare(options: argparse.Namespace, k: int, ranks: TrainRanks, rows: torch.Tensor) -> dict[str, float]:
     """Check a step in float32, time steps in bfloat16, and return the ratios of the two ways."""
-    checked = {way: trainer_of(options, k, ranks, torch.float32) for way in MOST_ENTRIES}
+    checked = {way: trainer_of(options, k, Layout(ranks, "data"), torch.float32) for way in MOST_ENTRIES}
     for way, trainer in checked.items():
         step(way, trainer, rows)
     for name, tensor in checked["entries"].mode.exp_avg.items():
         torch.testing.assert_close(checked["gradients"].mode.exp_avg[name], tensor, rtol=1e-4, atol=1e-7, msg=name)
         assert tensor.any()
-    timed = {way: trainer_of(options, k, ranks, torch.bfloat16) for way in MOST_ENTRIES}
+    timed = {way: trainer_of(options, k, Layout(ranks, "data"), torch.bfloat16) for way in MOST_ENTRIES}
     pairs = []
     for round_ in range(options.rounds + 1):
         seconds = {way: torch.tensor(step(way, trainer, rows)) for way, trainer in timed.items()}
