@@ -10,7 +10,7 @@ OLDEST_TRITON := .venv-gpu-versions
 CONFIG ?=
 ARGS ?=
 
-.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text labelled-text test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package test-package-versions package docs docs-serve check format bench bench-peers synth-16k clean
+.PHONY: help setup harvest train evaluate explain demo microscope demo-real graph text labelled-text notebooks test test-long test-real test-gpu test-gpu-versions gpu-check bench-gpu bench-gpu-peers test-peers test-package test-package-versions package docs docs-serve check format bench bench-peers synth-16k clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -71,6 +71,9 @@ graph: $(READY)  ## train transcoders of the bundled model, and trace a predicti
 	$(BIN)/thresher harvest configs/harvest/graph.toml
 	$(BIN)/thresher train configs/train/graph.toml
 	$(BIN)/thresher graph configs/graph/demo.toml
+
+notebooks: $(READY)  ## execute the example notebooks and write them with their outputs: make notebooks ARGS="3 4"
+	$(BIN)/python tools/notebooks.py $(ARGS)
 
 test: $(READY)  ## run the test suite
 	$(MAKE) --no-print-directory $(OLDEST_TRITON)/.ready || echo "tests of the oldest supported Triton are skipped, because it cannot be installed"

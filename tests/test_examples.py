@@ -1,9 +1,8 @@
-"""The scripts and the notebook in examples/ run as they are, and what they find is computed again another way."""
+"""The scripts of examples/ and the page on Python run as they are; test_notebooks.py has the notebooks."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 import sysconfig
@@ -11,18 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thresher import ActivationStore, Sae, ThresherError, show
+from thresher import ActivationStore, ThresherError, show
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = Path(__file__).parents[1] / "models" / "stdlib-lm"
 HOOK_POINT = "blocks.2.resid_post"
-NOTEBOOKS = {"tour.ipynb", "from_latent_to_cause.ipynb"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,58 +36,17 @@ def load(name):
 
 
 def test_every_example_is_tested_and_in_the_readme():
-    names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    scripts = {"harvest_and_read.py", "own_activations.py", "look_at_a_latent.py", "harvest_with_vllm.py"}
-    scripts |= {"harvest_with_nnsight.py", "harvest_with_interp_engine.py"}
-    assert names == scripts | NOTEBOOKS
+    names = {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py" and not path.name[0].isdigit()}
+    assert names == {"harvest_with_vllm.py", "harvest_with_nnsight.py", "harvest_with_interp_engine.py"}
+    notebooks = {f"notebooks/{path.name}" for path in (EXAMPLES / "notebooks").iterdir()}
     readme = (EXAMPLES.parent / "README.md").read_text()
-    assert all(f"examples/{name}" in readme for name in names)
-
-
-@torch.no_grad()
-def test_harvest_and_read(tmp_path, capsys):
-    store = load("harvest_and_read").main(tmp_path)
-    printed = capsys.readouterr().out
-    n = store.context_size
-    tokens = store.tokens(0, n).long()[None]
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    expected = model(tokens, output_hidden_states=True).hidden_states[3][0]
-    stored = store.read(HOOK_POINT, 0, n).float()
-    assert (stored - expected).norm() < 0.02 * expected.norm()  # the model ran in bfloat16
-    masked = int((store.tokens(0, 1024) == tokens[0, 0]).sum())
-    assert f"{masked} rows masked" in printed
-    assert printed.count("batch (4096, 256)") == 3
-
-
-def test_own_activations(tmp_path, capsys):
-    sae = load("own_activations").main(tmp_path)
-    store = ActivationStore.open(tmp_path / "store")
-    assert store.held_out_contexts().tolist() == [number % 16 == 0 for number in range(128)]
-    x = store.read("gelu", 0, 128).double().numpy()
-    weights = {name: value.detach().double().numpy() for name, value in sae.named_parameters()}
-    pre = np.maximum((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"], 0)
-    kept = np.where(pre >= np.sort(pre, axis=1)[:, -16:-15], pre, 0)
-    error = ((kept @ weights["W_dec"] + weights["b_dec"] - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert error < 0.7
-    assert f"explained variance {1 - error:.3f}" in capsys.readouterr().out
-
-
-def test_look_at_a_latent(tmp_path, capsys):
-    card = load("look_at_a_latent").main(tmp_path)
-    store = ActivationStore.open(tmp_path / "store")
-    (folder,) = (path for path in (tmp_path / "saes").iterdir() if path.name.endswith("-k8"))
-    usable = torch.from_numpy(store.row_mask(0, store.n_rows))
-    latents = Sae.load(folder).encode(store.read(HOOK_POINT, 0, store.n_rows).float()[usable])[:, card.latent]
-    assert card.density == pytest.approx(float((latents > 0).double().mean()), rel=0.01)
-    assert card.max_activation == pytest.approx(float(latents.max()), rel=1e-4)
-    printed = capsys.readouterr().out
-    assert f"{folder.name}, latent {card.latent}: fires on" in printed
-    assert (tmp_path / "evaluation" / "report.html").exists()
-    check_card(card, tmp_path / "evaluation", store, latents, usable)
+    assert all(f"examples/{name}" in readme for name in names | notebooks)
 
 
 def check_card(card, evaluation, store, latents, usable):
     """Compare a card with the store's text, and what it prints and draws with what it holds."""
+    assert card.density == pytest.approx(float((latents > 0).double().mean()), rel=0.01)
+    assert card.max_activation == pytest.approx(float(latents.max()), rel=1e-4)
     first = card.contexts[0]
     assert first.activations[first.peak] == pytest.approx(card.max_activation, rel=1e-3)  # float16
     row = usable.nonzero()[int(latents.argmax()), 0].item()
@@ -118,71 +74,13 @@ def test_the_page_on_python(tmp_path, monkeypatch):
     assert (names["card"].sae, names["card"].latent) == ("topk-k8", 100)
     assert names["table"].num_rows == 512
     assert torch.equal((names["latents"] > 0).sum(1), torch.full((256,), 8))
-
-
-def run_notebook(name, folder, monkeypatch):
-    """Run a notebook's cells in a folder, and return their names."""
-    (folder / "models").symlink_to(MODEL.parent)
-    monkeypatch.chdir(folder)
-    notebook = json.loads((EXAMPLES / name).read_text())
-    names: dict = {}
-    for number, cell in enumerate(notebook["cells"]):
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{name}, cell {number}", "exec"), names)
-    return names
-
-
-def test_the_tour(tmp_path, monkeypatch):
-    names = run_notebook("tour.ipynb", tmp_path, monkeypatch)
-    variances = {row["name"]: row["explained_variance"] for row in names["results"]}
-    assert variances["topk-k8"] < variances["topk-k16"]
-    plain, steered = (dict(names["next_tokens"](strength)) for strength in (0.0, 1000.0))
-    assert plain.keys() != steered.keys()
-
-
-@torch.no_grad()
-def test_from_a_latent_to_its_cause(tmp_path, monkeypatch):
-    names = run_notebook("from_latent_to_cause.ipynb", tmp_path, monkeypatch)
-    strongest, right, wrong = names["strongest"], names["right"], names["wrong"]
-    model, sae = names["lm"].model, names["lm"].saes[HOOK_POINT]
-    change = torch.zeros(len(names["run"].tokens[0]), sae.d_in)
-    change[strongest["position"]] = -names["activation"] * sae.W_dec[strongest["latent"]]
-    logits = []
-    for some in (0 * change, change):
-        handle = model.transformer.h[2].register_forward_hook(lambda _, __, y, some=some: y + some)
-        logits.append(model(input_ids=names["run"].tokens, use_cache=False).logits[0, -1])
-        handle.remove()
-    clean, ablated = (float(each[right] - each[wrong]) for each in logits)
-    assert names["difference"](-1) == pytest.approx(ablated, abs=1e-3)
-    assert strongest["score"] == pytest.approx(clean - ablated, rel=0.4)
-    aucs = [abs(row["auc"] - 0.5) for row in names["rows"]]
-    assert aucs == sorted(aucs, reverse=True)
-    checks_of_the_graph(names, model)
-
-
-def checks_of_the_graph(names, model):
-    """Compare what the graph measured without a latent with a plain hook that takes away what the latent writes."""
-    nodes = names["traced"].nodes
-    rows = pq.read_table(names["output"] / "graph" / "verified.parquet").to_pylist()
-    assert len(rows) == 5
-    assert (names["output"] / "graph" / "graph.html").exists()
-    for row in rows:
-        source, target = nodes[row["source"]], nodes[row["target"]]
-        assert row["direct_measured"] == pytest.approx(row["direct"], rel=1e-3, abs=1e-4)
-        if target.kind != "logit":
-            continue
-        written = source.value * Sae.load(names["transcoders"][source.layer]).W_dec[source.number]
-        values = []
-        for some in (0 * written, written):
-            change = torch.zeros(names["run"].tokens.shape[1], len(written))
-            change[source.position] = -some
-            mlp = model.transformer.h[source.layer].mlp
-            handle = mlp.register_forward_hook(lambda _, __, y, change=change: y + change)
-            logits = model(input_ids=names["run"].tokens, use_cache=False).logits[0, -1]
-            values.append(float(logits[target.number] - logits.mean()))
-            handle.remove()
-        assert row["total_measured"] == pytest.approx(values[1] - values[0], abs=1e-3)
-    assert any(nodes[row["target"]].kind == "logit" for row in rows)
+    store = names["store"]
+    usable = torch.from_numpy(store.row_mask(0, store.n_rows))
+    latents = names["sae"].encode(store.read(HOOK_POINT, 0, store.n_rows).float()[usable])
+    latent = int(latents.amax(0).argmax())
+    check_card(
+        show("topk-k8", latent, "runs/python/evaluation"), "runs/python/evaluation", store, latents[:, latent], usable
+    )
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from pathlib import Path, PurePath
 import pytest
 
 import thresher
-from thresher import ThresherError
-from thresher.shared.core.errors import ConfigError
+from thresher.shared.core.errors import ConfigError, ThresherError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "harvest", "train", "evaluate", "thresher")
