@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 6. A circuit: how does the model know that this ` in` belongs to a `for`?
 #
-# Notebook [3](3_latent.ipynb) found a latent for the ` in` of loops, and notebook [4](4_steering.ipynb) showed that the model uses it. But at the word ` in` itself there is nothing
+# Notebook [3](3_latent.ipynb) found a latent for the ` in` that is a keyword, and notebook [4](4_steering.ipynb) showed that the model uses it. But at the word ` in` itself there is nothing
 # to see: the `for` stands two tokens before. This notebook follows the prediction ` range` back through the layers with an attribution graph, and checks the graph by ablation.
 #
 # It takes about a minute and a half on two CPU cores.
@@ -120,7 +120,6 @@ plt.show()
 
 # %%
 content = json.loads(Path(f"{run}/graph-0/graph.json").read_text())
-label_of = {(node["layer"], node["feature"], node["ctx_idx"]): node["clerp"] for node in content["nodes"]}
 kept = [n for n in range(len(found.nodes)) if found.pruned.nodes[n] and found.nodes[n].kind != "error"]
 place, taken = {}, {}
 for n in kept:

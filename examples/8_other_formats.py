@@ -150,7 +150,7 @@ axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Thresholds let the number of active latents follow the token, and the same weights lose or gain accordingly. `published_l0` is what the path promised: the comparison with what is
+# So a threshold costs next to nothing here, in either form: with as many latents on average, the same weights reconstruct as well, and the number of latents follows the token. `published_l0` is what the path promised: the comparison with what is
 # measured is the first thing to look at when SAEs of others are loaded. A large difference means another model, another hook point or another normalisation.
 #
 # ## The Hub

@@ -1,4 +1,4 @@
-"""What notebooks show of an SAE."""
+"""What notebooks and `print` show of an SAE."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def sae_html(sae: Any) -> str:
         "model": sae.metadata.get("model_name"),
     }
     return facts_html(f"Sae: {sae.architecture}", facts)
+
+
+def sae_line(self: Any) -> str:
+    """Return an SAE's kind, sizes and hook point in one line."""
+    return f"{self.architecture}, d_in={self.d_in}, d_sae={self.d_sae}, hook_point={self.hook_point!r}"

@@ -17,7 +17,7 @@ from ..model.hook_points import canonical_hook_point
 from . import activations
 from .formats import SaeParts, find_format, read_sae
 from .formats.kinds import PURSUIT, REFINED_SELECTIONS, ROW_NORMALIZATIONS, find_kind
-from .html import sae_html
+from .html import sae_html, sae_line
 from .matching_pursuit import matching_pursuit
 from .refinement import leave_one_out, sparse_decode
 from .row_normalization import RowStatistics, normalize_rows
@@ -204,6 +204,7 @@ class Sae(nn.Module):
         return self.normalizes_rows and self.wiring_kind == "sae"
 
     _repr_html_ = sae_html  # what notebooks show
+    extra_repr = sae_line  # what `print` shows
 
     def decoder_norms(self, n_targets: int = 1) -> Float[Tensor, "d_sae targets"]:
         """Return the norm of each latent's decoder row for each of the targets, which are side by side."""

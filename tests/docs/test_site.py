@@ -96,7 +96,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 def test_files_outside_of_docs_are_pages(site):
     readme = (site / "index.html").read_text()
-    assert 'href="repository/examples/own_activations.py.html"' in readme
+    assert 'href="repository/examples/harvest_with_nnsight.py.html"' in readme
     shown = plain((site / "repository/configs/harvest/demo.toml.html").read_text())
     assert 'hook_points = ["blocks.' in shown
     assert 'href="harvest/demo.toml.html"' in (site / "repository/configs/index.html").read_text()
