@@ -21,7 +21,7 @@ LEFT_OUT = {
     r"\b(MODEL|SOURCE|HIDDEN_STATES)\b": "a file of the reader",
     r"--lm_eval": "lm-evaluation-harness, which tests/evaluate/causal runs",
     r"^thresher (microscope|demo)": "it serves until it is interrupted; the fixture runs the demo",
-    r"^(pip|bash|torchrun|lm_eval|make (?!graph$))": "an environment, or several processes",
+    r"^(pip|bash|torchrun|lm_eval|sbatch|sky|docker|make (?!graph$))": "an environment, or several processes",
 }
 PYTHON_LEFT_OUT = {
     "for activations in batches": "run by tests/test_documented_recipes.py",
