@@ -15,7 +15,7 @@ from ..stream.normalization import Normalization
 from .base import check_number_of_latents, unused_start
 from .contract import Batch, Buffers, L0Target, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
-from .parts.first_batch import exceeded_by
+from .parts.first_batch import exceeded_by, first_encoder_scale
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
@@ -177,9 +177,12 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return {} if scale == 1.0 else {"log_threshold": scale}
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return the base's parameters and the thresholds' logarithms."""
+        """Return the base's parameters, the encoder's scaled for a given L0, and the thresholds' logarithms."""
         log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
-        return super().initial_parameters(generator) | {"log_threshold": log_threshold}
+        parameters = super().initial_parameters(generator)
+        if self._first_l0 is not None and self.config.initial_threshold is None and self.centred:
+            parameters["W_enc"] *= first_encoder_scale(self._first_l0, self.d_sae, self.d_in)
+        return parameters | {"log_threshold": log_threshold}
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, if an L0 is given."""

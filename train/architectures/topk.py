@@ -20,6 +20,7 @@ from .contract import Batch, Number, Parameters, StepInput, StepOutput
 from .parts.auxk import add_auxk
 from .parts.decoder_norms import are_unit_norms
 from .parts.dense import error_of, squared
+from .parts.first_batch import first_encoder_scale
 from .parts.latents import (
     SparseLatents,
     count,
@@ -133,6 +134,18 @@ class TopK(Architecture[_L]):
     def k_aux(self) -> int:
         """Return how many dead latents of each row the auxiliary loss uses; d_out / 2 if not given."""
         return self.config.k_aux or max(1, self.d_out // 2)
+
+    @property
+    def first_k(self) -> int:
+        """Return the number of active latents of the first step."""
+        return int(self.config.k or 0)
+
+    def initial_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return the base's parameters, with the encoder at the scale that suits its first k latents."""
+        parameters = super().initial_parameters(generator)
+        if self.centred:
+            parameters["W_enc"] *= first_encoder_scale(self.first_k, self.d_sae, self.d_in)
+        return parameters
 
     def select(self, parameters: Parameters, batch: Batch, step: StepInput) -> SparseLatents:
         """Return the chosen entries, positive or not; where ranks share the latents, only the positive ones here."""
@@ -265,6 +278,11 @@ class AnnealedTopK(TopK[TopKConfig]):
         annealed = self.config.k_anneal_steps is not None
         return "the metrics of {} are of the annealed k, which each line of metrics.jsonl gives" if annealed else None
 
+    @property
+    def first_k(self) -> int:
+        """Return the number of active latents of the first step."""
+        return self.k_at(0)
+
     def k_at(self, steps_done: int) -> int:
         """Return the number of active latents at a step; steps count from 0."""
         k, steps = int(self.config.k or 0), self.config.k_anneal_steps or 0
@@ -326,6 +344,7 @@ class Random(TopK[RandomConfig]):
     capturable = True
     shardable = True
     resolved = Architecture.resolved
+    initial_parameters = Architecture.initial_parameters
 
     @property
     def frozen(self) -> frozenset[str]:

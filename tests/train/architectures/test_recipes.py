@@ -171,3 +171,36 @@ def test_weight_decay_does_not_use_the_fused_step():
 def test_an_option_without_effect_is_refused(keys):
     with pytest.raises(ConfigError, match=next(reversed(keys))):
         make_architecture(make_config(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+
+
+@pytest.mark.parametrize(
+    ("keys", "k"),
+    [
+        ({"k": 64}, 64),
+        ({"architecture": "batch_topk", "k": 16}, 16),
+        ({"k": 4, "k_anneal_steps": 9}, 512),
+        ({"architecture": "jumprelu", "target_l0": 64}, 64),
+    ],
+)
+def test_the_first_reconstructions_have_the_best_size(keys, k):
+    """Inputs are long in two directions; the best size is found by least squares in float64."""
+    d_in, d_sae = 512, 4096
+    trained = make_architecture(make_config(hook_point="h", d_sae=d_sae, **keys), d_in)
+    p = {name: t.double() for name, t in trained.initial_parameters(torch.Generator().manual_seed(0)).items()}
+    x = torch.randn(200, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[:, :2] *= 20
+    x_hat = keep_topk(x @ p["W_enc"].T, k) @ p["W_dec"]
+    best = float((x * x_hat).sum() / x_hat.square().sum())
+    assert best == pytest.approx(1, rel=0.05)  # exact for wide rows
+    norm = p["W_enc"].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(norm, norm.mean().expand_as(norm), rtol=1e-6, atol=0)
+    torch.testing.assert_close(p["W_enc"] / norm, p["W_dec"])
+
+
+def test_the_first_scale_is_for_reconstructing_what_is_read():
+    """Not where it makes no sense: other outputs than inputs, the random baseline, thresholds given for norm one."""
+    jumprelu = {"architecture": "jumprelu", "target_l0": 2, "initial_threshold": 0.3}
+    for keys in ({"k": 2, "reads": "h", "writes": "y"}, {"k": 2, "architecture": "random"}, jumprelu):
+        trained = make_architecture(make_config(hook_point="h", d_sae=D_SAE, **keys), D_IN)
+        W_enc = trained.initial_parameters(torch.Generator().manual_seed(0))["W_enc"]
+        torch.testing.assert_close(W_enc.norm(dim=1), torch.ones(D_SAE))
