@@ -71,8 +71,8 @@ class RunEstimate:
             f"time    about {human_seconds(total)}: {human_seconds(needed.seconds)} to harvest at "
             f"{self.harvest_speed:,.0f} tokens/s, {human_seconds(n_trained / self.train_speed)} to train at "
             f"{self.train_speed:,.0f} tokens/s, and at least {human_seconds(evaluation)} to evaluate",
-            f"memory  about {human_bytes(self.harvest_memory)} in the harvest, and {human_bytes(self.train_memory)} in "
-            "training",
+            f"memory  about {human_bytes(self.harvest_memory)} in the harvest, and in training "
+            f"{human_bytes(self.train_memory)} beside PyTorch itself",
         ]
 
 
