@@ -74,6 +74,21 @@ def test_the_demo_stops_at_a_stage_that_fails_and_keeps_a_changed_configuration(
     assert list(tmp_path.rglob("*.toml")) == [config]
 
 
+def test_the_version_is_defined_once_and_is_the_newest_of_the_changelog():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    released = [heading for heading in headings if heading != ("Unreleased", "")]
+    assert released == headings[-len(released) :]
+    assert released[0][0] == version
+    assert released[0][1]
+    numbers = [tuple(map(int, name.split("."))) for name, _ in released]
+    assert numbers == sorted(numbers, reverse=True)
+    assigned = re.compile(r"^(__version__|version|VERSION)\b.*=.*\d+\.\d+\.\d+", re.M)
+    others = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py") if assigned.search(file.read_text())]
+    assert others == []
+
+
 def test_every_target_of_make_is_defined_once_and_runs_always():
     text = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z][a-z0-9-]*):", text, flags=re.MULTILINE)

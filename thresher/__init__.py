@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from thresher.train import train as train
 
     __version__: str
-    """The installed version, such as 0.2.0; `thresher --version` prints it, too."""
+    """The installed version, such as 0.3.0; `thresher --version` prints it, too."""
 
 _MODULES = {
     "Ablate": "shared.intervene.edits",
