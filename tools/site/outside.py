@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _LINK = re.compile(r'(?P<before>\]\(|(?:src|href)=")(?P<target>[^)\s"]+)')
 _CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -43,7 +44,13 @@ def outside_pages(root: Path) -> dict[str, str]:
         inside = path.is_relative_to(root / "docs") or path == root / "README.md"
         if not inside:
             pages[site_path(path, root)] = _page(path, root)
-        found = linked_files(path) if path.suffix == ".md" else _listed(path) if path.is_dir() and not inside else ()
+        found = (
+            linked_files(path)
+            if path.suffix in (".md", ".ipynb")
+            else _listed(path)
+            if path.is_dir() and not inside
+            else ()
+        )
         new = {each for each in found if each.exists()} - seen
         seen |= new
         rest += new
@@ -80,15 +87,29 @@ def _page(path: Path, root: Path) -> str:
         lines = [f"- [`{file.relative_to(path)}`]({file.relative_to(path)}.md)" for file in _listed(path)]
         return heading + "\n".join(lines)
     if path.suffix == ".ipynb":
-        return heading + _notebook(path)
+        return heading + _notebook(path, root)
     return heading + _fenced(path.read_text(), _LANGUAGES.get(path.suffix, "text"))
 
 
-def _notebook(path: Path) -> str:
-    """Return a notebook's text and code; what it draws is seen when it is run."""
-    cells = json.loads(path.read_text())["cells"]
-    parts = {"code": lambda text: _fenced(text, "python"), "markdown": lambda text: re.sub(r"^#", "##", text)}
-    return "\n\n".join(parts[cell["cell_type"]]("".join(cell["source"])) for cell in cells)
+def _notebook(path: Path, root: Path) -> str:
+    """Return a notebook's text and code, with what the code printed and drew."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(with_site_links(re.sub(r"^#", "##", text), path, site_path(path, root), root))
+        else:
+            parts += [_fenced(text, "python"), *map(_output, cell["outputs"])]
+    return "\n\n".join(parts)
+
+
+def _output(output: dict[str, Any]) -> str:
+    data = {kind: "".join(content) for kind, content in output.get("data", {}).items()}
+    if "image/png" in data:
+        return f'<img alt="plot" src="data:image/png;base64,{data["image/png"].strip()}">'
+    if "text/html" in data:
+        return f"<div>{data['text/html']}</div>"
+    return _fenced(data.get("text/plain") or "".join(output.get("text", "")), "text")
 
 
 def _fenced(text: str, language: str) -> str:
