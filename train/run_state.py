@@ -383,7 +383,7 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def _sae_metadata(store: ActivationStore, documents: Half | None) -> dict[str, Any]:
+def _sae_metadata(store: ActivationStore, documents: Half | None = None) -> dict[str, Any]:
     said = store.metadata
     roles = {} if store.used_roles is None else {"roles": list(store.used_roles)}
     half = {} if documents is None else {"documents": documents}
