@@ -190,7 +190,7 @@ activations = found.latents[hook_point].to_dense()[0, 1:, columns].T
 labels = [tokenizer.decode([token]).replace("\n", "↵") for token in found.tokens[0, 1:].tolist()]
 
 figure, axis = plt.subplots(figsize=(12, 2.2))
-axis.imshow(activations, cmap="Blues", aspect="auto")
+axis.imshow(activations.numpy(), cmap="Blues", aspect="auto")
 axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8, family="monospace")
 axis.set_yticks(range(len(columns)), [f"{latent}, {names[latent]}" for latent in columns])
 plt.show()

@@ -53,7 +53,7 @@ n_train = len(labels) * 9 // 10
 
 figure, axes = plt.subplots(2, 16, figsize=(12, 1.7))
 for axis, image in zip(axes.flat, images, strict=False):
-    axis.imshow(image[0], cmap="gray_r")
+    axis.imshow(image[0].numpy(), cmap="gray_r")
     axis.axis("off")
 plt.show()
 
@@ -144,7 +144,7 @@ figure, axes = plt.subplots(len(shown), 8, figsize=(8, 1.05 * len(shown)))
 for line, latent in zip(axes, shown, strict=True):
     for axis, image in zip(line, top[:, latent].tolist(), strict=True):
         y, x_ = divmod(int(places[image, latent]), 6)
-        axis.imshow(images[n_train + image, 0], cmap="gray_r")
+        axis.imshow(images[n_train + image, 0].numpy(), cmap="gray_r")
         axis.add_patch(plt.Rectangle((4 * x_ - 3, 4 * y - 3), 10, 10, fill=False, color="C3"))
         axis.set_xticks([])
         axis.set_yticks([])
