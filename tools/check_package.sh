@@ -21,7 +21,7 @@ if [ "$what" = demo ]; then
   ../environment/bin/thresher demo
   report=runs/demo/evaluation/report.html
 else
-  ../environment/bin/thresher init --model stdlib-lm --dataset python-stdlib --tokens 100_000 --output first
+  ../environment/bin/thresher init --model stdlib-lm --dataset python-stdlib --tokens 500_000 --output first
   for stage in harvest train evaluate; do
     ../environment/bin/thresher "$stage" "first/$stage.toml"
   done
