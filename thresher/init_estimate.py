@@ -114,7 +114,9 @@ def _trial_harvest(config: HarvestConfig, device: str, path: Path) -> tuple[Path
     bytes_per_row = 4 * sum(plan.widths.values())
     n_batches = BATCHES_PER_WORKER * choose_workers(config.workers, torch.device(device))
     n_batches = max(1, min(n_batches, _MOST_BYTES // (bytes_per_row * batch_rows)))
-    trial = msgspec.structs.replace(config, tokens=min(config.tokens, n_batches * batch_rows), store=str(path))
+    tokens = min(config.tokens, n_batches * batch_rows)
+    # So little text may well have no document to hold out, which a harvest refuses.
+    trial = msgspec.structs.replace(config, tokens=tokens, store=str(path), holdout_fraction=0.0)
     contexts = read_contexts(trial, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings)
     with (
         make_writer(trial, plan.widths, {}, ActivationStoreWriter, roles=plan.rules.keeps_roles) as writer,

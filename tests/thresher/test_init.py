@@ -64,6 +64,16 @@ def test_the_files_run_as_they_are_and_the_estimate_fits(flags, tmp_path, capsys
     assert float(saes) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(kept, rel=0.15)
 
 
+def test_the_trial_needs_no_held_out_text(flags, text, tmp_path, monkeypatch, capsys):
+    """Its text is the beginning, here one long document; the documents after it are enough for the run."""
+    for file in text.iterdir():
+        file.write_text(f"total = total + {file.stem}\n" * 400)
+    monkeypatch.setattr("thresher.init_estimate._MOST_BYTES", 1)  # one batch
+    flags[flags.index("12_000")] = "200_000"
+    assert cli.main(flags) == 0, capsys.readouterr().err
+    assert load_config(HarvestConfig, tmp_path / "first/harvest.toml", []).holdout_fraction == 0.05
+
+
 def test_the_files_say_what_they_hold(flags, tmp_path):
     assert cli.main([*flags, "--hook_points", "blocks.0.resid_post,blocks.1.mlp_out", "--quiet"]) == 0
     for stage, cls in STAGES.items():
