@@ -6,6 +6,7 @@ keys of equal values lie in the order of their latents, so a tie goes to the ear
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 

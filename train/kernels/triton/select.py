@@ -66,7 +66,7 @@ def select_tiling(d_sae: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Se
 
 def padded_k(k: int) -> int:
     """Return the power of two, at least 2, that sorting `k` entries takes."""
-    return max(2, triton.next_power_of_2(k))
+    return max(2, 1 << (k - 1).bit_length())
 
 
 def recompute_registers(column_bits: int) -> int | None:
