@@ -38,8 +38,11 @@ class CausalConfig(Config, frozen=True, kw_only=True):
 class SteerConfig(CausalConfig, frozen=True, kw_only=True):
     """A latent, the strengths to steer it at, and how to judge them."""
 
-    latent: Annotated[int, Meta(ge=0, description="Number of the latent to steer.")]
     prompts: TextsSetting
+    latent: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Number of the latent to steer (default: the one that adds most to the concept)."),
+    ] = None
     hook_point: Annotated[str | None, Meta(description="Hook point of the latent (default: the only SAE's).")] = None
     action: Annotated[Literal["add", "clamp", "scale"], Meta(description="What a strength does to the latent.")] = "add"
     strengths: Annotated[list[float], Meta(min_length=1, description="Strengths to compare.")] = field(
@@ -69,8 +72,10 @@ class SteerConfig(CausalConfig, frozen=True, kw_only=True):
     ] = False
 
     def __post_init__(self) -> None:
-        """Check that lm-evaluation-harness can do what its files are asked to do."""
+        """Check that there is a latent, and that lm-evaluation-harness can do what its files are asked to do."""
         super().__post_init__()
+        if self.latent is None and not self.concept:
+            raise ConfigError("there is neither latent nor concept; give a latent's number, or tokens to find one by")
         if self.lm_eval and (self.action != "add" or self.where != "all"):
             raise ConfigError(
                 f"lm_eval is true with action '{self.action}' and where '{self.where}'; lm-evaluation-harness steers "

@@ -24,7 +24,7 @@ from .config import AttributeConfig, CausalConfig, ContrastConfig, SteerConfig
 from .contrast import contrast as contrast_texts
 from .lm_eval_files import write_lm_eval
 from .pages import write_page
-from .steering_curve import SteeringCurve, baseline_of, steering_curve
+from .steering_curve import SteeringCurve, baseline_of, steering_curve, strongest_latent
 
 QUANTITIES = ("effect", "kl", "perplexity")
 
@@ -36,11 +36,15 @@ def steer(config: SteerConfig) -> SteeringCurve:
     lm = _open(config)
     hook_point = _hook_point(lm, config.hook_point)
     lm.at(hook_point)
+    latent = config.latent
+    if latent is None:
+        latent = strongest_latent(lm, hook_point, prompts, config.concept)
+        print_result(f"latent {latent} at {hook_point} adds most to {', '.join(map(repr, config.concept))}")
     lm.measure_maxima(maxima, config.batch_size)
     curve = steering_curve(
         lm,
         hook_point,
-        config.latent,
+        latent,
         config.strengths,
         prompts,
         concept=config.concept,
@@ -53,9 +57,9 @@ def steer(config: SteerConfig) -> SteeringCurve:
         random_latents=config.random_latents,
         seed=config.seed,
     )
-    maximum = float(lm.maxima[hook_point][config.latent])
+    maximum = float(lm.maxima[hook_point][latent])
     baseline = {key: baseline_of(curve, key) for key in QUANTITIES}
-    found = {"hook_point": hook_point, "latent": config.latent, "maximum": maximum}
+    found = {"hook_point": hook_point, "latent": latent, "maximum": maximum}
     found |= {"action": config.action, "unit": config.unit, "where": config.where, "concept": config.concept}
     found |= {"points": curve.points, "baseline": baseline}
     output = user_path(config.output)
@@ -63,9 +67,9 @@ def steer(config: SteerConfig) -> SteeringCurve:
     write_file(output / "texts.parquet", parquet_bytes(pa.Table.from_pylist(curve.texts)))
     if config.lm_eval:
         for strength in dict.fromkeys(config.strengths):
-            edits: dict[Target, Edit] = {(hook_point, config.latent): Add(strength, unit=config.unit)}
+            edits: dict[Target, Edit] = {(hook_point, latent): Add(strength, unit=config.unit)}
             write_lm_eval(lm, edits, output / f"strength-{strength:g}.pt")
-    title = f"Steering latent {config.latent} at {hook_point}"
+    title = f"Steering latent {latent} at {hook_point}"
     page = write_page(output / "steering.html", "steering", title, config.model, found | {"texts": curve.texts})
     own = [point for point in curve.points if not point["is_random"]]
     for point in own:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ...shared.core.errors import InterventionError
@@ -108,6 +109,29 @@ def steering_curve(
     return SteeringCurve(points, texts)
 
 
+def strongest_latent(lm: SaeModel, hook_point: str, prompts: Sequence[str], concept: Sequence[str | int]) -> int:
+    """Return the latent that adds most to the log-probability of the concept after the prompts.
+
+    Its score is that of integrated gradients, summed over the prompts and their tokens.
+
+    Raises:
+        InterventionError: no latent adds to it.
+    """
+    name = lm.at(hook_point).name
+    ids = [one_token(token, lm.tokenizer) for token in concept]
+    scores = torch.stack(
+        [
+            lm.attribute(lm.run(prompt), lambda logits: _log_probability(logits[:, -1], ids), "integrated_gradients")
+            .by_latent()[name][0]
+            .cpu()
+            for prompt in prompts
+        ]
+    ).sum(dim=0)
+    if not float(scores.max()) > 0:
+        raise InterventionError(f"no latent at '{name}' adds to the concept after the prompts; give a latent's number")
+    return int(scores.argmax())
+
+
 def baseline_of(curve: SteeringCurve, key: str) -> list[dict[str, Any]]:
     """Return the mean of a quantity over the random latents at each strength, with its 95% interval."""
     rows = []
@@ -136,8 +160,13 @@ def _effect(logits: Tensor, lengths: Tensor, concept: Sequence[int]) -> float | 
     """Return the mean log-probability that the token after each prompt is one of the concept's."""
     if not concept:
         return None
-    last = logits[torch.arange(len(logits)), (lengths - 1).to(logits.device)].float().log_softmax(dim=-1)
-    return float(last[:, list(concept)].logsumexp(dim=-1).mean())
+    last = logits[torch.arange(len(logits)), (lengths - 1).to(logits.device)]
+    return float(_log_probability(last, concept).mean())
+
+
+def _log_probability(logits: Float[Tensor, "batch vocabulary"], concept: Sequence[int]) -> Float[Tensor, " batch"]:
+    """Return the log-probability that the next token is one of the concept's."""
+    return logits.float().log_softmax(dim=-1)[:, list(concept)].logsumexp(dim=-1)
 
 
 def _perplexity(lm: SaeModel, prompts: Sequence[str], tokens: list[list[int]], n: int) -> float | None:

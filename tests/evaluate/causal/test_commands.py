@@ -101,16 +101,6 @@ def text_log_probability(run):
 @torch.no_grad()
 def test_steer_measures_effect_and_damage(sae_folder, tmp_path, capsys):
     prompts = ["def read(path):", "import"]
-    arguments = [
-        "--saes",
-        str(sae_folder),
-        "--latent",
-        "7",
-        "--prompts",
-        json.dumps(prompts),
-        "--output",
-        str(tmp_path),
-    ]
     lm = SaeModel.open(MODEL, [sae_folder])
     lm.measure_maxima(prompts)
     latent = int(lm.maxima[HOOK].argmax())
@@ -148,6 +138,32 @@ def test_steer_measures_effect_and_damage(sae_folder, tmp_path, capsys):
     assert "strength 2.5: effect" in capsys.readouterr().out
 
 
+@torch.no_grad()
+def test_steer_finds_the_latent_that_adds_most_to_the_concept(sae_folder, tmp_path, capsys):
+    prompts = ["import os\nimport", "import"]
+    arguments = ["--prompts", json.dumps(prompts), "--concept", '[" os", " sys"]', "--strengths", "1", "--n", "1"]
+    more = ["--random_latents", "0", "--max_new_tokens", "2", "--output", str(tmp_path)]
+    assert steer_command.main([*SETTINGS, "--saes", str(sae_folder), *arguments, *more]) == 0
+    chosen = json.loads((tmp_path / "steering.json").read_text())["latent"]
+    assert f"latent {chosen} at {HOOK} adds most to ' os', ' sys'" in capsys.readouterr().out
+    lm = SaeModel.open(MODEL, [sae_folder])
+    concept = [lm.tokenizer(" os")["input_ids"][0], lm.tokenizer(" sys")["input_ids"][0]]
+    drops = np.zeros(300)
+    for prompt in prompts:
+        run = lm.run(prompt)
+        clean = run.logits[0, -1].softmax(-1)[concept].sum().log()
+        x = run.latents[HOOK].to_dense()[0]
+        for latent in x.sum(0).nonzero()[:, 0].tolist():
+            at = [(position, float(value)) for position, value in enumerate(x[:, latent]) if value > 0]
+            change = torch.zeros(1, len(x), 256)
+            for position, value in at:
+                change[0, position] = -value * lm.saes[HOOK].W_dec[latent]
+            handle = lm.model.transformer.h[2].register_forward_hook(lambda _, __, y, c=change: y + c)
+            drops[latent] += float(clean - lm.run(prompt).logits[0, -1].softmax(-1)[concept].sum().log())
+            handle.remove()
+    assert drops[chosen] > 0.7 * drops.max()  # its score is an estimate
+
+
 def test_a_scorer_of_ones_own_and_what_does_not_fit(sae_folder):
     lm = SaeModel.open(MODEL, [sae_folder])
     with pytest.raises(InterventionError, match="call measure_maxima"):
@@ -167,6 +183,7 @@ def test_a_scorer_of_ones_own_and_what_does_not_fit(sae_folder):
         (steer_command, ["--latent", "300", "--prompts", "import"], "no latent 300"),
         (steer_command, ["--latent", "3", "--prompts", "import", "--hook_point", "blocks.1.resid_post"], "no SAE at"),
         (steer_command, ["--latent", "3", "--prompts", "none.txt"], "cannot read 'none.txt'"),
+        (steer_command, ["--prompts", "import"], "neither latent nor concept"),
         (attribute_command, ["--text", "import", "--right", "two tokens here"], "expected one token"),
         (attribute_command, ["--text", "x = 1\n" * 200], "longer than the model's context of 256"),
         (contrast_command, ["--a", '["one"]', "--b", '["two", "three"]'], "at least two texts"),
