@@ -65,6 +65,8 @@ def test_every_public_name_is_on_a_page_with_its_docstring(reference):
         things = {name: thing} if name != "__version__" else {}
         if inspect.isclass(thing):
             own = {key: getattr(thing, key) for key, value in vars(thing).items() if inspect.isroutine(value)}
+            # What has another name is a hook of a library, such as `extra_repr`.
+            own = {key: value for key, value in own.items() if getattr(value, "__name__", key) == key}
             things |= {f"{name}.{key}": value for key, value in own.items() if key[0] != "_" and value.__doc__}
         words = words_of[shown[0]]
         missing += [key for key, value in things.items() if not value.__doc__ or first_sentence(value) not in words]

@@ -97,7 +97,8 @@ def published(hub, tmp_path):
 
 def test_every_command_runs(published, token, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make().save(tmp_path / "runs" / "demo" / "saes" / "topk")
+    for name in ("topk", "topk-k32"):
+        make().save(tmp_path / "runs" / "demo" / "saes" / name)
     make("transcoder", "blocks.0.mlp_in", "blocks.0.mlp_out").save(tmp_path / "transcoder")
     with ActivationStoreWriter(
         tmp_path / "runs" / "demo" / "store", {HOOK: D}, context_size=16, dtype="float32"

@@ -52,9 +52,8 @@ def make(seed=0, dtype=torch.float64, **keys):
 
 
 def step(architecture, parameters, x, dead=None, variance=2.0):
-    inputs = StepInput(
-        kernels_for("cpu"), parameters["W_enc"], variance, dead=dead, buffers=architecture.initial_buffers()
-    )
+    encoder = parameters.get("W_enc", parameters["W_dec"])
+    inputs = StepInput(kernels_for("cpu"), encoder, variance, dead=dead, buffers=architecture.initial_buffers())
     return architecture.step(parameters, Batch(x, x), inputs)
 
 
