@@ -18,6 +18,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,22 @@ def train_together(rank: int, meeting: str, options: argparse.Namespace, results
     dist.destroy_process_group()
 
 
+def run_processes(target: Callable[..., None], n: int, options: argparse.Namespace) -> Any:
+    """Run `target(rank, meeting, options, results)` in n processes, and return the queue of their results."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        shared = str(Path(folder) / "meeting"), options, results
+        processes = [context.Process(target=target, args=(rank, *shared)) for rank in range(n)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a process failed")
+    return results
+
+
 def main() -> None:
     """Start the processes, print what they find and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -106,17 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="threads of a process")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = str(Path(folder) / "meeting"), options, results
-        processes = [context.Process(target=train_together, args=(rank, *arguments)) for rank in range(N)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a process failed")
+    results = run_processes(train_together, N, options)
     table = [results.get() for _ in options.k]
     for row in table:
         print("  ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)

@@ -14,21 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
-import tempfile
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from data_exchange import trainer_of
 
 from thresher.train.lockstep import prepare_batches, step_all
 from thresher.train.parallel.layout import Layout
 from thresher.train.parallel.ranks import TrainRanks
 from thresher.train.step.sae_trainer import SaeTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves this folder out
+
+from data_exchange import run_processes, trainer_of
 
 OUTPUT = Path("runs/bench/latent_shards.json")
 
@@ -119,18 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--apart", action="store_true", help="do not time one process that has all latents")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        shared = str(Path(folder) / "meeting"), options, results
-        processes = [context.Process(target=train_together, args=(rank, *shared)) for rank in range(options.processes)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a process failed")
-    found = results.get()
+    found = run_processes(train_together, options.processes, options).get()
     print("  ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}

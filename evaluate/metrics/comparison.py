@@ -22,14 +22,8 @@ def training_settings(sae: EvaluatedSae) -> dict[str, Any]:
 
     A refined SAE was trained with the same settings as the one it was made from, and chooses otherwise.
     """
-    return (
-        sae.sae.config
-        | sae.description()
-        | {
-            "selection": sae.sae.selection,
-            "documents": sae.sae.metadata.get("documents"),
-        }
-    )
+    chosen = {"selection": sae.sae.selection, "documents": sae.sae.metadata.get("documents")}
+    return sae.sae.config | sae.description() | chosen
 
 
 def settings_but(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -104,10 +104,12 @@ def labelled_probing(
     order = np.random.default_rng(config.seed).permutation(len(labelled.texts))
     bos = store.metadata.get("bos_token_id")
     tokens: list[list[int]] = []
+    n_tokens = 0
     for number in order.tolist():
         (ids,) = token_lists(labelled.texts[number], tokenizer, bos, None)
         tokens.append(ids[: store.context_size])
-        if sum(map(len, tokens)) >= config.model_rows:
+        n_tokens += len(tokens[-1])
+        if n_tokens >= config.model_rows:
             break
     chosen = order[: len(tokens)].tolist()
     tasks = label_tasks([labelled.labels[i] for i in chosen], [labelled.texts[i] for i in chosen], config.seed)

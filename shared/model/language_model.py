@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -39,6 +40,8 @@ from .loading.tokenizer_files import needs_no_vocabulary, vocabulary_files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+LOADING = threading.RLock()
+"""Held while a model is loaded: transformers changes global state meanwhile, and two at once lose weights."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 NOT_TEXT = ("pixel_values", "input_features", "input_values", "decoder_input_ids")
@@ -113,6 +116,7 @@ def load_model(
         check_divides(config, name_or_path, team.n)
     try:
         with (
+            LOADING,
             _only_errors_logged(),
             spreading(spread) as (spread_options, temporary),
         ):

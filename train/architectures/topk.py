@@ -36,10 +36,25 @@ _WIDER = 4
 _LEAST_STEPS_ALIKE = 256
 
 
-class LargestConfig(SaeConfig, frozen=True, kw_only=True):
-    """Configuration of an architecture that keeps the k largest latents."""
+class CountConfig(SaeConfig, frozen=True, kw_only=True):
+    """Configuration of an architecture that is given the number of active latents."""
 
     k: Annotated[int, Meta(ge=1, description="Active latents per row.")]
+
+    def __post_init__(self) -> None:
+        """Check that there are k latents."""
+        super().__post_init__()
+        check_number_of_latents(self, "k", self.k)
+
+    @property
+    def name_ending(self) -> str:
+        """The end of the default name."""
+        return "-k{k}"
+
+
+class LargestConfig(CountConfig, frozen=True, kw_only=True):
+    """Configuration of an architecture that keeps the k largest latents."""
+
     aux_coefficient: Annotated[
         Annotated[float, Meta(ge=0)] | None,
         Meta(description="Weight of the auxiliary loss of dead latents; 1/32 if not given."),
@@ -52,16 +67,6 @@ class LargestConfig(SaeConfig, frozen=True, kw_only=True):
         bool | None,
         Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
     ] = None
-
-    def __post_init__(self) -> None:
-        """Check that there are k latents."""
-        super().__post_init__()
-        check_number_of_latents(self, "k", self.k)
-
-    @property
-    def name_ending(self) -> str:
-        """The end of the default name."""
-        return "-k{k}"
 
 
 class CompetingConfig(LargestConfig, frozen=True, kw_only=True):

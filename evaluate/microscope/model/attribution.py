@@ -39,13 +39,7 @@ def attribute_prompt(lm: LoadedModel, job: Job, tokens: Sequence[int], names: Se
         name = by_hook_point[row["hook_point"]]
         activation = active[name][0, row["position"], row["latent"]]
         kept = {"sae": name, "latent": row["latent"], "position": row["position"]}
-        rows.append(
-            kept
-            | {
-                key: significant(float(value), 5)
-                for key, value in (("score", row["score"]), ("activation", activation))
-            }
-        )
+        rows.append(kept | {"score": significant(row["score"], 5), "activation": significant(float(activation), 5)})
     errors = {name: [significant(float(value), 5) for value in scores.errors[key][0]] for name, key in keys.items()}
     return {
         "tokens": [{"id": token, "text": word} for token, word in zip(tokens, lm.texts(tokens), strict=True)],

@@ -45,11 +45,14 @@ class SentenceEncoder:
     def __init__(self, name: str | Path, device: str = "cpu"):
         from transformers import AutoModel, AutoTokenizer
 
+        from ....shared.model.language_model import LOADING
+
         folder = user_path(name)
         source = str(folder) if folder.exists() else str(name)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModel.from_pretrained(source, dtype=torch.float32)
+            with LOADING:
+                model = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"cannot load the sentence encoder '{name}': {one_line(error)}") from None
         self._model = model.to(device).eval().requires_grad_(False)

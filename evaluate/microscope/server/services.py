@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,26 +52,22 @@ class Services:
         cache = _cache_folder(run.folder)
         tables, shelf = LatentTables(run, cache), SaeShelf(run.saes, find_checkpoints(run.saes))
 
-        loading = threading.Lock()  # transformers changes global state while it loads: two models at once lose weights
-
         def load() -> LoadedModel:
-            with loading:
-                return LoadedModel.open(
-                    run.model,
-                    shelf,
-                    tables.maxima,
-                    device=choose_device(config.device),
-                    max_tokens=config.max_tokens,
-                    trust_remote_code=config.trust_remote_code,
-                    eager=bool(run.transcoders),
-                )
+            return LoadedModel.open(
+                run.model,
+                shelf,
+                tables.maxima,
+                device=choose_device(config.device),
+                max_tokens=config.max_tokens,
+                trust_remote_code=config.trust_remote_code,
+                eager=bool(run.transcoders),
+            )
 
         def open_encoder() -> TextEncoder | None:
             if config.embeddings_url is not None:
                 return EmbeddingsServer(config.embeddings_url, str(config.encoder))
             name = packaged_encoder() if config.encoder in (None, True) else config.encoder
-            with loading:
-                return SentenceEncoder(name) if name else None
+            return SentenceEncoder(name) if name else None
 
         worker: ModelWorker[LoadedModel] = ModelWorker(load, config.max_seconds, config.max_waiting)
         preparation = Preparation(tables, cache, open_encoder, config.embedded_latents, lambda: worker.busy)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
-import thresher.evaluate.microscope.server.services as services_module
 from thresher.evaluate.explain.notes import Notes, notes_path, shown_explanations
 from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.microscope.data.run_folder import find_evaluation, open_run
@@ -25,6 +25,8 @@ from thresher.evaluate.microscope.data.saes import SaeShelf
 from thresher.evaluate.microscope.model.loaded import LoadedModel
 from thresher.shared.core.errors import ConfigError, MissingFileError
 from thresher.shared.store import ActivationStore
+
+MODEL = Path(__file__).parents[3] / "models" / "stdlib-lm"
 
 
 @pytest.fixture
@@ -37,7 +39,6 @@ def copied(run_folder, tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-import thresher.evaluate.microscope.server.services as services_module
 from thresher.evaluate.explain.notes import Notes
 notes = Notes(Path(sys.argv[1]))
 for latent in range(10**9):
@@ -78,7 +79,7 @@ def test_the_command_prints_its_address_once_it_answers_and_ends_on_interrupt(co
 
 def test_model_and_encoder_are_not_loaded_at_once(serve, copied, monkeypatch):
     """transformers changes global state while it loads: two at once left a model without its tied weights."""
-    inside, met, real = set(), [], LoadedModel.open
+    inside, met, real = set(), [], AutoModelForCausalLM.from_pretrained
 
     def enter(who):
         inside.add(who)
@@ -91,14 +92,15 @@ def test_model_and_encoder_are_not_loaded_at_once(serve, copied, monkeypatch):
         enter("model")
         return real(*given, **settings)
 
-    def open_encoder(name):
+    def open_encoder(*given, **settings):
         enter("encoder")
-        raise ConfigError("no encoder")
+        raise OSError("no encoder")
 
-    monkeypatch.setattr(LoadedModel, "open", open_model)
-    monkeypatch.setattr(services_module, "SentenceEncoder", open_encoder)
-    client = serve(run=str(copied), encoder="some-encoder", device="cpu").client
-    client.wait(lambda status: status["model"]["state"] == "ready" and status["search"]["note"] == "no encoder")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", open_model)
+    monkeypatch.setattr(AutoModel, "from_pretrained", open_encoder)
+    client = serve(run=str(copied), encoder=str(MODEL), device="cpu").client
+    note = f"cannot load the sentence encoder '{MODEL}': no encoder"
+    client.wait(lambda status: status["model"]["state"] == "ready" and status["search"]["note"] == note)
     assert met == []
 
 

@@ -22,34 +22,24 @@ from torch import Tensor
 from ....shared.core.compute.cores import even_blocks
 from ....shared.core.errors import SaeError
 from ....shared.sae import Sae
-from ...config import SaeConfig
 from ...stream.normalization import Normalization
-from ..base import Architecture, check_number_of_latents
+from ..base import Architecture
 from ..contract import Batch, Buffers, Parameters, StepInput, StepOutput
 from ..parts.decoder_norms import are_unit_norms
 from ..parts.dense import squared, sum_of_rows
 from ..parts.latents import scatter_add_rows
 from ..registry import register
+from ..topk import CountConfig
 
 _ROW_BLOCK = 1024
 _WIDEST_GRAM = 8192
 
 
-class MatchingPursuitConfig(SaeConfig, frozen=True, kw_only=True):
+class MatchingPursuitConfig(CountConfig, frozen=True, kw_only=True):
     """Matching pursuit: latents are chosen one after another, by the decoder (arXiv 2506.03093)."""
 
     architecture: Literal["matching_pursuit"] = "matching_pursuit"
     k: Annotated[int, Meta(ge=1, description="Steps per row; a latent may be chosen more than once.")]
-
-    def __post_init__(self) -> None:
-        """Check that there are k latents."""
-        super().__post_init__()
-        check_number_of_latents(self, "k", self.k)
-
-    @property
-    def name_ending(self) -> str:
-        """The end of the default name."""
-        return "-k{k}"
 
 
 class Pursuit(NamedTuple):
