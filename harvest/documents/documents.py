@@ -9,6 +9,7 @@ from typing import Any
 
 from ...shared.core.errors import DataError
 from ...shared.core.terminal.logs import adopt_library_logs
+from ...shared.core.terminal.progress import library_bars
 from ..config import HarvestConfig
 from .columns import Columns, encodable
 from .columns import Document as Document
@@ -163,7 +164,8 @@ def _hub_dataset(config: HarvestConfig) -> Any:
 @contextmanager
 def _reaching(config: HarvestConfig) -> Iterator[None]:
     try:
-        yield
+        with library_bars():
+            yield
     except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
         raise DataError(
             f"cannot load dataset '{config.dataset}': expected {PYTHON_STDLIB}, a file, a folder, or a Hugging Face "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..core.disk import write_file
 from ..core.errors import HubError
+from ..core.terminal.progress import library_bars
 from .address import HubAddress
 from .errors import explained, is_unreachable
 
@@ -47,7 +48,7 @@ def download(address: HubAddress, choose: Callable[[list[HubFile], HubAddress], 
         if not is_unreachable(error):
             raise
         return _cached(address, error)
-    with explained(address):
+    with explained(address), library_bars():
         _remember(address, commit)
         root = None
         for file in choose(files, address):

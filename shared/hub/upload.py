@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import HubError, one_line
+from ..core.terminal.progress import library_bars
 from .address import HubAddress
 from .errors import explained
 
@@ -28,7 +29,7 @@ def upload(
     """
     from huggingface_hub import HfApi
 
-    with explained(address):
+    with explained(address), library_bars():
         api = HfApi()
         api.create_repo(address.repository, repo_type=address.kind, private=private or None, exist_ok=True)
         try:

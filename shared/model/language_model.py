@@ -25,7 +25,7 @@ from ..core.compute.device import choose_device
 from ..core.errors import ModelError, ThresherError, one_line
 from ..core.paths import expand_home
 from ..core.terminal.logs import adopt_library_logs
-from ..core.terminal.progress import shows_bars
+from ..core.terminal.progress import library_bars
 from .capture import capture as capture
 from .capture import resolve_hook_points as resolve_hook_points
 from .capture import splice as splice
@@ -93,7 +93,6 @@ def load_model(
     name_or_path, adapter = local_model(name_or_path), expand_home(adapter)
     device = choose_device(str(device))
     torch_dtype = model_dtype(dtype, device)
-    _quiet_unless_terminal()
     parts = _find_parts(name_or_path, revision, adapter)
     base_revision, adapter_revision = _revisions(name_or_path, revision, parts)
     config = load_model_config(parts.base, base_revision, trust_remote_code)
@@ -115,11 +114,7 @@ def load_model(
     if team is not None:
         check_divides(config, name_or_path, team.n)
     try:
-        with (
-            LOADING,
-            _only_errors_logged(),
-            spreading(spread) as (spread_options, temporary),
-        ):
+        with LOADING, only_errors_shown(), spreading(spread) as (spread_options, temporary):
             model, info = loader.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 base,
                 dtype=torch_dtype,
@@ -154,7 +149,7 @@ def load_model_config(
         )
     name, gguf = gguf_options(name)
     try:
-        with _only_errors_logged():
+        with only_errors_shown():
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:  # as in load_model
         raise ModelError(
@@ -183,7 +178,7 @@ def load_tokenizer(
         "save the model's tokenizer there too (tokenizer.save_pretrained)"
     )
     try:
-        with _only_errors_logged():
+        with only_errors_shown():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
         found = vocabulary_files(name, revision) or []
@@ -202,7 +197,7 @@ def load_tokenizer(
 def _tokenizer_of_gguf(name: str) -> PreTrainedTokenizerBase:
     folder, gguf = gguf_options(name)
     try:
-        with _only_errors_logged():
+        with only_errors_shown():
             return AutoTokenizer.from_pretrained(folder, **gguf)
     except Exception as error:  # as in load_model
         raise ModelError(f"cannot load the tokenizer of '{name}': {_reason(error)}") from error
@@ -288,20 +283,16 @@ def _check_runs_on_tokens(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """Silence transformers' warnings; our errors report the same in one line."""
+def only_errors_shown() -> Iterator[None]:
+    """Silence transformers' warnings, which our errors replace, and bars where `progress` shows none."""
+    adopt_library_logs()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        yield
+        with library_bars():
+            yield
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-
-
-def _quiet_unless_terminal() -> None:
-    adopt_library_logs()
-    if not shows_bars():
-        transformers.utils.logging.disable_progress_bar()
 
 
 def _reason(error: Exception, config: PretrainedConfig | None = None) -> str:

@@ -45,13 +45,13 @@ class SentenceEncoder:
     def __init__(self, name: str | Path, device: str = "cpu"):
         from transformers import AutoModel, AutoTokenizer
 
-        from ....shared.model.language_model import LOADING
+        from ....shared.model.language_model import LOADING, only_errors_shown
 
         folder = user_path(name)
         source = str(folder) if folder.exists() else str(name)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-            with LOADING:
+            with LOADING, only_errors_shown():
+                self._tokenizer = AutoTokenizer.from_pretrained(source)
                 model = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"cannot load the sentence encoder '{name}': {one_line(error)}") from None

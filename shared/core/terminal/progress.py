@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +19,8 @@ from .logs import log_settings
 
 SECONDS_BETWEEN_LINES = 30.0
 _log = logging.getLogger(__name__)
+_tqdm_init = tqdm.__init__
+_hiding_lock, _n_hiding = threading.Lock(), 0
 
 
 def progress(
@@ -50,6 +55,33 @@ def shows_bars() -> bool:
     if settings is not None and (settings.quiet or settings.log_format == "json"):
         return False
     return sys.stderr.isatty() or in_kernel()
+
+
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Hide the tqdm bars that other libraries make in this block, unless `progress` shows bars in this process.
+
+    Not each of them asks its library's own settings, nor whether stderr is a terminal. Meanwhile no thread of the
+    process makes a bar; bars that are there already stay.
+    """
+    global _n_hiding
+    if shows_bars() and os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with _hiding_lock:
+        _n_hiding += 1
+        tqdm.__init__ = _hidden_init
+    try:
+        yield
+    finally:
+        with _hiding_lock:
+            _n_hiding -= 1
+            if _n_hiding == 0:
+                tqdm.__init__ = _tqdm_init
+
+
+def _hidden_init(bar: tqdm[Any], *args: Any, **options: Any) -> None:
+    _tqdm_init(bar, *args, **options | {"disable": True})
 
 
 def in_kernel() -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ...core.errors import StoreError
+from ...core.terminal.progress import library_bars
 from ...model.hook_points import canonical_hook_point
 from .source import Format, Options, Rows, Shape, chosen, dtype_name, reading_foreign
 
@@ -27,7 +28,7 @@ class CachedActivations:
         from datasets import Array2D, Dataset
 
         files = _files(path)
-        with reading_foreign(path):
+        with reading_foreign(path), library_bars():
             if (path / "state.json").is_file():
                 self._data = Dataset.load_from_disk(str(path))
             else:

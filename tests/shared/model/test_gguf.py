@@ -46,10 +46,12 @@ def test_a_package_with_one_file_stands_for_it(install):
     assert gguf_options(str(site / "tiny_model/m.gguf")) == (str(site / "tiny_model"), {"gguf_file": "m.gguf"})
 
 
-def test_weights_are_unpacked_and_the_model_is_not_taken_for_a_quantised_one(tmp_path):
+def test_weights_are_unpacked_and_the_model_is_not_taken_for_a_quantised_one(tmp_path, capfd):
     path = tmp_path / "tiny.gguf"
     weights = write_llama(path)
+    capfd.readouterr()
     model = load_model(str(path), dtype="float32")
+    assert capfd.readouterr() == ("", "")  # transformers shows bars, also without a terminal
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
     copied = dict(copy.deepcopy(model).float().named_parameters())

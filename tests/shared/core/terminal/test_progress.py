@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
+from tqdm.auto import tqdm as auto_bar
 
 from thresher.shared.core.terminal import progress as progress_module
-from thresher.shared.core.terminal.progress import progress
+from thresher.shared.core.terminal.logs import LogSettings, shown_logs
+from thresher.shared.core.terminal.progress import library_bars, progress
 
 
 @pytest.fixture
@@ -18,6 +20,14 @@ def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     return now
+
+
+def as_terminal(monkeypatch):
+    """Put a terminal in the place of stderr, and return it."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
 
 
 def test_without_a_terminal_a_line_comes_every_half_minute(clock, capsys):
@@ -40,16 +50,42 @@ def test_what_is_quick_prints_nothing(clock, capsys):
     assert capsys.readouterr().err.splitlines()[0] == "probe: 1.00 of 4.00 SAEs (25%), 0.03 SAEs/s, 01:33 left"
 
 
-def test_a_terminal_gets_a_bar_and_disabled_is_silent(clock, monkeypatch, capsys):
+def test_a_terminal_gets_a_bar_and_disabled_is_silent(clock, monkeypatch):
+    terminal = as_terminal(monkeypatch)
     for _ in progress(range(4), desc="probe", unit="SAE", disable=True):
         clock[0] += 31
-    assert capsys.readouterr().err == ""
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
+    assert terminal.getvalue() == ""
     bar = progress(desc="train", unit="token", total=10)
     assert isinstance(bar, tqdm)
     bar.close()
+
+
+@pytest.mark.parametrize("bar", [tqdm, auto_bar])
+def test_other_libraries_show_bars_only_where_ours_are(bar, monkeypatch):
+    terminal = as_terminal(monkeypatch)
+
+    def shown(**options):
+        terminal.seek(0)
+        terminal.truncate()
+        with library_bars():
+            assert list(bar(range(3), desc="theirs", **options)) == [0, 1, 2]
+        return "theirs: 100%" in terminal.getvalue()
+
+    assert shown()
+    monkeypatch.setenv("RANK", "1")
+    assert not shown()
+    monkeypatch.setenv("RANK", "0")
+    assert shown()
+    with shown_logs(LogSettings(quiet=True)):
+        assert not shown()
+        with library_bars():
+            assert not shown(disable=False)
+            assert not shown()  # a block inside another ended, and the outer one still holds
+    assert shown()
+    terminal.isatty = lambda: False
+    assert not shown()
+    list(bar(range(3), desc="of the program itself"))
+    assert "of the program itself: 100%" in terminal.getvalue()
 
 
 def test_a_kernel_gets_a_bar_also_without_widgets(monkeypatch, capsys):
