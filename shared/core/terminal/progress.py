@@ -70,7 +70,7 @@ def library_bars() -> Iterator[None]:
         return
     with _hiding_lock:
         _n_hiding += 1
-        tqdm.__init__ = _hidden_init
+        tqdm.__init__ = _hidden_init  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
