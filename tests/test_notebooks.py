@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
+import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import AutoModelForCausalLM
 
 from thresher import ActivationStore, Sae
@@ -52,6 +60,45 @@ def test_links_of_notebooks_lead_somewhere(script):
     links = re.findall(r"\]\(([^)#\s]+)", script.read_text())
     assert links
     assert [link for link in links if not link.startswith("http") and not (NOTEBOOKS / link).exists()] == []
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """Return the names of what requirements install, themselves included, as far as it is installed here."""
+    found: set[str] = set()
+    waiting = [(Requirement(text), "") for text in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if name in found:
+            continue
+        found.add(name)
+        with suppress(PackageNotFoundError):
+            needed = [Requirement(text) for text in requires(name) or []]
+            waiting += [(each, extra) for each in needed for extra in (requirement.extras or {""})]
+    return found
+
+
+def test_the_extra_has_what_notebooks_import_and_what_opens_and_executes_them():
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    extra = closure(project["optional-dependencies"]["notebooks"])
+    assert {"jupyterlab", "jupyterlab-widgets"} <= extra
+    if find_spec("jupyterlab") is not None:  # an older environment may lack it
+        entries = [entry for name in extra for entry in distribution(name).entry_points]
+        programs = {entry.name for entry in entries if entry.group == "console_scripts"}
+        assert {"jupyter-lab", "jupyter-execute"} <= programs
+    installed = extra | closure(project["dependencies"]) | {"thresher"}
+    providers = packages_distributions()
+    imported = set()
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse(script.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert {"matplotlib", "pandas", "torch"} <= imported
+    missing = [name for name in imported if not installed & {canonicalize_name(each) for each in providers[name]}]
+    assert missing == []
 
 
 KERNEL = """
