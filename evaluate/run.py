@@ -22,7 +22,7 @@ from .report.write import write_evaluation_report
 from .results.output import loss_curve, write_json, write_rows
 from .results.provenance import footer
 from .results.results import Results
-from .results.table import metrics_table, published_lines
+from .results.table import metrics_table, outlier_lines, published_lines
 from .saes.names import printable
 from .saes.origin import note_lines
 from .stages import (
@@ -101,7 +101,7 @@ def evaluate(config: EvaluateConfig | str | Path | None = None, **settings: Any)
     )
     if not in_kernel():  # a notebook shows the rows that are returned
         print_result(metrics_table(metrics))
-    for line in (*published_lines(metrics), *baseline_lines(comparison)):
+    for line in (*outlier_lines(metrics), *published_lines(metrics), *baseline_lines(comparison)):
         print_result(line)
     print_result(f"\n{footer(prepared.rows, prepared.model_name, metrics)}\nreport  {printable(str(report))}")
     if config.export and features:

@@ -175,8 +175,8 @@ def variants() -> Iterator[Variant]:
         yield Variant(step_ends.clip_kernel, {"BLOCK": 1024}, 4, types=(("squares_ptr", kind),))
     for auxk, watch in itertools.product((True, False), repeat=2):
         yield Variant(step_ends.finish_kernel, {"AUXK": auxk, "WATCH": watch, "BLOCK": 1024}, 4)
-    for quantised in (True, False):
-        constants = {"QUANTISED": quantised, "ALSO": not quantised, "D": 1024}
+    for quantised, limited in ((True, False), (False, False), (False, True)):
+        constants = {"QUANTISED": quantised, "LIMITED": limited, "ALSO": not quantised, "D": 1024}
         kinds = ("*i8", "*bf16", "*bf16") if quantised else ("*bf16", "*fp32", "*bf16")
         types = tuple(zip(("stored_ptr", "out_ptr", "also_ptr"), kinds, strict=True))
         yield Variant(rows_kernel, constants, 4, types=types)

@@ -194,6 +194,14 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             "weights."
         ),
     ] = "expected_average_only_in"
+    max_row_norm: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="In training, shorten rows whose distance from the mean is larger than this many times the "
+            "median distance, so that a few tokens with massive activations do not make up the loss; 0 shortens none.",
+        ),
+    ] = 10.0
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")
     ] = "bfloat16"

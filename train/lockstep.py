@@ -17,7 +17,7 @@ from .parallel.layout import Layout
 from .plan import TrainPlan
 from .step.sae_trainer import SaeTrainer
 from .step.step_graphs import capture_on_cuda
-from .stream.normalization import normalization_across, normalization_at, scale_of
+from .stream.normalization import RowScale, normalization_across, normalization_of, row_scale
 
 
 def make_trainers(
@@ -25,18 +25,19 @@ def make_trainers(
     plan: TrainPlan,
     store: ActivationStore,
     layout: Layout,
-    scales: Mapping[str, float] | None = None,
+    row_scales: Mapping[str, RowScale] | None = None,
 ) -> list[SaeTrainer]:
     """Return the trainers, at step zero, of the SAEs that this process trains.
 
-    `scales` are the run's normalisation factors by hook point (default: those of the configuration).
+    `row_scales` are how the run scales the rows of each hook point (default: as the configuration says).
     """
     saes = layout.saes_here(plan.saes)
     kernels = kernels_for(config.device, config.kernels)
     hooks = sorted({place for sae in saes for place in sae.wiring.hook_points})
-    if scales is None:
-        scales = {hook: scale_of(store, hook, config.normalize_activations) for hook in hooks}
-    kinds = {hook: normalization_at(store, hook, scales[hook]).to(config.device) for hook in hooks}
+    if row_scales is None:
+        kind, max_row_norm = config.normalize_activations, config.max_row_norm
+        row_scales = {hook: row_scale(store, hook, kind, max_row_norm) for hook in hooks}
+    kinds = {hook: normalization_of(store, hook, row_scales[hook]).to(config.device) for hook in hooks}
     dtype = getattr(torch, config.compute_dtype)
     capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None
     return [
@@ -102,7 +103,8 @@ def prepare_batches(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Pre
         if key not in prepared:
             rows = _side_by_side(batch, reads)
             dtype, normalization = trainer.mode.compute_dtype, trainer.normalization
-            x, x_compute = trainer.kernels.normalise(rows, normalization.mean, normalization.scale, dtype)
+            mean, scale, max_norm = normalization.mean, normalization.scale, normalization.max_norm
+            x, x_compute = trainer.kernels.normalise(rows, mean, scale, dtype, max_norm)
             target = trainer.normalization.target
             y = None if target is None else target.apply(_side_by_side(batch, writes))
             prepared[key] = Batch(x, x_compute, y)

@@ -26,6 +26,7 @@ from .reporting.progress import TrainProgress
 from .run_state import RunState, began_with
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
+from .stream.normalization import shortening_notes
 from .stream.row_mask import TrainingRowMask
 from .warm_start import initialise_trainers
 
@@ -89,10 +90,10 @@ def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
 
 def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, say: Callable[[str], None]) -> None:
     plan, layout = run.plan, run.layout
-    for note in plan.notes:
+    for note in (*plan.notes, *shortening_notes(store, run.row_scales)):
         say(f"note: {note}")
     with _open_batches(config, plan, store, layout) as batches:
-        trainers = make_trainers(config, plan, store, layout, run.scales)
+        trainers = make_trainers(config, plan, store, layout, run.row_scales)
         run.resume(trainers, batches)
         if run.step == 0:
             for name, note in initialise_trainers(trainers, config.init_from):

@@ -30,7 +30,7 @@ from .recipes import PUBLISHED_WARMUP_STEPS, Began
 from .same_run import Difference, Request, compare_run
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
-from .stream.normalization import scale_of, scale_of_raw_norm
+from .stream.normalization import RowScale, row_scale, scale_of_raw_norm
 from .stream.row_mask import Half
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class RunState:
         for note in notes:
             self._say(f"note: {note}")
         difference = compare_run(self.output, record, saved, request, store) if record else Difference()
-        self.scales = ranks.from_first(self._scales(record, plan, store) if ranks.first else {})
+        self.row_scales = ranks.from_first(self._row_scales(record, plan, store) if ranks.first else {})
         names = [str(sae.name) for sae in plan.saes]
         self._on_disk = record
         self._record = RunRecord(
@@ -96,7 +96,7 @@ class RunState:
                     "whether this is the same one cannot be checked"
                 )
         self._record.rows_per_epoch, self._record.store = request.rows_per_epoch, request.store
-        self._record.scales, self._record.recipes = self.scales, request.recipes
+        self._record.row_scales, self._record.recipes = self.row_scales, request.recipes
         self._record.config = self._table
         if record is None or record.settings is not None:
             self._record.warmup_steps = plan.schedule.warmup_steps
@@ -132,14 +132,15 @@ class RunState:
             return record, (record.config or {}) if record else {}, notes
         return record, read_toml(self.output / _CONFIG_NAME), notes
 
-    def _scales(self, record: RunRecord | None, plan: TrainPlan, store: ActivationStore) -> dict[str, float]:
-        """Return the scale of each hook point with which the run began, computed as its release did."""
-        scales = dict((record.scales or {}) if record else {})
-        old = record is not None and record.scales is None
-        for place in sorted({place for sae in plan.saes for place in sae.wiring.hook_points} - scales.keys()):
-            scale = scale_of_raw_norm if old else scale_of
-            scales[place] = scale(store, place, self._config.normalize_activations)
-        return scales
+    def _row_scales(self, record: RunRecord | None, plan: TrainPlan, store: ActivationStore) -> dict[str, RowScale]:
+        """Return how the run scaled each hook point's rows when it began, computed as its release did."""
+        kind, max_row_norm = self._config.normalize_activations, self._config.max_row_norm
+        places = sorted({place for sae in plan.saes for place in sae.wiring.hook_points})
+        known = dict(record.row_scales or {}) if record else {}
+        if record is not None and record.row_scales is None:  # a release that shortened no rows
+            factors = record.scales or {place: scale_of_raw_norm(store, place, kind) for place in places}
+            known = {place: RowScale(factor=factor) for place, factor in factors.items()}
+        return {place: known.get(place) or row_scale(store, place, kind, max_row_norm) for place in places}
 
     @property
     def finished(self) -> bool:

@@ -95,6 +95,8 @@ def compare_run(
     _check_store(output, record, request, store)
     _check_release(output, record, request)
     now, before = request.saes, {sae["name"]: sae for sae in saved.get("sae", [])}
+    if record.row_scales is None:  # a release that shortened no rows, which is resumed
+        saved = {**saved, "max_row_norm": request.config.get("max_row_norm")}
     if record.settings is None:  # a release without recipes, whose settings are resumed
         saved = {**saved, "recipe": request.config.get("recipe")}
         if "warmup_steps" not in request.config and saved.get("warmup_steps") == PUBLISHED_WARMUP_STEPS:

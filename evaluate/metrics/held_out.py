@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -81,8 +81,8 @@ class HeldOut:
         """Return evenly spaced contexts with at most `max_rows` rows in all; documents keep their groups."""
         chosen = evenly_spaced(len(self.contexts), max_rows, self.store.context_size)
         unmasked = None if self.unmasked is None else self.unmasked[chosen]
-        group = self.group[chosen]
-        return HeldOut(self.store, self.contexts[chosen], self.usable[chosen], group, self.n_documents, unmasked)
+        contexts, usable, group = self.contexts[chosen], self.usable[chosen], self.group[chosen]
+        return replace(self, contexts=contexts, usable=usable, group=group, unmasked=unmasked)
 
 
 def evenly_spaced(n_contexts: int, max_rows: int | None, context_size: int) -> Int64[np.ndarray, " chosen"]:

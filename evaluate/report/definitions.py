@@ -68,6 +68,23 @@ METRICS = (
         "higher",
         "1 - E‖x - x̂‖² / (E‖x‖² - ‖E x‖²), over all evaluated tokens.",
     ),
+    Column(
+        "explained_variance_without_outliers",
+        "Explained variance, usual rows",
+        "fraction",
+        "higher",
+        "Explained variance without outliers: rows whose distance from the mean is above 10 median distances.",
+    ),
+    Column(
+        "outlier_rows", "Outliers", "integer", "", "Number of evaluated rows that are outliers: massive activations."
+    ),
+    Column(
+        "outlier_variance_share",
+        "Outliers' share",
+        "percent",
+        "",
+        "Share of the variance that the outliers hold; where it is large, explained variance is mostly theirs.",
+    ),
     Column("fvu", "FVU", "fraction", "lower", "Fraction of variance unexplained: 1 - explained variance."),
     Column("mse", "MSE", "number", "lower", "E‖x - x̂‖²: squared error summed over d_in, averaged over tokens."),
     Column("cossim", "Cosine", "fraction", "higher", "Mean over tokens of the cosine between x and x̂."),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH = 100
+_AFTER_INTERVAL = 5
 
 ResultRow = Mapping[str, Any]
 
@@ -13,11 +14,17 @@ ResultRow = Mapping[str, Any]
 def metrics_table(metrics: Sequence[ResultRow]) -> str:
     """Return the rows of `metrics.json` as a table, with a dash for values that were not measured.
 
-    SAEs that could not be read are left out.
+    SAEs that could not be read are left out. A column for the explained variance without outliers is there if some
+    hook point has outliers.
     """
     metrics = [row for row in metrics if row.get("hook_point")]
     header = ["SAE", "d_sae", "k or λ", "expl. var", "± 95%", "L0", "dead", "CE score", "KL score"]
     cells = [_cells(row) for row in metrics]
+    if any(row.get("outlier_rows") for row in metrics):
+        for line, value in zip(
+            [header, *cells], ["usual rows", *map(_explained_without_outliers, metrics)], strict=True
+        ):
+            line.insert(_AFTER_INTERVAL, value)
     widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
     lines = []
@@ -28,6 +35,16 @@ def metrics_table(metrics: Sequence[ResultRow]) -> str:
             _line(line, widths) for row, line in zip(metrics, cells, strict=True) if row["hook_point"] == hook_point
         ]
     return "\n".join(lines[1:])
+
+
+def outlier_lines(metrics: Sequence[ResultRow]) -> list[str]:
+    """Return a line per hook point with massive activations: how many rows, and how much of the variance they hold."""
+    found = {row["hook_point"]: row for row in metrics if row.get("outlier_rows")}
+    return [
+        f"outliers  {row['outlier_rows']:,} of {row['n_rows']:,} rows hold {row['outlier_variance_share']:.0%} of the "
+        f"variance that SAEs of {hook_point} reconstruct; 'usual rows' is without them"
+        for hook_point, row in found.items()
+    ]
 
 
 def published_lines(metrics: Sequence[ResultRow]) -> list[str]:
@@ -41,6 +58,11 @@ def published_lines(metrics: Sequence[ResultRow]) -> list[str]:
         ]
         lines += [f"published  {row['name']}: {'; '.join(figures)}"] if figures else []
     return lines
+
+
+def _explained_without_outliers(row: ResultRow) -> str:
+    key = "explained_variance_without_outliers" if row.get("outlier_rows") else "explained_variance"
+    return number(row.get(key), 4)
 
 
 def _cells(row: ResultRow) -> list[str]:

@@ -15,7 +15,7 @@ from thresher.shared.store import ActivationStoreWriter
 from thresher.shared.store.format.roles import ASSISTANT, PLACED
 from thresher.train import ShuffledBatches, train
 from thresher.train.config import TrainConfig
-from thresher.train.stream.normalization import normalization_of
+from thresher.train.stream.normalization import normalization_of, row_scale
 
 CONTEXT, D_IN, N, HOOK = 8, 6, 60, "blocks.0.resid_post"
 
@@ -49,7 +49,8 @@ def test_an_epoch_is_every_row_of_the_roles_once(written):
 
 def test_normalisation_is_of_the_roles(written):
     path, rows = written
-    found = normalization_of(ActivationStore.open(path, roles=["assistant"]), HOOK, "expected_average_only_in")
+    store = ActivationStore.open(path, roles=["assistant"])
+    found = normalization_of(store, HOOK, row_scale(store, HOOK, "expected_average_only_in", 10.0))
     x = rows.astype(np.float64)
     np.testing.assert_allclose(found.mean.numpy(), x.mean(0), rtol=1e-6)
     norm = np.linalg.norm(x - x.mean(0), axis=1).mean()

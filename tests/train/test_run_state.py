@@ -26,7 +26,7 @@ from thresher.train.lockstep import prepare_batches
 from thresher.train.reporting.metrics import MetricsLog
 from thresher.train.step.sae_trainer import SaeTrainer, Schedule
 from thresher.train.step.schedule import lr_factor
-from thresher.train.stream.normalization import normalization_of, scale_of_raw_norm
+from thresher.train.stream.normalization import RowScale, normalization_of, row_scale, scale_of_raw_norm
 from thresher.train.sweep.grids import expand_sweep
 
 BATCH = 64
@@ -136,7 +136,7 @@ def test_a_run_of_an_older_release_is_resumed_with_its_own_scale(config, tmp_pat
     """That its store is not recorded is noted; inputs stay scaled by the mean norm of rows that are not centred."""
     published = change(config, recipe="published")
     with monkeypatch.context() as patch:
-        patch.setattr(run_state_module, "scale_of", scale_of_raw_norm)
+        patch.setattr(run_state_module, "row_scale", lambda *given: RowScale(factor=scale_of_raw_norm(*given[:3])))
         expected = train(change(published, output=str(tmp_path / "whole")))
         train_killed(published, 20)
     path = tmp_path / "out/checkpoint.json"
@@ -325,7 +325,7 @@ def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_pat
     assert [line["step"] for line in lines(folder)] == list(range(1, 71))
     opened = ActivationStore.open(store)
     (sae,) = expand_sweep([table])
-    normalization = normalization_of(opened, "h", "expected_average_only_in")
+    normalization = normalization_of(opened, "h", row_scale(opened, "h", "expected_average_only_in", 10.0))
     trainer = SaeTrainer(
         config=sae,
         d_in=32,

@@ -16,6 +16,7 @@ from ...shared.core.disk import write_file
 from ...shared.core.errors import ConfigError
 from ...shared.store.format.checksum import crc32c
 from ...shared.store.format.identity import StoreIdentity
+from ..stream.normalization import RowScale
 
 RECORD_NAME = "checkpoint.json"
 PREVIOUS_NAME = "checkpoint.previous.json"
@@ -38,8 +39,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
     `pending` names the SAEs in training; `trained` holds the checksums of the final states of the SAEs that were
     trained before them. `lengths` are the numbers of steps of the run: the first one, and one per continuation.
-    `scales` are the normalisation factors by hook point. `warmup_steps` and `settings`, by the SAE's name, are what was
-    chosen for the run where its configuration leaves it open.
+    `row_scales` are by hook point; `scales` are the factors alone, of releases that shortened no rows. `warmup_steps`
+    and `settings`, by the SAE's name, are what was chosen for the run where its configuration leaves it open.
     """
 
     step: int
@@ -52,6 +53,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     lengths: list[int] = []
     store: StoreIdentity | None = None
     scales: dict[str, float] | None = None
+    row_scales: dict[str, RowScale] | None = None
     recipes: dict[str, dict[str, Any]] = {}
     warmup_steps: int | None = None
     settings: dict[str, dict[str, Any]] | None = None

@@ -25,6 +25,7 @@ Two capabilities are optional and None where a backend lacks them: `deferred_gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -199,8 +200,12 @@ class Backend(Protocol):
         mean: Float[Tensor, " d_in"],
         factor: float | Float[Tensor, " d_in"],
         dtype: torch.dtype = torch.bfloat16,
+        max_norm: float = math.inf,
     ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
-        """Return `(rows - mean) * factor` in float32 and in `dtype`; one tensor twice if that is float32."""
+        """Return `(rows - mean) * factor`, each row shortened to a norm of at most `max_norm`.
+
+        It is in float32 and in `dtype`; one tensor twice if that is float32.
+        """
         ...
 
     @staticmethod

@@ -7,6 +7,7 @@ are written for clarity, not speed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -323,9 +324,11 @@ def normalise(
     mean: Float[Tensor, " d_in"],
     factor: float | Float[Tensor, " d_in"],
     dtype: torch.dtype = torch.bfloat16,
+    max_norm: float = math.inf,
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
-    """Return `(rows - mean) * factor` in float32 and in the `dtype` of products."""
+    """Return `(rows - mean) * factor`, shortened to at most `max_norm`, in float32 and in the `dtype` of products."""
     x = (rows.float() - mean) * factor
+    x = x * (max_norm / torch.linalg.vector_norm(x, dim=1, keepdim=True)).clamp_max(1.0)
     return x, x.to(dtype)
 
 

@@ -15,7 +15,7 @@ from thresher.shared.core.errors import ConfigError
 from thresher.shared.store import Moments
 from thresher.train import ShuffledBatches
 from thresher.train.stream import normalization as normalization_module
-from thresher.train.stream.normalization import normalization_of
+from thresher.train.stream.normalization import normalization_of, row_scale
 
 D_IN = 6
 
@@ -31,7 +31,7 @@ def check_moments_are_of_all_rows(tmp_path):
     store = ActivationStore.open(tmp_path / "store")
     x = np.concatenate([part.double().numpy().reshape(-1, D_IN) for part in parts])
     scale = D_IN**0.5 / np.linalg.norm(x - x.mean(0), axis=1).mean()
-    normalization = normalization_of(store, "h", "expected_average_only_in")
+    normalization = normalization_of(store, "h", row_scale(store, "h", "expected_average_only_in", 0.0))
     assert normalization.scale == pytest.approx(scale, rel=1e-6)
     assert normalization.total_variance == pytest.approx(x.var(0).sum() * scale**2, rel=1e-6)
 
@@ -54,12 +54,12 @@ def test_8_a_variance_without_its_part_within_batches_is_noticed(tmp_path, monke
 
 @pytest.mark.parametrize("mistake", ["of the first batches", "of rows that are not centred"])
 def test_8_another_mean_norm_is_noticed(tmp_path, monkeypatch, mistake):
-    def mean_norm(store, hook, mean):
+    def norms(store, hook):
         if mistake == "of the first batches":
-            return float((store.read(hook, 0, 8 * 16) - mean).norm(dim=1).mean())
-        return store.moments(hook).mean_norm
+            return (store.read(hook, 0, 8 * 16) - torch.as_tensor(store.moments(hook).mean)).norm(dim=1).numpy()
+        return np.array([store.moments(hook).mean_norm])
 
-    monkeypatch.setattr(normalization_module, "mean_centred_norm", mean_norm)
+    monkeypatch.setattr(normalization_module, "centred_norms", norms)
     with pytest.raises(AssertionError):
         check_moments_are_of_all_rows(tmp_path)
 

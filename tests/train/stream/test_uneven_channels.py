@@ -7,7 +7,7 @@ import torch
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.train import TrainConfig, train
 from thresher.train.stream import normalization as normalization_module
-from thresher.train.stream.normalization import normalization_of
+from thresher.train.stream.normalization import normalization_of, row_scale
 
 D_IN, CONTEXT = 32, 50
 MASSIVE = 50
@@ -105,7 +105,7 @@ def test_centred_rows_have_a_mean_norm_of_sqrt_d_in(store, hook):
     store = ActivationStore.open(store)
     rows = store.read(hook, 0, store.n_rows).double().numpy()[~np.repeat(store.held_out_contexts(), CONTEXT)]
     centred = rows - rows.mean(0)
-    normalization = normalization_of(store, hook, "expected_average_only_in")
+    normalization = normalization_of(store, hook, row_scale(store, hook, "expected_average_only_in", 10.0))
     norms = np.linalg.norm(centred * normalization.scale, axis=1)
     assert norms.mean() == pytest.approx(D_IN**0.5, rel=1e-6)
     assert normalization.total_variance == pytest.approx((centred**2).sum(1).mean() * normalization.scale**2, rel=1e-6)
@@ -114,7 +114,7 @@ def test_centred_rows_have_a_mean_norm_of_sqrt_d_in(store, hook):
 def test_large_stores_are_sampled_evenly(store, monkeypatch):
     """A tenth of the rows, spread evenly, gives nearly the same scale and reads a tenth of the chunks."""
     store = ActivationStore.open(store)
-    exact = normalization_of(store, "plain", "expected_average_only_in").scale
+    exact = row_scale(store, "plain", "expected_average_only_in", 10.0).factor
     monkeypatch.setattr(normalization_module, "_SAMPLE_ROWS", store.n_rows // 10)
     read = []
     read_chunks = ActivationStore.read_chunks
@@ -123,6 +123,6 @@ def test_large_stores_are_sampled_evenly(store, monkeypatch):
         "read_chunks",
         lambda self, hook, chunks: read.extend(chunks) or read_chunks(self, hook, chunks),
     )
-    sampled = normalization_of(store, "plain", "expected_average_only_in").scale
+    sampled = row_scale(store, "plain", "expected_average_only_in", 10.0).factor
     assert sampled == pytest.approx(exact, rel=0.05)
     assert len(read) <= -(-store.n_chunks // 10) + 1

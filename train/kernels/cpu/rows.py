@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor
@@ -14,13 +16,19 @@ def normalise(
     mean: Float[Tensor, " d_in"],
     factor: float | Float[Tensor, " d_in"],
     dtype: torch.dtype = torch.bfloat16,
+    max_norm: float = math.inf,
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
-    """Return `(rows - mean) * factor` in float32 and in `dtype`; one tensor twice if that is float32."""
+    """Return `(rows - mean) * factor`, each row shortened to a norm of at most `max_norm`.
+
+    It is in float32 and in `dtype`; one tensor twice if that is float32.
+    """
     x = torch.empty(rows.shape, dtype=torch.float32)
     x_compute = x if dtype is torch.float32 else torch.empty(rows.shape, dtype=dtype)
 
     def of_block(block: slice) -> None:
-        x[block] = rows[block].to(torch.float32).sub(mean).mul_(factor)
+        part = torch.sub(rows[block], mean, out=x[block]).mul_(factor)
+        if math.isfinite(max_norm):
+            part.mul_((max_norm / torch.linalg.vector_norm(part, dim=1, keepdim=True)).clamp_max_(1.0))
         if x_compute is not x:
             x_compute[block] = x[block]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -104,8 +105,12 @@ class Triton(Backend):
         mean: Float[Tensor, " d_in"],
         factor: float | Float[Tensor, " d_in"],
         dtype: torch.dtype = torch.bfloat16,
+        max_norm: float = math.inf,
     ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
-        """Return `(rows - mean) * factor` in float32 and in `dtype`, in one pass if one factor serves all columns."""
+        """Return `(rows - mean) * factor`, each row shortened to a norm of at most `max_norm`.
+
+        It is in float32 and in `dtype`, and takes one pass if one factor serves all columns.
+        """
         if isinstance(factor, Tensor):
-            return reference.normalise(rows, mean, factor, dtype)
-        return normalise(rows, mean, factor, dtype)
+            return reference.normalise(rows, mean, factor, dtype, max_norm)
+        return normalise(rows, mean, factor, dtype, max_norm)
