@@ -18,7 +18,7 @@ from thresher.shared.core.disk import check_output, write_file
 from thresher.shared.core.errors import ConfigError, ModelError
 from thresher.shared.core.paths import user_path
 from thresher.shared.core.terminal.results import print_result
-from thresher.shared.model.language_model import load_model_config
+from thresher.shared.model.language_model import is_encoder, load_model_config
 from thresher.shared.synthetic.law import is_synthetic
 from thresher.toml_comments import commented_toml
 from thresher.train.config import SaeConfig, TrainConfig
@@ -30,8 +30,10 @@ _LARGEST_BATCH, _SMALLEST_BATCH, _WANTED_STEPS = 4096, 256, 1000
 _log = logging.getLogger(__name__)
 
 
-def write_first_run(config: InitConfig) -> list[Path]:
+def write_first_run(config: InitConfig, start_seconds: float = 0.0) -> list[Path]:
     """Write harvest.toml, train.toml and evaluate.toml into the output folder, and print what they take.
+
+    `start_seconds` is what a command takes to start: the time of its imports.
 
     Raises:
         ConfigError: one of the files exists, or the settings do not fit the model.
@@ -48,20 +50,14 @@ def write_first_run(config: InitConfig) -> list[Path]:
     if there:
         verb, them = ("exists", "it") if len(there) == 1 else ("exist", "them")
         raise ConfigError(f"{', '.join(there)} {verb} already; choose another output, or remove {them} first")
-    harvest = choose_harvest(config)
+    harvest, evaluate = choose_harvest(config), choose_evaluation(config)
     if config.measure:
-        _log.info(f"measuring on '{config.model}': a short harvest, and some steps of training")
-        train, taken = measure_run(harvest, lambda widths: choose_training(config, widths))
+        _log.info(f"measuring on '{config.model}': a short harvest, some steps of training, and parts of an evaluation")
+        train, taken = measure_run(harvest, lambda widths: choose_training(config, widths), evaluate, start_seconds)
+        lines = taken.lines(harvest, evaluate)
     else:
         train = choose_training(config, dict.fromkeys(harvest.hook_points, _hidden_size(config.model)))
-        taken = None
-    evaluate = EvaluateConfig(
-        store=harvest.store, saes=train.output, output=f"{config.output}/evaluation", device=config.device
-    )
-    if taken is None:
         lines = _unmeasured_lines(harvest, _hidden_size(config.model))
-    else:
-        lines = taken.lines(harvest, evaluate.model_rows)
     contents = _file_contents(harvest, train, evaluate, lines)
     check_output(folder, None)
     for path, content in zip(paths, contents, strict=True):
@@ -114,6 +110,17 @@ def choose_training(config: InitConfig, widths: Mapping[str, int]) -> TrainConfi
     )
 
 
+def choose_evaluation(config: InitConfig) -> EvaluateConfig:
+    """Return the settings of the evaluation; a model that predicts no next token is left out of it."""
+    return EvaluateConfig(
+        store=f"{config.output}/store",
+        saes=f"{config.output}/saes",
+        output=f"{config.output}/evaluation",
+        model=False if is_encoder(load_model_config(config.model)) else None,
+        device=config.device,
+    )
+
+
 def _file_contents(
     harvest: HarvestConfig, train: TrainConfig, evaluate: EvaluateConfig, estimated: list[str]
 ) -> tuple[str, str, str]:
@@ -137,7 +144,7 @@ def _file_contents(
         commented_toml(
             EvaluateConfig,
             ["Metrics, a feature index and a report of the SAEs, on held-out text."],
-            _values(evaluate, "store", "saes", "output"),
+            _values(evaluate, "store", "saes", "output", *["model"] * (evaluate.model is False)),
             evaluate,
             ("model_rows", "feature_rows", "device"),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -66,9 +67,10 @@ def _run(arguments: list[str]) -> None:
     if sys.stdin.isatty() and sys.stdout.isatty():
         values = completed_by(_ask, values)
     config = to_config(InitConfig, values, path or _COMMAND_LINE, given)
+    started = time.monotonic()
     with fast_imports():
         from thresher.first_run import write_first_run  # here, so that --help stays quick
-    write_first_run(config)
+    write_first_run(config, time.monotonic() - started)
 
 
 def completed_by(ask: Callable[[str], str], values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run takes, measured by a trial: a harvest of a few batches, and some steps of training on them."""
+"""What a run takes, measured by a trial: a harvest of a few batches, some steps of training, parts of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from pathlib import Path
 import msgspec
 import torch
 
+from thresher.evaluate.config import EvaluateConfig
+from thresher.evaluate.saes.sae_folders import load_saes, sae_folders
+from thresher.evaluate.speed import EvaluationSpeed, measure_evaluation, model_tokens
 from thresher.harvest.config import HarvestConfig
 from thresher.harvest.estimate import TOKEN_BYTES, Estimate, check_disk, human_bytes, human_seconds
 from thresher.harvest.model.forward import choose_workers
-from thresher.harvest.model.plan import make_plan
+from thresher.harvest.model.plan import HarvestPlan, make_plan
 from thresher.harvest.progress import HarvestProgress
 from thresher.harvest.steps import make_writer, run_model
 from thresher.harvest.tokens.tokens import read_contexts
@@ -38,20 +41,26 @@ _STEPS = {"cpu": 12, "cuda": 192}
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run takes, in bytes, rows per second and seconds; `lines` says it in words."""
+    """What a run takes, in bytes, rows per second and seconds; `lines` says it in words.
+
+    `start_seconds` is what each command takes to start, and `load_seconds` what loading the model takes.
+    """
 
     device: str
     row_bytes: float
     sae_bytes: int
     n_saes: int
+    start_seconds: float
+    load_seconds: float
     harvest_speed: float
     train_speed: float
+    evaluation: EvaluationSpeed
     harvest_memory: int
     train_memory: int
     trial_seconds: float
 
-    def lines(self, harvest: HarvestConfig, model_rows: int) -> list[str]:
-        """Return a line each on disk, time and memory; `model_rows` are those that the model evaluates.
+    def lines(self, harvest: HarvestConfig, evaluate: EvaluateConfig) -> list[str]:
+        """Return a line each on disk, time and memory.
 
         Raises:
             DiskSpaceError: the store and the SAEs do not fit on the disk.
@@ -60,56 +69,82 @@ class RunEstimate:
         stored = int(n_rows * self.row_bytes)
         needed = Estimate(n_rows, stored, stored + self.sae_bytes, n_rows / self.harvest_speed)
         free = check_disk(user_path(harvest.store), needed)
-        n_trained = n_rows * (1 - harvest.holdout_fraction)
-        model_rows = min(model_rows, n_rows - n_trained)
-        evaluation = (2 + self.n_saes) * model_rows / self.harvest_speed
-        total = needed.seconds + n_trained / self.train_speed + evaluation
+        n_held_out = round(n_rows * harvest.holdout_fraction)
+        harvesting, training, evaluating = self.seconds(harvest, evaluate)
+        in_model = model_tokens(evaluate, n_held_out)
+        spliced = f", with {in_model:,} tokens in the model at {1 / self.evaluation.model:,.0f} tokens/s" * (
+            in_model > 0
+        )
         return [
             f"measured in {self.trial_seconds:.0f} s on {self.device}, for {n_rows:,} tokens:",
             f"disk    about {human_bytes(needed.stored_bytes)}: {human_bytes(stored)} for the store, "
             f"{human_bytes(self.sae_bytes)} for {self.n_saes} SAEs and their checkpoints; {human_bytes(free)} are free",
-            f"time    about {human_seconds(total)}: {human_seconds(needed.seconds)} to harvest at "
-            f"{self.harvest_speed:,.0f} tokens/s, {human_seconds(n_trained / self.train_speed)} to train at "
-            f"{self.train_speed:,.0f} tokens/s, and at least {human_seconds(evaluation)} to evaluate",
+            f"time    about {human_seconds(harvesting + training + evaluating)}: "
+            f"{human_seconds(harvesting)} to harvest at {self.harvest_speed:,.0f} tokens/s, "
+            f"{human_seconds(training)} to train at {self.train_speed:,.0f} tokens/s, "
+            f"{human_seconds(evaluating)} to evaluate{spliced}",
             f"memory  about {human_bytes(self.harvest_memory)} in the harvest, and in training "
             f"{human_bytes(self.train_memory)} beside PyTorch itself",
         ]
 
+    def seconds(self, harvest: HarvestConfig, evaluate: EvaluateConfig) -> tuple[float, float, float]:
+        """Return the seconds of the harvest, of training and of the evaluation."""
+        n_rows = harvest.n_contexts * harvest.context_size
+        n_held_out = round(n_rows * harvest.holdout_fraction)
+        loading = self.load_seconds if evaluate.model is not False else 0.0
+        return (
+            self.start_seconds + self.load_seconds + n_rows / self.harvest_speed,
+            self.start_seconds + (n_rows - n_held_out) / self.train_speed,
+            self.start_seconds + loading + self.evaluation.seconds(evaluate, n_rows, n_held_out),
+        )
+
 
 def measure_run(
-    config: HarvestConfig, training: Callable[[Mapping[str, int]], TrainConfig]
+    config: HarvestConfig,
+    training: Callable[[Mapping[str, int]], TrainConfig],
+    evaluation: EvaluateConfig,
+    start_seconds: float = 0.0,
 ) -> tuple[TrainConfig, RunEstimate]:
-    """Try a harvest and a training run in a temporary folder; return the settings of training and what both take.
+    """Try a harvest, a training run and parts of an evaluation in a temporary folder.
 
-    `training` gives these settings for the widths of the hook points. The memory of the harvest is the largest that the
-    process, or the GPU, has used; that of training is computed as for `thresher train --dry_run true`.
+    Return the settings of training and what the stages take. `training` gives these settings for the widths of the
+    hook points. The memory of the harvest is the largest that the process, or the GPU, has used; that of training is
+    computed as for `thresher train --dry_run true`.
 
     Raises:
         ThresherError: the harvest or the training run cannot start with these settings.
     """
     began = time.monotonic()
     device = choose_device(config.device)
-    with tempfile.TemporaryDirectory(prefix="thresher-init-") as folder, _silent():
-        store, speed, row_bytes, widths = _trial_harvest(config, device, Path(folder) / "store")
+    with tempfile.TemporaryDirectory(prefix="thresher-init-") as name, _silent():
+        folder = Path(name)
+        plan = make_plan(config)
+        load_seconds = time.monotonic() - began
+        path, speed, row_bytes = _trial_harvest(config, plan, device, folder / "store")
         harvest_memory = _peak_memory(device)
-        train_config = training(widths)
-        memory, train_speed, sae_bytes, n_saes = _trial_training(config, train_config, store, device, Path(folder))
+        train_config = training(plan.widths)
+        memory, train_speed, sae_bytes, n_saes = _trial_training(config, train_config, path, device, folder)
+        store = ActivationStore.open(str(path))
+        saes = load_saes(sae_folders(str(folder / "saes")), store, device, {})
+        evaluated = measure_evaluation(evaluation, store, saes, plan.model, plan.tokenizer, folder)
     return train_config, RunEstimate(
         device,
         row_bytes,
         sae_bytes,
         n_saes,
+        start_seconds,
+        load_seconds,
         speed,
         train_speed,
+        evaluated,
         harvest_memory,
         memory,
         time.monotonic() - began,
     )
 
 
-def _trial_harvest(config: HarvestConfig, device: str, path: Path) -> tuple[Path, float, float, dict[str, int]]:
-    """Harvest a few batches; return the store, rows per second, stored bytes per row, and the hook points' widths."""
-    plan = make_plan(config)
+def _trial_harvest(config: HarvestConfig, plan: HarvestPlan, device: str, path: Path) -> tuple[Path, float, float]:
+    """Harvest a few batches; return the store, rows per second, and stored bytes per row."""
     batch_rows = config.batch_size * config.context_size
     bytes_per_row = 4 * sum(plan.widths.values())
     n_batches = BATCHES_PER_WORKER * choose_workers(config.workers, torch.device(device))
@@ -126,7 +161,7 @@ def _trial_harvest(config: HarvestConfig, device: str, path: Path) -> tuple[Path
         run_model(trial, plan, writer, contexts, progress, lambda: None)
         seconds = time.monotonic() - started
     n_rows = writer.n_contexts * trial.context_size
-    return path, n_rows / seconds, writer.bytes_written / n_rows + TOKEN_BYTES, dict(plan.widths)
+    return path, n_rows / seconds, writer.bytes_written / n_rows + TOKEN_BYTES
 
 
 def _trial_training(

@@ -147,7 +147,7 @@ def build_feature_index(
     indexes = {name: index for name, path in paths.items() if (index := _existing(path, prints[name]))}
     missing = [sae for sae in saes if sae.name not in indexes]
     if missing:
-        passes, visited = _walk(store, missing, settings, paths, prints)
+        passes, visited = read_blocks(store, missing, settings, paths, prints)
         for one in show_progress(passes, unit="SAE", desc="write features"):
             sae = one.sae
             if one.failed:
@@ -202,7 +202,7 @@ def _print_unusual_logit_effects(readout: Readout | str, indexes: Sequence[Featu
         _log.info(f"logit effects  {note}")
 
 
-def _walk(
+def read_blocks(
     store: ActivationStore,
     saes: Sequence[NamedSae],
     settings: FeatureSettings,

@@ -12,10 +12,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig
 
 from thresher.evaluate.config import EvaluateConfig
+from thresher.evaluate.speed import EvaluationSpeed
 from thresher.harvest.config import HarvestConfig
 from thresher.init_command import InitConfig, completed_by
+from thresher.init_estimate import RunEstimate
 from thresher.shared.core import cli
 from thresher.shared.core.config import load_config
 from thresher.shared.store import ActivationStore
@@ -54,6 +57,9 @@ def test_the_files_run_as_they_are_and_the_estimate_fits(flags, tmp_path, capsys
     for command in commands:
         assert cli.main([*command[1:], "--quiet"]) == 0, capsys.readouterr().err
     rows = json.loads(Path("first/evaluation/metrics.json").read_text())
+    (expected,) = re.findall(r"to evaluate, with ([\d,]+) tokens in the model at", said)
+    assert int(expected.replace(",", "")) == 602  # a twentieth of the rows
+    assert rows[0]["n_model_tokens"] == pytest.approx(602, rel=0.5)  # whole documents, without masked rows
     assert sorted(row["k"] for row in rows) == [16, 32, 64]
     assert {row["d_sae"] for row in rows} == {128}
     store = ActivationStore.open("first/store")
@@ -62,6 +68,44 @@ def test_the_files_run_as_they_are_and_the_estimate_fits(flags, tmp_path, capsys
     assert stored * 1e6 == pytest.approx(measured, rel=0.15)
     kept = sum(file.stat().st_size for file in Path("first/saes").rglob("*") if file.is_file())
     assert float(saes) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(kept, rel=0.15)
+
+
+def test_the_seconds_are_those_of_starting_loading_and_each_part():
+    harvest = HarvestConfig(
+        model="m", dataset="d", hook_points=["x"], context_size=100, tokens=200_000, store="s", holdout_fraction=0.1
+    )
+    taken = RunEstimate(
+        device="cpu",
+        row_bytes=1.0,
+        sae_bytes=1,
+        n_saes=1,
+        start_seconds=3.0,
+        load_seconds=20.0,
+        harvest_speed=1_000.0,
+        train_speed=500.0,
+        evaluation=EvaluationSpeed(offline=0.001, model=0.01, features=0.0001, effects=5.0),
+        harvest_memory=1,
+        train_memory=1,
+        trial_seconds=1.0,
+    )
+    evaluate = EvaluateConfig(store="s", saes="a", output="o")
+    evaluating = 23 + 20_000 * 0.001 + 20_000 * 0.01 + 200_000 * 0.0001 + 5
+    assert taken.seconds(harvest, evaluate) == pytest.approx((23 + 200, 3 + 360, evaluating))
+    (time,) = [line for line in taken.lines(harvest, evaluate) if line.startswith("time")]
+    assert time == (
+        "time    about 14.2 min: 3.7 min to harvest at 1,000 tokens/s, 6.0 min to train at 500 tokens/s, "
+        "4.5 min to evaluate, with 20,000 tokens in the model at 100 tokens/s"
+    )
+
+
+def test_a_model_that_predicts_no_next_token_is_left_out_of_the_evaluation(flags, tmp_path):
+    BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path / "bert")
+    flags[flags.index("stdlib-lm")] = str(tmp_path / "bert")
+    assert cli.main([*flags, "--measure", "false"]) == 0
+    assert load_config(EvaluateConfig, tmp_path / "first/evaluate.toml", []).model is False
+    flags[flags.index(str(tmp_path / "bert"))], flags[flags.index("first")] = "stdlib-lm", "second"
+    assert cli.main([*flags, "--measure", "false"]) == 0
+    assert load_config(EvaluateConfig, tmp_path / "second/evaluate.toml", []).model is None
 
 
 def test_the_trial_needs_no_held_out_text(flags, text, tmp_path, monkeypatch, capsys):
