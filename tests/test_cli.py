@@ -28,6 +28,30 @@ def test_help_lists_every_command_and_imports_no_torch():
     assert order == sorted(order)
 
 
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["numpy"] = None  # importing them fails
+from thresher.shared.core.cli import commands, main
+for command in commands():
+    if command != "train":
+        assert main([command, "--help"]) == 0, command
+try:
+    main(["train", "--help"])
+except ImportError:
+    sys.stdout.flush()
+"""
+
+
+def test_help_of_every_command_needs_no_torch_and_that_of_training_only_for_its_architectures():
+    done = subprocess.run([sys.executable, "-P", "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("evaluate", "explain", "graph", "harvest", "hooks", "init", "microscope", "steer", "train"):
+        assert f"usage: thresher {command}" in done.stdout
+    of_training = done.stdout.partition("usage: thresher train")[2]
+    assert "--batch_size" in of_training  # the run's keys come first, at once
+    assert "architectures, with the keys" not in of_training
+
+
 @pytest.mark.parametrize("stage", ["harvest", "train", "evaluate"])
 def test_stage_help_names_every_key(stage, capsys):
     assert main([stage, "--help"]) == 0
