@@ -12,6 +12,7 @@ import ast
 import io
 import sysconfig
 import tokenize
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -68,9 +69,11 @@ tokenizer = lm.tokenizer
 
 def keywords(source):
     """Return the meaning of each keyword `in` by its line and column."""
+    with warnings.catch_warnings(action="ignore"):  # some of the files have invalid escapes in strings
+        tree = ast.parse(source)
     spans = [
         ((node.target.end_lineno, node.target.end_col_offset), (node.iter.lineno, node.iter.col_offset))
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension)
     ]
     found = {}
