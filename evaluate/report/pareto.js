@@ -203,14 +203,28 @@ function drawLegend(list, architectures, hooks) {
   if (hooks.length > 1) hooks.forEach((hook, i) => list.append(html("li", {}, `${fillings[Math.min(i, 2)]}: ${hook}`)));
 }
 
+const USUAL = "explained_variance_without_outliers";
+
+/** Where a hook point has no outliers, all of its rows are usual ones. */
+function withUsualRows(sae) {
+  const { explained_variance: value, intervals } = sae;
+  return isNumber(sae[USUAL])
+    ? sae
+    : { ...sae, [USUAL]: value, intervals: { ...intervals, [USUAL]: intervals.explained_variance } };
+}
+
 function setUpPareto(saes) {
   const architectures = [...new Set(saes.map((sae) => sae.architecture))];
   const hooks = hooksOf(saes);
   const sizes = saes.map((sae) => sae.l0).filter((l0) => isNumber(l0) && l0 > 0);
   const state = { log: Math.max(...sizes) / Math.min(...sizes) > 6, architectures, hooks };
+  const hasOutliers = saes.some((sae) => isNumber(sae[USUAL]));
+  if (hasOutliers) saes = saes.map(withUsualRows);
   let shown = saes;
   const redraws = [
-    ["pareto-variance", "explained_variance", "Explained variance"],
+    hasOutliers
+      ? ["pareto-variance", USUAL, "Explained variance, usual rows"]
+      : ["pareto-variance", "explained_variance", "Explained variance"],
     ["pareto-loss", "ce_loss_score", "CE loss score"],
   ]
     .map(([id, key, title]) => [document.getElementById(id), key, title])

@@ -145,11 +145,14 @@ def json_for_script(value: Any) -> Markup:
 
 
 def _sae(row: Mapping[str, Any], label: str) -> dict[str, Any]:
-    keys = ("name", "architecture", "hook_point", "d_sae", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
+    keys = ("name", "architecture", "hook_point", "d_sae", "l0", "dead_fraction")
+    plotted = ("explained_variance", "explained_variance_without_outliers", "ce_loss_score")
     histogram = row.get("density_histogram")
     bounds = row.get("confidence_95") or {}
-    intervals = {key: bounds[key] for key in ("explained_variance", "ce_loss_score") if bounds.get(key)}
-    return {"label": label, "density": histogram, "intervals": intervals} | {key: row.get(key) for key in keys}
+    intervals = {key: bounds[key] for key in plotted if bounds.get(key)}
+    return {"label": label, "density": histogram, "intervals": intervals} | {
+        key: row.get(key) for key in keys + plotted
+    }
 
 
 def _plain(value: Any) -> Any:

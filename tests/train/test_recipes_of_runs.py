@@ -17,8 +17,8 @@ from thresher.train.recipes import RunFacts, completed, settings_for, warmup_for
 TOPK = {"architecture": "topk", "hook_point": "h", "d_sae": 32, "k": 4, "name": "sae"}
 
 
-def settings(table, n_steps, recipe="auto"):
-    chosen = settings_for(make_config(**table), RunFacts(n_steps, 2048, 32), recipe)
+def settings(table, n_steps, recipe="auto", batch_size=2048):
+    chosen = settings_for(make_config(**table), RunFacts(n_steps, batch_size, 32), recipe)
     return {key: setting.value for key, setting in chosen.items()}
 
 
@@ -58,6 +58,8 @@ def test_rates_fall_with_the_length_and_moments_average_over_a_tenth_of_it():
     # On logarithmic axes, a line from 8e-3 at 700 steps to the published rule at 70,000.
     slope = math.log(8e-3 / (2e-4 * math.sqrt(2**14 / 2048))) / math.log(70_000 / 700)
     assert settings(TOPK, 2000)["lr"] == pytest.approx(8e-3 * (700 / 2000) ** slope, rel=0.02)
+    assert settings(TOPK, 200, batch_size=256)["lr"] == 4e-3
+    assert settings(TOPK, 200, batch_size=8192)["lr"] == 8e-3
 
 
 def test_what_a_table_gives_is_not_chosen():
@@ -73,20 +75,20 @@ def test_published_settings_are_those_of_the_architecture():
 
 
 def test_a_chosen_setting_trains_as_the_same_one_given(config, tmp_path):
-    given = TOPK | {"lr": 8e-3, "beta2": 0.95}
+    given = TOPK | {"lr": 3.2e-3, "beta2": 0.95}
     chosen = weights(config)
     assert chosen == weights(change(config, output=str(tmp_path / "given"), sae=[given], warmup_steps=2))
     assert chosen != weights(change(config, output=str(tmp_path / "published"), recipe="published"))
     saved = read_toml(tmp_path / "out/sae/config.toml")["sae"][0]
-    assert (saved["lr"], saved["beta2"]) == (8e-3, 0.95)
-    assert Sae.load(tmp_path / "out/sae").config["lr"] == 8e-3
+    assert (saved["lr"], saved["beta2"]) == (3.2e-3, 0.95)
+    assert Sae.load(tmp_path / "out/sae").config["lr"] == 3.2e-3
 
 
 def test_a_plan_says_what_was_chosen_and_why(config, capsys):
     train(change(config, dry_run=True, sae=[TOPK, TOPK | {"name": "other", "beta2": 0.9}]))
     out = capsys.readouterr().out
     assert "chosen: warmup_steps = 2 (a twentieth of 40 steps, at most 1,000)" in out
-    assert "chosen: lr = 0.008 (" in out
+    assert "chosen: lr = 0.0032 (0.008 (700 / 700 steps)^0.575 (128 / 2,048 rows)^(1/3))" in out
     assert "chosen: beta2 = 0.95 of 'sae' (averages squared gradients over 20 steps)" in out
 
 

@@ -124,6 +124,15 @@ def test_the_frontier_is_what_no_other_beats(evaluated):
     assert len(found) == len(best)
 
 
+def test_where_no_row_is_an_outlier_all_rows_are_usual(evaluated):
+    key, intervals = "explained_variance_without_outliers", {"explained_variance": [0.4, 0.6]}
+    without = {"explained_variance": 0.5, "intervals": intervals}
+    with_outliers = {"explained_variance": 0.5, key: 0.8, "intervals": intervals | {key: [0.7, 0.9]}}
+    plain, same = evaluated(*(f"withUsualRows({json.dumps(sae)})" for sae in (without, with_outliers)))
+    assert plain == {"explained_variance": 0.5, key: 0.5, "intervals": intervals | {key: [0.4, 0.6]}}
+    assert same == with_outliers
+
+
 def test_labels_at_the_ends_of_curves_keep_apart(evaluated):
     ys = [50, 52, 53, 10, 199, 198]
     (found,) = evaluated(
