@@ -1,13 +1,14 @@
 """Train our SAEs and SAELens's on the same rows of a synthetic law, and compare both with the true features.
 
-    .venv/bin/python benchmarks/ground_truth.py [--peers] [--seeds 0 1 2] [--architectures batch_topk topk]
+    .venv/bin/python benchmarks/ground_truth.py [--peers] [--own-rate] [--seeds 0 1 2] [--architectures topk jumprelu]
 
 All train on the same 2 million rows of `synth-1k` in the same order: 256 latents, k = 6, batches of 1,024, learning
 rate 1e-3, and latents that are dead after a tenth of the run. Everything else is each library's default; with
-`--scheduled`, SAELens's also train with our warm-up and decay of the learning rate. All are judged in their form for
-inference, on the same 100,000 rows drawn anew, and again after `refine = "leave_one_out"`, whose thresholds come from
-training rows. A seed is one of the initial weights. Intervals are Student's over seeds, for their mean. Results are
-kept in `--output`, and a run is trained again only if its result is missing.
+`--own-rate`, ours also train at the rate that `recipe = "auto"` chooses, with `--scheduled` SAELens's with our warm-up
+and decay of the rate. SAELens's coefficient and target are chosen so that L0 is near k on held-out rows. All are judged
+in their form for inference, on the same 100,000 rows drawn anew, and again after `refine = "leave_one_out"`, whose
+thresholds come from training rows. A seed is one of the initial weights. Intervals are Student's over seeds, for their
+mean. Results are kept in `--output`, and a run is trained again only if its result is missing.
 """
 
 from __future__ import annotations
@@ -51,15 +52,17 @@ OURS: dict[str, dict[str, Any]] = {
     "frozen_decoder": {"architecture": "batch_topk", "k": K, "freeze": ["W_dec"]},
 }
 PEERS = ("batch_topk", "matryoshka_batch_topk", "topk", "jumprelu", "standard", "matching_pursuit")
-PEER_L1 = 1.0
-"""SAELens's L1 coefficient that comes to an L0 near k here."""
+PEER_L1, PEER_TARGET_L0 = 3.0, 4.6
+"""SAELens's L1 coefficient and JumpReLU's target that come to an L0 near k on held-out rows here."""
 SHOWN = ("f1", "mcc", "precision", "recall", "uniqueness", "explained_variance", "l0")
+OWN_RATE = "Thresher, own rate"
 Run = dict[str, Any]
 
 
-def train_ours(options: argparse.Namespace, name: str, seed: int, folder: Path) -> None:
-    """Train one of our SAEs from the store."""
-    table = {"hook_point": "features", "d_sae": D_SAE, "lr": LR, "seed": seed, "name": "sae"} | OURS[name]
+def train_ours(options: argparse.Namespace, library: str, name: str, seed: int, folder: Path) -> None:
+    """Train one of our SAEs from the store, at the rate of all or at its recipe's."""
+    table = {"hook_point": "features", "d_sae": D_SAE, "seed": seed, "name": "sae"} | OURS[name]
+    table |= {} if library == OWN_RATE else {"lr": LR}
     config = TrainConfig(
         store=str(options.store), output=str(folder), sae=[table], batch_size=BATCH, tokens=TOKENS, window_bytes=1 << 30
     )
@@ -69,7 +72,8 @@ def train_ours(options: argparse.Namespace, name: str, seed: int, folder: Path) 
 def train_peer(options: argparse.Namespace, library: str, name: str, seed: int, folder: Path) -> None:
     """Train one of SAELens's SAEs on the same rows in the peers' environment."""
     command: list[Any] = [ROOT / ".venv-peers/bin/python", ROOT / "benchmarks/peers/synthetic.py", name, options.rows]
-    command += [folder / "sae", "--k", K, "--lr", LR, "--seed", seed, "--d-sae", D_SAE, "--batch-size", BATCH]
+    k = PEER_TARGET_L0 if name == "jumprelu" else K
+    command += [folder / "sae", "--k", k, "--lr", LR, "--seed", seed, "--d-sae", D_SAE, "--batch-size", BATCH]
     command += ["--dead-steps", STEPS // 10, "--prefix-sizes", *PREFIXES[:-1], "--l1-coefficient", PEER_L1]
     if library == "SAELens, scheduled":
         command += ["--warmup-steps", STEPS // 20, "--decay-steps", STEPS // 5]
@@ -106,8 +110,8 @@ def result_of(options: argparse.Namespace, library: str, name: str, seed: int) -
     run = json.loads(path.read_text()) if path.exists() else {"library": library, "name": name, "seed": seed}
     if "seconds" not in run:
         started = time.perf_counter()
-        if library == "Thresher":
-            train_ours(options, name, seed, folder)
+        if library in ("Thresher", OWN_RATE):
+            train_ours(options, library, name, seed, folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
             train_peer(options, library, name, seed, folder)
@@ -156,13 +160,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--peers", action="store_true", help="train SAELens's too, in .venv-peers")
     parser.add_argument("--scheduled", action="store_true", help="train them also with our warm-up and decay")
+    parser.add_argument("--own-rate", action="store_true", help="train ours also at the learning rate of its recipe")
     options = parser.parse_args()
     options.rows = options.output / "rows.safetensors"
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.store.exists():
         law = {"model": "synthetic:synth-1k", "hook_points": ["features"]}
         harvest(HarvestConfig(**law, store=str(options.store), tokens=TOKENS))
-    libraries = ["Thresher"]
+    libraries = ["Thresher", *([OWN_RATE] if options.own_rate else [])]
     if options.peers:
         libraries += ["SAELens", *(["SAELens, scheduled"] if options.scheduled else [])]
         export_rows(ActivationStore.open(options.store), "features", options.rows, TOKENS, BATCH)
@@ -171,7 +176,7 @@ def main() -> None:
         for seed in options.seeds
         for library in libraries
         for name in options.architectures
-        if library == "Thresher" or name in PEERS
+        if library.startswith("Thresher") or name in PEERS
     ]
     print("\n".join(table(runs)))
 

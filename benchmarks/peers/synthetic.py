@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("architecture", choices=list(CLASSES))
     parser.add_argument("rows")
     parser.add_argument("folder")
-    parser.add_argument("--k", type=int, required=True)
+    parser.add_argument("--k", type=float, required=True)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--d-sae", type=int, required=True)
@@ -55,17 +55,17 @@ def main() -> None:
     rows = load_file(options.rows)["train"]
     batches = rows[: len(rows) // options.batch_size * options.batch_size].split(options.batch_size)
     settings = {
-        "topk": {"k": options.k},
-        "batch_topk": {"k": options.k},
+        "topk": {"k": int(options.k)},
+        "batch_topk": {"k": int(options.k)},
         "matryoshka_batch_topk": {
-            "k": options.k,
+            "k": int(options.k),
             "matryoshka_widths": options.prefix_sizes,
             "use_matryoshka_aux_loss": True,
         },
         "jumprelu": {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": options.k},
         "standard": {"l1_coefficient": options.l1_coefficient},
         "matching_pursuit": {
-            "max_iterations": options.k,
+            "max_iterations": int(options.k),
             "residual_threshold": 0,
             "stop_on_duplicate_support": False,
             "decoder_init_norm": 1.0,

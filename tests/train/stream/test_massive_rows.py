@@ -21,7 +21,7 @@ EVERY = 97
 """One row of so many is massive."""
 KIND = "expected_average_only_in"
 SAES = {
-    "topk": {"architecture": "topk", "k": 4},
+    "topk": {"architecture": "topk", "k": 4, "lr": 8e-3},
     "batch_topk": {"architecture": "batch_topk", "k": 4},
     "jumprelu": {"architecture": "jumprelu", "target_l0": 4.0},
     "skip_transcoder": {"architecture": "skip_transcoder", "l1_coefficient": 0.3, "reads": "h", "writes": "also"},
