@@ -18,8 +18,9 @@ from .config import SaeConfig
 
 PUBLISHED_WARMUP_STEPS = 1000
 _WARMUP_SHARE = 1 / 20
-# Measured at up to 2,048 latents and 1,400 steps of 2,048 rows; smaller batches at about 190,000 rows. From 70,000 steps on, the rate is that of the published
-# rule for TopK, 2e-4 / sqrt(d_sae / 2^14); the power of the length is the one that leads there.
+# Measured at up to 2,048 latents and 1,400 steps of 2,048 rows; smaller batches at about 190,000 rows. From 70,000
+# steps on, the rate is that of the published rule for TopK, 2e-4 / sqrt(d_sae / 2^14); the power of the length is the
+# one that leads there.
 _PEAK_LR, _PEAK_D_SAE = 8e-3, 2048
 _SHORTEST, _LONGEST = 700, 70_000
 _LENGTH_POWER = 0.575
