@@ -5,10 +5,11 @@ from __future__ import annotations
 import email.utils
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from thresher.evaluate.explain.llm import answers
+from thresher.evaluate.explain.llm import answers, limits
 from thresher.evaluate.explain.llm.answers import BadAnswerError
 from thresher.evaluate.explain.llm.cache import AnswerCache
 from thresher.evaluate.explain.llm.client import LlmClient, retry_after
@@ -178,12 +179,33 @@ def test_answers_without_usage_count_in_full(cache):
         assert found.budget.prompt_tokens >= requests(1)[0].n_bytes
 
 
-@pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 30_000}])
-def test_the_rate_is_kept(cache, limit):
+@pytest.mark.parametrize(("limit", "gap"), [((600, None), 0.1), ((None, 30_000), 0.25), ((600, 30_000), 0.25)])
+def test_requests_are_spaced_by_the_rate(monkeypatch, limit, gap):
+    """By a clock that only waiting moves; each request has 125 tokens."""
+    now = [100.0]
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            now[0] += timeout
+            return False
+
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    rate, sent = limits.RateLimit(*limit), []
+    for _ in range(6):
+        rate.wait(125, Stop())
+        sent.append(now[0])
+    assert sent == pytest.approx([100.0 + gap * number for number in range(6)])
+    rate.pause(2.0)
+    rate.wait(125, Stop())
+    assert now[0] == pytest.approx(sent[-1] + 2.0)
+
+
+def test_each_request_waits_for_its_turn(cache, monkeypatch):
+    waited = []
+    monkeypatch.setattr(limits.RateLimit, "wait", lambda self, tokens, stop: waited.append(tokens))
     with ScriptedServer(plain) as server:
-        ask(client(server, cache, **limit), requests(6))
-        gap = 0.1 if "requests_per_minute" in limit else (requests(1)[0].likely_tokens + 10) * 60 / 30_000
-        assert server.times[-1] - server.times[0] >= 5 * gap - 0.05
+        ask(client(server, cache, tokens_per_minute=30_000), requests(6))
+    assert waited == [one.likely_tokens + 10 for one in requests(6)]
 
 
 def test_two_processes_do_not_share_a_cache(cache):
