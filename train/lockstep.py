@@ -13,11 +13,12 @@ from ..shared.store import ActivationStore
 from .architectures.contract import SINGLE_PROCESS, Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
+from .kernels.backend import Backend
 from .parallel.layout import Layout
 from .plan import TrainPlan
 from .step.sae_trainer import SaeTrainer
 from .step.step_graphs import capture_on_cuda
-from .stream.normalization import RowScale, normalization_across, normalization_of, row_scale
+from .stream.normalization import Normalization, RowScale, normalization_across, normalization_of, row_scale
 
 
 def make_trainers(
@@ -103,9 +104,13 @@ def prepare_batches(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Pre
         if key not in prepared:
             rows = _side_by_side(batch, reads)
             dtype, normalization = trainer.mode.compute_dtype, trainer.normalization
-            mean, scale, max_norm = normalization.mean, normalization.scale, normalization.max_norm
-            x, x_compute = trainer.kernels.normalise(rows, mean, scale, dtype, max_norm)
-            target = trainer.normalization.target
-            y = None if target is None else target.apply(_side_by_side(batch, writes))
+            x, x_compute = _normalised(rows, trainer.kernels, normalization, dtype)
+            y = None
+            if normalization.target is not None:
+                y, _ = _normalised(_side_by_side(batch, writes), trainer.kernels, normalization.target, torch.float32)
             prepared[key] = Batch(x, x_compute, y)
     return prepared
+
+
+def _normalised(rows: Tensor, kernels: Backend, by: Normalization, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return kernels.normalise(rows, by.mean, by.scale, dtype, by.max_norm)

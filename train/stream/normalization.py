@@ -66,13 +66,6 @@ class Normalization:
         target = self.target.identity() if self.target else None
         return Normalization(torch.zeros_like(self.mean), 1.0, 1.0, target)
 
-    def apply(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Return the batch in float32, centred, scaled, and no longer than `max_norm`."""
-        x = x.to(torch.float32).sub(self.mean.to(x.device)).mul_(self.scale)
-        if math.isinf(self.max_norm):
-            return x
-        return x.mul_((self.max_norm / torch.linalg.vector_norm(x, dim=1, keepdim=True)).clamp_max_(1.0))
-
 
 def normalization_of(store: ActivationStore, hook_point: str, scale: RowScale) -> Normalization:
     """Return a hook point's normalisation with a scale, such as the one with which a run began."""

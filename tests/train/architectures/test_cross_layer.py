@@ -282,7 +282,7 @@ def raw(rule, dtype=torch.float32):
 
 def trained_estimate(rule, architecture, parameters, buffers, normalization, rows):
     """Return the estimates of raw targets, computed densely from normalised rows with the rule used after training."""
-    z = pre_activations(parameters, normalization.apply(rows))
+    z = pre_activations(parameters, (rows - normalization.mean) * normalization.scale)
     if "log_threshold" in parameters:
         acts = z * (z > parameters["log_threshold"].exp().view(z.shape[1:]))
     elif rule.startswith("batch_topk"):
