@@ -2,12 +2,14 @@
 
     .venv/bin/python benchmarks/recipes.py demo=runs/demo/store:blocks.2.resid_post [NAME=STORE:HOOK_POINT ...]
         [--peers sae_lens sparsify] [--architectures topk jumprelu] [--tokens 491520] [--seeds 3] [--our-lr 1e-3 3e-3]
+        [--share 0.6]
 
 All train on the same rows in the same order, in batches of 2,048, and are judged on the same held-out rows in their
 form for inference. Ours take what `recipe = "auto"` chooses. Peers take each learning rate of `--lr`, with ours' shares
 of warm-up and decay. Where k is not given, a peer's L0 follows from its coefficient; ours then train at two target L0s
 that enclose it, and are interpolated linearly in the logarithm of L0. A row shows the peer's run that ours lead by
-least. Each run is kept in a file of `--output`, so that an interrupted table can be resumed.
+least; with `--share`, also what ours reach on that share of the tokens. Each run is kept in a file of `--output`, so
+that an interrupted table can be resumed.
 """
 
 from __future__ import annotations
@@ -61,74 +63,95 @@ class Data(NamedTuple):
         return cls(name, store, hook_point)
 
 
+class Run(NamedTuple):
+    """What identifies a run of a table."""
+
+    data: Data
+    library: str
+    architecture: str
+    lr: float | None
+    sparsity: float
+    seed: int
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        rate = "auto" if self.lr is None else f"{self.lr:g}"
+        named = f"{self.data.name}-{self.tokens}-{self.library}-{self.architecture}"
+        return f"{named}-lr{rate}-{self.sparsity:g}-seed{self.seed}"
+
+
 class Contest:
     """The runs of a table: trained on demand, and read from their files afterwards."""
 
     def __init__(self, options: argparse.Namespace):
-        self._options, self._folder = options, options.output
+        self._tokens, self._folder = options.tokens, options.output
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def ours(self, data: Data, architecture: str, sparsity: float, seed: int, lr: float | None = None) -> dict:
+    def ours(
+        self, data: Data, architecture: str, sparsity: float, seed: int, lr: float | None = None, share: float = 1.0
+    ) -> dict:
         """Return a run of ours at a k or target L0, with the recipe's learning rate unless one is given."""
-        return self._run(data, "thresher", architecture, lr, sparsity, seed)
+        return self._result(Run(data, "thresher", architecture, lr, sparsity, seed, round(self._tokens * share)))
 
     def theirs(self, data: Data, library: str, architecture: str, lr: float, sparsity: float, seed: int) -> dict:
         """Return a run of a peer."""
-        return self._run(data, library, architecture, lr, sparsity, seed)
+        return self._result(Run(data, library, architecture, lr, sparsity, seed, self._tokens))
 
-    def ours_at(self, data: Data, architecture: str, l0: float, seed: int) -> float | None:
-        """Return our explained variance at an L0 of held-out rows; None where L0 is out of bounds."""
+    def ours_at(self, data: Data, architecture: str, l0: float, seed: int, share: float = 1.0) -> float | None:
+        """Return our explained variance at an L0 of held-out rows; None where L0 is out of bounds.
+
+        `share` is that of the peers' tokens on which ours train.
+        """
         if architecture == "topk":
-            return self.ours(data, architecture, round(l0), seed)["explained_variance"]
+            return self.ours(data, architecture, round(l0), seed, share=share)["explained_variance"]
         if not LEAST_L0 <= l0 <= MOST_L0:
             return None
+
+        def ours(step: int) -> dict:
+            return self.ours(data, architecture, _target(step), seed, share=share)
+
         step = math.floor(2 * math.log2(l0))
-        while step > _LEAST_STEP and self.ours(data, architecture, _target(step), seed)["l0"] > l0:
+        while step > _LEAST_STEP and ours(step)["l0"] > l0:
             step -= 1
-        while step < _MOST_STEP and self.ours(data, architecture, _target(step + 1), seed)["l0"] <= l0:
+        while step < _MOST_STEP and ours(step + 1)["l0"] <= l0:
             step += 1  # L0 on held-out rows is not quite that on the rows of training
-        low, high = (self.ours(data, architecture, _target(step + more), seed) for more in (0, 1))
+        low, high = ours(step), ours(step + 1)
         if not low["l0"] <= l0 <= high["l0"]:
             return None
-        share = math.log(l0 / low["l0"]) / math.log(high["l0"] / low["l0"])
-        return low["explained_variance"] * (1 - share) + high["explained_variance"] * share
+        between = math.log(l0 / low["l0"]) / math.log(high["l0"] / low["l0"])
+        return low["explained_variance"] * (1 - between) + high["explained_variance"] * between
 
-    def _run(self, data: Data, library: str, architecture: str, lr: float | None, sparsity: float, seed: int) -> dict:
-        rate = "auto" if lr is None else f"{lr:g}"
-        key = f"{data.name}-{self._options.tokens}-{library}-{architecture}-lr{rate}-{sparsity:g}-seed{seed}"
-        path = self._folder / f"{key}.json"
+    def _result(self, run: Run) -> dict:
+        path = self._folder / f"{run.key}.json"
         if not path.exists():
             started = time.perf_counter()
-            rows = self._rows(data)
-            folder = self._folder / "saes" / key
-            if library == "thresher":
-                found = self._train(data, rows, folder, architecture, lr, sparsity, seed)
+            rows = self._rows(run.data)
+            if run.library == "thresher":
+                found = self._train(run, rows)
             else:
-                warmup_steps = max(1, round(self._options.tokens // BATCH / 20))
-                found = train_peer(rows, library, architecture, lr, sparsity, warmup_steps, seed)
-            run = {"data": data.name, "library": library, "architecture": architecture, "lr": lr, "sparsity": sparsity}
-            run |= {"seed": seed, "seconds": round(time.perf_counter() - started, 1)} | found
-            path.write_text(json.dumps(run) + "\n")
-            print(json.dumps(run), file=sys.stderr, flush=True)
+                warmup_steps = max(1, round(run.tokens // BATCH / 20))
+                settings = run.library, run.architecture, run.lr, run.sparsity, warmup_steps, run.seed
+                found = train_peer(rows, *settings)
+            result = run._asdict() | {"data": run.data.name, "seconds": round(time.perf_counter() - started, 1)} | found
+            path.write_text(json.dumps(result) + "\n")
+            print(json.dumps(result), file=sys.stderr, flush=True)
         return json.loads(path.read_text())
 
     def _rows(self, data: Data) -> Path:
         """Return the file of a hook point's training rows, in the stream's order, and its held-out rows."""
-        path = self._folder / f"{data.name}-{self._options.tokens}.safetensors"
-        export_rows(ActivationStore.open(data.store), data.hook_point, path, self._options.tokens)
+        path = self._folder / f"{data.name}-{self._tokens}.safetensors"
+        export_rows(ActivationStore.open(data.store), data.hook_point, path, self._tokens)
         return path
 
-    def _train(
-        self, data: Data, rows: Path, folder: Path, architecture: str, lr: float | None, sparsity: float, seed: int
-    ) -> dict[str, Any]:
+    def _train(self, run: Run, rows: Path) -> dict[str, Any]:
         """Train one of ours, and return what it reaches on held-out rows and its L0 at the end of training."""
-        by_k = "topk" in architecture
-        sae = {"architecture": architecture, "hook_point": data.hook_point, "d_sae": D_SAE, "name": "sae", "seed": seed}
-        sae |= {"k": round(sparsity)} if by_k else {"target_l0": sparsity}
-        sae |= {} if lr is None else {"lr": lr}
-        tokens = self._options.tokens // BATCH * BATCH
-        config = TrainConfig(store=data.store, output=str(folder), sae=[sae], batch_size=BATCH, tokens=tokens)
-        (path,) = train(config)
+        sae = {"architecture": run.architecture, "hook_point": run.data.hook_point, "d_sae": D_SAE, "name": "sae"}
+        sae |= {"k": round(run.sparsity)} if "topk" in run.architecture else {"target_l0": run.sparsity}
+        sae |= {"seed": run.seed} | ({} if run.lr is None else {"lr": run.lr})
+        tokens, output = run.tokens // BATCH * BATCH, str(self._folder / "saes" / run.key)
+        (path,) = train(TrainConfig(store=run.data.store, output=output, sae=[sae], batch_size=BATCH, tokens=tokens))
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         last = [line["l0"] for line in lines if "l0" in line][-10:]
         return judge(Sae.load(path), load_file(rows)["test"]) | {"train_l0": sum(last) / len(last)}
@@ -141,25 +164,41 @@ def _target(step: int) -> float:
 
 def compare(contest: Contest, options: argparse.Namespace, data: Data, architecture: str, library: str) -> str:
     """Return the row of a cell: of the peer's runs, averaged over seeds, the one that ours lead by least."""
-    seeds, found, outside = range(options.seeds), [], []
+    found, outside = [], []
     for lr in options.lr:
         for sparsity in PEERS[architecture][library]:
-            theirs = [contest.theirs(data, library, architecture, lr, sparsity, seed) for seed in seeds]
-            ours = [contest.ours_at(data, architecture, run["l0"], run["seed"]) for run in theirs]
+            theirs = [contest.theirs(data, library, architecture, lr, sparsity, seed) for seed in range(options.seeds)]
+            leads = _leads(contest, data, architecture, theirs)
             l0 = statistics.mean(run["l0"] for run in theirs)
-            known = [value for value in ours if value is not None]
-            if len(known) < len(ours):
+            if leads is None:
                 outside.append(f"{lr:g} at L0 {l0:.0f}")
-                continue
-            leads = [own - run["explained_variance"] for own, run in zip(known, theirs, strict=True)]
-            value = statistics.mean(run["explained_variance"] for run in theirs)
-            found.append((statistics.mean(leads), max(leads) - min(leads), lr, l0, value, statistics.mean(known)))
+            else:
+                found.append((statistics.mean(leads), max(leads) - min(leads), lr, l0, theirs))
     note = f" | not compared: {', '.join(outside)}" if outside else " |"
+    n_shares = len(options.share)
     if not found:
-        return f"| {data.name} | {architecture} | {library} | | | | |{note} |"
-    lead, spread, lr, l0, value, own = min(found)
+        return f"| {data.name} | {architecture} | {library} | | | | |{' |' * n_shares}{note} |"
+    lead, spread, lr, l0, theirs = min(found, key=lambda entry: entry[0])
+    value = statistics.mean(run["explained_variance"] for run in theirs)
     shown = f"{lead:+.4f}" + (f" (spread {spread:.4f})" if options.seeds > 1 else "")
-    return f"| {data.name} | {architecture} | {library} | {lr:g} | {l0:.1f} | {value:.4f} | {own:.4f} | {shown}{note} |"
+    for share in options.share:
+        leads = _leads(contest, data, architecture, theirs, share)
+        shown += " |" if leads is None else f" | {statistics.mean(leads):+.4f}"
+    return (
+        f"| {data.name} | {architecture} | {library} | {lr:g} | {l0:.1f} | {value:.4f} | {value + lead:.4f} | {shown}"
+        f"{note} |"
+    )
+
+
+def _leads(
+    contest: Contest, data: Data, architecture: str, theirs: list[dict], share: float = 1.0
+) -> list[float] | None:
+    """Return by how much ours lead at each run's L0; None where one of them is out of bounds."""
+    ours = [contest.ours_at(data, architecture, run["l0"], run["seed"], share) for run in theirs]
+    known = [value for value in ours if value is not None]
+    if len(known) < len(ours):
+        return None
+    return [own - run["explained_variance"] for own, run in zip(known, theirs, strict=True)]
 
 
 def main() -> None:
@@ -171,6 +210,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS["topk"], help="libraries to compare (all if none is named)")
     parser.add_argument("--lr", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the peers' learning rates")
     parser.add_argument("--our-lr", nargs="*", type=float, default=[], help="rates of ours to try beside the recipe's")
+    parser.add_argument("--share", nargs="*", type=float, default=[], help="shares of the tokens for ours to try")
     parser.add_argument("--tokens", type=int, default=491_520)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/bench/recipes")
@@ -191,8 +231,9 @@ def main() -> None:
                 )
     if options.peers is None:
         return
-    print("\n| rows | architecture | peer | its best lr | L0 | it | ours | difference | |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    shares = "".join(f" on {share:.0%} of the tokens |" for share in options.share)
+    print(f"\n| rows | architecture | peer | its best lr | L0 | it | ours | difference |{shares} |")
+    print("|---" * (9 + len(options.share)) + "|")
     for data, architecture in cells:
         for library in PEERS[architecture]:
             if not options.peers or library in options.peers:

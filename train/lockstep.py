@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -58,7 +59,7 @@ def make_trainers(
     ]
 
 
-PreparedBatches = dict[tuple[tuple[str, ...], tuple[str, ...]], Batch]
+PreparedBatches = dict[tuple[tuple[str, ...], tuple[str, ...], bool], Batch]
 """A batch for every combination of hook points that an SAE of the sweep reads and writes."""
 
 
@@ -87,9 +88,11 @@ def step_all(trainers: list[SaeTrainer], prepared: PreparedBatches) -> dict[str,
     return {trainer.name: taken[trainer.name] for trainer in there}
 
 
-def _key(trainer: SaeTrainer) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    wiring = trainer.config.wiring
-    return wiring.reads, wiring.writes
+def _key(trainer: SaeTrainer) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Return the hook points that an SAE reads and writes, and whether it weighs long rows instead of shortening."""
+    wiring, by = trainer.config.wiring, trainer.normalization
+    shortens = math.isfinite(by.max_norm) or (by.target is not None and math.isfinite(by.target.max_norm))
+    return wiring.reads, wiring.writes, shortens and trainer.architecture.declares("weighs_rows")
 
 
 def _side_by_side(batch: dict[str, Tensor], hook_points: tuple[str, ...]) -> Tensor:
@@ -97,20 +100,27 @@ def _side_by_side(batch: dict[str, Tensor], hook_points: tuple[str, ...]) -> Ten
 
 
 def prepare_batches(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> PreparedBatches:
-    """Normalise activations once for all SAEs that read and write the same hook points."""
+    """Normalise activations once for all SAEs that read and write the same hook points and treat long rows alike."""
     prepared: PreparedBatches = {}
     for trainer in trainers:
-        reads, writes = key = _key(trainer)
-        if key not in prepared:
-            rows = _side_by_side(batch, reads)
-            dtype, normalization = trainer.mode.compute_dtype, trainer.normalization
-            x, x_compute = _normalised(rows, trainer.kernels, normalization, dtype)
-            y = None
-            if normalization.target is not None:
-                y, _ = _normalised(_side_by_side(batch, writes), trainer.kernels, normalization.target, torch.float32)
-            prepared[key] = Batch(x, x_compute, y)
+        reads, writes, weighs = key = _key(trainer)
+        if key in prepared:
+            continue
+        kernels, by, dtype = trainer.kernels, trainer.normalization, trainer.mode.compute_dtype
+        x, x_compute = _normalised(_side_by_side(batch, reads), kernels, by, dtype, weighs)
+        target = None
+        if by.target is not None:
+            target, _ = _normalised(_side_by_side(batch, writes), kernels, by.target, torch.float32, weighs)
+        weights = None
+        if weighs:
+            weights = by.shortening(x)
+            if target is not None and by.target is not None:
+                weights = torch.minimum(weights, by.target.shortening(target))
+        prepared[key] = Batch(x, x_compute, target, weights)
     return prepared
 
 
-def _normalised(rows: Tensor, kernels: Backend, by: Normalization, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return kernels.normalise(rows, by.mean, by.scale, dtype, by.max_norm)
+def _normalised(
+    rows: Tensor, kernels: Backend, by: Normalization, dtype: torch.dtype, at_full_length: bool
+) -> tuple[Tensor, Tensor]:
+    return kernels.normalise(rows, by.mean, by.scale, dtype, math.inf if at_full_length else by.max_norm)

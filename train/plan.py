@@ -143,7 +143,7 @@ def plan_run(
                 )
         d_in, d_out = (_width(store, sae, names) for names in (sae.wiring.reads, sae.wiring.writes))
         try:
-            facts = RunFacts(n_steps, config.batch_size, d_in)
+            facts = RunFacts(n_steps, config.batch_size, d_in, source_of(sae, config.init_from) is not None)
             known = began.settings_for(sae) if began is not None else None
             chosen = settings_for(sae, facts, config.recipe) if known is None else known
             settings[str(sae.name)] = chosen

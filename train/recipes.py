@@ -38,15 +38,19 @@ _LR_SHARES = {
 }
 """Each architecture's best rate, as a share of TopK's; one that is not here keeps its own."""
 
+# JumpReLU's L0 at first, measured at 240 to 1,953 steps: a dense start finds more features, but takes steps to leave.
+_STEPS_PER_TARGET, _MOST_TARGETS, _MOST_OF_D_IN = 320, 6.0, 0.35
+
 _C = TypeVar("_C", bound=SaeConfig)
 
 
 class RunFacts(NamedTuple):
-    """What an SAE's settings depend on besides its table: the run's length, and the widths of its rows."""
+    """What an SAE's settings depend on besides its table: the run, its rows, and whether it starts from an SAE."""
 
     n_steps: int
     batch_size: int
     d_in: int
+    starts_from_sae: bool = False
 
 
 class Setting(NamedTuple):
@@ -106,7 +110,23 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
         chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
         chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
         chosen["threshold_lr_scale"] = Setting(0.3, "with a decoder of unit norm, biases are small")
+    if isinstance(config, JumpReLUConfig) and not (config.cross_layer or facts.starts_from_sae):
+        chosen |= _first_l0(config, facts)
     return chosen
+
+
+def _first_l0(config: JumpReLUConfig, facts: RunFacts) -> dict[str, Setting]:
+    """Return an L0 to start with above the target, in runs that are long enough to come down from it."""
+    target = config.target_l0
+    if target is None or config.l0_coefficient is not None or config.initial_threshold is not None:
+        return {}
+    times = min(facts.n_steps / _STEPS_PER_TARGET, _MOST_TARGETS)
+    most = _MOST_OF_D_IN * min(facts.d_in, config.d_sae)
+    first = float(f"{min(target * times, most):.3g}")
+    if first <= target:
+        return {}
+    reason = f"target_l0 {facts.n_steps:,} / {_STEPS_PER_TARGET} steps, at most {_MOST_TARGETS:g} times"
+    return {"initial_l0": Setting(first, f"{reason}, and at most {_MOST_OF_D_IN:g} of d_in and of d_sae")}
 
 
 def _rate(config: SaeConfig, facts: RunFacts, share: float) -> Setting:

@@ -17,8 +17,8 @@ from thresher.train.recipes import RunFacts, completed, settings_for, warmup_for
 TOPK = {"architecture": "topk", "hook_point": "h", "d_sae": 32, "k": 4, "name": "sae"}
 
 
-def settings(table, n_steps, recipe="auto", batch_size=2048):
-    chosen = settings_for(make_config(**table), RunFacts(n_steps, batch_size, 32), recipe)
+def settings(table, n_steps, recipe="auto", batch_size=2048, starts_from_sae=False):
+    chosen = settings_for(make_config(**table), RunFacts(n_steps, batch_size, 32, starts_from_sae), recipe)
     return {key: setting.value for key, setting in chosen.items()}
 
 
@@ -60,6 +60,20 @@ def test_rates_fall_with_the_length_and_moments_average_over_a_tenth_of_it():
     assert settings(TOPK, 2000)["lr"] == pytest.approx(8e-3 * (700 / 2000) ** slope, rel=0.02)
     assert settings(TOPK, 200, batch_size=256)["lr"] == 4e-3
     assert settings(TOPK, 200, batch_size=8192)["lr"] == 8e-3
+
+
+@pytest.mark.parametrize(
+    ("target", "n_steps", "first"),
+    [(2, 320, None), (2, 640, 4.0), (1, 10_000, 6.0), (2, 10_000, 0.35 * 32), (12, 10_000, None)],
+)
+def test_jumprelu_starts_above_its_target_in_long_runs(target, n_steps, first):
+    """At most six times the target, and .35 times the rows' width."""
+    table = {"architecture": "jumprelu", "hook_point": "h", "d_sae": 64, "target_l0": target, "name": "sae"}
+    assert settings(table, n_steps).get("initial_l0") == first
+    assert "initial_l0" not in settings(table | {"initial_l0": 3.0}, n_steps)
+    for other in ({"l0_coefficient": 1.0}, {"initial_threshold": 0.1}):
+        assert "initial_l0" not in settings(table | other, n_steps)
+    assert "initial_l0" not in settings(table, n_steps, starts_from_sae=True)
 
 
 def test_what_a_table_gives_is_not_chosen():

@@ -43,6 +43,7 @@ class Architecture(Generic[_C]):
       where `decided_at` changes.
     - `shardable`: a step needs of the latents only what `StepInput.across` gives, so that ranks may share them.
     - `fusable`: the step is the one that `fused_options` describes.
+    - `weighs_rows`: the step multiplies errors by `Batch.row_weights`, and takes rows of any length.
     """
 
     saved_as: ClassVar[str]
@@ -55,6 +56,7 @@ class Architecture(Generic[_C]):
     capturable: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
     fusable: ClassVar[bool] = False
+    weighs_rows: ClassVar[bool] = False
     latents_here: slice | None = None
     resolved: ClassVar[tuple[str, ...]] = ("lr", "adam_betas", "eps", "lr_scales", "unit_norm_decoder")
 

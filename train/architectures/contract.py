@@ -35,12 +35,14 @@ class Batch:
     """A normalised batch, shared by the SAEs that read and write the same hook points.
 
     `x_compute` is the copy that the encoder multiplies, in bfloat16 by default. `target` is the tensor to reconstruct,
-    or None if that is `x`.
+    or None if that is `x`. Very long rows are shortened. For an architecture that `weighs_rows` they are not, and
+    `row_weights` are the factors that would shorten them (None: all are 1).
     """
 
     x: Float[Tensor, "batch d_in"]
     x_compute: Float[Tensor, "batch d_in"]
     target: Float[Tensor, "batch d_out"] | None = None
+    row_weights: Float[Tensor, "batch 1"] | None = None
 
     @property
     def y(self) -> Float[Tensor, "batch d_out"]:

@@ -14,7 +14,7 @@ from ...shared.sae import Sae
 from ..stream.normalization import Normalization
 from .base import check_number_of_latents, unused_start
 from .contract import Batch, Buffers, L0Target, Number, Parameters, StepInput, StepOutput
-from .parts.dense import error_of, squared
+from .parts.dense import error_of, squared, weighted
 from .parts.first_batch import exceeded_by, first_encoder_scale
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .penalty import PenaltyArchitecture, PenaltyConfig
@@ -135,6 +135,7 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
     saved_as = "jumprelu"
     kind_of_wiring = None
     capturable = True
+    weighs_rows = True
     resolved = (*PenaltyArchitecture.resolved, "bandwidth", "first_threshold")
     betas = (0.0, 0.999)
     eps = 1e-8
@@ -200,8 +201,8 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         distance = latents.pre_acts - latents.spread(theta)
         active = (distance > 0) & (latents.pre_acts > 0)
         values = latents.pre_acts * active
-        error = error_of(latents.decode(values, parameters["W_dec"]), parameters, batch)
-        g = error * (2 / (len(x) * self.d_out))
+        error = weighted(error_of(latents.decode(values, parameters["W_dec"]), parameters, batch), batch)
+        g = weighted(error * (2 / (len(x) * self.d_out)), batch)
         by_values = latents.grad_values(g, parameters["W_dec"])
         gradients = gradients_of(parameters, latents, x, g, values, by_values * active, self.centred)
 
@@ -275,6 +276,7 @@ class TanhJumpReLU(JumpReLU):
     """
 
     capturable = True
+    weighs_rows = True
     folds_norms = True
     resolved = (*JumpReLU.resolved, "tanh_scale", "pre_act_coefficient")
     betas = (0.9, 0.999)
@@ -335,8 +337,8 @@ class TanhJumpReLU(JumpReLU):
         distance = latents.pre_acts - latents.spread(theta)
         active = distance > 0
         values, weights = latents.pre_acts * active, latents.spread(norms)
-        error = error_of(latents.decode(values, W_dec), parameters, batch)
-        g = error * (2 / rows)
+        error = weighted(error_of(latents.decode(values, W_dec), parameters, batch), batch)
+        g = weighted(error * (2 / rows), batch)
 
         squashed = torch.tanh(values * weights * scale)
         penalty = self.penalty_weight * step.sparsity_scale / rows

@@ -213,9 +213,12 @@ class SaeTrainer:
         sae = self.architecture.to_sae(self.parameters, self.buffers, self.normalization.identity(), {})
         x = self.across.all_values(batch.x)
         target = x if batch.target is None else self.across.all_values(batch.target)
+        errors = sae(x) - target
+        if batch.row_weights is not None:
+            errors *= self.across.all_values(batch.row_weights)
         initial = self.architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
         generator = torch.Generator().manual_seed((self.config.seed << 32) + done)
-        resample_dead_latents(self.mode, initial, dead, x, target, sae(x) - target, generator)
+        resample_dead_latents(self.mode, initial, dead, x, target, errors, generator)
         self.mode.refresh()
         self.mode.tokens_since_fired[dead] = 0
 

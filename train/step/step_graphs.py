@@ -79,7 +79,8 @@ def _capture_step(run: RunStep, batch: Batch, capture: Capture | None) -> _Captu
     assert capture is not None
     x = torch.empty_like(batch.x)
     x_compute = x if batch.x_compute is batch.x else torch.empty_like(batch.x_compute)
-    static = Batch(x, x_compute, None if batch.target is None else torch.empty_like(batch.target))
+    others = [None if one is None else torch.empty_like(one) for one in (batch.target, batch.row_weights)]
+    static = Batch(x, x_compute, *others)
     names: list[str] = []
     numbers: list[Tensor] = []
 
@@ -93,7 +94,7 @@ def _capture_step(run: RunStep, batch: Batch, capture: Capture | None) -> _Captu
 
 def _tensors(batch: Batch) -> list[Tensor]:
     x_compute = None if batch.x_compute is batch.x else batch.x_compute
-    return [tensor for tensor in (batch.x, x_compute, batch.target) if tensor is not None]
+    return [one for one in (batch.x, x_compute, batch.target, batch.row_weights) if one is not None]
 
 
 def _on_device(number: Number, device: torch.device) -> Tensor:

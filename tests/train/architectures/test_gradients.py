@@ -23,7 +23,7 @@ def problem(d_in=7, d_sae=19, batch=13, seed=0, bias=0.0, noise=0.3, **config):
     return architecture, parameters, torch.randn(batch, d_in, dtype=torch.float64)
 
 
-def run(architecture, parameters, x, dead=None, sparsity_scale=1.0):
+def run(architecture, parameters, x, dead=None, sparsity_scale=1.0, row_weights=None):
     step = StepInput(
         kernels=kernels_for("cpu"),
         W_enc_compute=parameters["W_enc"],
@@ -32,7 +32,16 @@ def run(architecture, parameters, x, dead=None, sparsity_scale=1.0):
         sparsity_scale=sparsity_scale,
         buffers=architecture.initial_buffers(),
     )
-    return architecture.step({name: tensor.clone() for name, tensor in parameters.items()}, Batch(x, x), step)
+    batch = Batch(x, x, row_weights=row_weights)
+    return architecture.step({name: tensor.clone() for name, tensor in parameters.items()}, batch, step)
+
+
+def weights_of_rows(x, weighs):
+    """Return random weights of rows, or None, and the factors of their squared errors."""
+    if not weighs:
+        return None, 1.0
+    weights = torch.rand(len(x), 1, dtype=torch.float64)
+    return weights, weights.squeeze(1) ** 2
 
 
 def check(output, parameters, loss_of):
@@ -201,22 +210,24 @@ class StraightThrough(torch.autograd.Function):
 
 @pytest.mark.parametrize(("bias", "noise"), [(0.0, 0.3), (-2.5, 0.3)])
 @pytest.mark.parametrize("target", [None, 1.5])
-def test_jumprelu(bias, noise, target, monkeypatch):
+@pytest.mark.parametrize("weighs", [False, True])
+def test_jumprelu(bias, noise, target, weighs, monkeypatch):
     """The estimator sees pre-activations just below the threshold too, for latents that output zero."""
     monkeypatch.setattr("thresher.train.architectures.jumprelu._BANDWIDTH", 0.1)
     architecture, parameters, x = problem(
         architecture="jumprelu", l0_coefficient=0.6, target_l0=target, bias=bias, noise=noise, batch=60
     )
     epsilon = architecture.bandwidth
+    weights, factors = weights_of_rows(x, weighs)
 
     def loss_of(p):
         z, theta = pre_activations(p, x), p["log_threshold"].exp()
         x_hat = StraightThrough.apply(z, theta, epsilon, True) @ p["W_dec"] + p["b_dec"]
         l0 = StraightThrough.apply(z, theta, epsilon, False).sum(1).mean()
         penalty = 0.6 * (l0 if target is None else (l0 / target - 1) ** 2)
-        return (x - x_hat).square().sum(1).mean() / 7 + penalty
+        return ((x - x_hat).square().sum(1) * factors).mean() / 7 + penalty
 
-    output = run(architecture, parameters, x)
+    output = run(architecture, parameters, x, row_weights=weights)
     below = pre_activations(parameters, x) - parameters["log_threshold"].exp()
     assert ((below < 0) & (below > -epsilon / 2)).any()
     check(output, parameters, loss_of)
@@ -283,22 +294,24 @@ class TanhStraightThrough(torch.autograd.Function):
 @pytest.mark.parametrize(("bias", "epsilon"), [(0.0, 2.0), (-2.5, 0.3)])
 @pytest.mark.parametrize("scale", [0.3, 1.0])
 @pytest.mark.parametrize("pre_act", [None, 0.2, 0.0])
-def test_tanh_jumprelu(bias, epsilon, scale, pre_act):
+@pytest.mark.parametrize("weighs", [False, True])
+def test_tanh_jumprelu(bias, epsilon, scale, pre_act, weighs):
     """Dense, and sparse with few latents active; the pre-activation loss pulls all latents, at no dense product."""
     options = {"sparsity_loss": "tanh", "bandwidth": epsilon, "tanh_scale": 3.0, "pre_act_coefficient": pre_act}
     architecture, parameters, x = problem(
         architecture="jumprelu", l0_coefficient=0.6, bias=bias, batch=60, noise=0.1, **options
     )
+    weights, factors = weights_of_rows(x, weighs)
 
     def loss_of(p):
         z, norms = pre_activations(p, x), p["W_dec"].norm(dim=1)
         acts = TanhStraightThrough.apply(z, p["log_threshold"], epsilon)
-        error = (x - acts @ p["W_dec"] - p["b_dec"]).square().sum(1)
+        error = (x - acts @ p["W_dec"] - p["b_dec"]).square().sum(1) * factors
         sparsity = torch.tanh(3.0 * acts * norms).sum(1)
         below = ((p["log_threshold"].exp() - z).relu() * norms).sum(1)
         return (error + 0.6 * scale * sparsity + (3e-6 if pre_act is None else pre_act) * below).mean()
 
-    output = run(architecture, parameters, x, sparsity_scale=scale)
+    output = run(architecture, parameters, x, sparsity_scale=scale, row_weights=weights)
     assert (output.l0 < 19 / 16) == (bias < 0)
     check(output, parameters, loss_of)
 

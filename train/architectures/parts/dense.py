@@ -54,6 +54,11 @@ def error_of_nothing(parameters: Parameters, batch: Batch) -> Float[Tensor, "bat
     return error.addmm_(batch.x, parameters["W_skip"].T) if "W_skip" in parameters else error
 
 
+def weighted(error: Float[Tensor, "batch d"], batch: Batch) -> Float[Tensor, "batch d"]:
+    """Multiply the errors of rows by the rows' weights, if they have any, in place."""
+    return error if batch.row_weights is None else error.mul_(batch.row_weights)
+
+
 def squared(error: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     """Return the sum of squares on the device, in float64 like a Python number."""
     if not error.is_cpu:
