@@ -34,12 +34,12 @@ _LR_SHARES = {
         1.0,
     ),
     **dict.fromkeys(("standard", "transcoder", "skip_transcoder", "crosscoder"), 1.5),
-    "jumprelu": 0.5,
+    "jumprelu": 0.7,
 }
 """Each architecture's best rate, as a share of TopK's; one that is not here keeps its own."""
 
 # JumpReLU's L0 at first, measured at 240 to 1,953 steps: a dense start finds more features, but takes steps to leave.
-_STEPS_PER_TARGET, _MOST_TARGETS, _MOST_OF_D_IN = 320, 6.0, 0.35
+_STEPS_PER_TARGET, _MOST_TARGETS, _MOST_OF_D_IN = 320, 8.0, 0.4
 
 _C = TypeVar("_C", bound=SaeConfig)
 
@@ -110,23 +110,23 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
         chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
         chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
         chosen["threshold_lr_scale"] = Setting(0.3, "with a decoder of unit norm, biases are small")
-    if isinstance(config, JumpReLUConfig) and not (config.cross_layer or facts.starts_from_sae):
-        chosen |= _first_l0(config, facts)
+    if isinstance(config, JumpReLUConfig) and config.target_l0 is not None and config.l0_coefficient is None:
+        chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
+        chosen |= _first_l0(config, config.target_l0, facts)
     return chosen
 
 
-def _first_l0(config: JumpReLUConfig, facts: RunFacts) -> dict[str, Setting]:
+def _first_l0(config: JumpReLUConfig, target: float, facts: RunFacts) -> dict[str, Setting]:
     """Return an L0 to start with above the target, in runs that are long enough to come down from it."""
-    target = config.target_l0
-    if target is None or config.l0_coefficient is not None or config.initial_threshold is not None:
+    if config.cross_layer or facts.starts_from_sae or config.initial_threshold is not None:
         return {}
-    times = min(facts.n_steps / _STEPS_PER_TARGET, _MOST_TARGETS)
-    most = _MOST_OF_D_IN * min(facts.d_in, config.d_sae)
-    first = float(f"{min(target * times, most):.3g}")
+    times = min(1 + facts.n_steps / _STEPS_PER_TARGET, _MOST_TARGETS)
+    first = float(f"{min(target * times, _MOST_OF_D_IN * min(facts.d_in, config.d_sae)):.3g}")
     if first <= target:
         return {}
-    reason = f"target_l0 {facts.n_steps:,} / {_STEPS_PER_TARGET} steps, at most {_MOST_TARGETS:g} times"
-    return {"initial_l0": Setting(first, f"{reason}, and at most {_MOST_OF_D_IN:g} of d_in and of d_sae")}
+    most = f"at most {_MOST_TARGETS:g} target_l0, {_MOST_OF_D_IN:g} d_in and {_MOST_OF_D_IN:g} d_sae"
+    reason = f"target_l0 (1 + {facts.n_steps:,} steps / {_STEPS_PER_TARGET}), {most}"
+    return {"initial_l0": Setting(first, reason)}
 
 
 def _rate(config: SaeConfig, facts: RunFacts, share: float) -> Setting:
