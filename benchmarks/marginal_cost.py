@@ -91,7 +91,8 @@ def step(trainers: list[SaeTrainer], group: Grouped | None, rows: torch.Tensor) 
     """Take a step of every SAE on a batch."""
     prepared = prepare_batches({"h": rows}, trainers)
     if group is not None:
-        group.encode(prepared[("h",), ("h",)].x_compute, trainers[0].architecture.config.k)
+        (batch,) = prepared.values()
+        group.encode(batch.x_compute, trainers[0].architecture.config.k)
     return list(step_all(trainers, prepared).values())
 
 

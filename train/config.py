@@ -198,8 +198,9 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         float,
         Meta(
             ge=0,
-            description="In training, shorten rows whose distance from the mean is larger than this many times the "
-            "median distance, so that a few tokens with massive activations do not make up the loss; 0 shortens none.",
+            description="In training, shorten rows (with jumprelu, their errors) whose distance from the mean is "
+            "larger than this many times the median distance, so that a few tokens with massive activations do not "
+            "make up the loss; 0 shortens none.",
         ),
     ] = 10.0
     compute_dtype: Annotated[

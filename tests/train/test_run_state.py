@@ -336,7 +336,8 @@ def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_pat
     with ShuffledBatches(opened, ["h"], BATCH, window_bytes=1 << 16) as batches:
         for step in range(70):
             trainer.schedule = Schedule(30 if step < 30 else 70, BATCH, 5, 0.2)
-            trainer.step(prepare_batches(next(batches), [trainer])[("h",), ("h",)])
+            (batch,) = prepare_batches(next(batches), [trainer]).values()
+            trainer.step(batch)
     expected = trainer.to_sae({}).save(tmp_path / "expected")
     assert weights([folder]) == weights([expected])
     assert read_toml(tmp_path / "out/config.toml")["tokens"] == LONGER

@@ -119,7 +119,7 @@ def shortening_notes(store: ActivationStore, row_scales: Mapping[str, RowScale])
             taken = 1 - scale.variance / float(store.moments(hook_point).total_variance)
             notes.append(
                 f"a few rows at '{hook_point}' have massive activations, which hold {taken:.0%} of the variance; "
-                "they are shortened in training (max_row_norm)"
+                "training shortens them, or their errors (max_row_norm)"
             )
     return notes
 

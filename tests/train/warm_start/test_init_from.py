@@ -104,8 +104,8 @@ def test_the_first_step_reconstructs_what_the_sae_did(name, ema_decay, tmp_path)
     )
     initialise_trainers([trainer], None)
     rows, targets = torch.randn(64, len(kind.mean)) * 2, torch.randn(64, D_IN)
-    x = kind.apply(rows)
-    y = kind.target.apply(targets) if kind.target else None
+    x = (rows - kind.mean) * kind.scale
+    y = (targets - kind.target.mean) * kind.target.scale if kind.target else None
     error = (sae(rows) - (targets if kind.target else rows)) * (kind.target or kind).scale
     expected = 1 - float(error.square().sum(1).mean()) / kind.total_variance
     assert torch.equal(trainer.to_sae({}).W_dec, trainer.architecture.to_sae(trainer.parameters, {}, kind, {}).W_dec)
