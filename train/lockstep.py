@@ -60,7 +60,7 @@ def make_trainers(
 
 
 PreparedBatches = dict[tuple[tuple[str, ...], tuple[str, ...], bool], Batch]
-"""A batch for every combination of hook points that an SAE of the sweep reads and writes."""
+"""A batch for every combination of hook points that SAEs read and write, and of how they treat long rows."""
 
 
 def step_all(trainers: list[SaeTrainer], prepared: PreparedBatches) -> dict[str, dict[str, Number]]:

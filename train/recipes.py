@@ -39,7 +39,7 @@ _LR_SHARES = {
 """Each architecture's best rate, as a share of TopK's; one that is not here keeps its own."""
 
 # JumpReLU's L0 at first, measured at 240 to 1,953 steps: a dense start finds more features, but takes steps to leave.
-_STEPS_PER_TARGET, _MOST_TARGETS, _MOST_OF_D_IN = 320, 8.0, 0.4
+_STEPS_PER_TARGET, _MOST_TARGETS, _MOST_OF_WIDTH = 320, 8.0, 0.4
 
 _C = TypeVar("_C", bound=SaeConfig)
 
@@ -76,6 +76,9 @@ class Began(NamedTuple):
         return {key: Setting(value, "as the run began") for key, value in known.items() if getattr(config, key) is None}
 
 
+_OVER_TEN_STEPS = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
+
+
 def settings_for(config: SaeConfig, facts: RunFacts, recipe: str) -> dict[str, Setting]:
     """Return the settings of an SAE that its table leaves open, by key; none with `recipe = "published"`."""
     if recipe == "published":
@@ -107,11 +110,11 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
         return {}
     chosen = {"lr": _rate(config, facts, share), "beta2": _beta2(n_steps)}
     if isinstance(config, GatedConfig):
-        chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
+        chosen["beta1"] = _OVER_TEN_STEPS
         chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
         chosen["threshold_lr_scale"] = Setting(0.3, "with a decoder of unit norm, biases are small")
     if isinstance(config, JumpReLUConfig) and config.target_l0 is not None and config.l0_coefficient is None:
-        chosen["beta1"] = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
+        chosen["beta1"] = _OVER_TEN_STEPS
         chosen |= _first_l0(config, config.target_l0, facts)
     return chosen
 
@@ -121,10 +124,10 @@ def _first_l0(config: JumpReLUConfig, target: float, facts: RunFacts) -> dict[st
     if config.cross_layer or facts.starts_from_sae or config.initial_threshold is not None:
         return {}
     times = min(1 + facts.n_steps / _STEPS_PER_TARGET, _MOST_TARGETS)
-    first = float(f"{min(target * times, _MOST_OF_D_IN * min(facts.d_in, config.d_sae)):.3g}")
+    first = float(f"{min(target * times, _MOST_OF_WIDTH * min(facts.d_in, config.d_sae)):.3g}")
     if first <= target:
         return {}
-    most = f"at most {_MOST_TARGETS:g} target_l0, {_MOST_OF_D_IN:g} d_in and {_MOST_OF_D_IN:g} d_sae"
+    most = f"at most {_MOST_TARGETS:g} target_l0, {_MOST_OF_WIDTH:g} d_in and {_MOST_OF_WIDTH:g} d_sae"
     reason = f"target_l0 (1 + {facts.n_steps:,} steps / {_STEPS_PER_TARGET}), {most}"
     return {"initial_l0": Setting(first, reason)}
 

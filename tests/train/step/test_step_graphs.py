@@ -104,3 +104,21 @@ def test_a_graph_is_replayed_once_its_key_has_settled(cuda):
     assert runs == [OWN] * 3 + [SIDE]
     assert list(found[-1]) == ["loss", "l0"]
     assert cuda.stream is OWN
+
+
+@pytest.mark.parametrize("others", [(None, None), ("target", None), (None, "row_weights"), ("target", "row_weights")])
+def test_a_replay_reads_all_of_its_batch(others):
+    """A capture that keeps the launches, and replays them on what the graph's own tensors then hold."""
+    graphs, captured = StepGraphs(lambda run: captured.append(run) or run), []
+
+    def step(batch):
+        weights = 1.0 if batch.row_weights is None else batch.row_weights
+        return {"loss": ((batch.x + batch.x_compute.float() - batch.y) * weights).sum()}
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        x, target, weights = (torch.rand(2, width, generator=generator) for width in (3, 3, 1))
+        given = [value if name else None for name, value in zip(others, (target, weights), strict=True)]
+        batch = Batch(x, x.bfloat16(), *given)
+        assert graphs(step, batch, key=0)["loss"] == pytest.approx(float(step(batch)["loss"]), rel=1e-6)
+    assert len(captured) == 1
