@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,7 +137,8 @@ def test_no_configuration_has_a_key_of_the_same_name():
 
 def test_progress_has_its_fields(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr("thresher.shared.core.terminal.progress.time.monotonic", lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("thresher.shared.core.terminal.progress.time", clock)  # not that of all threads
     with shown_logs(JSON), progress(desc="train", unit="token", total=4000, initial=1000) as bar:
         bar.set_postfix_str("fvu 0.1")
         now[0] += 40

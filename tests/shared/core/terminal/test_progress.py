@@ -18,7 +18,7 @@ from thresher.shared.core.terminal.progress import library_bars, progress
 def clock(monkeypatch):
     """Return a list whose one number is the time in seconds."""
     now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))  # not that of all threads
     return now
 
 
