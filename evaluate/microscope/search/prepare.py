@@ -84,6 +84,8 @@ class Preparation(threading.Thread):
         except (ThresherError, OSError) as error:
             self.state.note = " ".join(str(error).split())
         except Exception as error:  # a library's: browsing goes on
+            if self._stopped.is_set():  # at the end of the process, no library can load anything
+                return
             _log.exception("the search cannot be prepared")
             self.state.note = f"the search cannot be prepared: {type(error).__name__}: {error}"
 

@@ -13,6 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from thresher.evaluate.features.files import FeatureIndex
 from thresher.evaluate.microscope.data.run_folder import find_evaluation, open_run
 from thresher.evaluate.microscope.data.saes import SaeShelf
 from thresher.evaluate.microscope.model.loaded import LoadedModel
+from thresher.evaluate.microscope.search.prepare import Preparation
 from thresher.shared.core.errors import ConfigError, MissingFileError
 from thresher.shared.store import ActivationStore
 
@@ -39,6 +41,7 @@ def copied(run_folder, tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from thresher.evaluate.explain.notes import Notes
 notes = Notes(Path(sys.argv[1]))
 for latent in range(10**9):
@@ -75,6 +78,22 @@ def test_the_command_prints_its_address_once_it_answers_and_ends_on_interrupt(co
     _, said = child.communicate(timeout=60)
     assert child.returncode == 0, said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_an_encoder_that_fails_is_reported_unless_the_server_ends(stops, caplog):
+    """At the end of a process no thread can start another, and so a library cannot load a model."""
+
+    def open_encoder():
+        if stops:
+            preparation.stop()
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    tables = SimpleNamespace(run=SimpleNamespace(indexes={}))
+    preparation = Preparation(tables, Path(), open_encoder, embedded_latents=10, busy=lambda: False)
+    preparation.run()
+    assert bool(caplog.records) != stops
+    assert bool(preparation.state.note) != stops
 
 
 def test_model_and_encoder_are_not_loaded_at_once(serve, copied, monkeypatch):
