@@ -15,6 +15,7 @@ from .architectures.contract import SINGLE_PROCESS, Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
 from .kernels.backend import Backend
+from .kernels.reference import shortening
 from .parallel.layout import Layout
 from .plan import TrainPlan
 from .step.sae_trainer import SaeTrainer
@@ -108,14 +109,11 @@ def prepare_batches(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Pre
             continue
         kernels, by, dtype = trainer.kernels, trainer.normalization, trainer.mode.compute_dtype
         x, x_compute = _normalised(_side_by_side(batch, reads), kernels, by, dtype, weighs)
-        target = None
+        target, weights = None, shortening(x, by.max_norm) if weighs else None
         if by.target is not None:
             target, _ = _normalised(_side_by_side(batch, writes), kernels, by.target, torch.float32, weighs)
-        weights = None
-        if weighs:
-            weights = by.shortening(x)
-            if target is not None and by.target is not None:
-                weights = torch.minimum(weights, by.target.shortening(target))
+            if weights is not None:
+                weights = torch.minimum(weights, shortening(target, by.target.max_norm))
         prepared[key] = Batch(x, x_compute, target, weights)
     return prepared
 

@@ -319,6 +319,11 @@ def dequantise(
     return (values[places].float() * scales[places, None]).to(dtype)
 
 
+def shortening(x: Float[Tensor, "batch d_in"], max_norm: float) -> Float[Tensor, "batch 1"]:
+    """Return the factors that shorten rows to at most `max_norm`: 1 for rows within it."""
+    return (max_norm / torch.linalg.vector_norm(x, dim=1, keepdim=True)).clamp_max(1.0)
+
+
 def normalise(
     rows: Float[Tensor, "batch d_in"],
     mean: Float[Tensor, " d_in"],
@@ -328,7 +333,7 @@ def normalise(
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
     """Return `(rows - mean) * factor`, shortened to at most `max_norm`, in float32 and in the `dtype` of products."""
     x = (rows.float() - mean) * factor
-    x = x * (max_norm / torch.linalg.vector_norm(x, dim=1, keepdim=True)).clamp_max(1.0)
+    x = x * shortening(x, max_norm)
     return x, x.to(dtype)
 
 

@@ -66,10 +66,6 @@ class Normalization:
         target = self.target.identity() if self.target else None
         return Normalization(torch.zeros_like(self.mean), 1.0, 1.0, target)
 
-    def shortening(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch 1"]:
-        """Return the factors that would shorten centred, scaled rows to `max_norm`: 1 for rows within it."""
-        return (self.max_norm / torch.linalg.vector_norm(x, dim=1, keepdim=True)).clamp_max(1.0)
-
 
 def normalization_of(store: ActivationStore, hook_point: str, scale: RowScale) -> Normalization:
     """Return a hook point's normalisation with a scale, such as the one with which a run began."""
