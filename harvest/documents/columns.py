@@ -37,6 +37,12 @@ class Document(NamedTuple):
             return "messages"
         return "text" if self.input_ids is None else "token ids"
 
+    @property
+    def n_characters(self) -> int:
+        """The characters of the text, or of all messages."""
+        contents = [message.get("content") for message in self.messages or ()]
+        return len(self.text) + sum(len(text) for text in contents if isinstance(text, str))
+
 
 class Columns:
     """The columns of the content (a name, or a dotted path into nested columns) and of the document's name."""

@@ -66,8 +66,7 @@ def _counted(documents: Iterator[Document], tally: Tally, report: bool) -> Itera
     try:
         for document in documents:
             tally.n_documents += 1
-            contents = [message.get("content") for message in document.messages or ()]
-            tally.n_characters += len(document.text) + sum(len(text) for text in contents if isinstance(text, str))
+            tally.n_characters += document.n_characters
             tally.n_token_ids += len(document.input_ids or ())
             yield document
     except GeneratorExit:

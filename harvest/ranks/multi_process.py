@@ -1,9 +1,9 @@
 """Harvest one store with several ranks, or with one process if earlier ranks left staged shards.
 
-Every rank reads and packs the whole text, runs the model over the batches that overlap its shards, and writes those
-shards. Two ranks whose shards share a batch both run the whole batch, so that each computes the same bits as a single
-process. With `tensor_parallel`, a rank is a team of processes: the first one does all this, and the others follow its
-forward passes.
+Every rank reads and packs the whole text and tokenizes its part of it (`divided_text`), runs the model over the batches
+that overlap its shards, and writes those shards. Two ranks whose shards share a batch both run the whole batch, so that
+each computes the same bits as a single process. With `tensor_parallel`, a rank is a team of processes: the first one
+does all this, and the others follow its forward passes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from ...shared.store.write.rank_store import POLL_SECONDS
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
 from ..model.forward import MAX_WORKERS, follow
-from ..model.plan import HarvestPlan, make_plan
+from ..model.plan import HarvestPlan, bytes_per_value, make_plan
 from ..resume import resume_contexts
 from ..reuse import check_unchanged, compare_store, identity
 from ..steps import open_writer, print_status, print_stored, run_model, write_sources
 from ..tokens.packing import Context
 from ..tokens.tokens import read_contexts
+from .divided_text import DividedText, batches_ahead
 from .rank_group import RankGroup, join_leaders, join_ranks, rank_device
 from .rank_progress import RankProgress
 
@@ -61,7 +62,11 @@ def harvest_ranks(config: HarvestConfig) -> Path | StoreUrl:
             follow(plan)
             return store
         text = TextChecksum()
-        contexts = text.follow(read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings))
+        shard_rows = config.shard_bytes // (max(plan.widths.values()) * bytes_per_value(config))
+        divided = DividedText(ranks, batches_ahead(shard_rows, ranks.n)) if ranks.n > 1 else None
+        contexts = text.follow(
+            read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings, divided)
+        )
         contexts, n_kept = resume_contexts(store, config, contexts, plan.group)
         ranks.agree({"contexts that the store holds": n_kept})
         writer = open_writer(own_config, plan, wanted, partial(RankWriter, group=ranks), n_kept)

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_TO_READ = 5.0
 _RESUME = "what was harvested is kept: run the same command again to resume"
-_TIMEOUT = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 _group_numbers = count()
 
 
@@ -159,7 +159,7 @@ def join_ranks(tensor_parallel: int = 1) -> Iterator[tuple[RankGroup, Team | Non
         yield RankGroup(0, 1, HashStore(), None), None
         return
     made_here = start_group("cpu:gloo,cuda:nccl" if tensor_parallel > 1 and torch.cuda.is_available() else "gloo")
-    control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     messages = PrefixStore(f"thresher-harvest-{next(_group_numbers)}", _get_default_store())
     everyone = RankGroup(dist.get_rank(), dist.get_world_size(), messages, control)
     try:
@@ -177,7 +177,7 @@ def _team(everyone: RankGroup, size: int) -> Team:
             f"start a multiple of {size} on each"
         )
     groups = [
-        dist.new_group(list(range(first, first + size)), timeout=_TIMEOUT, backend="gloo")
+        dist.new_group(list(range(first, first + size)), timeout=TIMEOUT, backend="gloo")
         for first in range(0, everyone.n, size)
     ]
     number, rank = divmod(everyone.rank, size)
@@ -191,7 +191,7 @@ def join_leaders(everyone: RankGroup, team: Team | None) -> RankGroup:
     """
     if team is None:
         return everyone
-    leaders = dist.new_group(list(range(0, everyone.n, team.n)), timeout=_TIMEOUT, backend="gloo")
+    leaders = dist.new_group(list(range(0, everyone.n, team.n)), timeout=TIMEOUT, backend="gloo")
     return RankGroup(team.number, team.n_teams, everyone.messages, leaders)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int8
@@ -20,8 +20,30 @@ from .text_rules import TextRules
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_BATCH_DOCUMENTS = 64
+MAX_BATCH_DOCUMENTS = 4096
 MAX_BATCH_CHARACTERS = 250_000
+
+
+class Tokenized(NamedTuple):
+    """A document's hash, tokens and roles (None if all are text), or why it cannot be tokenized."""
+
+    hash: int
+    tokens: np.ndarray
+    roles: np.ndarray | None = None
+    refusal: str = ""
+
+
+class TokenizedBatch(NamedTuple):
+    """The names of a batch's documents, and what became of each."""
+
+    names: list[str]
+    tokenized: list[Tokenized]
+
+
+TokenizeBatches = Callable[
+    [Callable[[list[Document]], TokenizedBatch], Iterator[list[Document]]], Iterator[TokenizedBatch]
+]
+"""Like `map`: calls a function with each batch of documents, and yields the results in order."""
 
 
 def tokenize(
@@ -29,6 +51,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     rules: TextRules,
     refused: list[str] | None = None,
+    tokenize_batches: TokenizeBatches | None = None,
 ) -> Iterator[TokenizedDocument]:
     """Tokenize documents in batches; a document without tokens gets a number but is skipped.
 
@@ -40,51 +63,58 @@ def tokenize(
         DataError: the template refuses a conversation, a token id is not in the vocabulary, or the documents are
             not all of one kind.
     """
+
+    def tokenize_batch(batch: list[Document]) -> TokenizedBatch:
+        tokenized = list(_tokenize_batch(batch, tokenizer, rules, skip=refused is not None))
+        return TokenizedBatch([document.name for document in batch], tokenized)
+
     number = 0
-    for batch in _by_size(documents):
+    for names, batch in (tokenize_batches or map)(tokenize_batch, _of_one_kind(_by_size(documents), rules)):
+        for name, (hash_, tokens, roles, refusal) in zip(names, batch, strict=True):
+            if refused is not None and refusal:
+                refused.append(refusal)
+            if len(tokens) and tokens[0] == rules.bos and rules.keeps_special_tokens:
+                tokens, roles = tokens[1:], None if roles is None else roles[1:]
+            if len(tokens):
+                yield TokenizedDocument(number, name, hash_, tokens, roles)
+            number += 1
+
+
+def _of_one_kind(batches: Iterable[list[Document]], rules: TextRules) -> Iterator[list[Document]]:
+    """Yield batches; raise `DataError` for a document of another kind than the first ones."""
+    for batch in batches:
         for document in batch:
             if document.messages != [] and document.kind != rules.kind:
                 raise DataError(
                     f"document '{document.name}' holds {document.kind}, the documents before it {rules.kind}; give "
                     "documents of one kind"
                 )
-        for document, tokenized in zip(batch, _tokenize_batch(batch, tokenizer, rules, refused), strict=True):
-            hash_, tokens, roles = tokenized
-            if len(tokens) and tokens[0] == rules.bos and rules.keeps_special_tokens:
-                tokens, roles = tokens[1:], None if roles is None else roles[1:]
-            if len(tokens):
-                yield TokenizedDocument(number, document.name, hash_, tokens, roles)
-            number += 1
-
-
-Tokenized = tuple[int, np.ndarray, "np.ndarray | None"]
-"""A document's hash, its tokens, and their roles; roles are None if all are text."""
+        yield batch
 
 
 def _tokenize_batch(
-    batch: list[Document], tokenizer: PreTrainedTokenizerBase, rules: TextRules, refused: list[str] | None
+    batch: list[Document], tokenizer: PreTrainedTokenizerBase, rules: TextRules, skip: bool
 ) -> Iterator[Tokenized]:
     if rules.kind != "text":
         for document in batch:
             try:
                 yield _tokenize_one(document, tokenizer, rules)
             except DataError as error:
-                if refused is None:
+                if not skip:
                     raise DataError(f'{error}; or set on_bad_document = "skip" to skip such documents') from None
-                refused.append(str(error))
-                yield 0, np.zeros(0, np.int32), None
+                yield Tokenized(0, np.zeros(0, np.int32), None, str(error))
     else:
         encoded = _encode([_encodable(document.text) for document in batch], tokenizer, rules.keeps_special_tokens)
         for document, ids in zip(batch, encoded, strict=True):
             tokens = np.array(ids, np.int32)
-            yield document_hash(document.text), tokens, _special_roles(tokens, rules)
+            yield Tokenized(document_hash(document.text), tokens, _special_roles(tokens, rules))
 
 
 def _tokenize_one(document: Document, tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> Tokenized:
     if rules.chat is not None:
         return _conversation(document, tokenizer, rules.chat)
     ids = _checked_ids(document, tokenizer)
-    return ids_hash(ids), ids, _special_roles(ids, rules)
+    return Tokenized(ids_hash(ids), ids, _special_roles(ids, rules))
 
 
 def _special_roles(ids: np.ndarray, rules: TextRules) -> np.ndarray | None:
@@ -98,12 +128,12 @@ def _conversation(document: Document, tokenizer: PreTrainedTokenizerBase, chat: 
     messages = given_messages(document.messages or [])
     name = json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
     if not messages:
-        return document_hash(name), np.zeros(0, np.int32), None
+        return Tokenized(document_hash(name), np.zeros(0, np.int32))
     check_contents(messages, document.name)
     rendered = chat.render(messages, document.name)
     roles = chat.character_roles(messages, rendered, document.name)
     encoding = _with_offsets(_encodable(rendered), tokenizer)
-    return document_hash(name), np.array(encoding.ids, np.int32), token_roles(roles, encoding.offsets)
+    return Tokenized(document_hash(name), np.array(encoding.ids, np.int32), token_roles(roles, encoding.offsets))
 
 
 def token_roles(roles: Int8[np.ndarray, " characters"], offsets: list[tuple[int, int]]) -> Int8[np.ndarray, " tokens"]:
@@ -169,7 +199,7 @@ def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, n_characters = [], 0
     for document in documents:
         batch.append(document)
-        n_characters += len(document.text)
+        n_characters += document.n_characters + len(document.input_ids or ())
         if len(batch) == MAX_BATCH_DOCUMENTS or n_characters >= MAX_BATCH_CHARACTERS:
             yield batch
             batch, n_characters = [], 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ...shared.core.errors import DataError
 from ..config import HarvestConfig
 from ..documents.documents import read_documents
-from .encode import tokenize
+from .encode import TokenizeBatches, tokenize
 from .holdout import describe_schedule
 from .packing import Context, ContextBatch, pack, stack
 from .text_rules import TextRules, most_frequent_special, text_rules
@@ -71,10 +71,14 @@ def read_contexts(
     group: int,
     rules: TextRules,
     n_embeddings: int | None = None,
+    tokenize_batches: TokenizeBatches | None = None,
 ) -> Iterator[Context]:
-    """Yield the contexts of a harvest; print a note if the text is too short for all of them."""
+    """Yield the contexts of a harvest; print a note if the text is too short for all of them.
+
+    `tokenize_batches` tokenizes its batches of documents (default: one after another, in this process).
+    """
     n_wanted, n_packed = config.n_contexts, 0
-    for context in _pack(config, tokenizer, group, rules, n_embeddings, report=True):
+    for context in _pack(config, tokenizer, group, rules, n_embeddings, tokenize_batches, report=True):
         n_packed += 1
         yield context
     if n_packed < n_wanted:
@@ -90,10 +94,11 @@ def _pack(
     group: int,
     rules: TextRules,
     n_embeddings: int | None,
+    tokenize_batches: TokenizeBatches | None = None,
     report: bool = False,
 ) -> Iterator[Context]:
     refused: list[str] | None = [] if config.on_bad_document == "skip" else None
-    tokenized = tokenize(read_documents(config, report=report), tokenizer, rules, refused)
+    tokenized = tokenize(read_documents(config, report=report), tokenizer, rules, refused, tokenize_batches)
     documents = check_tokens(tokenized, tokenizer, n_embeddings)
     first = next(documents, None)
     if first is None:

@@ -24,6 +24,7 @@ from thresher.harvest.config import HarvestConfig
 from thresher.harvest.documents.documents import read_documents
 from thresher.harvest.reuse import identity, is_complete
 from thresher.harvest.run import harvest
+from thresher.harvest.tokens import encode
 from thresher.harvest.tokens.holdout import document_hash, is_held_out
 from thresher.shared import ActivationStore
 from thresher.shared.core.cli import run_stage
@@ -137,7 +138,8 @@ def test_an_interrupted_harvest_resumes_to_the_same_bytes(config, tmp_path, monk
     assert files_of(config.store) == whole
 
 
-def test_a_harvest_that_ends_at_a_damaged_document_resumes_without_it(config, tmp_path, capsys):
+def test_a_harvest_that_ends_at_a_damaged_document_resumes_without_it(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "MAX_BATCH_CHARACTERS", 2_000)  # several batches of documents before the damage
     rng = np.random.default_rng(0)
     lines = [json.dumps({"text": " ".join(rng.choice(["dust", "grain", "chaff"], 8))}) for _ in range(400)]
     (tmp_path / "text.jsonl").write_text("\n".join([*lines[:300], '{"text": null}', *lines[300:]]))

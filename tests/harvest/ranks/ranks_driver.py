@@ -27,6 +27,7 @@ from thresher.harvest.model import forward
 from thresher.harvest.model.plan import make_plan
 from thresher.harvest.ranks import multi_process
 from thresher.harvest.run import harvest
+from thresher.harvest.tokens import encode
 from thresher.harvest.tokens.packing import Context
 from thresher.shared.core.cli import run_guarded
 from thresher.shared.core.config import load_config
@@ -408,6 +409,7 @@ MODES = {
 def main(toml: Path, mode: str, url: str = "") -> None:
     """Run some scenes and print their results."""
     durable.flush = lambda handle: None
+    encode.MAX_BATCH_CHARACTERS = 1_000  # so that every rank tokenizes some of the text
     torch.set_num_threads(1)
     scene = Scene(toml, url)
     for play in MODES[mode]:
