@@ -18,7 +18,7 @@ from .config import EvaluateConfig
 from .metrics.held_out import HeldOut, held_out
 from .saes.origin import compare_origins
 from .saes.sae_folders import EvaluatedSae, diverged_saes, divergence_notes, load_saes, sae_folders
-from .with_model.labelled_texts import LabelledTexts, read_labelled_texts
+from .with_model.labelled_texts import LabelProbes, label_probes, read_labelled_texts
 from .with_model.probing import Task, probe_tasks
 from .with_model.same_model import check_embeddings, check_vocabulary
 from .with_model.store_model import model_name, open_model, open_tokenizer, splice_points
@@ -46,7 +46,7 @@ class PreparedEvaluation:
     hook_points: dict[str, ResolvedHookPoint]
     tokenizer: PreTrainedTokenizerBase | None
     tasks: list[Task]
-    labelled: LabelledTexts | None = None
+    labelled: LabelProbes | None = None
 
     @property
     def has_features(self) -> bool:
@@ -58,7 +58,7 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     """Open the store, SAEs, model and tokenizer, and check them against each other.
 
     Raises:
-        ConfigError: the settings contradict each other, or the labelled texts are none.
+        ConfigError: the settings contradict each other, or the labelled texts are none or too few.
         OutputError: the output cannot be written.
         MissingFileError: the store or an SAE does not exist.
         StoreError: the store is damaged, has no held-out rows, or lacks data that the settings need.
@@ -87,9 +87,14 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
     hook_points = splice_points(model, saes, store) if model is not None else {}
     reads_letters = config.suite == "full" and store.has_tokens
     tokenizer = open_tokenizer(config, store) if shows_tokens or reads_letters or labelled is not None else None
-    if labelled is not None and (model is None or tokenizer is None):
-        lacking = "model" if model is None else "tokenizer"
-        raise ConfigError(f"probe_texts runs the model on texts, and there is no {lacking}; name one, or leave it out")
+    probes = None
+    if labelled is not None:
+        if model is None or tokenizer is None:
+            lacking = "model" if model is None else "tokenizer"
+            raise ConfigError(
+                f"probe_texts runs the model on texts, and there is no {lacking}; name one, or leave it out"
+            )
+        probes = label_probes(labelled, tokenizer, store, config)
     if model is not None:
         check_embeddings(rows, model_name(config, store) or "the model", model)
     if model is not None and isinstance(config.model, str):
@@ -116,5 +121,5 @@ def prepare_evaluation(config: EvaluateConfig) -> PreparedEvaluation:
         hook_points=hook_points,
         tokenizer=tokenizer,
         tasks=tasks,
-        labelled=labelled,
+        labelled=probes,
     )

@@ -61,7 +61,7 @@ def result_digests(prepared: PreparedEvaluation) -> dict[str, str]:
         prepared.device,
         prepared.store.manifest.checksum,
         prepared.model_name,
-        *([] if prepared.labelled is None else [prepared.labelled.texts, prepared.labelled.labels]),
+        *([] if prepared.labelled is None else prepared.labelled.source),
     ]
     context = digest_of(facts, [*rows, *model])
     return {
@@ -200,13 +200,12 @@ def probe(prepared: PreparedEvaluation, results: Results) -> None:
 
 def probe_labels(prepared: PreparedEvaluation, results: Results) -> None:
     """Run k-sparse probing on labelled texts; without texts, do nothing."""
-    model, tokenizer = prepared.model, prepared.tokenizer
-    if prepared.labelled is None or model is None or tokenizer is None:
+    if prepared.labelled is None or prepared.model is None:
         return
     remaining = results.reuse_saved("labels")
     if remaining:
         found = labelled_probing(
-            remaining, prepared.labelled, model, prepared.hook_points, tokenizer, prepared.store, prepared.config
+            remaining, prepared.labelled, prepared.model, prepared.hook_points, prepared.store, prepared.config
         )
         for name, values in found.items():
             results.add("labels", name, values)

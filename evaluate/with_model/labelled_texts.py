@@ -42,6 +42,14 @@ class LabelledTexts(NamedTuple):
     labels: list[str]
 
 
+class LabelProbes(NamedTuple):
+    """Labelled texts, the tokens of those that the model runs on, and the tasks, which number these."""
+
+    source: LabelledTexts
+    tokens: list[list[int]]
+    tasks: list[Task]
+
+
 def read_labelled_texts(path: str) -> LabelledTexts:
     """Return the texts of a JSONL file, of one object with `text` and `label` per line; a repeated line once.
 
@@ -85,18 +93,12 @@ def label_tasks(labels: Sequence[str], texts: Sequence[str], seed: int) -> list[
     return next_token_tasks(codes, group, N_LABELS, seed)
 
 
-def labelled_probing(
-    saes: Sequence[EvaluatedSae],
-    labelled: LabelledTexts,
-    model: PreTrainedModel,
-    hook_points: dict[str, ResolvedHookPoint],
-    tokenizer: PreTrainedTokenizerBase,
-    store: ActivationStore,
-    config: EvaluateConfig,
-) -> dict[str, dict[str, float | int]]:
-    """Return each SAE's mean accuracy over the labels for each k, and that of the baseline on the activations.
+def label_probes(
+    labelled: LabelledTexts, tokenizer: PreTrainedTokenizerBase, store: ActivationStore, config: EvaluateConfig
+) -> LabelProbes:
+    """Return the tasks of as many texts, in a random order, as fill `config.model_rows` tokens.
 
-    Texts are taken in a random order, until they have `config.model_rows` tokens; each is cut to the store's context.
+    Each text is cut to the store's context.
 
     Raises:
         ConfigError: they are too few for a single task.
@@ -119,6 +121,19 @@ def labelled_probing(
             f"{len(labelled.texts):,} fit into model_rows = {config.model_rows:,} tokens, and no label has ten for "
             "testing; give more texts or a larger model_rows"
         )
+    return LabelProbes(labelled, tokens, tasks)
+
+
+def labelled_probing(
+    saes: Sequence[EvaluatedSae],
+    probes: LabelProbes,
+    model: PreTrainedModel,
+    hook_points: dict[str, ResolvedHookPoint],
+    store: ActivationStore,
+    config: EvaluateConfig,
+) -> dict[str, dict[str, float | int]]:
+    """Return each SAE's mean accuracy over the labels for each k, and that of the baseline on the activations."""
+    tokens, tasks = probes.tokens, probes.tasks
     read = list(dict.fromkeys(name for sae in saes for name in members(sae.hook_point)))
     rows, text = _activations(model, {name: hook_points[name] for name in read}, tokens, store, config.batch_size)
     results: dict[str, dict[str, float | int]] = {}

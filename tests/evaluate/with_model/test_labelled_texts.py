@@ -14,6 +14,7 @@ from thresher.evaluate.run import evaluate
 from thresher.evaluate.saes.sae_folders import EvaluatedSae
 from thresher.evaluate.with_model.labelled_texts import (
     LabelledTexts,
+    label_probes,
     label_tasks,
     labelled_probing,
     read_labelled_texts,
@@ -70,13 +71,13 @@ def test_accuracies_are_those_of_means_over_tokens(tiny, make_sae, tokenizer, la
         make_sae(k=4, seed=1, hook_point=HOOK),
         EvaluateConfig(store="s", saes="s", output="o", model_rows=10**6, seed=3),
     )
+    store = ActivationStore.open(tiny.store)
     found = labelled_probing(
         [EvaluatedSae("sae", None, sae, HOOK, HOOK)],
-        labelled,
+        label_probes(labelled, tokenizer, store, config),
         tiny.model,
         resolve_hook_points(tiny.model, [HOOK]),
-        tokenizer,
-        ActivationStore.open(tiny.store),
+        store,
         config,
     )["sae"]
     order = np.random.default_rng(3).permutation(N)
@@ -123,7 +124,8 @@ def test_an_evaluation_has_the_accuracies_and_reads_changed_texts_anew(tiny, swe
     with pytest.raises(ConfigError, match="there is no model"):
         evaluate(**keys | {"model": False})
     with pytest.raises(ConfigError, match="too few texts"):
-        evaluate(**keys, model_rows=100)
+        evaluate(**keys | {"output": str(tmp_path / "unused")}, model_rows=100)
+    assert not (tmp_path / "unused").exists()  # found out before any rows are read
 
 
 @pytest.mark.parametrize(
