@@ -36,7 +36,7 @@ from .with_model.labelled_texts import labelled_probing
 from .with_model.probing import sparse_probing
 from .with_model.splice_losses import accumulate_losses, per_hook_losses, run_name, splice_metrics
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 """Increased whenever the same inputs give different results."""
 IGNORED_SETTINGS = ("store", "saes", "output", "cache", "cache_bytes", "feature_rows", "export", "allow_other_model")
 """Settings that no result depends on. The store's checksums identify it, not its path."""
@@ -225,10 +225,14 @@ def measure_suite(prepared: PreparedEvaluation, results: Results, fired: dict[st
         part = prepared.rows.subset(prepared.config.model_rows)
         tasks = first_letter_tasks(part, prepared.tokenizer, prepared.config.seed)
         for name, values in sparse_probing(remaining, part, prepared.config, tasks).items() if tasks else ():
-            letters = {key.replace("probe_", "first_letter_", 1): value for key, value in values.items()}
-            found[name] = found.get(name, {}) | letters
+            intervals = _of_letters(values["confidence_95"])
+            found[name] = found.get(name, {}) | _of_letters(values) | {"confidence_95": intervals}
     for sae in remaining:
         results.add("suite", sae.name, found.get(sae.name, {}))
+
+
+def _of_letters(values: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("probe_", "first_letter_", 1): value for key, value in values.items()}
 
 
 def index_features(prepared: PreparedEvaluation, results: Results) -> dict[str, FeatureIndex] | None:

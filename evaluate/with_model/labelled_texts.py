@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from ..config import EvaluateConfig
 from ..metrics.encoding import rows_at_a_time
 from ..saes.hook_group import concatenate
 from ..saes.sae_folders import EvaluatedSae
-from .probing import Task, dense_latents, mean_of, next_token_tasks, probe_accuracy, sparse_accuracies
+from .probing import Task, dense_latents, mean_accuracies, next_token_tasks, probe_hits, sparse_hits
 
 N_LABELS = 10
 """How many of the most frequent labels are probed for."""
@@ -131,24 +131,28 @@ def labelled_probing(
     hook_points: dict[str, ResolvedHookPoint],
     store: ActivationStore,
     config: EvaluateConfig,
-) -> dict[str, dict[str, float | int]]:
-    """Return each SAE's mean accuracy over the labels for each k, and that of the baseline on the activations."""
+) -> dict[str, dict[str, Any]]:
+    """Return each SAE's mean accuracy over the labels for each k, and that of the baseline on the activations.
+
+    `confidence_95` has their intervals over texts.
+    """
     tokens, tasks = probes.tokens, probes.tasks
     read = list(dict.fromkeys(name for sae in saes for name in members(sae.hook_point)))
     rows, text = _activations(model, {name: hook_points[name] for name in read}, tokens, store, config.batch_size)
-    results: dict[str, dict[str, float | int]] = {}
-    baseline: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    baseline: dict[str, list[Tensor]] = {}
     for sae in progress(saes, unit="SAE", desc="probe labels"):
         x = concatenate(rows, sae.hook_point)
         if sae.hook_point not in baseline:
             pooled = _means([x.float()], text, len(tokens), x.shape[1])
             splits = [(pooled[task.train], task.train_labels, pooled[task.test], task.test_labels) for task in tasks]
-            baseline[sae.hook_point] = {"label_accuracy_activations": mean_of([probe_accuracy(*s) for s in splits])}
+            baseline[sae.hook_point] = [probe_hits(*split) for split in splits]
         parts = (dense_latents(sae, part.float()) for part in x.split(rows_at_a_time(sae.sae)))
         pooled = _means(parts, text, len(tokens), sae.sae.d_sae)
-        found = [sparse_accuracies(pooled[task.train], pooled[task.test], task) for task in tasks]
-        accuracies = {f"label_accuracy_k{k}": mean_of([one[k] for one in found]) for k in found[0]}
-        results[sae.name] = {"label_tasks": len(tasks), **accuracies, **baseline[sae.hook_point]}
+        found = [sparse_hits(pooled[task.train], pooled[task.test], task) for task in tasks]
+        hits = {f"label_accuracy_k{k}": [one[k] for one in found] for k in found[0]}
+        hits["label_accuracy_activations"] = baseline[sae.hook_point]
+        results[sae.name] = {"label_tasks": len(tasks), **mean_accuracies(tasks, hits, config)}
     return results
 
 

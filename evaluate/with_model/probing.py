@@ -8,8 +8,9 @@ the same regression on the activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ...shared.core.errors import StoreError
 from ...shared.core.terminal.progress import progress
 from ...shared.model.hook_points import members
 from ..config import EvaluateConfig
+from ..metrics.bootstrap import Sums, confidence_intervals, point_estimates
 from ..metrics.encoding import encode
 from ..metrics.held_out import HeldOut
 from ..saes.hook_group import concatenate
@@ -34,13 +36,14 @@ MIN_ROWS_PER_SPLIT = 20
 
 @dataclass(frozen=True)
 class Task:
-    """Row numbers and labels of one task: is the next token `token`?"""
+    """Rows and labels of one task: is the next token `token`? `test_groups` numbers the documents of the test rows."""
 
     token: int
     train: Int64[Tensor, " n_train"]
     train_labels: Float[Tensor, " n_train"]
     test: Int64[Tensor, " n_test"]
     test_labels: Float[Tensor, " n_test"]
+    test_groups: Int64[np.ndarray, " n_test"]
 
 
 def next_tokens(
@@ -66,7 +69,7 @@ def next_token_tasks(
         splits = [_balanced(following, token, rows, rng) for rows in (~test, test)]
         if min(len(labels) for _, labels in splits) >= MIN_ROWS_PER_SPLIT:
             (train_rows, train_labels), (test_rows, test_labels) = splits
-            tasks.append(Task(int(token), train_rows, train_labels, test_rows, test_labels))
+            tasks.append(Task(int(token), train_rows, train_labels, test_rows, test_labels, group[test_rows.numpy()]))
     return tasks
 
 
@@ -116,13 +119,13 @@ def fit_logistic(
     return solution[:-1], float(solution[-1])
 
 
-def probe_accuracy(
+def probe_hits(
     train: Float[Tensor, "n_train d"], train_labels: Tensor, test: Float[Tensor, "n_test d"], test_labels: Tensor
-) -> float:
-    """Fit on the training rows and return the accuracy on the test rows."""
+) -> Bool[Tensor, " n_test"]:
+    """Fit on the training rows and return which of the test rows are classified rightly."""
     weights, bias = fit_logistic(train, train_labels)
     predicted = test.double() @ weights + bias > 0
-    return float((predicted == (test_labels == 1)).double().mean())
+    return predicted == (test_labels == 1)
 
 
 def probe_tasks(rows: HeldOut, config: EvaluateConfig) -> list[Task]:
@@ -147,8 +150,10 @@ def probe_tasks(rows: HeldOut, config: EvaluateConfig) -> list[Task]:
 @torch.inference_mode()
 def sparse_probing(
     saes: Sequence[EvaluatedSae], rows: HeldOut, config: EvaluateConfig, tasks: Sequence[Task] | None = None
-) -> dict[str, dict[str, float | int]]:
+) -> dict[str, dict[str, Any]]:
     """Return each SAE's mean accuracy over the tasks for each k, and that of the baseline on the activations.
+
+    `confidence_95` has their intervals over documents.
 
     `tasks` defaults to `probe_tasks(rows, config)`, and its errors are raised here. Without tasks the result is empty.
     """
@@ -159,33 +164,57 @@ def sparse_probing(
     read = list(dict.fromkeys(hook_point for group in groups for hook_point in members(group)))
     parts = [block.activations for block in rows.blocks(read, config.block_rows)]
     x = {group: torch.cat([concatenate(part, group) for part in parts]) for group in groups}
-    baseline = {group: mean_of([_accuracy(x[group], task) for task in tasks]) for group in groups}
-    results: dict[str, dict[str, float | int]] = {}
+    baseline = {group: [_hits(x[group], task) for task in tasks] for group in groups}
+    results: dict[str, dict[str, Any]] = {}
     for sae in progress(saes, unit="SAE", desc="probe"):
         own = x[sae.hook_point]
         found = [
-            sparse_accuracies(dense_latents(sae, own[task.train]), dense_latents(sae, own[task.test]), task)
-            for task in tasks
+            sparse_hits(dense_latents(sae, own[task.train]), dense_latents(sae, own[task.test]), task) for task in tasks
         ]
-        accuracies = {f"probe_accuracy_k{k}": mean_of([one[k] for one in found]) for k in SPARSITIES}
-        accuracies["probe_accuracy_activations"] = baseline[sae.hook_point]
-        results[sae.name] = {"probe_tasks": len(tasks), **accuracies}
+        hits = {f"probe_accuracy_k{k}": [one[k] for one in found] for k in SPARSITIES}
+        hits["probe_accuracy_activations"] = baseline[sae.hook_point]
+        results[sae.name] = {"probe_tasks": len(tasks), **mean_accuracies(tasks, hits, config)}
     return results
 
 
-def _accuracy(x: Float[Tensor, "rows d_in"], task: Task) -> float:
-    return probe_accuracy(x[task.train], task.train_labels, x[task.test], task.test_labels)
+def _hits(x: Float[Tensor, "rows d_in"], task: Task) -> Bool[Tensor, " n_test"]:
+    return probe_hits(x[task.train], task.train_labels, x[task.test], task.test_labels)
 
 
-def sparse_accuracies(
+def sparse_hits(
     train: Float[Tensor, "n_train d_sae"], test: Float[Tensor, "n_test d_sae"], task: Task
-) -> dict[int, float]:
-    """Return the accuracy on a task's test rows for each k, from the latents of its rows."""
+) -> dict[int, Bool[Tensor, " n_test"]]:
+    """Return which of a task's test rows are classified rightly for each k, from the latents of its rows."""
     found = {}
     for k in SPARSITIES:
         chosen = select_latents(train, task.train_labels, k)
-        found[k] = probe_accuracy(train[:, chosen], task.train_labels, test[:, chosen], task.test_labels)
+        found[k] = probe_hits(train[:, chosen], task.train_labels, test[:, chosen], task.test_labels)
     return found
+
+
+def mean_accuracies(
+    tasks: Sequence[Task], hits: Mapping[str, Sequence[Bool[Tensor, " n_test"]]], config: EvaluateConfig
+) -> dict[str, Any]:
+    """Return the mean accuracy over tasks under each key of `hits`, and intervals over resampled test documents.
+
+    `hits` says for each task which of its test rows are classified rightly. Intervals do not include the choice of the
+    training rows.
+    """
+    groups = np.unique(np.concatenate([task.test_groups for task in tasks]))
+
+    def by_group(values: Sequence[Tensor]) -> Float[np.ndarray, "groups tasks"]:
+        places = [np.searchsorted(groups, task.test_groups) for task in tasks]
+        counts = [np.bincount(at, value.numpy(), len(groups)) for at, value in zip(places, values, strict=True)]
+        return np.stack(counts, axis=1)
+
+    def accuracies(sums: Sums) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore"):  # a resample may lack all test rows of a task
+            return {key: (sums[key] / sums["n"]).mean(axis=-1) for key in hits}
+
+    sums = {"n": by_group([torch.ones_like(task.test_labels) for task in tasks])}
+    sums |= {key: by_group([hit.double() for hit in values]) for key, values in hits.items()}
+    intervals = confidence_intervals(accuracies, sums, config.bootstrap_samples, config.seed)
+    return point_estimates(accuracies, sums) | {"confidence_95": {key: list(both) for key, both in intervals.items()}}
 
 
 def dense_latents(sae: EvaluatedSae, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_sae"]:
@@ -194,8 +223,3 @@ def dense_latents(sae: EvaluatedSae, x: Float[Tensor, "rows d_in"]) -> Float[Ten
     if encoded.top_indices is None:
         return encoded.latents.cpu()
     return torch.zeros(len(x), sae.sae.d_sae).scatter_add_(1, encoded.top_indices.cpu(), encoded.latents.cpu())
-
-
-def mean_of(numbers: Sequence[float]) -> float:
-    """Return the mean over tasks."""
-    return float(np.mean(numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,10 @@ from thresher.evaluate.saes.sae_folders import EvaluatedSae
 from thresher.evaluate.with_model.probing import (
     MIN_ROWS_PER_SPLIT,
     fit_logistic,
+    mean_accuracies,
     next_token_tasks,
     next_tokens,
-    probe_accuracy,
+    probe_hits,
     select_latents,
     sparse_probing,
 )
@@ -44,8 +46,8 @@ def test_regression_is_at_the_optimum(seed, scale):
 def test_separable_classes_are_found():
     x = torch.cat([torch.full((30, 1), 5.0), torch.full((30, 1), -5.0)])
     labels = torch.cat([torch.ones(30), torch.zeros(30)]).double()
-    assert probe_accuracy(x, labels, x, labels) == 1
-    assert probe_accuracy(x, labels, -x, labels) == 0
+    assert probe_hits(x, labels, x, labels).all()
+    assert not probe_hits(x, labels, -x, labels).any()
 
 
 def test_constant_latents_do_not_break_the_fit():
@@ -84,6 +86,25 @@ def test_tasks_are_balanced_and_split_by_document():
     assert [t.train.tolist() for t in next_token_tasks(following, group, 2, 0)] == [t.train.tolist() for t in tasks]
 
 
+def test_intervals_are_those_of_resampled_documents():
+    """Against a plain bootstrap: draw documents, take all their test rows, and average over tasks."""
+    rng = np.random.default_rng(1)
+    following, group = rng.choice([3, 7, 9], 6000), rng.integers(0, 600, 6000)
+    tasks = next_token_tasks(following, group, 2, 0)
+    hits = [torch.from_numpy(rng.random(len(task.test)) < 0.6 + 0.3 * (group[task.test] % 10 == 0)) for task in tasks]
+    found = mean_accuracies(tasks, {"right": hits}, msgspec.structs.replace(CONFIG, bootstrap_samples=4000))
+    assert found["right"] == pytest.approx(np.mean([hit.double().mean() for hit in hits]))
+    documents = np.unique(np.concatenate([group[task.test] for task in tasks]))
+    samples = []
+    for _ in range(4000):
+        drawn = rng.choice(documents, len(documents))
+        rows = [np.concatenate([np.flatnonzero(group[task.test] == one) for one in drawn]) for task in tasks]
+        samples.append(np.mean([hit.numpy()[some].mean() for hit, some in zip(hits, rows, strict=True)]))
+    expected = np.quantile(samples, [0.025, 0.975])
+    assert expected[1] - expected[0] > 0.02
+    np.testing.assert_allclose(found["confidence_95"]["right"], expected, atol=0.004)
+
+
 def test_too_few_rows_are_refused(tiny, make_sae):
     sae = EvaluatedSae("sae", None, make_sae(), "blocks.1.resid_post", "blocks.1.resid_post")
     with pytest.raises(StoreError, match="too few held-out rows"):
@@ -109,3 +130,4 @@ def test_a_latent_that_knows_the_next_token(tiny, make_sae, monkeypatch):
     assert result["probe_tasks"] == 3
     assert result["probe_accuracy_k1"] == 1
     assert result["probe_accuracy_activations"] == 1
+    assert result["confidence_95"]["probe_accuracy_k1"] == [1, 1]
