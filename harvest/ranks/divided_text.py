@@ -20,9 +20,9 @@ from ..prefetch import Prefetch
 from ..tokens.encode import MAX_BATCH_CHARACTERS, Tokenized, TokenizedBatch
 from .rank_group import TIMEOUT, RankGroup
 
-PIECE_BYTES = 1 << 22
+VALUE_BYTES = 1 << 22
 """Less than the largest value that the key-value store takes, 8 MiB."""
-POLL_SECONDS = 0.01
+SECONDS_BETWEEN_LOOKS = 0.01
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -76,7 +76,7 @@ class DividedText:
             for hash_, tokens, roles, refusal in batch.tokenized
         ]
         message = msgspec.msgpack.encode(_Part(checksum, batch.names, documents))
-        pieces = [message[start : start + PIECE_BYTES] for start in range(0, len(message), PIECE_BYTES)]
+        pieces = [message[start : start + VALUE_BYTES] for start in range(0, len(message), VALUE_BYTES)]
         with self._ranks.reaching():
             for index, piece in enumerate(pieces):
                 self._ranks.messages.set(f"tokens/{number}/{index}", piece)  # pyright: ignore[reportArgumentType]
@@ -91,7 +91,7 @@ class DividedText:
                 self._ranks.check()
                 if time.monotonic() > until:
                     raise RankError(self._ranks.lost)
-                time.sleep(POLL_SECONDS)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
             keys = [f"{key}/{index}" for index in range(int(messages.get(key)))]
             part = msgspec.msgpack.decode(b"".join(map(messages.get, keys)), type=_Part)
             if messages.add(f"{key}/read", 1) == self._ranks.n - 1:

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import HashStore
 
 from thresher.harvest.documents.documents import Document
-from thresher.harvest.ranks.divided_text import PIECE_BYTES, DividedText, batches_ahead, documents_checksum
+from thresher.harvest.ranks.divided_text import VALUE_BYTES, DividedText, batches_ahead, documents_checksum
 from thresher.harvest.ranks.rank_group import RankGroup
 from thresher.harvest.tokens.encode import Tokenized, TokenizedBatch
 from thresher.shared.core.errors import DataError, RankError
@@ -75,7 +75,7 @@ def test_every_rank_gets_all_tokens_and_tokenizes_its_own_batches(n: int) -> Non
 
 
 def test_a_batch_may_be_larger_than_a_value_of_the_key_value_store() -> None:
-    n_tokens = PIECE_BYTES // 2  # four bytes each: two pieces and a bit
+    n_tokens = VALUE_BYTES // 2  # four bytes each: two pieces and a bit
 
     def long(batch: list[Document]) -> TokenizedBatch:
         return TokenizedBatch([batch[0].name], [Tokenized(1, np.arange(n_tokens, dtype=np.int32))])
