@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..shared.core.errors import DiskSpaceError
 from ..shared.core.location import cache_folder, locate
-from ..shared.store.format.layout import ITEM_BYTES
+from ..shared.store.format.layout import bytes_per_value
 from .config import HarvestConfig
 
 _log = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ class Estimate:
 
 def estimate(widths: Mapping[str, int], dtype: str, codec: str, n_rows: int, rows_per_second: float) -> Estimate:
     """Estimate a harvest from its shape and the speed of its first batch."""
-    item_bytes = ITEM_BYTES["int8" if codec == "int8" else dtype]
-    raw_bytes = n_rows * sum(widths.values()) * item_bytes
+    raw_bytes = n_rows * sum(widths.values()) * bytes_per_value(dtype, codec)
     stored = raw_bytes * STORED_FRACTION[codec] + n_rows * TOKEN_BYTES
     return Estimate(n_rows, raw_bytes, int(stored), n_rows / rows_per_second)
 

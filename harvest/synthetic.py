@@ -18,7 +18,7 @@ from ..shared.core.config import to_toml
 from ..shared.core.errors import ConfigError
 from ..shared.core.interrupt import Interrupt
 from ..shared.core.location import StoreUrl
-from ..shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
+from ..shared.store.format.layout import bytes_per_value, choose_chunk_rows
 from ..shared.synthetic.law import HOOK_POINT, SyntheticLaw, find_law
 from .config import HarvestConfig
 from .estimate import human_bytes
@@ -138,7 +138,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, list[bool]]]:
     """Yield `[contexts, context_size, d_in]` rows and which contexts are held out, from context `n_done` on."""
     per_batch = max(1, BATCH_ROWS // config.context_size)
-    row_bytes = law.d_in * ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
+    row_bytes = law.d_in * bytes_per_value(config.dtype, config.codec)
     group = max(1, choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes) // config.context_size)
 
     def draw(number: int) -> tuple[Tensor, list[bool]]:

@@ -201,9 +201,9 @@ def mean_accuracies(
     training rows.
     """
     groups = np.unique(np.concatenate([task.test_groups for task in tasks]))
+    places = [np.searchsorted(groups, task.test_groups) for task in tasks]
 
     def by_group(values: Sequence[Tensor]) -> Float[np.ndarray, "groups tasks"]:
-        places = [np.searchsorted(groups, task.test_groups) for task in tasks]
         counts = [np.bincount(at, value.numpy(), len(groups)) for at, value in zip(places, values, strict=True)]
         return np.stack(counts, axis=1)
 

@@ -19,7 +19,7 @@ from ...shared.model.loading.placement import spread_of
 from ...shared.model.loading.tensor_parallel import Team
 from ...shared.model.probe.probe import probe_tokens
 from ...shared.model.probe.scales import same
-from ...shared.store.format.layout import ITEM_BYTES, choose_chunk_rows
+from ...shared.store.format.layout import bytes_per_value, choose_chunk_rows
 from ...shared.store.format.roles import ROLE_NAMES
 from ...shared.store.read.stored_tokenizer import serialise_tokenizer
 from ...shared.store.read.tokenizer_folder import describe_tokenizer
@@ -117,17 +117,13 @@ def _packing(
     hook_points: Mapping[str, ResolvedHookPoint],
 ) -> tuple[int, TextRules]:
     """Return the contexts per group and the rules of the text, and check that both splits get a context."""
-    row_bytes = max(hook_point.d_in for hook_point in hook_points.values()) * bytes_per_value(config)
+    widest = max(hook_point.d_in for hook_point in hook_points.values())
+    row_bytes = widest * bytes_per_value(config.dtype, config.codec)
     chunk_rows = choose_chunk_rows(row_bytes, config.context_size, config.chunk_bytes)
     group = max(1, chunk_rows // config.context_size)
     rules = find_text_rules(config, tokenizer)
     check_splits(config, tokenizer, group, rules, embedding_count(model))
     return group, rules
-
-
-def bytes_per_value(config: HarvestConfig) -> int:
-    """Return the bytes of a stored activation before compression."""
-    return ITEM_BYTES["int8" if config.codec == "int8" else config.dtype]
 
 
 def check_whole(model: PreTrainedModel, hook_points: Mapping[str, ResolvedHookPoint], team: Team) -> None:

@@ -18,7 +18,7 @@ from ...shared.store.format.checksum import crc32c
 from ..documents.documents import Document
 from ..prefetch import Prefetch
 from ..tokens.encode import MAX_BATCH_CHARACTERS, Tokenized, TokenizedBatch
-from .rank_group import TIMEOUT, RankGroup
+from .rank_group import TIMEOUT, RankGroup, wait_for
 
 VALUE_BYTES = 1 << 22
 """Less than the largest value that the key-value store takes, 8 MiB."""
@@ -86,12 +86,14 @@ class DividedText:
         key, rank = f"tokens/{number}", number % self._ranks.n
         messages = self._ranks.messages
         until = time.monotonic() + TIMEOUT.total_seconds()
+
+        def check() -> None:
+            self._ranks.check()
+            if time.monotonic() > until:
+                raise RankError(self._ranks.lost)
+
         with self._ranks.reaching():
-            while not messages.check([key]):
-                self._ranks.check()
-                if time.monotonic() > until:
-                    raise RankError(self._ranks.lost)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            wait_for(lambda: messages.check([key]) or None, check, SECONDS_BETWEEN_LOOKS)
             keys = [f"{key}/{index}" for index in range(int(messages.get(key)))]
             part = msgspec.msgpack.decode(b"".join(map(messages.get, keys)), type=_Part)
             if messages.add(f"{key}/read", 1) == self._ranks.n - 1:

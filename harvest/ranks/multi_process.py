@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch
@@ -23,23 +23,23 @@ from ...shared.core.errors import DataError, StoreError
 from ...shared.core.interrupt import Interrupt
 from ...shared.core.location import StoreUrl, locate
 from ...shared.store.format.checksum import crc32c
+from ...shared.store.format.layout import bytes_per_value
 from ...shared.store.write.rank_store import POLL_SECONDS
 from ...shared.store.write.rank_writer import RankWriter
 from ..config import HarvestConfig
 from ..model.forward import MAX_WORKERS, follow
-from ..model.plan import HarvestPlan, bytes_per_value, make_plan
+from ..model.plan import HarvestPlan, make_plan
 from ..resume import resume_contexts
 from ..reuse import check_unchanged, compare_store, identity
 from ..steps import open_writer, print_status, print_stored, run_model, write_sources
 from ..tokens.packing import Context
 from ..tokens.tokens import read_contexts
 from .divided_text import DividedText, batches_ahead
-from .rank_group import RankGroup, join_leaders, join_ranks, rank_device
+from .rank_group import RankGroup, join_leaders, join_ranks, rank_device, wait_for
 from .rank_progress import RankProgress
 
 _log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
 SECONDS_UNTIL_VISIBLE = 120
 _MAX_THREADS = 8
 
@@ -62,7 +62,7 @@ def harvest_ranks(config: HarvestConfig) -> Path | StoreUrl:
             follow(plan)
             return store
         text = TextChecksum()
-        shard_rows = config.shard_bytes // (max(plan.widths.values()) * bytes_per_value(config))
+        shard_rows = config.shard_bytes // (max(plan.widths.values()) * bytes_per_value(config.dtype, config.codec))
         divided = DividedText(ranks, batches_ahead(shard_rows, ranks.n)) if ranks.n > 1 else None
         contexts = text.follow(
             read_contexts(config, plan.tokenizer, plan.group, plan.rules, plan.n_embeddings, divided)
@@ -178,14 +178,6 @@ def complete(
         time.sleep(POLL_SECONDS)
     check_text()
     writer.complete()
-
-
-def wait_for(ready: Callable[[], _T | None], check: Callable[[], None]) -> _T:
-    """Poll `ready` until it returns a value other than None, and return that."""
-    while (found := ready()) is None:
-        check()
-        time.sleep(POLL_SECONDS)
-    return found
 
 
 class TextChecksum:

@@ -25,6 +25,7 @@ from ...shared.core.compute.processes import Ranks, start_group
 from ...shared.core.errors import ConfigError, RankError
 from ...shared.model.loading.tensor_parallel import Team
 from ...shared.store.local.liveness import LivenessLock
+from ...shared.store.write.rank_store import POLL_SECONDS
 
 _T = TypeVar("_T")
 SECONDS_BETWEEN_CHECKS = 0.5
@@ -193,6 +194,14 @@ def join_leaders(everyone: RankGroup, team: Team | None) -> RankGroup:
         return everyone
     leaders = dist.new_group(list(range(0, everyone.n, team.n)), timeout=TIMEOUT, backend="gloo")
     return RankGroup(team.number, team.n_teams, everyone.messages, leaders)
+
+
+def wait_for(ready: Callable[[], _T | None], check: Callable[[], None], seconds_between: float = POLL_SECONDS) -> _T:
+    """Poll `ready` until it returns a value other than None, and return that; call `check` before each wait."""
+    while (found := ready()) is None:
+        check()
+        time.sleep(seconds_between)
+    return found
 
 
 @contextmanager

@@ -161,6 +161,11 @@ def shard_keys(header: Header, shard: int) -> list[str]:
     return [*keys, statistics_key(shard), provenance_key(shard)]
 
 
+def bytes_per_value(dtype: str, codec: str) -> int:
+    """Return the bytes of a stored activation before compression."""
+    return ITEM_BYTES["int8" if codec == "int8" else dtype]
+
+
 def choose_chunk_rows(widest_row_bytes: int, context_size: int, chunk_bytes: int) -> int:
     """Return the rows per chunk: close to `chunk_bytes`, and a multiple or divisor of a context if possible."""
     target = max(1, chunk_bytes // widest_row_bytes)
@@ -208,7 +213,7 @@ def make_header(
     for what, value, known in (("dtype", dtype, Dtype), ("codec", codec, Codec)):
         if value not in known.__args__:
             raise ConfigError(f"expected {what} to be one of {', '.join(known.__args__)}; got '{value}'")
-    widest = max(hook_points.values()) * ITEM_BYTES[dtype if codec != "int8" else "int8"]
+    widest = max(hook_points.values()) * bytes_per_value(dtype, codec)
     chunk_rows = choose_chunk_rows(widest, context_size, chunk_bytes)
     level = codec_level if codec_level is not None else {"none": 0, "lz4": 9, "zstd": 1, "int8": 1}[codec]
     return Header(
