@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..shared.core.errors import ConfigError, NonFiniteError, StoreError
-from .architectures.base import Architecture
+from .architectures.base import ROTATED, Architecture
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
+    from .architectures.contract import Parameters
     from .config import SaeConfig
     from .step.sae_trainer import Schedule
 
@@ -75,6 +76,22 @@ def check_frozen(architecture: Architecture[Any], names: Collection[str]) -> Non
         raise ConfigError(
             f"resample_every_tokens would change {resampled[0]}, which is frozen; leave out one of the two"
         )
+
+
+def check_rotated(architecture: Architecture[Any], parameters: Parameters) -> None:
+    """Refuse to rotate rows for an architecture with parameters that `Architecture.rotated` does not know.
+
+    Raises:
+        ConfigError: a parameter of another name is not one number per latent.
+    """
+    if type(architecture).rotated is not Architecture.rotated:
+        return
+    for name, tensor in parameters.items():
+        if name not in ROTATED and tensor.shape not in ((), (architecture.d_sae,)):
+            raise ConfigError(
+                f"architecture '{architecture.config.architecture}' has a parameter '{name}' that `rotated` does not "
+                "rotate; override that method, or train with rotation = 'none'"
+            )
 
 
 def notes_of(architectures: Sequence[Architecture[Any]], schedule: Schedule, rows_per_epoch: int) -> tuple[str, ...]:

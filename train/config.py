@@ -203,6 +203,13 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             "make up the loss; 0 shortens none.",
         ),
     ] = 10.0
+    rotation: Annotated[
+        Literal["pca", "none"] | None,
+        Meta(
+            description="pca: train along the principal axes of each hook point's rows, and rotate the saved weights "
+            "back; the recipe's if not given."
+        ),
+    ] = None
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Meta(description="Precision of the encoder's matrix product.")
     ] = "bfloat16"

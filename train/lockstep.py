@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..shared.core.compute.cores import on_cores
-from ..shared.store import ActivationStore
 from .architectures.contract import SINGLE_PROCESS, Batch, Number
 from .config import TrainConfig
 from .kernels import kernels_for
@@ -20,27 +19,20 @@ from .parallel.layout import Layout
 from .plan import TrainPlan
 from .step.sae_trainer import SaeTrainer
 from .step.step_graphs import capture_on_cuda
-from .stream.normalization import Normalization, RowScale, normalization_across, normalization_of, row_scale
+from .stream.normalization import Normalization, normalization_across
 
 
 def make_trainers(
-    config: TrainConfig,
-    plan: TrainPlan,
-    store: ActivationStore,
-    layout: Layout,
-    row_scales: Mapping[str, RowScale] | None = None,
+    config: TrainConfig, plan: TrainPlan, normalizations: Mapping[str, Normalization], layout: Layout
 ) -> list[SaeTrainer]:
     """Return the trainers, at step zero, of the SAEs that this process trains.
 
-    `row_scales` are how the run scales the rows of each hook point (default: as the configuration says).
+    `normalizations` are those of the run's hook points.
     """
     saes = layout.saes_here(plan.saes)
     kernels = kernels_for(config.device, config.kernels)
-    hooks = sorted({place for sae in saes for place in sae.wiring.hook_points})
-    if row_scales is None:
-        kind, max_row_norm = config.normalize_activations, config.max_row_norm
-        row_scales = {hook: row_scale(store, hook, kind, max_row_norm) for hook in hooks}
-    kinds = {hook: normalization_of(store, hook, row_scales[hook]).to(config.device) for hook in hooks}
+    hooks = {place for sae in saes for place in sae.wiring.hook_points}
+    kinds = {hook: normalizations[hook].to(config.device) for hook in hooks}
     dtype = getattr(torch, config.compute_dtype)
     capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None
     return [
@@ -121,4 +113,8 @@ def prepare_batches(batch: dict[str, Tensor], trainers: list[SaeTrainer]) -> Pre
 def _normalised(
     rows: Tensor, kernels: Backend, by: Normalization, dtype: torch.dtype, at_full_length: bool
 ) -> tuple[Tensor, Tensor]:
-    return kernels.normalise(rows, by.mean, by.scale, dtype, math.inf if at_full_length else by.max_norm)
+    max_norm = math.inf if at_full_length else by.max_norm
+    if by.rotation is None:
+        return kernels.normalise(rows, by.mean, by.scale, dtype, max_norm)
+    x = by.rotation(kernels.normalise(rows, by.mean, by.scale, torch.float32, max_norm)[0])
+    return x, x.to(dtype)

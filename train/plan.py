@@ -14,14 +14,14 @@ from ..shared.core.errors import ConfigError, HookPointError, StoreError
 from .architectures import make_architecture
 from .architectures.base import Architecture
 from .architectures.registry import find_architecture
-from .check_settings import check_activations, check_frozen, check_schedules, notes_of
+from .check_settings import check_activations, check_frozen, check_rotated, check_schedules, notes_of
 from .config import SaeConfig, TrainConfig
 from .kernels import backend_for
 from .memory import Memory, available_memory, fused_step_bytes, parameter_shapes, sae_memory
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
-from .recipes import Began, RunFacts, Setting, completed, settings_for, warmup_for
+from .recipes import Began, RunFacts, Setting, completed, rotation_for, settings_for, warmup_for
 from .step.sae_trainer import Schedule
 from .stream.batches import no_training_rows
 from .sweep.grids import expand_sweep
@@ -46,7 +46,8 @@ class TrainPlan:
     n_ranks: int = 1
     notes: tuple[str, ...] = ()
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    warmup: Setting | None = None
+    rotates: bool = False
+    of_run: dict[str, Setting] = field(default_factory=dict)
     settings: dict[str, dict[str, Setting]] = field(default_factory=dict)
     steps: dict[str, str] = field(default_factory=dict)
 
@@ -93,7 +94,7 @@ class TrainPlan:
 
     def _chosen(self) -> list[str]:
         """Return a line for each setting that was chosen, with the names of the SAEs and the reason."""
-        lines = [] if self.warmup is None else [f"chosen: warmup_steps = {self.warmup.value} ({self.warmup.reason})"]
+        lines = [f"chosen: {key} = {setting.value} ({setting.reason})" for key, setting in self.of_run.items()]
         saes: dict[tuple[str, Setting], list[str]] = {}
         for name, settings in self.settings.items():
             for key, setting in settings.items():
@@ -127,10 +128,10 @@ def plan_run(
     saes = expand_sweep(config.sae)
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
     n_steps = -(-tokens // config.batch_size)
-    warmup = None if config.warmup_steps is not None else warmup_for(n_steps, config.recipe)
-    if began is not None and warmup is not None:
-        warmup = Setting(began.warmup_steps, "as the run began")
-    warmup_steps = warmup.value if warmup else config.warmup_steps or 0
+    of_run = _of_run(config, n_steps, began)
+    warmup_steps, rotation = (
+        of_run[key].value if key in of_run else getattr(config, key) for key in ("warmup_steps", "rotation")
+    )
     schedule = Schedule(n_steps, config.batch_size, warmup_steps, config.decay_fraction, config.lr_decay)
     settings: dict[str, dict[str, Setting]] = {}
     n_parameters, architectures = {}, {}
@@ -152,6 +153,8 @@ def plan_run(
             check_schedules(architecture, schedule)
             shapes = parameter_shapes(architecture)
             check_frozen(architecture, shapes)
+            if rotation == "pca":
+                check_rotated(architecture, shapes)
         except ConfigError as error:
             raise ConfigError(f"SAE '{sae.name}': {error}") from None
         architectures[str(sae.name)] = architecture
@@ -162,7 +165,7 @@ def plan_run(
         n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in shapes.values())
     check_activations(store, saes)
     device = choose_device(config.device)
-    memory = _memory(config, store, architectures, n_parameters, device, ranks.n)
+    memory = _memory(config, store, architectures, n_parameters, device, ranks.n, rotation == "pca")
     needed = sum(memory.values())
     available = available_memory(device) // (1 if torch.device(device).type == "cuda" else ranks.local_n)
     if needed > available:
@@ -182,10 +185,20 @@ def plan_run(
         ranks.n,
         notes_of(list(architectures.values()), schedule, rows_per_epoch),
         {name: architecture.recipe for name, architecture in architectures.items()},
-        warmup,
+        rotation == "pca",
+        of_run,
         settings,
         {name: _how_steps_run(config, architecture, device, ranks.n) for name, architecture in architectures.items()},
     )
+
+
+def _of_run(config: TrainConfig, n_steps: int, began: Began | None) -> dict[str, Setting]:
+    """Return the settings of the whole run that its configuration leaves open."""
+    chosen = {"warmup_steps": warmup_for(n_steps, config.recipe), "rotation": rotation_for(config.recipe)}
+    if began is not None:
+        values = {"warmup_steps": began.warmup_steps, "rotation": "pca" if began.rotates else "none"}
+        chosen = {key: Setting(value, "as the run began") for key, value in values.items()}
+    return {key: setting for key, setting in chosen.items() if getattr(config, key) is None}
 
 
 def _how_steps_run(config: TrainConfig, architecture: Architecture, device: str, n_ranks: int) -> str:
@@ -212,11 +225,13 @@ def _memory(
     n_parameters: Mapping[str, int],
     device: str,
     n_ranks: int,
+    rotates: bool,
 ) -> dict[str, int]:
     """Return the bytes, by what they are, of the process that needs most.
 
     `windows` bounds the decoded activations. `batch` counts the pre-activations of the widest SAE in 2 bytes, and the
-    rows of the widest hook points in 16: as stored, normalised in both dtypes, and the error. Ranks whose fused steps
+    rows of the widest hook points in 16: as stored, normalised in both dtypes, and the error; in 20 where they are
+    rotated, for which `rotation` counts the matrices. Ranks whose fused steps
     share a batch also hold its other rows in the compute dtype, their errors, and the entries in 12 bytes. Fused steps
     hold partial sums besides; they have no pre-activations, but AuxK and the selection have room in those counted.
     """
@@ -253,10 +268,12 @@ def _memory(
     )
     hook_points = {place for architecture in architectures.values() for place in architecture.config.wiring.hook_points}
     windows = [store.n_rows * store.d_in(hook) * store.dtype.itemsize for hook in hook_points]
+    matrices = [4 * store.d_in(hook) ** 2 for hook in hook_points] if rotates else []
     return {
         **max(of_ranks, key=sum)._asdict(),
+        "rotation": sum(matrices),
         "windows": sum(min(config.window_bytes, n_bytes) for n_bytes in windows),
-        "batch": rows * (2 * widest + 16 * width) + (config.batch_size - rows) * a_row + sums,
+        "batch": rows * (2 * widest + (20 if rotates else 16) * width) + (config.batch_size - rows) * a_row + sums,
     }
 
 

@@ -64,6 +64,7 @@ class Began(NamedTuple):
     """What a run on disk began with; a run of a release that recorded no settings began with published ones."""
 
     warmup_steps: int
+    rotates: bool
     settings: Mapping[str, Mapping[str, Any]] | None
 
     def settings_for(self, config: SaeConfig) -> dict[str, Setting] | None:
@@ -95,6 +96,13 @@ def warmup_for(n_steps: int, recipe: str) -> Setting:
         return Setting(PUBLISHED_WARMUP_STEPS, "published")
     n = min(PUBLISHED_WARMUP_STEPS, max(1, round(n_steps * _WARMUP_SHARE)))
     return Setting(n, f"a twentieth of {n_steps:,} steps, at most {PUBLISHED_WARMUP_STEPS:,}")
+
+
+def rotation_for(recipe: str) -> Setting:
+    """Return whether rows are rotated, where a run's configuration leaves it open."""
+    if recipe == "published":
+        return Setting("none", "published")
+    return Setting("pca", "Adam scales coordinates one by one, and does so best along principal axes")
 
 
 def completed(config: _C, settings: Mapping[str, Any]) -> _C:

@@ -90,10 +90,11 @@ def _train(config: TrainConfig, ranks: TrainRanks) -> TrainedSaes:
 
 def _train_to_end(config: TrainConfig, run: RunState, store: ActivationStore, say: Callable[[str], None]) -> None:
     plan, layout = run.plan, run.layout
+    normalizations = run.normalizations(store)
     for note in (*plan.notes, *shortening_notes(store, run.row_scales)):
         say(f"note: {note}")
     with _open_batches(config, plan, store, layout) as batches:
-        trainers = make_trainers(config, plan, store, layout, run.row_scales)
+        trainers = make_trainers(config, plan, normalizations, layout)
         run.resume(trainers, batches)
         if run.step == 0:
             for name, note in initialise_trainers(trainers, config.init_from):

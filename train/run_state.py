@@ -20,6 +20,7 @@ from ..shared.sae.formats.files import CONFIG_NAME as SAE_CONFIG_NAME
 from ..shared.sae.formats.files import DIVERGED_NAME
 from ..shared.sae.formats.files import WEIGHTS_NAME as SAE_WEIGHTS_NAME
 from .checkpoints.checkpoint import fault_of, load_state, remove_saes, remove_states, sae_path, save_state, state_path
+from .checkpoints.normalizations import begin_normalizations
 from .checkpoints.record import Checkpoint, RunRecord, load_record, save_record
 from .config import SaeConfig, TrainConfig
 from .parallel.latents import is_per_latent
@@ -30,7 +31,7 @@ from .recipes import PUBLISHED_WARMUP_STEPS, Began
 from .same_run import Difference, Request, compare_run
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
-from .stream.normalization import RowScale, row_scale, scale_of_raw_norm
+from .stream.normalization import Normalization, RowScale
 from .stream.row_mask import Half
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def began_with(output: Path) -> Began | None:
     record, _ = load_record(output)
     if record is None:
         return None
-    return Began(PUBLISHED_WARMUP_STEPS if record.warmup_steps is None else record.warmup_steps, record.settings)
+    warmup_steps = PUBLISHED_WARMUP_STEPS if record.warmup_steps is None else record.warmup_steps
+    return Began(warmup_steps, record.axes is not None, record.settings)
 
 
 class RunState:
@@ -74,7 +76,7 @@ class RunState:
         self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=kind)
         self._table = tomllib.loads(to_toml(self._config))
         self._metadata = _sae_metadata(store, config.documents)
-        self._saes = plan.saes
+        self._whole_plan = plan
         request = Request.of(self._table, plan, store)
         loaded = ranks.from_first(self._load() if ranks.first else None)
         assert loaded is not None
@@ -82,11 +84,10 @@ class RunState:
         for note in notes:
             self._say(f"note: {note}")
         difference = compare_run(self.output, record, saved, request, store) if record else Difference()
-        self.row_scales = ranks.from_first(self._row_scales(record, plan, store) if ranks.first else {})
         names = [str(sae.name) for sae in plan.saes]
         self._on_disk = record
         self._record = RunRecord(
-            step=0, finished=False, n_steps=request.n_steps, diverged={}, lengths=[request.n_steps]
+            step=0, finished=False, n_steps=request.n_steps, diverged={}, lengths=[request.n_steps], row_scales={}
         )
         if record is not None:
             self._record = msgspec.structs.replace(record)
@@ -96,7 +97,7 @@ class RunState:
                     "whether this is the same one cannot be checked"
                 )
         self._record.rows_per_epoch, self._record.store = request.rows_per_epoch, request.store
-        self._record.row_scales, self._record.recipes = self.row_scales, request.recipes
+        self._record.recipes = request.recipes
         self._record.config = self._table
         if record is None or record.settings is not None:
             self._record.warmup_steps = plan.schedule.warmup_steps
@@ -132,15 +133,14 @@ class RunState:
             return record, (record.config or {}) if record else {}, notes
         return record, read_toml(self.output / _CONFIG_NAME), notes
 
-    def _row_scales(self, record: RunRecord | None, plan: TrainPlan, store: ActivationStore) -> dict[str, RowScale]:
-        """Return how the run scaled each hook point's rows when it began, computed as its release did."""
-        kind, max_row_norm = self._config.normalize_activations, self._config.max_row_norm
-        places = sorted({place for sae in plan.saes for place in sae.wiring.hook_points})
-        known = dict(record.row_scales or {}) if record else {}
-        if record is not None and record.row_scales is None:  # a release that shortened no rows
-            factors = record.scales or {place: scale_of_raw_norm(store, place, kind) for place in places}
-            known = {place: RowScale(factor=factor) for place, factor in factors.items()}
-        return {place: known.get(place) or row_scale(store, place, kind, max_row_norm) for place in places}
+    def normalizations(self, store: ActivationStore) -> dict[str, Normalization]:
+        """Return the normalisation of each hook point with which the run began or begins; all ranks call this."""
+        return begin_normalizations(self._config, self._whole_plan, self._record, store, self._ranks)
+
+    @property
+    def row_scales(self) -> dict[str, RowScale]:
+        """Return how the run scales the rows of each hook point, once `normalizations` was called."""
+        return self._record.row_scales or {}
 
     @property
     def finished(self) -> bool:
@@ -150,7 +150,7 @@ class RunState:
     @property
     def diverged(self) -> dict[str, str]:
         """Return which SAEs of the sweep diverged, and why."""
-        names = [str(sae.name) for sae in self._saes]
+        names = [str(sae.name) for sae in self._whole_plan.saes]
         return {name: self._record.diverged[name] for name in names if name in self._record.diverged}
 
     def folders(self) -> list[Path]:
@@ -158,7 +158,7 @@ class RunState:
         return [self.output / str(sae.name) for sae in self._healthy()]
 
     def _healthy(self) -> list[SaeConfig]:
-        return [sae for sae in self._saes if sae.name not in self._record.diverged]
+        return [sae for sae in self._whole_plan.saes if sae.name not in self._record.diverged]
 
     def _lacks_an_sae(self) -> bool:
         """Return whether a file of a trained SAE is gone and its final state is not."""
@@ -193,7 +193,7 @@ class RunState:
         """Start to train again the SAEs that diverged in a finished run, without the others."""
         record = self._record
         final = record.checkpoints[0].files if record.checkpoints else {}
-        now = {str(sae.name) for sae in self._saes}
+        now = {str(sae.name) for sae in self._whole_plan.saes}
         record.diverged = {name: why for name, why in record.diverged.items() if name in now and name not in names}
         kept = {str(sae.name) for sae in self._healthy()} - set(names)
         record.trained = {name: checksum for name, checksum in final.items() if name in kept}
@@ -206,7 +206,7 @@ class RunState:
             remove_states(self.output, name, keep=())
             remove_saes(self.output, name)
             (self.output / name / DIVERGED_NAME).unlink(missing_ok=True)
-        now = {str(sae.name) for sae in self._saes}
+        now = {str(sae.name) for sae in self._whole_plan.saes}
         for path in self.output.glob(f"*/{DIVERGED_NAME}"):
             if path.parent.name not in now:
                 path.unlink()
@@ -320,7 +320,9 @@ class RunState:
 
     def no_sae_left(self) -> ConfigError:
         """Return the error that all SAEs diverged."""
-        last = next(name for name in reversed([str(sae.name) for sae in self._saes]) if name in self._record.diverged)
+        last = next(
+            name for name in reversed([str(sae.name) for sae in self._whole_plan.saes]) if name in self._record.diverged
+        )
         return ConfigError(
             f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates and run again"
         )

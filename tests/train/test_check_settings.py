@@ -314,6 +314,6 @@ def test_frozen_directions_are_the_initial_ones_and_the_rest_is_trained(config, 
     initial = architecture.initial_parameters(torch.Generator().manual_seed(3))
     frozen = frozen or {"W_enc", "W_dec"}
     assert sae.config["freeze"] == sorted(frozen)
-    assert torch.equal(sae.W_dec, initial["W_dec"])
-    assert torch.equal(sae.W_enc, initial["W_enc"].T) == ("W_enc" in frozen)
+    torch.testing.assert_close(sae.W_dec.detach(), initial["W_dec"], rtol=0, atol=1e-6)
+    assert torch.allclose(sae.W_enc, initial["W_enc"].T, rtol=0, atol=1e-6) == ("W_enc" in frozen)
     assert sae.b_enc.abs().max() > 0

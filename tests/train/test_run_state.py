@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import thresher.train.checkpoints.checkpoint as checkpoint_module
-import thresher.train.run_state as run_state_module
+import thresher.train.checkpoints.normalizations as normalizations_module
 from thresher.shared import ActivationStore, ActivationStoreWriter
 from thresher.shared.core.cli import main
 from thresher.shared.core.config import read_toml, to_toml
@@ -136,7 +136,7 @@ def test_a_run_of_an_older_release_is_resumed_with_its_own_scale(config, tmp_pat
     """That its store is not recorded is noted; inputs stay scaled by the mean norm of rows that are not centred."""
     published = change(config, recipe="published")
     with monkeypatch.context() as patch:
-        patch.setattr(run_state_module, "row_scale", lambda *given: RowScale(factor=scale_of_raw_norm(*given[:3])))
+        patch.setattr(normalizations_module, "row_scale", lambda *given: RowScale(factor=scale_of_raw_norm(*given[:3])))
         expected = train(change(published, output=str(tmp_path / "whole")))
         train_killed(published, 20)
     path = tmp_path / "out/checkpoint.json"
@@ -315,6 +315,7 @@ LONGER = BATCH * 70
 def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_path, capsys):
     """Weights are those of a plain loop whose learning rate is first a short run's, then that of the longer one."""
     table = TOPK | {"dead_after_tokens": BATCH * 6, "beta2": 0.9}
+    config = change(config, rotation="none")
     train(change(config, sae=[table]))
     (folder,) = train(change(config, sae=[table], tokens=LONGER))
     assert "continuing from step 30 (1,920 tokens) to step 70 (4,480 tokens)" in capsys.readouterr().err

@@ -29,6 +29,9 @@ from .parts.raw_units import in_order, to_normalized, to_raw
 
 _C = TypeVar("_C", bound=SaeConfig)
 
+ROTATED = ("W_enc", "W_dec", "b_dec", "W_skip")
+"""The parameters that have a coordinate per channel."""
+
 
 class Architecture(Generic[_C]):
     """Base of the architectures: `config` holds the keys of its `[[sae]]` table.
@@ -191,6 +194,23 @@ class Architecture(Generic[_C]):
             "b_dec": torch.zeros(self.d_out),
             **skip,
         }
+
+    def rotated(self, parameters: Parameters, by: Normalization, back: bool = False) -> Parameters:
+        """Return parameters for the rows that a normalisation rotates; with `back`, for the rows before it does.
+
+        An architecture that has other parameters than those in `ROTATED` with a coordinate per channel overrides this.
+        """
+        source, target = by.rotation, (by.target or by).rotation
+        if source is None or target is None:
+            return parameters
+        turn_in, turn_out = (source.undo, target.undo) if back else (source, target)
+        found = dict(parameters)
+        for name, turn in (("W_enc", turn_in), ("W_dec", turn_out), ("b_dec", turn_out)):
+            if name in found:
+                found[name] = turn(found[name])
+        if "W_skip" in found:
+            found["W_skip"] = turn_out(turn_in(found["W_skip"]).T).T.contiguous()
+        return found
 
     def initial_buffers(self) -> Buffers:
         """Return the state of training besides parameters, such as running means."""

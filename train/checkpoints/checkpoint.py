@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...shared.core.disk import replacing
@@ -27,15 +27,19 @@ def sae_path(output: Path, name: str, step: int) -> Path:
 
 
 def save_state(output: Path, name: str, step: int, state: Mapping[str, Tensor]) -> int:
-    """Write one SAE's state at a step, read it back, and return the checksum of what is in memory.
+    """Write one SAE's state at a step, as `save_tensors` does, and return its checksum."""
+    return save_tensors(state_path(output, name, step), state)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors to a file, read it back, and return the checksum of what is in memory.
 
     Raises:
         OutputError: the file cannot be written, or what is read back is not what was written.
         DiskSpaceError: the disk is full.
     """
-    path = state_path(output, name, step)
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    checksum = _checksum((key, plain[key]) for key in sorted(plain))
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    checksum = checksum_of(plain)
     with replacing(path) as partial:
         save_file(plain, partial)
         fault = fault_of(partial, checksum)
@@ -56,8 +60,20 @@ def fault_of(path: Path, checksum: int | None) -> str | None:
     return "does not have its checksum" if checksum is not None and found != checksum else None
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file; none if it is missing or not readable."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32C of tensors in host memory, and of their names, types and shapes."""
+    return _checksum((name, tensors[name]) for name in sorted(tensors))
+
+
 def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Return the CRC-32C of tensors in order, and of their names, types and shapes."""
     checksum = 0
     for name, tensor in tensors:
         checksum = crc32c(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)

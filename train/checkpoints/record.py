@@ -39,8 +39,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
     `pending` names the SAEs in training; `trained` holds the checksums of the final states of the SAEs that were
     trained before them. `lengths` are the numbers of steps of the run: the first one, and one per continuation.
-    `row_scales` are by hook point; `scales` are the factors alone, of releases that shortened no rows. `warmup_steps`
-    and `settings`, by the SAE's name, are what was chosen for the run where its configuration leaves it open.
+    `row_scales` are by hook point; `scales` are the factors alone, of releases that shortened no rows. `axes` holds
+    the checksums of the principal axes of hook points, or None if rows are not rotated. `warmup_steps` and `settings`,
+    by the SAE's name, are what was chosen for the run where its configuration leaves it open.
     """
 
     step: int
@@ -54,6 +55,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     store: StoreIdentity | None = None
     scales: dict[str, float] | None = None
     row_scales: dict[str, RowScale] | None = None
+    axes: dict[str, int] | None = None
     recipes: dict[str, dict[str, Any]] = {}
     warmup_steps: int | None = None
     settings: dict[str, dict[str, Any]] | None = None

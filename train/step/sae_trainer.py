@@ -124,6 +124,7 @@ class SaeTrainer:
         initial = architecture.initial_parameters(torch.Generator().manual_seed(self.config.seed))
         initial = architecture.part_here(initial)
         parameters = {name: tensor.to(self.device) for name, tensor in initial.items()}
+        parameters = architecture.rotated(parameters, self.normalization)
         fixed = self.kernels.fixed_shapes
         if fixed is not None and fuse and (options := architecture.fused_options(variance, self.dead_after_tokens)):
             step = fixed.topk_step(parameters, options, compute_dtype, self.across)
@@ -193,7 +194,8 @@ class SaeTrainer:
             self.mode.refresh()
 
     def initialise(self, parameters: Parameters, buffers: Mapping[str, Tensor]) -> None:
-        """Start from an SAE's parameters, in normalised units, and buffers instead of random ones."""
+        """Start from an SAE's parameters, for normalised rows before rotation, and buffers instead of random ones."""
+        parameters = self.architecture.rotated(parameters, self.normalization.to("cpu"))
         for own, given in ((self.parameters, parameters), (self.averages, parameters), (self.buffers, buffers)):
             for name, tensor in own.items():
                 tensor.copy_(given[name])
@@ -252,4 +254,5 @@ class SaeTrainer:
         parameters = dict(parameters or self.trained_parameters)
         buffers = {name: tensor.to(parameters["W_dec"].device) for name, tensor in self.buffers.items()}
         normalization = self.normalization.to(parameters["W_dec"].device)
+        parameters = self.architecture.rotated(parameters, normalization, back=True)
         return self.architecture.to_sae(parameters, buffers, normalization, metadata)

@@ -2,7 +2,7 @@
 
 In training, rows that are very far from the mean are shortened. Language models give a few tokens massive activations
 (arXiv 2402.17762): 30 of 188,380 rows of SmolLM2's residual stream hold 56% of its variance, and the loss would be
-that of these rows.
+that of these rows. Then rows may be rotated (see `rotation.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ...shared.core.errors import NonFiniteError, StoreError
-from .row_mask import TrainingRowMask
+from .rotation import Rotation
+from .sample import centred_rows
 
 if TYPE_CHECKING:
     from ...shared.store import ActivationStore
     from ..config import SaeConfig
 
 _SAMPLE_ROWS = 1 << 17
-_CHUNKS_AT_ONCE = 32
 
 
 class RowScale(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,10 +43,10 @@ class RowScale(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Normalization:
-    """`x -> (x - mean) * scale`, then shortened to a norm of at most `max_norm`.
+    """`x -> (x - mean) * scale`, then shortened to a norm of at most `max_norm`, then rotated.
 
     `total_variance` is the variance of the target, summed over channels. A transcoder's target has its own
-    normalisation. Saved SAEs have `mean` and `scale` folded in, and take rows of any length.
+    normalisation. Saved SAEs have `mean`, `scale` and `rotation` folded in, and take rows of any length.
     """
 
     mean: Float[Tensor, " d_in"]
@@ -54,12 +54,14 @@ class Normalization:
     total_variance: float
     target: Normalization | None = None
     max_norm: float = math.inf
+    rotation: Rotation | None = None
 
     def to(self, device: torch.device | str) -> Normalization:
-        """Return this normalisation with its mean on a device."""
+        """Return this normalisation with its tensors on a device."""
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         target = self.target.to(device) if self.target else None
-        return replace(self, mean=self.mean.to(device), scale=scale, target=target)
+        rotation = self.rotation.to(device) if self.rotation else None
+        return replace(self, mean=self.mean.to(device), scale=scale, target=target, rotation=rotation)
 
     def identity(self) -> Normalization:
         """Return the identity normalisation of the same widths."""
@@ -127,24 +129,9 @@ def scale_of_raw_norm(store: ActivationStore, hook_point: str, kind: str) -> flo
 
 
 def centred_norms(store: ActivationStore, hook_point: str) -> Float64[np.ndarray, " rows"]:
-    """Return `||x - mean||` of training rows.
-
-    They are all rows of stores of up to 131,072 training rows. Of larger stores they are about as many, in evenly
-    spaced chunks, which are always the same because the trained weights depend on them.
-    """
-    mean = torch.as_tensor(store.moments(hook_point).mean).to(torch.float32)
-    rows_per_chunk = store.training_rows_per_chunk()
-    chunks = np.flatnonzero(rows_per_chunk)
-    n_chosen = -(-len(chunks) * _SAMPLE_ROWS // max(int(rows_per_chunk.sum()), _SAMPLE_ROWS))
-    chunks = chunks[np.arange(n_chosen) * len(chunks) // n_chosen]
-    usable = TrainingRowMask(store)
-    norms = []
-    for start in range(0, len(chunks), _CHUNKS_AT_ONCE):
-        some = chunks[start : start + _CHUNKS_AT_ONCE]
-        mask = torch.from_numpy(usable.of(some).reshape(-1))
-        rows = store.read_chunks(hook_point, some)[mask].to(torch.float32).sub_(mean)
-        norms.append(torch.linalg.vector_norm(rows, dim=1).numpy().astype(np.float64))
-    return np.concatenate(norms)
+    """Return `||x - mean||` of about 131,072 training rows, or of all if there are no more."""
+    norms = [torch.linalg.vector_norm(rows, dim=1) for rows in centred_rows(store, hook_point, _SAMPLE_ROWS)]
+    return torch.cat(norms).numpy().astype(np.float64)
 
 
 def normalization_across(sae: SaeConfig, by_hook: Mapping[str, Normalization]) -> Normalization:
@@ -162,4 +149,7 @@ def _side_by_side(parts: Sequence[Normalization]) -> Normalization:
     scale = torch.cat([torch.full_like(part.mean, float(part.scale)) for part in parts])
     max_norm = math.sqrt(sum(part.max_norm**2 for part in parts))
     variance = sum(part.total_variance for part in parts)
-    return Normalization(torch.cat([part.mean for part in parts]), scale, variance, max_norm=max_norm)
+    turns = [part.rotation for part in parts if part.rotation is not None]
+    rotation = Rotation(tuple(V for turn in turns for V in turn.axes)) if turns else None
+    mean = torch.cat([part.mean for part in parts])
+    return Normalization(mean, scale, variance, max_norm=max_norm, rotation=rotation)

@@ -1,6 +1,7 @@
 """What is read and written, times how latents are chosen: saved, loaded, started from, resumed and evaluated."""
 
 import json
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from thresher.shared.sae.formats.kinds import SAE_KINDS
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.stream.normalization import Normalization, normalization_across
+from thresher.train.stream.rotation import Rotation
 
 A, B, C, D = "blocks.0.mlp_in", "blocks.1.mlp_in", "blocks.0.mlp_out", "blocks.1.mlp_out"
 WIDTH = {A: 6, B: 6, C: 5, D: 5}
@@ -45,9 +47,22 @@ def table(wiring, selection):
     return {"architecture": selection, "d_sae": D_SAE} | SELECTIONS[selection] | WIRINGS[wiring]
 
 
-def normalization(config):
+def orthogonal(width, seed):
+    return torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed))).Q
+
+
+def normalization(config, rotates=False):
     torch.manual_seed(3)
-    return normalization_across(config, {h: Normalization(torch.randn(WIDTH[h]), SCALE[h], 2.0) for h in WIDTH})
+    by_hook = {h: Normalization(torch.randn(WIDTH[h]), SCALE[h], 2.0) for h in WIDTH}
+    if rotates:
+        turns = {h: Rotation((orthogonal(WIDTH[h], seed),)) for seed, h in enumerate(WIDTH)}
+        by_hook = {h: replace(by_hook[h], rotation=turns[h]) for h in WIDTH}
+    return normalization_across(config, by_hook)
+
+
+def turn(kind):
+    """Return the matrix with which rows of a normalisation are multiplied."""
+    return torch.block_diag(*kind.rotation.axes).double() if kind.rotation else torch.eye(len(kind.mean)).double()
 
 
 def made(wiring, selection, **keys):
@@ -67,7 +82,7 @@ def made(wiring, selection, **keys):
 def reconstruct(architecture, p, buffers, kind, rows):
     """Return what training reconstructs of raw rows, in raw units, in float64, from its definition."""
     p = {name: tensor.double() for name, tensor in p.items()}
-    x = (rows.double() - kind.mean) * kind.scale
+    x = (rows.double() - kind.mean) * kind.scale @ turn(kind)
     inputs = x - p["b_dec"] if architecture.config.wiring.kind == "sae" else x
     linear, selection = inputs @ p["W_enc"].T, architecture.config.architecture
     z = linear + p.get("b_enc", 0)
@@ -83,7 +98,7 @@ def reconstruct(architecture, p, buffers, kind, rows):
         acts = z.relu()
     y_hat = acts @ p["W_dec"] + p["b_dec"] + (x @ p["W_skip"].T if "W_skip" in p else 0)
     target = kind.target or kind
-    return y_hat / target.scale + target.mean, acts
+    return y_hat @ turn(target).T / target.scale + target.mean, acts
 
 
 @pytest.mark.parametrize(("wiring", "selection"), PAIRS)
@@ -108,6 +123,25 @@ def test_saved_loaded_and_started_from(wiring, selection, tmp_path):
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
     if selection not in ("standard", "tanh"):
         torch.testing.assert_close(acts_again, acts, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("wiring", "selection"), PAIRS)
+def test_what_is_trained_along_other_axes_is_rotated_back(wiring, selection):
+    """A saved SAE computes on raw rows what was trained on rotated ones, and so does training that starts from it."""
+    architecture, parameters, buffers = made(wiring, selection)
+    kind, rows = normalization(architecture.config, rotates=True), torch.randn(50, architecture.d_in)
+    if "W_skip" in parameters:
+        parameters["W_skip"] += torch.randn(parameters["W_skip"].shape)
+    expected, acts = reconstruct(architecture, parameters, buffers, kind, rows)
+    assert not torch.allclose(
+        reconstruct(architecture, parameters, buffers, normalization(architecture.config), rows)[0], expected
+    )
+    sae = architecture.to_sae(architecture.rotated(parameters, kind, back=True), buffers, kind, {})
+    torch.testing.assert_close(sae(rows).double(), expected, rtol=1e-4, atol=1e-4)
+    assert ((sae.encode(rows) > 0) == (acts > 0)).float().mean() > 0.999
+    started, started_buffers = architecture.imported(sae, kind)
+    again, _ = reconstruct(architecture, architecture.rotated(started, kind), started_buffers, kind, rows)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

@@ -69,16 +69,22 @@ def test_every_sae_is_saved_at_every_step_but_the_last_and_not_taken_for_one_of_
     assert sorted(path.name for path in sae_folders(str(run))) == sorted(sae["name"] for sae in SAES)
 
 
-def test_it_reconstructs_what_the_state_of_that_step_says_in_normalised_units(run, rows):
+def axes(run):
+    """Return the matrix that rotates the rows of a run."""
+    return load_file(run / "principal_axes.safetensors")["h"].double()
+
+
+def test_it_reconstructs_what_the_state_of_that_step_says_in_principal_axes(run, rows):
     state = load_file(saved(run, "topk", MIDDLE).with_suffix(".safetensors"))
     p = {key.removeprefix("parameters."): tensor.double() for key, tensor in state.items() if "parameters." in key}
     training = rows[np.arange(len(rows)) % 5 != 0].reshape(-1, 32).double()
     mean = training.mean(0)
     scale = 32**0.5 / (training - mean).norm(dim=1).mean()
     x = rows[:3].reshape(-1, 32).double()
-    pre_acts = ((x - mean) * scale - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    V = axes(run)
+    pre_acts = ((x - mean) * scale @ V - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     kept = torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(4, dim=1).indices, 1.0) * pre_acts.relu()
-    expected = (kept @ p["W_dec"] + p["b_dec"]) / scale + mean
+    expected = (kept @ p["W_dec"] + p["b_dec"]) @ V.T / scale + mean
     found = Sae.load(saved(run, "topk", MIDDLE))
     torch.testing.assert_close(found(x.float()).double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -86,7 +92,8 @@ def test_it_reconstructs_what_the_state_of_that_step_says_in_normalised_units(ru
 def test_the_running_means_of_weights_are_saved_where_there_are_some(run):
     state = load_file(saved(run, "averaged", MIDDLE).with_suffix(".safetensors"))
     found = Sae.load(saved(run, "averaged", MIDDLE))
-    torch.testing.assert_close(found.W_dec.detach(), state["averages.W_dec"])
+    expected = state["averages.W_dec"].double() @ axes(run).T
+    torch.testing.assert_close(found.W_dec.detach().double(), expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(state["averages.W_dec"], state["parameters.W_dec"])
 
 

@@ -177,5 +177,6 @@ def test_ranks_that_share_a_batch_count_the_rows_they_exchange(array_store, monk
     store = array_store({"x": torch.randn(512, 16).bfloat16()})
     config = TrainConfig(store="x", output="o", tokens=5000, batch_size=128, device="cuda", parallel="data", sae=[SAE])
     memory = plan_run(config, store, 512, SimpleNamespace(n=4, local_n=4, rank=0)).memory
-    assert memory["batch"] == 32 * (2 * 13 + 16 * 16) + 96 * (6 * 16 + 12 * 2) + 4 * 16 * (2 * 4 + 1)
+    assert memory["batch"] == 32 * (2 * 13 + 20 * 16) + 96 * (6 * 16 + 12 * 2) + 4 * 16 * (2 * 4 + 1)
+    assert memory["rotation"] == 4 * 16 * 16
     assert memory["gradients"] == 0

@@ -54,9 +54,11 @@ def training_rows(store: ActivationStore, hook: str) -> np.ndarray:
 
 
 def trained(store, output, max_row_norm):
+    """Return a run in the store's own coordinates: along principal axes, massive rows do less harm."""
     tables = [{"d_sae": 64, "name": name} | keys for name, keys in SAES.items()]
     tables = [table if "reads" in table else table | {"hook_point": "h"} for table in tables]
-    train(store=str(store), output=str(output), sae=tables, batch_size=250, epochs=20.0, max_row_norm=max_row_norm)
+    keys = {"batch_size": 250, "epochs": 20.0, "max_row_norm": max_row_norm, "rotation": "none"}
+    train(store=str(store), output=str(output), sae=tables, **keys)
     return output
 
 

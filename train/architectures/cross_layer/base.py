@@ -83,6 +83,24 @@ class CrossLayer(Architecture[_C]):
             "b_dec": torch.zeros(self.d_out),
         }
 
+    def rotated(self, parameters: Parameters, by: Normalization, back: bool = False) -> Parameters:
+        """Return parameters for rotated rows, or back; a latent reads one layer, and a decoder writes one target."""
+        source, target = by.rotation, (by.target or by).rotation
+        if source is None or target is None:
+            return parameters
+
+        def turned(W: Tensor, V: Tensor) -> Tensor:
+            return W @ (V.T if back else V)
+
+        layers, W_enc, W_dec = self.layers, parameters["W_enc"].clone(), parameters["W_dec"].clone()
+        for layer in range(layers.n):
+            W_enc[layers.latents(layer)] = turned(W_enc[layers.latents(layer)], source.axes[layer])
+            for to in range(layer, layers.n):
+                rows = layers.decoder(layer, to)
+                W_dec[rows] = turned(W_dec[rows], target.axes[to])
+        b_dec = (target.undo if back else target)(parameters["b_dec"])
+        return parameters | {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec}
+
     def exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
         """Return for each latent the value that `W_enc_l x_l` exceeds in so many rows."""
         return torch.cat(
