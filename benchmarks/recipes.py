@@ -86,7 +86,7 @@ class Contest:
     """The runs of a table: trained on demand, and read from their files afterwards."""
 
     def __init__(self, options: argparse.Namespace):
-        self._tokens, self._folder = options.tokens, options.output
+        self._tokens, self._folder, self._rotation = options.tokens, options.output, options.rotation
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def ours(
@@ -124,7 +124,7 @@ class Contest:
         return low["explained_variance"] * (1 - between) + high["explained_variance"] * between
 
     def _result(self, run: Run) -> dict:
-        path = self._folder / f"{run.key}.json"
+        path = self._folder / f"{self._key(run)}.json"
         if not path.exists():
             started = time.perf_counter()
             rows = self._rows(run.data)
@@ -139,6 +139,11 @@ class Contest:
             print(json.dumps(result), file=sys.stderr, flush=True)
         return json.loads(path.read_text())
 
+    def _key(self, run: Run) -> str:
+        """Return the name of a run's file, which for ours says how rows are rotated if that is given."""
+        rotated = run.library == "thresher" and self._rotation is not None
+        return f"{run.key}-rotation-{self._rotation}" if rotated else run.key
+
     def _rows(self, data: Data) -> Path:
         """Return the file of a hook point's training rows, in the stream's order, and its held-out rows."""
         path = self._folder / f"{data.name}-{self._tokens}.safetensors"
@@ -150,8 +155,9 @@ class Contest:
         sae = {"architecture": run.architecture, "hook_point": run.data.hook_point, "d_sae": D_SAE, "name": "sae"}
         sae |= {"k": round(run.sparsity)} if "topk" in run.architecture else {"target_l0": run.sparsity}
         sae |= {"seed": run.seed} | ({} if run.lr is None else {"lr": run.lr})
-        tokens, output = run.tokens // BATCH * BATCH, str(self._folder / "saes" / run.key)
-        (path,) = train(TrainConfig(store=run.data.store, output=output, sae=[sae], batch_size=BATCH, tokens=tokens))
+        tokens, output = run.tokens // BATCH * BATCH, str(self._folder / "saes" / self._key(run))
+        given = {"sae": [sae], "batch_size": BATCH, "tokens": tokens, "rotation": self._rotation}
+        (path,) = train(TrainConfig(store=run.data.store, output=output, **given))
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         last = [line["l0"] for line in lines if "l0" in line][-10:]
         return judge(Sae.load(path), load_file(rows)["test"]) | {"train_l0": sum(last) / len(last)}
@@ -211,6 +217,7 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the peers' learning rates")
     parser.add_argument("--our-lr", nargs="*", type=float, default=[], help="rates of ours to try beside the recipe's")
     parser.add_argument("--share", nargs="*", type=float, default=[], help="shares of the tokens for ours to try")
+    parser.add_argument("--rotation", choices=["pca", "none"], help="of our runs, instead of the recipe's")
     parser.add_argument("--tokens", type=int, default=491_520)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/bench/recipes")
