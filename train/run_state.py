@@ -72,8 +72,7 @@ class RunState:
         self.step = 0
         self._keep = config.keep_checkpoints
         self._ranks = ranks
-        kind = torch.device(config.device).type
-        self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=kind)
+        self._config = msgspec.structs.replace(config, sae=list(plan.saes), device=torch.device(config.device).type)
         self._table = tomllib.loads(to_toml(self._config))
         self._metadata = _sae_metadata(store, config.documents)
         self._whole_plan = plan
@@ -84,7 +83,6 @@ class RunState:
         for note in notes:
             self._say(f"note: {note}")
         difference = compare_run(self.output, record, saved, request, store) if record else Difference()
-        names = [str(sae.name) for sae in plan.saes]
         self._on_disk = record
         self._record = RunRecord(
             step=0, finished=False, n_steps=request.n_steps, diverged={}, lengths=[request.n_steps], row_scales={}
@@ -112,7 +110,7 @@ class RunState:
         elif self.finished and self._lacks_an_sae():
             self._record.finished, self._record.pending = False, [str(sae.name) for sae in self._healthy()]
         elif not self.finished and self._record.pending is None:
-            self._record.pending = names
+            self._record.pending = [str(sae.name) for sae in plan.saes]
         pending = self._record.pending or []
         self.plan = dataclasses.replace(
             plan,
@@ -135,7 +133,8 @@ class RunState:
 
     def normalizations(self, store: ActivationStore) -> dict[str, Normalization]:
         """Return the normalisation of each hook point with which the run began or begins; all ranks call this."""
-        return begin_normalizations(self._config, self._whole_plan, self._record, store, self._ranks)
+        places = sorted({place for sae in self._whole_plan.saes for place in sae.wiring.hook_points})
+        return begin_normalizations(self._config, places, self._whole_plan.rotates, self._record, store, self._ranks)
 
     @property
     def row_scales(self) -> dict[str, RowScale]:

@@ -196,18 +196,14 @@ class Architecture(Generic[_C]):
         }
 
     def rotated(self, parameters: Parameters, by: Normalization, back: bool = False) -> Parameters:
-        """Return parameters for the rows that a normalisation rotates; with `back`, for the rows before it does.
-
-        An architecture that has other parameters than those in `ROTATED` with a coordinate per channel overrides this.
-        """
+        """Return parameters for rows that are rotated; with `back`, for those before rotation (names: `ROTATED`)."""
         source, target = by.rotation, (by.target or by).rotation
         if source is None or target is None:
             return parameters
         turn_in, turn_out = (source.undo, target.undo) if back else (source, target)
         found = dict(parameters)
-        for name, turn in (("W_enc", turn_in), ("W_dec", turn_out), ("b_dec", turn_out)):
-            if name in found:
-                found[name] = turn(found[name])
+        for name in parameters.keys() & {"W_enc", "W_dec", "b_dec"}:
+            found[name] = (turn_in if name == "W_enc" else turn_out)(found[name])
         if "W_skip" in found:
             found["W_skip"] = turn_out(turn_in(found["W_skip"]).T).T.contiguous()
         return found

@@ -17,15 +17,14 @@ if TYPE_CHECKING:
     from ...shared.core.compute.processes import Ranks
     from ...shared.store import ActivationStore
     from ..config import TrainConfig
-    from ..plan import TrainPlan
 
 AXES_NAME = "principal_axes.safetensors"
 
 
 def begin_normalizations(
-    config: TrainConfig, plan: TrainPlan, record: RunRecord, store: ActivationStore, ranks: Ranks
+    config: TrainConfig, places: list[str], rotates: bool, record: RunRecord, store: ActivationStore, ranks: Ranks
 ) -> dict[str, Normalization]:
-    """Return the normalisation of each hook point of a run, and add to its record what is not known yet.
+    """Return the normalisation of the hook points of a run, and add to its record what is not known yet.
 
     All ranks call this. Principal axes are kept in a file of the run's folder, because another machine computes them
     with other bits.
@@ -34,13 +33,13 @@ def begin_normalizations(
         ConfigError: that file is damaged, and this machine computes other axes.
         StoreError, NonFiniteError: the rows of a hook point cannot be normalised.
     """
-    places = sorted({place for sae in plan.saes for place in sae.wiring.hook_points})
     record.row_scales = ranks.from_first(_row_scales(config, places, record, store) if ranks.first else {})
     kinds = {place: normalization_of(store, place, record.row_scales[place]) for place in places}
-    if not plan.rotates:
+    if not rotates:
         return kinds
     path = Path(config.output) / AXES_NAME
-    record.axes = ranks.from_first(_keep_axes(path, kinds, record.axes or {}, store) if ranks.first else {})
+    scales, known = record.row_scales, record.axes or {}
+    record.axes = ranks.from_first(_keep_axes(path, kinds, scales, known, store) if ranks.first else {})
     axes = read_tensors(path)
     return {place: replace(kind, rotation=Rotation((axes[place],))) for place, kind in kinds.items()}
 
@@ -58,7 +57,11 @@ def _row_scales(
 
 
 def _keep_axes(
-    path: Path, kinds: Mapping[str, Normalization], known: Mapping[str, int], store: ActivationStore
+    path: Path,
+    kinds: Mapping[str, Normalization],
+    scales: Mapping[str, RowScale],
+    known: Mapping[str, int],
+    store: ActivationStore,
 ) -> dict[str, int]:
     """Return the checksums of the principal axes in a file, after adding those that are missing or damaged."""
     axes = {
@@ -68,7 +71,7 @@ def _keep_axes(
     }
     missing = [place for place in kinds if place not in axes]
     for place in missing:
-        axes[place] = principal_axes(store, place, kinds[place])
+        axes[place] = principal_axes(store, place, scales[place].factor, kinds[place].max_norm)
         if known.get(place, checksum := checksum_of({place: axes[place]})) != checksum:
             raise ConfigError(
                 f"'{path}' is missing or damaged, and this machine computes other axes of '{place}'; resume on the "

@@ -22,7 +22,6 @@ from .sample import centred_rows
 
 if TYPE_CHECKING:
     from ...shared.store import ActivationStore
-    from .normalization import Normalization
 
 _LEAST_ROWS, _ROWS_PER_CHANNEL = 1 << 15, 8
 
@@ -52,20 +51,20 @@ class Rotation:
         return Rotation(tuple(V.to(device) for V in self.axes))
 
 
-def principal_axes(store: ActivationStore, hook_point: str, by: Normalization) -> Float[Tensor, "d d"]:
+def principal_axes(store: ActivationStore, hook_point: str, scale: float, max_norm: float) -> Float[Tensor, "d d"]:
     """Return the eigenvectors, as columns, of the covariance of normalised training rows, by ascending variance.
 
-    The covariance is that of at least eight rows per channel, in evenly spaced chunks, accumulated in float64: channels
-    may differ in variance by a factor of 10^7.
+    Centred rows are multiplied by `scale`, then shortened to `max_norm`. There are at least eight per channel, in
+    evenly spaced chunks. Sums are in float64, because channels may differ in variance by a factor of 10^7.
 
     Raises:
         NonFiniteError: the covariance overflows.
     """
-    d = len(by.mean)
+    d = store.d_in(hook_point)
     covariance, n_rows = torch.zeros(d, d, dtype=torch.float64), 0
     for rows in centred_rows(store, hook_point, max(_LEAST_ROWS, _ROWS_PER_CHANNEL * d)):
-        x = rows.double() * by.scale
-        x *= shortening(x, by.max_norm)
+        x = rows.double() * scale
+        x *= shortening(x, max_norm)
         covariance.addmm_(x.T, x)
         n_rows += len(x)
     covariance /= n_rows

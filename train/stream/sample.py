@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _CHUNKS_AT_ONCE = 32
 
 
-def centred_rows(store: ActivationStore, hook_point: str, n_rows: int) -> Iterator[Float[Tensor, "some d_in"]]:
+def centred_rows(store: ActivationStore, hook_point: str, n_rows: int) -> Iterator[Float[Tensor, "rows d_in"]]:
     """Yield about `n_rows` training rows minus the store's exact mean, in float32: all rows if there are no more."""
     mean = torch.as_tensor(store.moments(hook_point).mean).to(torch.float32)
     rows_per_chunk = store.training_rows_per_chunk()

@@ -82,7 +82,7 @@ def test_axes_are_eigenvectors_of_the_covariance_of_normalised_rows(store, hook,
     x = training_rows(store, hook)
     x = (x - x.mean(0)) * by.scale
     x *= np.minimum(by.max_norm / np.linalg.norm(x, axis=1, keepdims=True), 1)
-    V = principal_axes(store, hook, by)
+    V = principal_axes(store, hook, by.scale, by.max_norm)
     assert V.dtype == torch.float32
     V = V.double().numpy()
     np.testing.assert_allclose(V.T @ V, np.eye(len(V)), atol=1e-6)
