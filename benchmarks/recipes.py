@@ -73,13 +73,15 @@ class Run(NamedTuple):
     sparsity: float
     seed: int
     tokens: int
+    rotation: str | None = None
 
     @property
     def key(self) -> str:
         """The name of its file."""
         rate = "auto" if self.lr is None else f"{self.lr:g}"
         named = f"{self.data.name}-{self.tokens}-{self.library}-{self.architecture}"
-        return f"{named}-lr{rate}-{self.sparsity:g}-seed{self.seed}"
+        rotated = "" if self.rotation is None else f"-rotation-{self.rotation}"
+        return f"{named}-lr{rate}-{self.sparsity:g}-seed{self.seed}{rotated}"
 
 
 class Contest:
@@ -93,7 +95,8 @@ class Contest:
         self, data: Data, architecture: str, sparsity: float, seed: int, lr: float | None = None, share: float = 1.0
     ) -> dict:
         """Return a run of ours at a k or target L0, with the recipe's learning rate unless one is given."""
-        return self._result(Run(data, "thresher", architecture, lr, sparsity, seed, round(self._tokens * share)))
+        tokens = round(self._tokens * share)
+        return self._result(Run(data, "thresher", architecture, lr, sparsity, seed, tokens, self._rotation))
 
     def theirs(self, data: Data, library: str, architecture: str, lr: float, sparsity: float, seed: int) -> dict:
         """Return a run of a peer."""
@@ -124,7 +127,7 @@ class Contest:
         return low["explained_variance"] * (1 - between) + high["explained_variance"] * between
 
     def _result(self, run: Run) -> dict:
-        path = self._folder / f"{self._key(run)}.json"
+        path = self._folder / f"{run.key}.json"
         if not path.exists():
             started = time.perf_counter()
             rows = self._rows(run.data)
@@ -139,11 +142,6 @@ class Contest:
             print(json.dumps(result), file=sys.stderr, flush=True)
         return json.loads(path.read_text())
 
-    def _key(self, run: Run) -> str:
-        """Return the name of a run's file, which for ours says how rows are rotated if that is given."""
-        rotated = run.library == "thresher" and self._rotation is not None
-        return f"{run.key}-rotation-{self._rotation}" if rotated else run.key
-
     def _rows(self, data: Data) -> Path:
         """Return the file of a hook point's training rows, in the stream's order, and its held-out rows."""
         path = self._folder / f"{data.name}-{self._tokens}.safetensors"
@@ -155,8 +153,8 @@ class Contest:
         sae = {"architecture": run.architecture, "hook_point": run.data.hook_point, "d_sae": D_SAE, "name": "sae"}
         sae |= {"k": round(run.sparsity)} if "topk" in run.architecture else {"target_l0": run.sparsity}
         sae |= {"seed": run.seed} | ({} if run.lr is None else {"lr": run.lr})
-        tokens, output = run.tokens // BATCH * BATCH, str(self._folder / "saes" / self._key(run))
-        given = {"sae": [sae], "batch_size": BATCH, "tokens": tokens, "rotation": self._rotation}
+        tokens, output = run.tokens // BATCH * BATCH, str(self._folder / "saes" / run.key)
+        given = {"sae": [sae], "batch_size": BATCH, "tokens": tokens, "rotation": run.rotation}
         (path,) = train(TrainConfig(store=run.data.store, output=output, **given))
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         last = [line["l0"] for line in lines if "l0" in line][-10:]

@@ -79,17 +79,17 @@ def check_frozen(architecture: Architecture[Any], names: Collection[str]) -> Non
 
 
 def check_rotated(architecture: Architecture[Any], parameters: Parameters) -> None:
-    """Refuse to rotate rows for an architecture with parameters that `Architecture.rotated` does not know.
+    """Refuse to rotate rows for an architecture with parameters that `Architecture.turned` does not know.
 
     Raises:
         ConfigError: a parameter of another name is not one number per latent.
     """
-    if type(architecture).rotated is not Architecture.rotated:
+    if type(architecture).turned is not Architecture.turned:
         return
     for name, tensor in parameters.items():
         if name not in ROTATED and tensor.shape not in ((), (architecture.d_sae,)):
             raise ConfigError(
-                f"architecture '{architecture.config.architecture}' has a parameter '{name}' that `rotated` does not "
+                f"architecture '{architecture.config.architecture}' has a parameter '{name}' that `turned` does not "
                 "rotate; override that method, or train with rotation = 'none'"
             )
 

@@ -23,14 +23,14 @@ from ...shared.sae.formats.kinds import Kind
 from ..config import SaeConfig
 from ..kernels.fused_state import TopKOptions
 from ..stream.normalization import Normalization
+from ..stream.rotation import Rotation
 from .contract import Batch, Buffers, L0Target, Parameters, StepInput, StepOutput, is_per_latent
 from .parts.decoder_norms import DecoderNorms, are_unit_norms, fold_decoder_norms
 from .parts.raw_units import in_order, to_normalized, to_raw
 
 _C = TypeVar("_C", bound=SaeConfig)
 
-ROTATED = ("W_enc", "W_dec", "b_dec", "W_skip")
-"""The parameters that have a coordinate per channel."""
+ROTATED = ("W_enc", "W_dec", "b_dec", "W_skip")  # the parameters that have a coordinate per channel
 
 
 class Architecture(Generic[_C]):
@@ -196,16 +196,17 @@ class Architecture(Generic[_C]):
         }
 
     def rotated(self, parameters: Parameters, by: Normalization, back: bool = False) -> Parameters:
-        """Return parameters for rows that are rotated; with `back`, for those before rotation (names: `ROTATED`)."""
-        source, target = by.rotation, (by.target or by).rotation
-        if source is None or target is None:
-            return parameters
-        turn_in, turn_out = (source.undo, target.undo) if back else (source, target)
-        found = dict(parameters)
-        for name in parameters.keys() & {"W_enc", "W_dec", "b_dec"}:
-            found[name] = (turn_in if name == "W_enc" else turn_out)(found[name])
+        """Return parameters for rows that are rotated; with `back`, for those before rotation."""
+        turns = by.rotation, (by.target or by).rotation
+        pair = [turn.inverse if back else turn for turn in turns if turn is not None]
+        return self.turned(parameters, *pair) if pair else parameters
+
+    def turned(self, parameters: Parameters, source: Rotation, target: Rotation) -> Parameters:
+        """Return parameters for inputs and targets that are multiplied by matrices; those in `ROTATED` change."""
+        turns = {"W_enc": source, "W_dec": target, "b_dec": target}
+        found = {name: turns[name](tensor) if name in turns else tensor for name, tensor in parameters.items()}
         if "W_skip" in found:
-            found["W_skip"] = turn_out(turn_in(found["W_skip"]).T).T.contiguous()
+            found["W_skip"] = target(source(found["W_skip"]).T).T.contiguous()
         return found
 
     def initial_buffers(self) -> Buffers:

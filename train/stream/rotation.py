@@ -8,7 +8,6 @@ point share. Distances and products of rows stay the same, and saved SAEs are ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,17 +33,15 @@ class Rotation:
 
     def __call__(self, rows: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Return rows in the principal axes of their hook points."""
-        return self._each(rows, lambda part, V: part @ V)
-
-    def undo(self, rows: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Return rows in the coordinates of their hook points."""
-        return self._each(rows, lambda part, V: part @ V.T)
-
-    def _each(self, rows: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if len(self.axes) == 1:
-            return turn(rows, self.axes[0])
+            return rows @ self.axes[0]
         parts = rows.chunk(len(self.axes), dim=-1)
-        return torch.cat([turn(part, V) for part, V in zip(parts, self.axes, strict=True)], dim=-1)
+        return torch.cat([part @ V for part, V in zip(parts, self.axes, strict=True)], dim=-1)
+
+    @property
+    def inverse(self) -> Rotation:
+        """Return the rotation back to the coordinates of the hook points."""
+        return Rotation(tuple(V.T for V in self.axes))
 
     def to(self, device: torch.device | str) -> Rotation:
         """Return this rotation on a device."""

@@ -38,14 +38,7 @@ def folder(tmp_path_factory):
         for layer in LAYERS
     ]
     train(
-        TrainConfig(
-            store=str(root / "store"),
-            output=str(root / "saes"),
-            sae=tables,
-            batch_size=512,
-            warmup_steps=10,
-            rotation="none",  # the bounds on correlations below were chosen for these transcoders
-        )
+        TrainConfig(store=str(root / "store"), output=str(root / "saes"), sae=tables, batch_size=512, warmup_steps=10)
     )
     return root / "saes"
 

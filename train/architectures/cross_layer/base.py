@@ -13,6 +13,7 @@ from ....shared.sae import CrossLayerTranscoder
 from ....shared.sae.cross_layer import Sizes
 from ...config import SaeConfig
 from ...stream.normalization import Normalization
+from ...stream.rotation import Rotation
 from ..base import Architecture
 from ..contract import Batch, Buffers, Parameters
 from ..parts.first_batch import exceeded_by
@@ -83,23 +84,14 @@ class CrossLayer(Architecture[_C]):
             "b_dec": torch.zeros(self.d_out),
         }
 
-    def rotated(self, parameters: Parameters, by: Normalization, back: bool = False) -> Parameters:
-        """Return parameters for rotated rows, or back; a latent reads one layer, and a decoder writes one target."""
-        source, target = by.rotation, (by.target or by).rotation
-        if source is None or target is None:
-            return parameters
-
-        def turned(W: Tensor, V: Tensor) -> Tensor:
-            return W @ (V.T if back else V)
-
+    def turned(self, parameters: Parameters, source: Rotation, target: Rotation) -> Parameters:
+        """Return parameters for rotated rows: a latent reads one layer, and a decoder writes one target."""
         layers, W_enc, W_dec = self.layers, parameters["W_enc"].clone(), parameters["W_dec"].clone()
         for layer in range(layers.n):
-            W_enc[layers.latents(layer)] = turned(W_enc[layers.latents(layer)], source.axes[layer])
+            W_enc[layers.latents(layer)] @= source.axes[layer]
             for to in range(layer, layers.n):
-                rows = layers.decoder(layer, to)
-                W_dec[rows] = turned(W_dec[rows], target.axes[to])
-        b_dec = (target.undo if back else target)(parameters["b_dec"])
-        return parameters | {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec}
+                W_dec[layers.decoder(layer, to)] @= target.axes[to]
+        return parameters | {"W_enc": W_enc, "W_dec": W_dec, "b_dec": target(parameters["b_dec"])}
 
     def exceeded_by(self, parameters: Parameters, batch: Batch, n_rows: int) -> Float[Tensor, " all_latents"]:
         """Return for each latent the value that `W_enc_l x_l` exceeds in so many rows."""
