@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..shared.core.compute.cores import on_cores
 from .architectures.contract import SINGLE_PROCESS, Batch, Number
-from .config import TrainConfig
+from .config import SaeConfig, TrainConfig
 from .kernels import kernels_for
 from .kernels.backend import Backend
 from .kernels.reference import shortening
@@ -33,6 +34,11 @@ def make_trainers(
     kernels = kernels_for(config.device, config.kernels)
     hooks = {place for sae in saes for place in sae.wiring.hook_points}
     kinds = {hook: normalizations[hook].to(config.device) for hook in hooks}
+    plain = {hook: replace(kind, rotation=None) for hook, kind in kinds.items()}
+
+    def of(sae: SaeConfig) -> Mapping[str, Normalization]:
+        return kinds if sae.name in plan.rotates else plain
+
     dtype = getattr(torch, config.compute_dtype)
     capture = capture_on_cuda if config.cuda_graphs and torch.device(config.device).type == "cuda" else None
     return [
@@ -48,7 +54,7 @@ def make_trainers(
             shard=layout.shard,
             capture=capture,
         )
-        for sae, kind in ((plan.completed(sae), normalization_across(sae, kinds)) for sae in saes)
+        for sae, kind in ((plan.completed(sae), normalization_across(sae, of(sae))) for sae in saes)
     ]
 
 

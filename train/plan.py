@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A checked run: the SAEs, their schedule, and what they take."""
+    """A checked run: the SAEs, their schedule, and what they take. `rotates` names those whose rows are rotated."""
 
     saes: tuple[SaeConfig, ...]
     schedule: Schedule
@@ -46,7 +46,7 @@ class TrainPlan:
     n_ranks: int = 1
     notes: tuple[str, ...] = ()
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rotates: bool = False
+    rotates: frozenset[str] = frozenset()
     of_run: dict[str, Setting] = field(default_factory=dict)
     settings: dict[str, dict[str, Setting]] = field(default_factory=dict)
     steps: dict[str, str] = field(default_factory=dict)
@@ -134,7 +134,7 @@ def plan_run(
     )
     schedule = Schedule(n_steps, config.batch_size, warmup_steps, config.decay_fraction, config.lr_decay)
     settings: dict[str, dict[str, Setting]] = {}
-    n_parameters, architectures = {}, {}
+    n_parameters, architectures, rotates = {}, {}, set()
     for sae in saes:
         for place in sae.wiring.hook_points:
             if place not in store.hook_points:
@@ -153,8 +153,9 @@ def plan_run(
             check_schedules(architecture, schedule)
             shapes = parameter_shapes(architecture)
             check_frozen(architecture, shapes)
-            if rotation == "pca":
+            if rotation == "pca" and (config.rotation is not None or sae.wiring.kind == "sae"):
                 check_rotated(architecture, shapes)
+                rotates.add(str(sae.name))
         except ConfigError as error:
             raise ConfigError(f"SAE '{sae.name}': {error}") from None
         architectures[str(sae.name)] = architecture
@@ -165,7 +166,7 @@ def plan_run(
         n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in shapes.values())
     check_activations(store, saes)
     device = choose_device(config.device)
-    memory = _memory(config, store, architectures, n_parameters, device, ranks.n, rotation == "pca")
+    memory = _memory(config, store, architectures, n_parameters, device, ranks.n, rotates)
     needed = sum(memory.values())
     available = available_memory(device) // (1 if torch.device(device).type == "cuda" else ranks.local_n)
     if needed > available:
@@ -185,7 +186,7 @@ def plan_run(
         ranks.n,
         notes_of(list(architectures.values()), schedule, rows_per_epoch),
         {name: architecture.recipe for name, architecture in architectures.items()},
-        rotation == "pca",
+        frozenset(rotates),
         of_run,
         settings,
         {name: _how_steps_run(config, architecture, device, ranks.n) for name, architecture in architectures.items()},
@@ -225,7 +226,7 @@ def _memory(
     n_parameters: Mapping[str, int],
     device: str,
     n_ranks: int,
-    rotates: bool,
+    rotates: Collection[str],
 ) -> dict[str, int]:
     """Return the bytes, by what they are, of the process that needs most.
 
@@ -268,10 +269,10 @@ def _memory(
     )
     hook_points = {place for architecture in architectures.values() for place in architecture.config.wiring.hook_points}
     windows = [store.n_rows * store.d_in(hook) * store.dtype.itemsize for hook in hook_points]
-    matrices = [4 * store.d_in(hook) ** 2 for hook in hook_points] if rotates else []
+    turned = {place for name in rotates for place in architectures[name].config.wiring.hook_points}
     return {
         **max(of_ranks, key=sum)._asdict(),
-        "rotation": sum(matrices),
+        "rotation": sum(4 * store.d_in(hook) ** 2 for hook in turned),
         "windows": sum(min(config.window_bytes, n_bytes) for n_bytes in windows),
         "batch": rows * (2 * widest + (20 if rotates else 16) * width) + (config.batch_size - rows) * a_row + sums,
     }

@@ -99,10 +99,13 @@ def warmup_for(n_steps: int, recipe: str) -> Setting:
 
 
 def rotation_for(recipe: str) -> Setting:
-    """Return whether rows are rotated, where a run's configuration leaves it open."""
+    """Return whether rows are rotated for SAEs that read what they write, where a run's configuration leaves it open.
+
+    Transcoders and crosscoders keep the channels: see docs/recipes.md.
+    """
     if recipe == "published":
         return Setting("none", "published")
-    return Setting("pca", "Adam scales coordinates one by one, and does so best along principal axes")
+    return Setting("pca", "for SAEs of one hook point: Adam scales coordinates one by one, best along principal axes")
 
 
 def completed(config: _C, settings: Mapping[str, Any]) -> _C:

@@ -133,8 +133,10 @@ class RunState:
 
     def normalizations(self, store: ActivationStore) -> dict[str, Normalization]:
         """Return the normalisation of each hook point with which the run began or begins; all ranks call this."""
-        places = sorted({place for sae in self._whole_plan.saes for place in sae.wiring.hook_points})
-        return begin_normalizations(self._config, places, self._whole_plan.rotates, self._record, store, self._ranks)
+        saes, rotates = self._whole_plan.saes, self._whole_plan.rotates
+        places = sorted({place for sae in saes for place in sae.wiring.hook_points})
+        rotated = {place for sae in saes if sae.name in rotates for place in sae.wiring.hook_points}
+        return begin_normalizations(self._config, places, rotated, self._record, store, self._ranks)
 
     @property
     def row_scales(self) -> dict[str, RowScale]:
@@ -319,12 +321,8 @@ class RunState:
 
     def no_sae_left(self) -> ConfigError:
         """Return the error that all SAEs diverged."""
-        last = next(
-            name for name in reversed([str(sae.name) for sae in self._whole_plan.saes]) if name in self._record.diverged
-        )
-        return ConfigError(
-            f"all SAEs diverged, '{last}' with {self._record.diverged[last]}; lower the learning rates and run again"
-        )
+        last, why = list(self.diverged.items())[-1]
+        return ConfigError(f"all SAEs diverged, '{last}' with {why}; lower the learning rates and run again")
 
     def finish(self, trainers: list[SaeTrainer], batches: ShuffledBatches) -> None:
         """Save the final state, write the trained SAEs, and mark the run as finished.

@@ -83,7 +83,9 @@ def test_the_plan_counts_what_trainers_hold(store, config):
     memory = dict(plan.memory)
     batch = BATCH * (2 * 64 + 20 * max(trainer.architecture.d_in for trainer in trainers))
     assert (memory.pop("gradients"), memory.pop("windows"), memory.pop("batch")) == (gradients, window, batch)
-    assert memory.pop("rotation") == bytes_of(V for kind in by.values() for V in kind.rotation.axes)
+    rotated = {trainer.normalization.rotation for trainer in trainers} - {None}
+    assert all((t.normalization.rotation is None) == (t.config.wiring.kind != "sae") for t in trainers)
+    assert memory.pop("rotation") == bytes_of(V for rotation in rotated for V in rotation.axes)
     assert sum(memory.values()) == held
     assert plan.memory_bytes == held + gradients + window + batch + plan.memory["rotation"]
 

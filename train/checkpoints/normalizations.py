@@ -22,12 +22,12 @@ AXES_NAME = "principal_axes.safetensors"
 
 
 def begin_normalizations(
-    config: TrainConfig, places: list[str], rotates: bool, record: RunRecord, store: ActivationStore, ranks: Ranks
+    config: TrainConfig, places: list[str], rotated: set[str], record: RunRecord, store: ActivationStore, ranks: Ranks
 ) -> dict[str, Normalization]:
     """Return the normalisation of the hook points of a run, and add to its record what is not known yet.
 
-    All ranks call this. Principal axes are kept in a file of the run's folder, because another machine computes them
-    with other bits.
+    Those in `rotated` are rotated. All ranks call this. Principal axes are kept in a file of the run's folder, because
+    another machine computes them with other bits.
 
     Raises:
         ConfigError: that file is damaged, and this machine computes other axes.
@@ -35,13 +35,14 @@ def begin_normalizations(
     """
     record.row_scales = ranks.from_first(_row_scales(config, places, record, store) if ranks.first else {})
     kinds = {place: normalization_of(store, place, record.row_scales[place]) for place in places}
-    if not rotates:
+    if not rotated:
         return kinds
     path = Path(config.output) / AXES_NAME
     scales, known = record.row_scales, record.axes or {}
-    record.axes = ranks.from_first(_keep_axes(path, kinds, scales, known, store) if ranks.first else {})
+    turned = {place: kind for place, kind in kinds.items() if place in rotated}
+    record.axes = ranks.from_first(_keep_axes(path, turned, scales, known, store) if ranks.first else {})
     axes = read_tensors(path)
-    return {place: replace(kind, rotation=Rotation((axes[place],))) for place, kind in kinds.items()}
+    return kinds | {place: replace(kind, rotation=Rotation((axes[place],))) for place, kind in turned.items()}
 
 
 def _row_scales(

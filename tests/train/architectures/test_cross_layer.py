@@ -429,7 +429,7 @@ def test_every_rule_learns_and_its_logged_variance_is_that_of_normalised_targets
         error = (y - Sae.load(folder)(x)).view(len(y), N, -1)
         explained = 1 - (error * scale).square().sum() / (centred * scale).square().sum()
         logged = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["explained_variance"]
-        assert explained > 0.45, folder.name
+        assert explained > 0.5, folder.name
         assert float(explained) == pytest.approx(logged, abs=0.06), folder.name
 
 

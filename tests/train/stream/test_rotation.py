@@ -54,6 +54,7 @@ def config(store, tmp_path):
         store=str(store),
         output=str(tmp_path / "out"),
         sae=TABLES,
+        rotation="pca",
         batch_size=BATCH,
         tokens=BATCH * 40,
         checkpoint_every_tokens=BATCH * 10,
@@ -217,7 +218,7 @@ def test_damaged_axes_are_computed_again_if_that_gives_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(normalizations_module, "principal_axes", lambda *given: -principal_axes(*given))
         with pytest.raises(
-            ConfigError, match=r"is missing or damaged, and this machine computes other axes of 'also'|'h'"
+            ConfigError, match=r"is missing or damaged, and this machine computes other axes of '(also|h)'"
         ):
             train(config)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").rglob("*.safetensors")} == before
@@ -234,15 +235,15 @@ def test_a_run_of_a_release_that_rotated_nothing_resumes_without(config, tmp_pat
     record = json.loads(path.read_text())
     del record["config"]["rotation"], record["axes"], record["crc32c"]
     path.write_text(json.dumps(record | {"crc32c": _checksum(record)}))
-    assert weights(config) == expected
+    assert weights(change(config, rotation=None)) == expected
     with pytest.raises(ConfigError, match="differing: rotation"):
-        train(change(config, rotation="pca"))
+        train(config)
 
 
 def test_a_plan_says_whether_rows_are_rotated(config, capsys):
     for keys, line in (
-        ({}, "chosen: rotation = pca (Adam scales coordinates one by one"),
-        ({"recipe": "published"}, "chosen: rotation = none (published)"),
+        ({"rotation": None}, "chosen: rotation = pca (for SAEs of one hook point: Adam scales"),
+        ({"rotation": None, "recipe": "published"}, "chosen: rotation = none (published)"),
         ({"rotation": "none"}, None),
     ):
         train(change(config, dry_run=True, **keys))
@@ -250,7 +251,11 @@ def test_a_plan_says_whether_rows_are_rotated(config, capsys):
         assert [text.startswith(str(line)) for text in found] == [True] * (line is not None)
 
 
-def test_rotated_and_given_are_the_same_run(config, tmp_path):
-    chosen = weights(config)
-    assert chosen == weights(change(config, output=str(tmp_path / "given"), rotation="pca"))
-    assert chosen != weights(change(config, output=str(tmp_path / "none"), rotation="none"))
+def test_by_default_saes_of_one_hook_point_are_rotated_and_others_are_not(config, tmp_path):
+    """Each as if all were, or as if none was; the axes of the others' hook points are not computed."""
+    chosen = weights(change(config, rotation=None))
+    assert set(load_file(tmp_path / "out" / AXES)) == {"h"}
+    rotated = weights(change(config, output=str(tmp_path / "given")))
+    plain = weights(change(config, output=str(tmp_path / "none"), rotation="none"))
+    assert chosen == [rotated[0], *plain[1:]]
+    assert all(one != other for one, other in zip(rotated, plain, strict=True))
