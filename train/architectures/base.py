@@ -55,7 +55,6 @@ class Architecture(Generic[_C]):
     default_lr: ClassVar[float | None] = None
     kind_of_wiring: ClassVar[str | None] = "sae"
     folds_norms: ClassVar[bool] = False
-    first_norm: ClassVar[float] = 1.0
     capturable: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
     fusable: ClassVar[bool] = False
@@ -67,6 +66,11 @@ class Architecture(Generic[_C]):
         self.config = config
         self.d_in, self.d_out = d_in, d_out or d_in
         self.d_sae = config.d_sae
+
+    @property
+    def first_norm(self) -> float:
+        """The norm of decoder and encoder rows before training."""
+        return 1.0
 
     @property
     def unit_norm_decoder(self) -> bool:
@@ -179,13 +183,11 @@ class Architecture(Generic[_C]):
         If the widths read and written differ, the encoder's rows are random as well. A skip path starts at zero.
         """
         W_dec = torch.randn(self.d_sae, self.d_out, generator=generator)
-        norms = W_dec.norm(dim=1, keepdim=True)
-        # The two round differently; each is kept as in earlier releases, so that weights stay the same.
-        W_dec = (W_dec / norms).mul_(self.first_norm) if self.centred else W_dec * (self.first_norm / norms)
+        W_dec /= W_dec.norm(dim=1, keepdim=True) / self.first_norm
         W_enc = W_dec.clone()
         if self.d_in != self.d_out:
             W_enc = torch.randn(self.d_sae, self.d_in, generator=generator)
-            W_enc = W_enc * (self.first_norm / W_enc.norm(dim=1, keepdim=True))
+            W_enc /= W_enc.norm(dim=1, keepdim=True) / self.first_norm
         skip = {"W_skip": torch.zeros(self.d_out, self.d_in)} if self.config.wiring.skip else {}
         return {
             "W_enc": W_enc,
@@ -381,15 +383,6 @@ class Architecture(Generic[_C]):
 def bias_of_centred(sae: Sae, bias: Tensor, W_enc: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
     """Return an SAE's encoder bias for inputs from which `b_dec` is subtracted, as not every SAE does."""
     return bias if sae.apply_b_dec_to_input else bias + W_enc @ sae.b_dec.detach()
-
-
-def unused_start(**given: float | None) -> list[str]:
-    """Return a line for each key that sets initial values and is not used, because training starts from an SAE."""
-    return [
-        f"{key} = {value:g} is not used: thresholds and biases start at the SAE's"
-        for key, value in given.items()
-        if value is not None
-    ]
 
 
 def check_number_of_latents(config: SaeConfig, key: str, given: float | None) -> None:

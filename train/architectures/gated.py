@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import check_number_of_latents, unused_start
+from .base import check_number_of_latents
 from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
-from .parts.first_batch import exceeded_by
+from .parts.first_batch import exceeded_by, unused_start
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...shared.core.errors import ConfigError
 from ...shared.sae import Sae
 from ..stream.normalization import Normalization
-from .base import check_number_of_latents, unused_start
+from .base import check_number_of_latents
 from .contract import Batch, Buffers, L0Target, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared, weighted
-from .parts.first_batch import exceeded_by, first_encoder_scale
+from .parts.first_batch import exceeded_by, first_encoder_scale, unused_start
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
@@ -167,6 +167,11 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         return self.config.initial_l0 or self.config.target_l0
 
     @property
+    def l0_of_start(self) -> float | None:
+        """The L0 at which training starts, where the first batch sets the thresholds."""
+        return self._first_l0 if self.config.initial_threshold is None else None
+
+    @property
     def _first_length(self) -> float:
         return _BANDWIDTH * math.sqrt(self.width) if self._first_l0 is None else _WIDE_BANDWIDTH
 
@@ -181,15 +186,15 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
         """Return the base's parameters, the encoder's scaled for a given L0, and the thresholds' logarithms."""
         log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
         parameters = super().initial_parameters(generator)
-        if self._first_l0 is not None and self.config.initial_threshold is None and self.centred:
-            parameters["W_enc"] *= first_encoder_scale(self._first_l0, self.d_sae, self.d_in)
+        if self.l0_of_start is not None and self.centred:
+            parameters["W_enc"] *= first_encoder_scale(self.l0_of_start, self.d_sae, self.d_in)
         return parameters | {"log_threshold": log_threshold}
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, if an L0 is given."""
-        if self._first_l0 is None or self.config.initial_threshold is not None:
+        if self.l0_of_start is None:
             return
-        n_active = round(len(batch.x) * self._first_l0 / self.config.d_sae)
+        n_active = round(len(batch.x) * self.l0_of_start / self.config.d_sae)
         thresholds = exceeded_by(parameters, batch.x, n_active, self.centred) + parameters["b_enc"]
         parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
 

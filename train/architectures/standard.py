@@ -18,6 +18,8 @@ from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
 
 _EPSILON = 1e-3
+_PUBLISHED_NORM = 0.1
+_NORM_AT_WIDTH = 0.15  # with a target L0 of d_in; measured in docs/recipes.md
 
 
 class L1Config(PenaltyConfig, frozen=True, kw_only=True):
@@ -64,13 +66,22 @@ class Standard(PenaltyArchitecture[S]):
     kind_of_wiring = None
     folds_norms = True
     capturable = True
-    first_norm = 0.1
     eps = 1e-8
 
     @property
     def unit_norm_decoder(self) -> bool:
         """Decoder norms are not constrained, because the penalty depends on them."""
         return False
+
+    @property
+    def first_norm(self) -> float:
+        """The norm of decoder and encoder rows before training: with a target L0, `.15 d_in / target_l0`, at most one.
+
+        Small rows leave their random start soon, but where few latents fire, they would have to grow under the penalty,
+        and many would die. Without a target it is the published 0.1.
+        """
+        target = self.config.target_l0
+        return _PUBLISHED_NORM if target is None else min(1.0, _NORM_AT_WIDTH * self.d_in / target)
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the encoder's biases so that each latent fires on target_l0 / d_sae of the first batch, with a target."""

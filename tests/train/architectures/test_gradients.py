@@ -5,6 +5,7 @@ import torch
 
 from thresher.train.architectures import make_architecture, make_config
 from thresher.train.architectures.contract import Batch, StepInput
+from thresher.train.architectures.parts.first_batch import first_encoder_scale
 from thresher.train.kernels import kernels_for
 
 TOTAL_VARIANCE = 3.7
@@ -328,3 +329,39 @@ def test_tanh_jumprelu_starts_with_the_published_share_of_latents_active():
     pre_acts = (x - parameters["b_dec"]) @ parameters["W_enc"].T + parameters["b_enc"]
     fires = pre_acts > parameters["log_threshold"].exp() + 1e-12
     assert fires.sum(0).tolist() == [16] * 40_000
+
+
+@pytest.mark.parametrize(
+    ("keys", "norm"), [({"l1_coefficient": 1.0}, 0.1), ({"target_l0": 4.0}, 1.0), ({"target_l0": 24.0}, 0.25)]
+)
+@pytest.mark.parametrize("d_out", [None, 30])
+def test_standard_starts_larger_where_few_latents_are_to_fire(keys, norm, d_out):
+    """Rows have norm 0.1 without a target L0, and with one .15 d_in / target_l0, at most one."""
+    places = {"hook_point": "a"} | ({} if d_out is None else {"writes": "b"})
+    architecture = make_architecture(make_config(architecture="standard", d_sae=50, **keys, **places), 40, d_out)
+    first = architecture.initial_parameters(torch.Generator().manual_seed(0))
+    for name in ("W_enc", "W_dec"):
+        assert first[name].norm(dim=1).tolist() == pytest.approx([norm] * 50)
+
+
+@pytest.mark.parametrize(
+    ("keys", "norm"),
+    [
+        ({"architecture": "topk", "k": 4}, 0.1),
+        ({"architecture": "standard", "l1_coefficient": 0.7}, 0.1),
+        ({"architecture": "standard", "target_l0": 4.0}, 1.0),
+        ({"architecture": "jumprelu", "l0_coefficient": 0.3}, 0.1),
+        ({"architecture": "jumprelu", "target_l0": 4.0, "initial_threshold": 0.4}, 0.1),
+        ({"architecture": "jumprelu", "target_l0": 4.0}, 1.0),
+        ({"architecture": "jumprelu", "l0_coefficient": 0.3, "initial_l0": 4.0}, 1.0),
+    ],
+)
+def test_cross_layer_transcoders_start_larger_where_the_first_batch_decides_what_fires(keys, norm):
+    """Each latent's decoders together have the norm; an encoder of JumpReLU is scaled for its layer's share of L0."""
+    places = {"hook_point": "a", "reads": ("a", "b"), "writes": ("c", "d"), "cross_layer": True}
+    first = make_architecture(make_config(d_sae=50, **keys, **places), 80, 60).initial_parameters(torch.Generator())
+    to_first, to_second, of_second = first["W_dec"].split(50)
+    decoders = [torch.cat([to_first, to_second], dim=1), of_second]
+    assert torch.cat([rows.norm(dim=1) for rows in decoders]).tolist() == pytest.approx([norm] * 100)
+    scale = first_encoder_scale(2.0, 50, 40) if norm == 1 and keys["architecture"] == "jumprelu" else 1.0
+    assert first["W_enc"].norm(dim=1).tolist() == pytest.approx([norm * scale] * 100)

@@ -21,8 +21,6 @@ from .layers import Layers
 
 _C = TypeVar("_C", bound=SaeConfig)
 
-_FIRST_NORM = 0.1
-
 
 class CrossLayer(Architecture[_C]):
     """Base: `f_l` from `W_enc_l x_l + b_enc_l`, and `y_hat_m = sum_{l <= m} f_l W_dec[l -> m] + b_dec_m`.
@@ -66,7 +64,7 @@ class CrossLayer(Architecture[_C]):
         return False
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Return random decoders, of norm 0.1 over all targets, and an encoder with rows of norm 0.1.
+        """Return random decoders and an encoder, whose rows have the first norm.
 
         Encoder rows have the directions of the decoders for the same layer if the widths are equal; otherwise they are
         random.
@@ -78,9 +76,9 @@ class CrossLayer(Architecture[_C]):
         else:
             W_enc = torch.randn(self.d_sae, layers.d_in, generator=generator)
         return {
-            "W_enc": W_enc * (_FIRST_NORM / W_enc.norm(dim=1, keepdim=True)),
+            "W_enc": W_enc * (self.first_norm / W_enc.norm(dim=1, keepdim=True)),
             "b_enc": torch.zeros(self.d_sae),
-            "W_dec": layers.scale_decoders(W_dec, _FIRST_NORM / layers.decoder_norms(W_dec)),
+            "W_dec": layers.scale_decoders(W_dec, self.first_norm / layers.decoder_norms(W_dec)),
             "b_dec": torch.zeros(self.d_out),
         }
 

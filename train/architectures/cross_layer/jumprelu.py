@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...stream.normalization import Normalization
-from ..base import unused_start
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..jumprelu import EDGE, LEAST_IMPORTED_THRESHOLD, SMALLEST_THRESHOLD, JumpReLU, JumpReLUConfig, TanhJumpReLU
+from ..parts.first_batch import first_encoder_scale, unused_start
 from ..parts.latents import Latents, count
 from ..registry import register
 from .base import CrossLayer
@@ -34,16 +34,23 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
         """The width of a layer's input, by which the published bandwidth and initial threshold are scaled."""
         return self.layers.d_in
 
+    @property
+    def first_norm(self) -> float:
+        """The norm of a latent's decoders before training: one where the first batch sets the thresholds."""
+        return 0.1 if self.l0_of_start is None else 1.0
+
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
-        """Also return the thresholds' logarithms."""
-        log_threshold = torch.full((self.d_sae,), math.log(self.first_threshold))
-        return super().initial_parameters(generator) | {"log_threshold": log_threshold}
+        """Return the base's parameters, the encoder's scaled for a given L0, and the thresholds' logarithms."""
+        parameters, layers = super().initial_parameters(generator), self.layers
+        if self.l0_of_start is not None:
+            parameters["W_enc"] *= first_encoder_scale(self.l0_of_start / layers.n, layers.d_sae, layers.d_in)
+        return parameters | {"log_threshold": torch.full((self.d_sae,), math.log(self.first_threshold))}
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the thresholds so that each latent fires on L0 / d_sae of the first batch, if an L0 is given."""
-        if self._first_l0 is None or self.config.initial_threshold is not None:
+        if self.l0_of_start is None:
             return
-        n_active = round(len(batch.x) * self._first_l0 / self.d_sae)
+        n_active = round(len(batch.x) * self.l0_of_start / self.d_sae)
         thresholds = self.exceeded_by(parameters, batch, n_active) + parameters["b_enc"]
         parameters["log_threshold"].copy_(thresholds.clamp_min_(SMALLEST_THRESHOLD).log_())
 

@@ -35,6 +35,11 @@ class CrossLayerLargest(CrossLayer[_L], TopK[_L]):
     folds = False
 
     @property
+    def first_norm(self) -> float:
+        """The norm of encoder rows, and of a latent's decoders, before training."""
+        return 0.1
+
+    @property
     def over_all(self) -> bool:
         """Whether latents are chosen among all layers."""
         return self.config.select_over != "layer"

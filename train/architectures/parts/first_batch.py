@@ -37,3 +37,12 @@ def first_encoder_scale(k: float, d_sae: int, d_in: int) -> float:
     least = normal.inv_cdf(1 - share)
     r = (least * normal.pdf(least) + share) * d_sae / d_in
     return 1 / (1 + r)
+
+
+def unused_start(**given: float | None) -> list[str]:
+    """Return a line for each key that sets initial values and is not used, because training starts from an SAE."""
+    return [
+        f"{key} = {value:g} is not used: thresholds and biases start at the SAE's"
+        for key, value in given.items()
+        if value is not None
+    ]
