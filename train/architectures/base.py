@@ -183,11 +183,13 @@ class Architecture(Generic[_C]):
         If the widths read and written differ, the encoder's rows are random as well. A skip path starts at zero.
         """
         W_dec = torch.randn(self.d_sae, self.d_out, generator=generator)
-        W_dec /= W_dec.norm(dim=1, keepdim=True) / self.first_norm
+        norms = W_dec.norm(dim=1, keepdim=True)
+        # The two round differently; each is kept as in earlier releases, so that weights stay the same.
+        W_dec = (W_dec / norms).mul_(self.first_norm) if self.centred else W_dec * (self.first_norm / norms)
         W_enc = W_dec.clone()
         if self.d_in != self.d_out:
             W_enc = torch.randn(self.d_sae, self.d_in, generator=generator)
-            W_enc /= W_enc.norm(dim=1, keepdim=True) / self.first_norm
+            W_enc = W_enc * (self.first_norm / W_enc.norm(dim=1, keepdim=True))
         skip = {"W_skip": torch.zeros(self.d_out, self.d_in)} if self.config.wiring.skip else {}
         return {
             "W_enc": W_enc,

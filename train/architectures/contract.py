@@ -51,11 +51,16 @@ class Batch:
 
 
 class L0Target(NamedTuple):
-    """The L0 that a controller of the penalty's factor reaches, the factor at first, and the controller's gain."""
+    """The L0 that a controller of the penalty's factor reaches, and how.
+
+    `first_factor` is the factor at first, `gain` the controller's, and `least_factor` the smallest that it keeps in
+    mind: where L0 stays below its target for long, a factor that had become far smaller would take as long to return.
+    """
 
     l0: float
     first_factor: float
     gain: float = 40.0
+    least_factor: float = 0.0
 
 
 class Collectives(Across):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...shared.core.errors import ConfigError
 from ..stream.normalization import Normalization
-from .contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
+from .contract import Batch, Buffers, L0Target, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
 from .parts.first_batch import exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
@@ -19,6 +19,7 @@ from .registry import register
 
 _EPSILON = 1e-3
 _PUBLISHED_NORM = 0.1
+_GAIN, _LEAST_COEFFICIENT = 60.0, 0.1
 _NORM_AT_WIDTH = 0.15  # with a target L0 of d_in; measured in docs/recipes.md
 
 
@@ -82,6 +83,12 @@ class Standard(PenaltyArchitecture[S]):
         """
         target = self.config.target_l0
         return _PUBLISHED_NORM if target is None else min(1.0, _NORM_AT_WIDTH * self.d_in / target)
+
+    @property
+    def l0_target(self) -> L0Target | None:
+        """The target L0, if one is given, with a controller for rows of the first norm."""
+        target = super().l0_target
+        return target and target._replace(gain=_GAIN, least_factor=_LEAST_COEFFICIENT * self.first_norm)
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the encoder's biases so that each latent fires on target_l0 / d_sae of the first batch, with a target."""

@@ -34,6 +34,20 @@ def test_the_factor_follows_the_logarithm_of_l0():
     assert torch.equal(control.state, before)
 
 
+def test_a_factor_without_effect_does_not_fall_far_and_returns_soon():
+    """With a least factor; one that is larger than the first is not kept."""
+    control = L0Control(L0Target(8.0, 1.0, 40.0, 0.1), 100, torch.device("cpu"))
+    for _ in range(50):
+        control.update(torch.tensor(1.0, dtype=torch.float64))
+    assert float(control.factor) == pytest.approx(0.1 * math.exp(-1))
+    for _ in range(6):
+        control.update(torch.tensor(16.0, dtype=torch.float64))
+    assert float(control.factor) == pytest.approx(0.1 * math.exp((6 * 0.4 + 1) * math.log(2)))
+    low = L0Control(L0Target(8.0, 0.01, 40.0, 0.1), 100, torch.device("cpu"))
+    low.update(torch.tensor(4.0, dtype=torch.float64))
+    assert float(low.factor) == pytest.approx(0.01 / 2)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, sparse_activations):
     path = tmp_path_factory.mktemp("store") / "store"
@@ -99,7 +113,7 @@ def test_a_coefficient_beside_a_target_is_where_the_controller_starts_but_for_ju
     table = {"hook_point": "h", "d_sae": 32, "target_l0": 4.0}
     standard = make_architecture(make_config(architecture="standard", l1_coefficient=3.0, **table), 16)
     jumprelu = make_architecture(make_config(architecture="jumprelu", l0_coefficient=3.0, **table), 16)
-    assert standard.l0_target == (4.0, 3.0, 40.0)
+    assert standard.l0_target == (4.0, 3.0, 60.0, 0.06)
     assert jumprelu.l0_target is None
 
 
