@@ -53,13 +53,15 @@ class Batch:
 class L0Target(NamedTuple):
     """The L0 that a controller of the penalty's factor reaches, and how.
 
-    `first_factor` is the factor at first, `gain` the controller's, and `least_factor` the smallest that it keeps in
-    mind: where L0 stays below its target for long, a factor that had become far smaller would take as long to return.
+    `first_factor` is the factor at first. The controller's gain goes from `gain` to `last_gain` over the run.
+    `least_factor` is the smallest that its integral keeps: where L0 stays below its target for long, a factor that had
+    become far smaller would take as long to return.
     """
 
     l0: float
     first_factor: float
     gain: float = 40.0
+    last_gain: float = 40.0
     least_factor: float = 0.0
 
 

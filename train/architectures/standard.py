@@ -19,7 +19,7 @@ from .registry import register
 
 _EPSILON = 1e-3
 _PUBLISHED_NORM = 0.1
-_GAIN, _LEAST_COEFFICIENT = 60.0, 0.1
+_LEAST_COEFFICIENT = 0.1
 _NORM_AT_WIDTH = 0.15  # with a target L0 of d_in; measured in docs/recipes.md
 
 
@@ -86,9 +86,9 @@ class Standard(PenaltyArchitecture[S]):
 
     @property
     def l0_target(self) -> L0Target | None:
-        """The target L0, if one is given, with a controller for rows of the first norm."""
+        """The target L0, if one is given, and a controller that becomes stricter as the learning rate falls."""
         target = super().l0_target
-        return target and target._replace(gain=_GAIN, least_factor=_LEAST_COEFFICIENT * self.first_norm)
+        return target and target._replace(gain=30.0, last_gain=90.0, least_factor=_LEAST_COEFFICIENT * self.first_norm)
 
     def start(self, parameters: Parameters, batch: Batch) -> None:
         """Set the encoder's biases so that each latent fires on target_l0 / d_sae of the first batch, with a target."""

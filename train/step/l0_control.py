@@ -19,14 +19,14 @@ class L0Control:
 
     The target is approached geometrically from the L0 of the first step, over the first quarter of the run: a penalty
     that grew for as long as half of all latents fire would be far too large once they no longer do. Over the whole run,
-    whatever its length, the integral grows by the target's `gain` for an L0 that is e times what it should be, and by
+    whatever its length, the integral grows by the target's gain for an L0 that is e times what it should be, and by
     no more for larger ones. It stays above the logarithm of `least_factor`. On a GPU nothing waits for the device:
     `state` holds the integral, the factor, the first L0, and the number of steps.
     """
 
     def __init__(self, target: L0Target, n_steps: int, device: torch.device):
         self.target = target
-        self._gain, self._n_approach = target.gain / n_steps, max(1.0, APPROACH * n_steps)
+        self._n_steps, self._n_approach = n_steps, max(1.0, APPROACH * n_steps)
         first = [math.log(target.first_factor), target.first_factor, 0.0, 0.0]
         least = min(target.least_factor, target.first_factor)
         self._least = math.log(least) if least > 0 else -math.inf
@@ -53,6 +53,7 @@ class L0Control:
         first = torch.where(self.state[2] > 0, self.state[2], l0)
         reference = (first / self.target.l0).log().clamp_min(0) * (1 - share)
         error = ((l0 / self.target.l0).log() - reference).clamp(-1, 1)
-        integral = (self.state[0] + self._gain * error).clamp_min(self._least)
+        gain = self.target.gain + (self.target.last_gain - self.target.gain) * (done / self._n_steps).clamp(max=1)
+        integral = (self.state[0] + gain / self._n_steps * error).clamp_min(self._least)
         new = torch.stack([integral, (integral + DAMPING * error).exp(), first, done])
         self.state.copy_(new if skip is None else torch.where(skip > 0, self.state, new))

@@ -19,15 +19,16 @@ TARGET = 4.0
 N_STEPS = 300
 
 
-def test_the_factor_follows_the_logarithm_of_l0():
+@pytest.mark.parametrize("last_gain", [40.0, 90.0])
+def test_the_factor_follows_the_logarithm_of_l0(last_gain):
     """Against the same controller in plain Python."""
-    control = L0Control(L0Target(8.0, 2.0), 100, torch.device("cpu"))
+    control = L0Control(L0Target(8.0, 2.0, last_gain=last_gain), 100, torch.device("cpu"))
     integral, l0s = math.log(2.0), [64.0, 30.0, 200.0, 9.0, 0.0, 8.0]
     for step, l0 in enumerate(l0s, 1):
         control.update(torch.tensor(l0, dtype=torch.float64))
         reference = 8.0 * (64.0 / 8.0) ** (1 - min(step / 25, 1))
         error = min(max(math.log(max(l0, 0.1) / reference), -1), 1)
-        integral += 40 / 100 * error
+        integral += (40 + (last_gain - 40) * step / 100) / 100 * error
         assert float(control.factor) == pytest.approx(math.exp(integral + error))
     before = control.state.clone()
     control.update(torch.tensor(1000.0), skip=torch.tensor(1.0))
@@ -36,14 +37,14 @@ def test_the_factor_follows_the_logarithm_of_l0():
 
 def test_a_factor_without_effect_does_not_fall_far_and_returns_soon():
     """With a least factor; one that is larger than the first is not kept."""
-    control = L0Control(L0Target(8.0, 1.0, 40.0, 0.1), 100, torch.device("cpu"))
+    control = L0Control(L0Target(8.0, 1.0, least_factor=0.1), 100, torch.device("cpu"))
     for _ in range(50):
         control.update(torch.tensor(1.0, dtype=torch.float64))
     assert float(control.factor) == pytest.approx(0.1 * math.exp(-1))
     for _ in range(6):
         control.update(torch.tensor(16.0, dtype=torch.float64))
     assert float(control.factor) == pytest.approx(0.1 * math.exp((6 * 0.4 + 1) * math.log(2)))
-    low = L0Control(L0Target(8.0, 0.01, 40.0, 0.1), 100, torch.device("cpu"))
+    low = L0Control(L0Target(8.0, 0.01, least_factor=0.1), 100, torch.device("cpu"))
     low.update(torch.tensor(4.0, dtype=torch.float64))
     assert float(low.factor) == pytest.approx(0.01 / 2)
 
@@ -113,7 +114,7 @@ def test_a_coefficient_beside_a_target_is_where_the_controller_starts_but_for_ju
     table = {"hook_point": "h", "d_sae": 32, "target_l0": 4.0}
     standard = make_architecture(make_config(architecture="standard", l1_coefficient=3.0, **table), 16)
     jumprelu = make_architecture(make_config(architecture="jumprelu", l0_coefficient=3.0, **table), 16)
-    assert standard.l0_target == (4.0, 3.0, 60.0, 0.06)
+    assert standard.l0_target == (4.0, 3.0, 30.0, 90.0, 0.06)
     assert jumprelu.l0_target is None
 
 
