@@ -12,14 +12,13 @@ from ...shared.core.errors import ConfigError
 from ..stream.normalization import Normalization
 from .contract import Batch, Buffers, L0Target, Number, Parameters, StepInput, StepOutput
 from .parts.dense import error_of, squared
-from .parts.first_batch import exceeded_by
+from .parts.first_batch import PUBLISHED_NORM, exceeded_by
 from .parts.latents import above_threshold, count, encoded_bias, gradients_of
 from .penalty import PenaltyArchitecture, PenaltyConfig
 from .registry import register
 
 _EPSILON = 1e-3
-_PUBLISHED_NORM = 0.1
-_LEAST_COEFFICIENT = 0.1
+_LEAST_COEFFICIENT = 0.1  # that a controller keeps, for rows of norm one
 _NORM_AT_WIDTH = 0.15  # with a target L0 of d_in; measured in docs/recipes.md
 
 
@@ -82,7 +81,7 @@ class Standard(PenaltyArchitecture[S]):
         and many would die. Without a target it is the published 0.1.
         """
         target = self.config.target_l0
-        return _PUBLISHED_NORM if target is None else min(1.0, _NORM_AT_WIDTH * self.d_in / target)
+        return PUBLISHED_NORM if target is None else min(1.0, _NORM_AT_WIDTH * self.d_in / target)
 
     @property
     def l0_target(self) -> L0Target | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...stream.normalization import Normalization
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..jumprelu import EDGE, LEAST_IMPORTED_THRESHOLD, SMALLEST_THRESHOLD, JumpReLU, JumpReLUConfig, TanhJumpReLU
-from ..parts.first_batch import first_encoder_scale, unused_start
+from ..parts.first_batch import PUBLISHED_NORM, first_encoder_scale, unused_start
 from ..parts.latents import Latents, count
 from ..registry import register
 from .base import CrossLayer
@@ -37,7 +37,7 @@ class CrossLayerJumpReLU(CrossLayer[JumpReLUConfig], JumpReLU):
     @property
     def first_norm(self) -> float:
         """The norm of a latent's decoders before training: one where the first batch sets the thresholds."""
-        return 0.1 if self.l0_of_start is None else 1.0
+        return PUBLISHED_NORM if self.l0_of_start is None else 1.0
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return the base's parameters, the encoder's scaled for a given L0, and the thresholds' logarithms."""

@@ -14,6 +14,7 @@ from ...stream.normalization import Normalization
 from ..batch_topk import MOMENTUM, BatchTopK, BatchTopKConfig
 from ..contract import Batch, Buffers, Number, Parameters, StepInput, StepOutput
 from ..parts.decoder_norms import NORM_TOLERANCE
+from ..parts.first_batch import PUBLISHED_NORM
 from ..parts.latents import SparseLatents, count
 from ..registry import register
 from ..topk import CompetingConfig, TopK, TopKConfig
@@ -37,7 +38,7 @@ class CrossLayerLargest(CrossLayer[_L], TopK[_L]):
     @property
     def first_norm(self) -> float:
         """The norm of encoder rows, and of a latent's decoders, before training."""
-        return 0.1
+        return PUBLISHED_NORM
 
     @property
     def over_all(self) -> bool:

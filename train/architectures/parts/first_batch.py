@@ -9,6 +9,7 @@ from torch import Tensor, cat
 
 from ..contract import Parameters
 
+PUBLISHED_NORM = 0.1  # of decoder and encoder rows, where half of all latents fire at first
 _LATENT_BLOCK = 1024
 
 
