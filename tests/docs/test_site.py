@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import html
 import importlib.util
 import inspect
@@ -20,19 +21,33 @@ from ..evaluate.chromium import CHROMIUM, SWITCHES, Tab
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.xdist_group("chromium")  # one worker, so that the site is built once
-
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Build the site as `make docs` does, which makes an error of a broken link, and return its folder."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+def site(tmp_path_factory, worker_id):
+    """Build the site as `make docs` does, which makes an error of a broken link, and return its folder.
+
+    One of the test processes builds it for all, because a build first clears the folder of its copied package.
+    """
+    if worker_id == "master":
+        folder = tmp_path_factory.mktemp("site") / "site"
+    else:
+        folder = tmp_path_factory.getbasetemp().parent / "site"
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            build_site(folder)
+    return folder
+
+
+def build_site(folder: Path) -> None:
+    """Build the site in a folder, which appears only once the build has succeeded."""
+    part = folder.with_suffix(".part")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(part)]
     environment = os.environ | {"PYTHONSAFEPATH": "1", "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Documentation built" in done.stderr  # with --quiet, --strict would not count warnings
-    return folder
+    part.rename(folder)
 
 
 def plain(text: str) -> str:

@@ -13,7 +13,6 @@ from thresher.evaluate.causal import attribute_command, contrast_command, steer_
 from thresher.evaluate.circuits import graph_command
 from thresher.shared.sae import Sae
 
-pytestmark = pytest.mark.xdist_group("chromium")
 MODEL = Path(__file__).parents[3] / "models" / "stdlib-lm"
 KINDS = ("attribution", "steering", "contrast", "graph")
 TEXT = "def read(path):\n\twith open(path) as"

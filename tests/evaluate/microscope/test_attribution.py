@@ -58,7 +58,6 @@ def test_by_default_there_is_one_sae_at_each_hook_point(scope):
     assert "both at" in scope.client.json("POST", "/api/attribution", body, status=422)["error"]
 
 
-@pytest.mark.xdist_group("chromium")
 def test_the_page_lists_latents_and_leads_to_them_and_to_their_ablation(open_page, scope, expect):
     body = {"text": TEXT, "saes": ["topk_k10"]}
     found = scope.client.json("POST", "/api/attribution", body)

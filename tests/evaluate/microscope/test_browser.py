@@ -8,7 +8,6 @@ import re
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.xdist_group("chromium")
 
 
 @pytest.fixture

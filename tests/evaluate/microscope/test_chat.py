@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 TURNS = [{"role": "user", "content": "from path"}, {"role": "assistant", "content": "open"}]
 FIRST, BOTH = ["class", "from", "path", "self"], ["class", "from", "path", "self", "open"]
 
@@ -40,7 +38,6 @@ def test_what_the_template_refuses_is_said(trained, scope):
     assert scope.client.json("GET", "/api/status")["model"]["chats"] is False
 
 
-@pytest.mark.xdist_group("chromium")
 def test_the_page_takes_turns_and_its_address_holds_them(open_page, trained, expect):
     page = open_page(trained)
     page.goto("/#page=text")
@@ -63,7 +60,6 @@ def test_the_page_takes_turns_and_its_address_holds_them(open_page, trained, exp
     expect(page.locator("main [role=status]").first).to_have_text("Done.")
 
 
-@pytest.mark.xdist_group("chromium")
 def test_the_page_says_if_there_is_no_template(open_page, scope, expect):
     page = open_page(scope)
     page.goto("/#page=steer")

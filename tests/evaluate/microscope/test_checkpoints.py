@@ -68,7 +68,6 @@ def test_a_checkpoint_that_is_damaged_is_refused_in_one_line(serve, trained_run,
     assert [one["step"] for one in topk["checkpoints"]] == [8]
 
 
-@pytest.mark.xdist_group("chromium")
 def test_an_sae_is_compared_with_its_own_checkpoint(open_page, trained, expect):
     page = open_page(trained)
     body = {"text": TEXT, "saes": ["topk@8", "topk"], "top": 50}
@@ -90,7 +89,6 @@ def test_an_sae_is_compared_with_its_own_checkpoint(open_page, trained, expect):
     expect(page.locator("h1")).to_have_text("topk")
 
 
-@pytest.mark.xdist_group("chromium")
 def test_without_checkpoints_the_page_says_why(open_page, scope, expect):
     page = open_page(scope)
     page.goto("/#page=compare")

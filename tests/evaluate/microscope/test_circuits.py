@@ -76,7 +76,6 @@ def test_a_run_without_transcoders_says_what_to_do(scope):
     assert "no transcoders" in error
 
 
-@pytest.mark.xdist_group("chromium")
 def test_the_page_draws_the_graph_and_its_nodes_lead_to_latents(circuits, chromium, expect):
     found = circuits.client.json("POST", "/api/graph", {"text": PROMPT})
     page = chromium.new_page(base_url=f"http://127.0.0.1:{circuits.port}")

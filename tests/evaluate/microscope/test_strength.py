@@ -56,7 +56,6 @@ def test_without_the_store_it_is_twice_the_maximum(serve, run_folder, tmp_path):
     assert "from 0 to 31" in found.client.json("GET", "/api/saes/topk_k10/latents/99/strength", status=422)["error"]
 
 
-@pytest.mark.xdist_group("chromium")
 def test_the_page_fills_in_the_suggestion_until_the_user_gives_a_strength(open_page, scope, expect):
     found = [scope.client.json("GET", f"/api/saes/topk_k10/latents/{latent}/strength") for latent in (4, 5)]
     page = open_page(scope)

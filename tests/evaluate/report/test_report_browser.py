@@ -14,7 +14,6 @@ from thresher.evaluate.report import feature_blocks, write_report
 from thresher.evaluate.report.definitions import METRICS
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 
-pytestmark = pytest.mark.xdist_group("chromium")
 NAMES = ("topk-k4", "topk-k2", "relu <b>&amp;")
 
 
