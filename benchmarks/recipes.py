@@ -2,14 +2,15 @@
 
     .venv/bin/python benchmarks/recipes.py demo=runs/demo/store:blocks.2.resid_post [NAME=STORE:HOOK_POINT ...]
         [--peers sae_lens sparsify] [--architectures topk jumprelu] [--tokens 491520] [--seeds 3] [--our-lr 1e-3 3e-3]
-        [--share 0.6]
+        [--share 0.6] [--change batch_size=1024 beta1=0.9 'rotation="none"']
 
 All train on the same rows in the same order, in batches of 2,048, and are judged on the same held-out rows in their
-form for inference. Ours take what `recipe = "auto"` chooses. Peers take each learning rate of `--lr`, with ours' shares
-of warm-up and decay. Where k is not given, a peer's L0 follows from its coefficient; ours then train at two target L0s
-that enclose it, and are interpolated linearly in the logarithm of L0. A row shows the peer's run that ours lead by
-least; with `--share`, also what ours reach on that share of the tokens. Each run is kept in a file of `--output`, so
-that an interrupted table can be resumed.
+form for inference. Ours take what `recipe = "auto"` chooses, except for the keys of `--change`, whose values are TOML,
+or `auto` for what is chosen. Peers take each learning rate of `--lr`, with ours' shares of warm-up and decay. Where k
+is not given, a peer's L0 follows from its coefficient; ours then train at two target L0s that enclose it, and are
+interpolated linearly in the logarithm of L0. A row shows the peer's run that ours lead by least; with `--share`, also
+what ours reach on that share of the tokens. Each run is kept in a file of `--output`, so that an interrupted table can
+be resumed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import statistics
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,22 +75,21 @@ class Run(NamedTuple):
     sparsity: float
     seed: int
     tokens: int
-    rotation: str | None = None
+    changes: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """The name of its file."""
         rate = "auto" if self.lr is None else f"{self.lr:g}"
         named = f"{self.data.name}-{self.tokens}-{self.library}-{self.architecture}"
-        rotated = "" if self.rotation is None else f"-rotation-{self.rotation}"
-        return f"{named}-lr{rate}-{self.sparsity:g}-seed{self.seed}{rotated}"
+        return "-".join([f"{named}-lr{rate}-{self.sparsity:g}-seed{self.seed}", *self.changes])
 
 
 class Contest:
     """The runs of a table: trained on demand, and read from their files afterwards."""
 
     def __init__(self, options: argparse.Namespace):
-        self._tokens, self._folder, self._rotation = options.tokens, options.output, options.rotation
+        self._tokens, self._folder, self._changes = options.tokens, options.output, tuple(options.change)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def ours(
@@ -96,7 +97,7 @@ class Contest:
     ) -> dict:
         """Return a run of ours at a k or target L0, with the recipe's learning rate unless one is given."""
         tokens = round(self._tokens * share)
-        return self._result(Run(data, "thresher", architecture, lr, sparsity, seed, tokens, self._rotation))
+        return self._result(Run(data, "thresher", architecture, lr, sparsity, seed, tokens, self._changes))
 
     def theirs(self, data: Data, library: str, architecture: str, lr: float, sparsity: float, seed: int) -> dict:
         """Return a run of a peer."""
@@ -154,8 +155,11 @@ class Contest:
         sae |= {"k": round(run.sparsity)} if "topk" in run.architecture else {"target_l0": run.sparsity}
         sae |= {"seed": run.seed} | ({} if run.lr is None else {"lr": run.lr})
         tokens, output = run.tokens // BATCH * BATCH, str(self._folder / "saes" / run.key)
-        given = {"sae": [sae], "batch_size": BATCH, "tokens": tokens, "rotation": run.rotation}
-        (path,) = train(TrainConfig(store=run.data.store, output=output, **given))
+        given = {"store": run.data.store, "output": output, "batch_size": BATCH, "tokens": tokens, "sae": [sae]}
+        for key, _, value in (change.partition("=") for change in run.changes):
+            of_run = key in TrainConfig.__struct_fields__
+            (given if of_run else sae)[key] = None if value == "auto" else tomllib.loads(f"value = {value}")["value"]
+        (path,) = train(TrainConfig(**given))
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         last = [line["l0"] for line in lines if "l0" in line][-10:]
         return judge(Sae.load(path), load_file(rows)["test"]) | {"train_l0": sum(last) / len(last)}
@@ -215,7 +219,7 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the peers' learning rates")
     parser.add_argument("--our-lr", nargs="*", type=float, default=[], help="rates of ours to try beside the recipe's")
     parser.add_argument("--share", nargs="*", type=float, default=[], help="shares of the tokens for ours to try")
-    parser.add_argument("--rotation", choices=["pca", "none"], help="of our runs, instead of the recipe's")
+    parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="keys of our runs or their tables")
     parser.add_argument("--tokens", type=int, default=491_520)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/bench/recipes")

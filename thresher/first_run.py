@@ -26,7 +26,6 @@ from thresher.train.config import SaeConfig, TrainConfig
 _STAGES = ("harvest", "train", "evaluate")
 EXPANSION = 8
 KS = [16, 32, 64]
-_LARGEST_BATCH, _SMALLEST_BATCH, _WANTED_STEPS = 4096, 256, 1000
 _log = logging.getLogger(__name__)
 
 
@@ -92,10 +91,7 @@ def choose_harvest(config: InitConfig) -> HarvestConfig:
 
 
 def choose_training(config: InitConfig, widths: Mapping[str, int]) -> TrainConfig:
-    """Return the settings of training: TopK SAEs of three sparsities at each hook point, in about a thousand steps."""
-    batch_size = _SMALLEST_BATCH
-    while batch_size < _LARGEST_BATCH and 2 * batch_size * _WANTED_STEPS <= config.tokens:
-        batch_size *= 2
+    """Return the settings of training: TopK SAEs of three sparsities at each hook point."""
     saes = []
     for name, width in widths.items():
         d_sae = config.d_sae or EXPANSION * width
@@ -104,7 +100,6 @@ def choose_training(config: InitConfig, widths: Mapping[str, int]) -> TrainConfi
     return TrainConfig(
         store=f"{config.output}/store",
         output=f"{config.output}/saes",
-        batch_size=batch_size,
         device=config.device,
         sae=saes,
     )
@@ -136,7 +131,7 @@ def _file_contents(
         commented_toml(
             TrainConfig,
             ["A sweep of SAEs, trained together from the store. A list is a grid: one SAE per value."],
-            _values(train, "store", "output", "batch_size"),
+            _values(train, "store", "output"),
             train,
             ("epochs", "decay_fraction", "device"),
             tables=("sae", SaeConfig, train.sae),

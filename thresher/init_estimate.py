@@ -31,6 +31,7 @@ from thresher.shared.core.terminal.logs import LogSettings, log_settings, shown_
 from thresher.shared.store import ActivationStore, ActivationStoreWriter
 from thresher.train.config import TrainConfig
 from thresher.train.plan import plan_run
+from thresher.train.recipes import batch_size_for
 from thresher.train.run import train
 
 BATCHES_PER_WORKER = 2
@@ -170,11 +171,12 @@ def _trial_training(
     """Train for some steps; return the memory of the run, rows per second, bytes on disk and the number of SAEs."""
     store = ActivationStore.open(str(path))
     n_steps = _STEPS[torch.device(device).type]
+    n_rows = harvest.n_contexts * harvest.context_size
+    batch_size = config.batch_size or batch_size_for(n_rows, n_rows, config.recipe).value
     trial = msgspec.structs.replace(
-        config, store=str(path), output=str(folder / "saes"), tokens=n_steps * config.batch_size
+        config, store=str(path), output=str(folder / "saes"), batch_size=batch_size, tokens=n_steps * batch_size
     )
     plan = plan_run(trial, store, int(store.training_rows_per_chunk().sum()))
-    n_rows = harvest.n_contexts * harvest.context_size
     hook_points = {place for sae in plan.saes for place in sae.wiring.hook_points}
     windows = sum(min(config.window_bytes, n_rows * store.d_in(name) * store.dtype.itemsize) for name in hook_points)
     memory = sum((dict(plan.memory) | {"windows": windows}).values())

@@ -144,7 +144,10 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             min_length=1, description="The sweep, as [[sae]] tables: a list is a grid, `samples` draws random values."
         ),
     ]
-    batch_size: Annotated[int, Meta(ge=1, description="Activations per step.")] = 4096
+    batch_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Activations per step; 4096, or fewer in short runs, if not given."),
+    ] = None
     tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Activations to train on; `epochs` passes if not given. More continue a finished run."),

@@ -21,7 +21,7 @@ from .memory import Memory, available_memory, fused_step_bytes, parameter_shapes
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
-from .recipes import Began, RunFacts, Setting, completed, rotation_for, settings_for, warmup_for
+from .recipes import Began, RunFacts, Setting, batch_size_for, completed, rotation_for, settings_for, warmup_for
 from .step.sae_trainer import Schedule
 from .stream.batches import no_training_rows
 from .sweep.grids import expand_sweep
@@ -29,6 +29,10 @@ from .warm_start import read_initial, source_of
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
+
+
+_OF_RUN = ("batch_size", "warmup_steps", "rotation")
+"""Settings of a whole run that its configuration may leave open."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class TrainPlan:
     def completed(self, sae: SaeConfig) -> SaeConfig:
         """Return an SAE's table with the settings that were chosen where it leaves them open."""
         return completed(sae, {key: setting.value for key, setting in self.settings.get(str(sae.name), {}).items()})
+
+    def of_run_for(self, name: str) -> dict[str, Any]:
+        """Return the settings of the whole run with which an SAE is trained, chosen or given."""
+        rotation = "pca" if name in self.rotates else "none"
+        return dict(zip(_OF_RUN, (self.schedule.batch_size, self.schedule.warmup_steps, rotation), strict=True))
 
     @property
     def memory_bytes(self) -> int:
@@ -127,12 +136,12 @@ def plan_run(
     ranks = ranks or TrainRanks(config.device)
     saes = expand_sweep(config.sae)
     tokens = config.tokens if config.tokens is not None else max(1, round(config.epochs * rows_per_epoch))
-    n_steps = -(-tokens // config.batch_size)
-    of_run = _of_run(config, n_steps, began)
-    warmup_steps, rotation = (
-        of_run[key].value if key in of_run else getattr(config, key) for key in ("warmup_steps", "rotation")
+    of_run = _of_run(config, tokens, rows_per_epoch, began)
+    batch_size, warmup_steps, rotation = (
+        of_run[key].value if key in of_run else getattr(config, key) for key in _OF_RUN
     )
-    schedule = Schedule(n_steps, config.batch_size, warmup_steps, config.decay_fraction, config.lr_decay)
+    n_steps = -(-tokens // batch_size)
+    schedule = Schedule(n_steps, batch_size, warmup_steps, config.decay_fraction, config.lr_decay)
     settings: dict[str, dict[str, Setting]] = {}
     n_parameters, architectures, rotates = {}, {}, set()
     for sae in saes:
@@ -144,7 +153,7 @@ def plan_run(
                 )
         d_in, d_out = (_width(store, sae, names) for names in (sae.wiring.reads, sae.wiring.writes))
         try:
-            facts = RunFacts(n_steps, config.batch_size, d_in, source_of(sae, config.init_from) is not None)
+            facts = RunFacts(n_steps, batch_size, d_in, source_of(sae, config.init_from) is not None)
             known = began.settings_for(sae) if began is not None else None
             chosen = settings_for(sae, facts, config.recipe) if known is None else known
             settings[str(sae.name)] = chosen
@@ -166,7 +175,7 @@ def plan_run(
         n_parameters[str(sae.name)] = sum(tensor.numel() for tensor in shapes.values())
     check_activations(store, saes)
     device = choose_device(config.device)
-    memory = _memory(config, store, architectures, n_parameters, device, ranks.n, rotates)
+    memory = _memory(config, batch_size, store, architectures, n_parameters, device, ranks.n, rotates)
     needed = sum(memory.values())
     available = available_memory(device) // (1 if torch.device(device).type == "cuda" else ranks.local_n)
     if needed > available:
@@ -193,13 +202,16 @@ def plan_run(
     )
 
 
-def _of_run(config: TrainConfig, n_steps: int, began: Began | None) -> dict[str, Setting]:
+def _of_run(config: TrainConfig, tokens: int, rows_per_epoch: int, began: Began | None) -> dict[str, Setting]:
     """Return the settings of the whole run that its configuration leaves open."""
-    chosen = {"warmup_steps": warmup_for(n_steps, config.recipe), "rotation": rotation_for(config.recipe)}
-    if began is not None:
-        values = {"warmup_steps": began.warmup_steps, "rotation": "pca" if began.rotates else "none"}
-        chosen = {key: Setting(value, "as the run began") for key, value in values.items()}
-    return {key: setting for key, setting in chosen.items() if getattr(config, key) is None}
+    if began is None:
+        batch_size = batch_size_for(tokens, rows_per_epoch, config.recipe)
+        warmup_steps = warmup_for(-(-tokens // (config.batch_size or batch_size.value)), config.recipe)
+        settings = (batch_size, warmup_steps, rotation_for(config.recipe))
+    else:
+        values = (began.batch_size, began.warmup_steps, "pca" if began.rotates else "none")
+        settings = tuple(Setting(value, "as the run began") for value in values)
+    return {key: setting for key, setting in zip(_OF_RUN, settings, strict=True) if getattr(config, key) is None}
 
 
 def _how_steps_run(config: TrainConfig, architecture: Architecture, device: str, n_ranks: int) -> str:
@@ -221,6 +233,7 @@ def _how_steps_run(config: TrainConfig, architecture: Architecture, device: str,
 
 def _memory(
     config: TrainConfig,
+    batch_size: int,
     store: ActivationStore,
     architectures: Mapping[str, Architecture],
     n_parameters: Mapping[str, int],
@@ -255,16 +268,13 @@ def _memory(
         reduce(lambda total, one: total.plus(one, at_once=on_cpu), (each[i] for i in saes), Memory())
         for saes in trained_on(config.parallel, list(n_parameters.values()), n_ranks)
     ]
-    rows = config.batch_size // (n_ranks if config.parallel == "data" else 1)
+    rows = batch_size // (n_ranks if config.parallel == "data" else 1)
     widest = max(-(-architecture.d_sae // n_shards) for architecture in architectures.values())
     width = max(max(architecture.d_in, architecture.d_out) for architecture in architectures.values())
     n_bytes = getattr(torch, config.compute_dtype).itemsize
     a_row = max(((n_bytes + 4) * one.d_in + 12 * int(one.config.k or 0) for one in fused), default=0)
     sums = max(
-        (
-            fused_step_bytes(config.batch_size, int(one.config.k or 0), -(-one.d_sae // n_shards), one.d_in)
-            for one in fused
-        ),
+        (fused_step_bytes(batch_size, int(one.config.k or 0), -(-one.d_sae // n_shards), one.d_in) for one in fused),
         default=0,
     )
     hook_points = {place for architecture in architectures.values() for place in architecture.config.wiring.hook_points}
@@ -274,7 +284,7 @@ def _memory(
         **max(of_ranks, key=sum)._asdict(),
         "rotation": sum(4 * store.d_in(hook) ** 2 for hook in turned),
         "windows": sum(min(config.window_bytes, n_bytes) for n_bytes in windows),
-        "batch": rows * (2 * widest + (20 if rotates else 16) * width) + (config.batch_size - rows) * a_row + sums,
+        "batch": rows * (2 * widest + (20 if rotates else 16) * width) + (batch_size - rows) * a_row + sums,
     }
 
 

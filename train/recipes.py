@@ -17,6 +17,8 @@ from .architectures.jumprelu import JumpReLUConfig
 from .config import SaeConfig
 
 PUBLISHED_WARMUP_STEPS = 1000
+LARGEST_BATCH = 4096
+_SMALLEST_BATCH, _WANTED_STEPS = 256, 700
 _WARMUP_SHARE = 1 / 20
 # Measured at up to 2,048 latents and 1,400 steps of 2,048 rows; smaller batches at about 190,000 rows. From 70,000
 # steps on, the rate is that of the published rule for TopK, 2e-4 / sqrt(d_sae / 2^14); the power of the length is the
@@ -63,6 +65,7 @@ class Setting(NamedTuple):
 class Began(NamedTuple):
     """What a run on disk began with; a run of a release that recorded no settings began with published ones."""
 
+    batch_size: int
     warmup_steps: int
     rotates: bool
     settings: Mapping[str, Mapping[str, Any]] | None
@@ -77,7 +80,7 @@ class Began(NamedTuple):
         return {key: Setting(value, "as the run began") for key, value in known.items() if getattr(config, key) is None}
 
 
-_OVER_TEN_STEPS = Setting(0.9, "a mean over ten steps, because the gradients of one step are noisy")
+_OVER_TEN_STEPS = Setting(0.9, "averages gradients over 10 steps")
 
 
 def settings_for(config: SaeConfig, facts: RunFacts, recipe: str) -> dict[str, Setting]:
@@ -88,6 +91,17 @@ def settings_for(config: SaeConfig, facts: RunFacts, recipe: str) -> dict[str, S
     return {
         key: setting for key, setting in chosen.items() if key not in config.unused and getattr(config, key) is None
     }
+
+
+def batch_size_for(n_tokens: int, rows_per_epoch: int, recipe: str) -> Setting:
+    """Return the rows per step of a run whose configuration leaves them open: a power of two."""
+    if recipe == "published":
+        return Setting(LARGEST_BATCH, "published")
+    batch_size = _SMALLEST_BATCH
+    while batch_size < LARGEST_BATCH and 2 * batch_size <= min(n_tokens // _WANTED_STEPS, rows_per_epoch):
+        batch_size *= 2
+    reason = f"at most {n_tokens:,} tokens / {_WANTED_STEPS} steps, {rows_per_epoch:,} rows and {LARGEST_BATCH:,}"
+    return Setting(batch_size, f"{reason}, at least {_SMALLEST_BATCH}")
 
 
 def warmup_for(n_steps: int, recipe: str) -> Setting:
@@ -120,13 +134,18 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
     if share is None or (isinstance(config, JumpReLUConfig) and config.uses_tanh):
         return {}
     chosen = {"lr": _rate(config, facts, share), "beta2": _beta2(n_steps)}
+    if config.wiring.kind == "sae":
+        chosen["beta1"] = _beta1(n_steps)
     if isinstance(config, GatedConfig):
         chosen["beta1"] = _OVER_TEN_STEPS
         chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
         chosen["threshold_lr_scale"] = Setting(0.3, "with a decoder of unit norm, biases are small")
-    if isinstance(config, JumpReLUConfig) and config.target_l0 is not None and config.l0_coefficient is None:
-        chosen["beta1"] = _OVER_TEN_STEPS
-        chosen |= _first_l0(config, config.target_l0, facts)
+    if isinstance(config, JumpReLUConfig):
+        if config.target_l0 is None or config.l0_coefficient is not None:
+            chosen.pop("beta1", None)  # without a controller of L0, the published 0
+        else:
+            chosen = {"beta1": _OVER_TEN_STEPS} | chosen
+            chosen |= _first_l0(config, config.target_l0, facts)
     return chosen
 
 
@@ -155,6 +174,12 @@ def _rate(config: SaeConfig, facts: RunFacts, share: float) -> Setting:
     if batch < _PEAK_BATCH:
         reason += f" ({batch:,} / {_PEAK_BATCH:,} rows)^(1/3)"
     return Setting(float(f"{found:.2g}"), reason)
+
+
+def _beta1(n_steps: int) -> Setting:
+    """Return the decay rate with which Adam averages gradients: over few steps in short runs, whose rate is high."""
+    memory = min(max(n_steps / 300, 2.5), 10.0)
+    return Setting(float(f"{1 - 1 / memory:.3g}"), f"averages gradients over {memory:.2g} steps")
 
 
 def _beta2(n_steps: int) -> Setting:

@@ -122,7 +122,7 @@ def _open_batches(config: TrainConfig, plan: TrainPlan, store: ActivationStore, 
     return ShuffledBatches(
         store,
         hook_points,
-        config.batch_size,
+        plan.schedule.batch_size,
         config.seed,
         config.device,
         window_bytes=config.window_bytes,

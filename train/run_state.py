@@ -27,7 +27,7 @@ from .parallel.latents import is_per_latent
 from .parallel.layout import Layout
 from .parallel.ranks import TrainRanks
 from .plan import TrainPlan
-from .recipes import PUBLISHED_WARMUP_STEPS, Began
+from .recipes import LARGEST_BATCH, PUBLISHED_WARMUP_STEPS, Began
 from .same_run import Difference, Request, compare_run
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
@@ -48,7 +48,7 @@ def began_with(output: Path) -> Began | None:
     if record is None:
         return None
     warmup_steps = PUBLISHED_WARMUP_STEPS if record.warmup_steps is None else record.warmup_steps
-    return Began(warmup_steps, record.axes is not None, record.settings)
+    return Began(record.batch_size or LARGEST_BATCH, warmup_steps, record.axes is not None, record.settings)
 
 
 class RunState:
@@ -98,6 +98,7 @@ class RunState:
         self._record.recipes = request.recipes
         self._record.config = self._table
         if record is None or record.settings is not None:
+            self._record.batch_size = plan.schedule.batch_size
             self._record.warmup_steps = plan.schedule.warmup_steps
             self._record.settings = {
                 name: {key: setting.value for key, setting in settings.items()}
@@ -179,7 +180,7 @@ class RunState:
                 f"the run in '{self.output}' did not keep its final state, so it cannot be continued; "
                 "train in another output, with init_from to start from these SAEs"
             )
-        schedule = self._config
+        schedule = self._whole_plan.schedule
         record.finished, record.n_steps, record.pending, record.trained = False, n_steps, names, {}
         record.lengths = [*record.lengths, n_steps]
         falls = n_steps - round(n_steps * schedule.decay_fraction)
@@ -340,7 +341,8 @@ class RunState:
             files = self._record.checkpoints[0].files
         for trainer in trainers:
             if trainer.diverged is None and self._save_sae(trainer, self.output / trainer.name, self._metadata):
-                own = msgspec.structs.replace(self._config, sae=[trainer.config])
+                of_run = self._whole_plan.of_run_for(trainer.name)
+                own = msgspec.structs.replace(self._config, sae=[trainer.config], **of_run)
                 write_file(self.output / trainer.name / _CONFIG_NAME, to_toml(own).encode())
         final = Checkpoint(
             step=n_steps,

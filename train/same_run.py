@@ -12,7 +12,7 @@ from ..shared.core.errors import ConfigError
 from ..shared.store.format.identity import StoreIdentity
 from .architectures import architectures_using
 from .checkpoints.record import RunRecord
-from .recipes import PUBLISHED_WARMUP_STEPS
+from .recipes import LARGEST_BATCH, PUBLISHED_WARMUP_STEPS
 
 if TYPE_CHECKING:
     from ..shared.store import ActivationStore
@@ -97,6 +97,8 @@ def compare_run(
     now, before = request.saes, {sae["name"]: sae for sae in saved.get("sae", [])}
     if record.row_scales is None:  # a release that shortened no rows, which is resumed
         saved = {**saved, "max_row_norm": request.config.get("max_row_norm")}
+    if record.batch_size is None and "batch_size" not in request.config and saved.get("batch_size") == LARGEST_BATCH:
+        saved = {key: value for key, value in saved.items() if key != "batch_size"}  # the default of earlier releases
     if record.settings is None:  # a release without recipes, whose settings are resumed
         saved = {**saved, "recipe": request.config.get("recipe")}
         if "warmup_steps" not in request.config and saved.get("warmup_steps") == PUBLISHED_WARMUP_STEPS:

@@ -12,7 +12,7 @@ from thresher.shared.sae import Sae
 from thresher.train import TrainConfig, train
 from thresher.train.architectures import make_config
 from thresher.train.checkpoints.record import load_record, save_record
-from thresher.train.recipes import RunFacts, completed, settings_for, warmup_for
+from thresher.train.recipes import RunFacts, batch_size_for, completed, settings_for, warmup_for
 
 TOPK = {"architecture": "topk", "hook_point": "h", "d_sae": 32, "k": 4, "name": "sae"}
 
@@ -47,9 +47,9 @@ def weights(config):
 
 
 def test_rates_fall_with_the_length_and_moments_average_over_a_tenth_of_it():
-    assert settings(TOPK, 200) == {"lr": 8e-3, "beta2": 0.95}
-    assert settings(TOPK, 50) == {"lr": 8e-3, "beta2": 0.95}
-    assert settings(TOPK, 20_000) == {"lr": 1.2e-3, "beta2": 0.999}
+    assert settings(TOPK, 200) == {"lr": 8e-3, "beta1": 0.6, "beta2": 0.95}
+    assert settings(TOPK, 50) == {"lr": 8e-3, "beta1": 0.6, "beta2": 0.95}
+    assert settings(TOPK, 20_000) == {"lr": 1.2e-3, "beta1": 0.9, "beta2": 0.999}
     wide = TOPK | {"d_sae": 2**15}
     assert settings(wide, 10**6)["lr"] == pytest.approx(2e-4 / math.sqrt(2), rel=0.02)  # the published rule
     assert settings(wide, 200)["lr"] == pytest.approx(8e-3 / 4, rel=0.02)
@@ -60,6 +60,17 @@ def test_rates_fall_with_the_length_and_moments_average_over_a_tenth_of_it():
     assert settings(TOPK, 2000)["lr"] == pytest.approx(8e-3 * (700 / 2000) ** slope, rel=0.02)
     assert settings(TOPK, 200, batch_size=256)["lr"] == 4e-3
     assert settings(TOPK, 200, batch_size=8192)["lr"] == 8e-3
+
+
+def test_gradients_are_averaged_over_few_steps_in_short_runs_of_saes():
+    """Over `steps / 300`, from 2.5 to 10; transcoders, which keep the channels, and gated SAEs are better at 10."""
+    assert [settings(TOPK, n)["beta1"] for n in (100, 750, 1500, 3000, 10**5)] == [0.6, 0.6, 0.8, 0.9, 0.9]
+    assert "beta1" not in settings(TOPK | {"reads": "h", "writes": "g"}, 200)
+    jumprelu = {"architecture": "jumprelu", "hook_point": "h", "d_sae": 32, "name": "sae"}
+    assert settings(jumprelu | {"target_l0": 4.0}, 200)["beta1"] == 0.6
+    assert "beta1" not in settings(jumprelu | {"l0_coefficient": 1.0}, 200)
+    gated = {"architecture": "gated", "hook_point": "h", "d_sae": 32, "name": "sae", "target_l0": 4.0}
+    assert settings(gated, 200)["beta1"] == 0.9
 
 
 @pytest.mark.parametrize(
@@ -77,8 +88,8 @@ def test_jumprelu_starts_above_its_target_in_long_runs(target, n_steps, first):
 
 
 def test_what_a_table_gives_is_not_chosen():
-    assert settings(TOPK | {"lr": 1e-3}, 200) == {"beta2": 0.95}
-    assert settings(TOPK | {"lr": 1e-3, "beta2": 0.5}, 200) == {}
+    assert settings(TOPK | {"lr": 1e-3}, 200) == {"beta1": 0.6, "beta2": 0.95}
+    assert settings(TOPK | {"lr": 1e-3, "beta1": 0.0, "beta2": 0.5}, 200) == {}
     assert completed(make_config(**TOPK, lr=1e-3), {"lr": 5.0, "beta2": 0.9}).lr == 1e-3
 
 
@@ -89,12 +100,13 @@ def test_published_settings_are_those_of_the_architecture():
 
 
 def test_a_chosen_setting_trains_as_the_same_one_given(config, tmp_path):
-    given = TOPK | {"lr": 3.2e-3, "beta2": 0.95}
+    given = TOPK | {"lr": 3.2e-3, "beta1": 0.6, "beta2": 0.95}
     chosen = weights(config)
     assert chosen == weights(change(config, output=str(tmp_path / "given"), sae=[given], warmup_steps=2))
     assert chosen != weights(change(config, output=str(tmp_path / "published"), recipe="published"))
-    saved = read_toml(tmp_path / "out/sae/config.toml")["sae"][0]
-    assert (saved["lr"], saved["beta2"]) == (3.2e-3, 0.95)
+    saved = read_toml(tmp_path / "out/sae/config.toml")
+    assert {key: saved["sae"][0][key] for key in ("lr", "beta2")} == {"lr": 3.2e-3, "beta2": 0.95}
+    assert (saved["batch_size"], saved["warmup_steps"], saved["rotation"]) == (128, 2, "pca")
     assert Sae.load(tmp_path / "out/sae").config["lr"] == 3.2e-3
 
 
@@ -104,6 +116,45 @@ def test_a_plan_says_what_was_chosen_and_why(config, capsys):
     assert "chosen: warmup_steps = 2 (a twentieth of 40 steps, at most 1,000)" in out
     assert "chosen: lr = 0.0032 (0.008 (700 / 700 steps)^0.575 (128 / 2,048 rows)^(1/3))" in out
     assert "chosen: beta2 = 0.95 of 'sae' (averages squared gradients over 20 steps)" in out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "batch_size"),
+    [(100, 10**6, 256), (491_520, 10**6, 512), (1_966_080, 10**6, 2048), (10**9, 10**6, 4096), (10**7, 3000, 2048)],
+)
+def test_short_runs_have_smaller_batches(tokens, rows, batch_size):
+    """A power of two that leaves 700 steps, and is no larger than the store."""
+    assert batch_size_for(tokens, rows, "auto").value == batch_size
+    assert batch_size_for(tokens, rows, "published").value == 4096
+
+
+def test_a_batch_size_is_chosen_and_kept_when_a_run_resumes_and_continues(config, tmp_path, train_killed, capsys):
+    chosen, tokens = change(config, batch_size=None, checkpoint_every_tokens=2048), 256 * 40
+    train(change(chosen, tokens=tokens, dry_run=True))
+    assert "chosen: batch_size = 256 (at most 10,240 tokens / 700 steps, 2,560 rows" in capsys.readouterr().out
+    short = change(chosen, tokens=tokens)
+    given = change(config, batch_size=256, tokens=tokens, output=str(tmp_path / "given"))
+    train_killed(short, 25)
+    assert weights(short) == weights(given)
+    # Alone, the longer run would have batches of 512.
+    tokens = 512 * 700
+    longer = {"tokens": tokens, "epochs": 1.0}
+    assert batch_size_for(tokens, 2560, "auto").value == 512
+    assert weights(change(short, **longer)) == weights(change(given, **longer))
+
+
+def test_a_run_of_a_release_with_one_batch_size_for_all_keeps_it(config, tmp_path):
+    old = change(config, batch_size=4096, tokens=4096 * 4)
+    first = weights(old)
+    record, _ = load_record(tmp_path / "out")
+    assert record is not None
+    record.batch_size = None
+    save_record(tmp_path / "out", record, None)
+    left_open = change(old, batch_size=None)
+    assert weights(left_open) == first
+    longer = weights(change(left_open, tokens=4096 * 6))
+    weights(change(old, output=str(tmp_path / "whole")))
+    assert longer == weights(change(old, output=str(tmp_path / "whole"), tokens=4096 * 6))
 
 
 def test_a_run_resumes_and_continues_with_what_it_began_with(config, tmp_path, train_killed, monkeypatch):

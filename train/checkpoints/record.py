@@ -40,8 +40,8 @@ class RunRecord(msgspec.Struct, kw_only=True):
     `pending` names the SAEs in training; `trained` holds the checksums of the final states of the SAEs that were
     trained before them. `lengths` are the numbers of steps of the run: the first one, and one per continuation.
     `row_scales` are by hook point; `scales` are the factors alone, of releases that shortened no rows. `axes` holds
-    the checksums of the principal axes of hook points, or None if rows are not rotated. `warmup_steps` and `settings`,
-    by the SAE's name, are what was chosen for the run where its configuration leaves it open.
+    the checksums of the principal axes of hook points, or None if rows are not rotated. `batch_size`, `warmup_steps`
+    and `settings`, by the SAE's name, are what was chosen for the run where its configuration leaves it open.
     """
 
     step: int
@@ -57,6 +57,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     row_scales: dict[str, RowScale] | None = None
     axes: dict[str, int] | None = None
     recipes: dict[str, dict[str, Any]] = {}
+    batch_size: int | None = None
     warmup_steps: int | None = None
     settings: dict[str, dict[str, Any]] | None = None
     config: dict[str, Any] | None = None
