@@ -64,7 +64,13 @@ def train_ours(options: argparse.Namespace, library: str, name: str, seed: int, 
     table = {"hook_point": "features", "d_sae": D_SAE, "seed": seed, "name": "sae"} | OURS[name]
     table |= {} if library == OWN_RATE else {"lr": LR}
     config = TrainConfig(
-        store=str(options.store), output=str(folder), sae=[table], batch_size=BATCH, tokens=TOKENS, window_bytes=1 << 30
+        store=str(options.store),
+        output=str(folder),
+        sae=[table],
+        batch_size=BATCH,
+        tokens=TOKENS,
+        window_bytes=1 << 30,
+        rotation=options.rotation,
     )
     train(config)
 
@@ -161,6 +167,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="train SAELens's too, in .venv-peers")
     parser.add_argument("--scheduled", action="store_true", help="train them also with our warm-up and decay")
     parser.add_argument("--own-rate", action="store_true", help="train ours also at the learning rate of its recipe")
+    parser.add_argument("--rotation", choices=("none", "pca"), help="rotation for ours; use another --output for it")
     options = parser.parse_args()
     options.rows = options.output / "rows.safetensors"
     options.output.mkdir(parents=True, exist_ok=True)
