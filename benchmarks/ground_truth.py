@@ -111,12 +111,14 @@ def judge(options: argparse.Namespace, folder: Path) -> Run:
 
 def result_of(options: argparse.Namespace, library: str, name: str, seed: int) -> Run:
     """Return a run's result, from its file if it was trained before."""
-    file = f"{library.replace(', ', '-').lower()}-{name}-{seed}"
+    ours = library in ("Thresher", OWN_RATE)
+    rotation = f"-rotation-{options.rotation}" if ours and options.rotation else ""
+    file = f"{library.replace(', ', '-').lower()}{rotation}-{name}-{seed}"
     path, folder = options.output / f"{file}.json", options.output / file
     run = json.loads(path.read_text()) if path.exists() else {"library": library, "name": name, "seed": seed}
     if "seconds" not in run:
         started = time.perf_counter()
-        if library in ("Thresher", OWN_RATE):
+        if ours:
             train_ours(options, library, name, seed, folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -167,7 +169,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="train SAELens's too, in .venv-peers")
     parser.add_argument("--scheduled", action="store_true", help="train them also with our warm-up and decay")
     parser.add_argument("--own-rate", action="store_true", help="train ours also at the learning rate of its recipe")
-    parser.add_argument("--rotation", choices=("none", "pca"), help="rotation for ours; use another --output for it")
+    parser.add_argument("--rotation", choices=("none", "pca"), help="rotation for ours; default: the recipe's")
     options = parser.parse_args()
     options.rows = options.output / "rows.safetensors"
     options.output.mkdir(parents=True, exist_ok=True)
