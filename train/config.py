@@ -210,7 +210,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         Literal["pca", "none"] | None,
         Meta(
             description="pca: train along the principal axes of each hook point's rows, and rotate the saved weights "
-            "back; if not given, the recipe's, and only for SAEs of one hook point."
+            "back; if not given, the recipe's, and not for transcoders."
         ),
     ] = None
     compute_dtype: Annotated[

@@ -21,7 +21,17 @@ from .memory import Memory, available_memory, fused_step_bytes, parameter_shapes
 from .parallel.latents import check_can_be_sharded
 from .parallel.layout import trained_on
 from .parallel.ranks import TrainRanks
-from .recipes import Began, RunFacts, Setting, batch_size_for, completed, rotation_for, settings_for, warmup_for
+from .recipes import (
+    ROTATED_KINDS,
+    Began,
+    RunFacts,
+    Setting,
+    batch_size_for,
+    completed,
+    rotation_for,
+    settings_for,
+    warmup_for,
+)
 from .step.sae_trainer import Schedule
 from .stream.batches import no_training_rows
 from .sweep.grids import expand_sweep
@@ -140,6 +150,7 @@ def plan_run(
     batch_size, warmup_steps, rotation = (
         of_run[key].value if key in of_run else getattr(config, key) for key in _OF_RUN
     )
+    kinds = ROTATED_KINDS if began is None else began.rotated_kinds
     n_steps = -(-tokens // batch_size)
     schedule = Schedule(n_steps, batch_size, warmup_steps, config.decay_fraction, config.lr_decay)
     settings: dict[str, dict[str, Setting]] = {}
@@ -162,7 +173,9 @@ def plan_run(
             check_schedules(architecture, schedule)
             shapes = parameter_shapes(architecture)
             check_frozen(architecture, shapes)
-            if rotation == "pca" and (config.rotation is not None or sae.wiring.kind == "sae"):
+            wiring = sae.wiring
+            by_default = wiring.kind in kinds and wiring.reads == wiring.writes
+            if rotation == "pca" and (config.rotation is not None or by_default):
                 check_rotated(architecture, shapes)
                 rotates.add(str(sae.name))
         except ConfigError as error:
@@ -209,7 +222,7 @@ def _of_run(config: TrainConfig, tokens: int, rows_per_epoch: int, began: Began 
         warmup_steps = warmup_for(-(-tokens // (config.batch_size or batch_size.value)), config.recipe)
         settings = (batch_size, warmup_steps, rotation_for(config.recipe))
     else:
-        values = (began.batch_size, began.warmup_steps, "pca" if began.rotates else "none")
+        values = (began.batch_size, began.warmup_steps, "pca" if began.rotated_kinds else "none")
         settings = tuple(Setting(value, "as the run began") for value in values)
     return {key: setting for key, setting in zip(_OF_RUN, settings, strict=True) if getattr(config, key) is None}
 

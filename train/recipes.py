@@ -18,6 +18,9 @@ from .config import SaeConfig
 
 PUBLISHED_WARMUP_STEPS = 1000
 LARGEST_BATCH = 4096
+ROTATED_KINDS = ("sae", "crosscoder")
+"""Kinds of SAEs whose rows are rotated where a run's configuration leaves it open, if they write what they read."""
+
 _SMALLEST_BATCH, _WANTED_STEPS = 256, 700
 _WARMUP_SHARE = 1 / 20
 # Measured at up to 2,048 latents and 1,400 steps of 2,048 rows; smaller batches at about 190,000 rows. From 70,000
@@ -63,11 +66,14 @@ class Setting(NamedTuple):
 
 
 class Began(NamedTuple):
-    """What a run on disk began with; a run of a release that recorded no settings began with published ones."""
+    """What a run on disk began with; a run of a release that recorded no settings began with published ones.
+
+    `rotated_kinds` are the kinds of SAEs whose rows it rotates where its configuration leaves it open.
+    """
 
     batch_size: int
     warmup_steps: int
-    rotates: bool
+    rotated_kinds: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]] | None
 
     def settings_for(self, config: SaeConfig) -> dict[str, Setting] | None:
@@ -113,13 +119,13 @@ def warmup_for(n_steps: int, recipe: str) -> Setting:
 
 
 def rotation_for(recipe: str) -> Setting:
-    """Return whether rows are rotated for SAEs that read what they write, where a run's configuration leaves it open.
+    """Return whether rows are rotated for SAEs that write what they read, where a run's configuration leaves it open.
 
-    Transcoders and crosscoders keep the channels: see docs/recipes.md.
+    Transcoders keep the channels: see docs/recipes.md.
     """
     if recipe == "published":
         return Setting("none", "published")
-    return Setting("pca", "for SAEs of one hook point: Adam scales coordinates one by one, best along principal axes")
+    return Setting("pca", "except for transcoders: Adam scales coordinates one by one, best along principal axes")
 
 
 def completed(config: _C, settings: Mapping[str, Any]) -> _C:

@@ -27,7 +27,7 @@ from .parallel.latents import is_per_latent
 from .parallel.layout import Layout
 from .parallel.ranks import TrainRanks
 from .plan import TrainPlan
-from .recipes import LARGEST_BATCH, PUBLISHED_WARMUP_STEPS, Began
+from .recipes import LARGEST_BATCH, PUBLISHED_WARMUP_STEPS, ROTATED_KINDS, Began
 from .same_run import Difference, Request, compare_run
 from .step.sae_trainer import SaeTrainer
 from .stream.batches import ShuffledBatches
@@ -48,7 +48,8 @@ def began_with(output: Path) -> Began | None:
     if record is None:
         return None
     warmup_steps = PUBLISHED_WARMUP_STEPS if record.warmup_steps is None else record.warmup_steps
-    return Began(record.batch_size or LARGEST_BATCH, warmup_steps, record.axes is not None, record.settings)
+    rotated_kinds = () if record.axes is None else tuple(record.rotated_kinds or ("sae",))
+    return Began(record.batch_size or LARGEST_BATCH, warmup_steps, rotated_kinds, record.settings)
 
 
 class RunState:
@@ -61,13 +62,7 @@ class RunState:
         ConfigError: the folder holds a run of another configuration or of another store.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: TrainPlan,
-        store: ActivationStore,
-        ranks: TrainRanks,
-    ):
+    def __init__(self, config: TrainConfig, plan: TrainPlan, store: ActivationStore, ranks: TrainRanks):
         self.output = Path(config.output)
         self.step = 0
         self._keep = config.keep_checkpoints
@@ -87,7 +82,9 @@ class RunState:
         self._record = RunRecord(
             step=0, finished=False, n_steps=request.n_steps, diverged={}, lengths=[request.n_steps], row_scales={}
         )
-        if record is not None:
+        if record is None:
+            self._record.rotated_kinds = list(ROTATED_KINDS)
+        else:
             self._record = msgspec.structs.replace(record)
             if record.store is None and not record.finished:
                 self._say(

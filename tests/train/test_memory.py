@@ -84,7 +84,8 @@ def test_the_plan_counts_what_trainers_hold(store, config):
     batch = BATCH * (2 * 64 + 20 * max(trainer.architecture.d_in for trainer in trainers))
     assert (memory.pop("gradients"), memory.pop("windows"), memory.pop("batch")) == (gradients, window, batch)
     rotated = {trainer.normalization.rotation for trainer in trainers} - {None}
-    assert all((t.normalization.rotation is None) == (t.config.wiring.kind != "sae") for t in trainers)
+    wirings = [trainer.config.wiring for trainer in trainers]
+    assert [t.normalization.rotation is not None for t in trainers] == [w.reads == w.writes for w in wirings]
     assert memory.pop("rotation") == bytes_of(V for rotation in rotated for V in rotation.axes)
     assert sum(memory.values()) == held
     assert plan.memory_bytes == held + gradients + window + batch + plan.memory["rotation"]

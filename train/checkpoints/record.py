@@ -40,8 +40,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
     `pending` names the SAEs in training; `trained` holds the checksums of the final states of the SAEs that were
     trained before them. `lengths` are the numbers of steps of the run: the first one, and one per continuation.
     `row_scales` are by hook point; `scales` are the factors alone, of releases that shortened no rows. `axes` holds
-    the checksums of the principal axes of hook points, or None if rows are not rotated. `batch_size`, `warmup_steps`
-    and `settings`, by the SAE's name, are what was chosen for the run where its configuration leaves it open.
+    the checksums of the principal axes of hook points, or None if rows are not rotated; `rotated_kinds` are the kinds
+    of SAEs whose rows the run rotates unless its configuration says. `batch_size`, `warmup_steps` and `settings`, by
+    the SAE's name, are what was chosen for the run where its configuration leaves it open.
     """
 
     step: int
@@ -56,6 +57,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
     scales: dict[str, float] | None = None
     row_scales: dict[str, RowScale] | None = None
     axes: dict[str, int] | None = None
+    rotated_kinds: list[str] | None = None
     recipes: dict[str, dict[str, Any]] = {}
     batch_size: int | None = None
     warmup_steps: int | None = None

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import thresher.train.checkpoints.normalizations as normalizations_module
+import thresher.train.plan as plan_module
 from thresher.shared import ActivationStore, ActivationStoreWriter, Sae
 from thresher.shared.core.errors import ConfigError
 from thresher.train import TrainConfig, train
@@ -242,7 +243,7 @@ def test_a_run_of_a_release_that_rotated_nothing_resumes_without(config, tmp_pat
 
 def test_a_plan_says_whether_rows_are_rotated(config, capsys):
     for keys, line in (
-        ({"rotation": None}, "chosen: rotation = pca (for SAEs of one hook point: Adam scales"),
+        ({"rotation": None}, "chosen: rotation = pca (except for transcoders: Adam scales"),
         ({"rotation": None, "recipe": "published"}, "chosen: rotation = none (published)"),
         ({"rotation": "none"}, None),
     ):
@@ -251,11 +252,34 @@ def test_a_plan_says_whether_rows_are_rotated(config, capsys):
         assert [text.startswith(str(line)) for text in found] == [True] * (line is not None)
 
 
-def test_by_default_saes_of_one_hook_point_are_rotated_and_others_are_not(config, tmp_path):
+def test_by_default_saes_that_write_what_they_read_are_rotated_and_others_are_not(config, tmp_path):
     """Each as if all were, or as if none was; the axes of the others' hook points are not computed."""
+    both = {"name": "both", "reads": ["h", "also"], "writes": "out", "architecture": "topk", "d_sae": 40, "k": 4}
+    config = change(config, sae=[*config.sae, both])
     chosen = weights(change(config, rotation=None))
-    assert set(load_file(tmp_path / "out" / AXES)) == {"h"}
+    assert set(load_file(tmp_path / "out" / AXES)) == {"h", "also"}
     rotated = weights(change(config, output=str(tmp_path / "given")))
     plain = weights(change(config, output=str(tmp_path / "none"), rotation="none"))
-    assert chosen == [rotated[0], *plain[1:]]
+    assert chosen == [rotated[0], plain[1], rotated[2], plain[3]]
     assert all(one != other for one, other in zip(rotated, plain, strict=True))
+
+
+def test_a_run_of_a_release_that_rotated_no_crosscoders_is_trained_on_without(config, tmp_path, monkeypatch):
+    """Its record does not say what kinds of SAEs it rotates."""
+    begun, longer = change(config, rotation=None), {"tokens": BATCH * 60}
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "ROTATED_KINDS", ("sae",))
+        weights(begun)
+    path = tmp_path / "out/checkpoint.json"
+    record = json.loads(path.read_text())
+    assert record.pop("rotated_kinds") == ["sae", "crosscoder"]
+    del record["crc32c"]
+    path.write_text(json.dumps(record | {"crc32c": _checksum(record)}))
+    found = weights(change(begun, **longer))
+    others = []
+    for rotation in ("pca", "none"):
+        other = change(config, output=str(tmp_path / rotation), rotation=rotation)
+        weights(other)
+        others.append(weights(change(other, **longer)))
+    rotated, plain = others
+    assert found == [rotated[0], *plain[1:]]
