@@ -105,10 +105,10 @@ test-gpu-versions: $(READY) $(OLDEST_TRITON)/.ready  ## run the tests of the GPU
 	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 tests/train/kernels tests/train/step tests/train/stream/test_gpu_windows.py $(ARGS)
 
 PEERS := .venv-peers
-$(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements-no-deps.txt
+$(PEERS)/.ready: benchmarks/peers/requirements.txt benchmarks/peers/requirements-no-deps.txt pyproject.toml
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/peers/requirements-no-deps.txt --editable .
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt --editable .
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/peers/requirements-no-deps.txt
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision  # its operators need a build of torch that this is not
 	touch $@
 
