@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/recipes.py demo=runs/demo/store:blocks.2.resid_post [NAME=STORE:HOOK_POINT ...]
         [--peers sae_lens sparsify] [--architectures topk jumprelu] [--tokens 491520] [--seeds 3] [--our-lr 1e-3 3e-3]
-        [--share 0.6] [--change batch_size=1024 beta1=0.9 'rotation="none"']
+        [--l0 64] [--share 0.6] [--change batch_size=1024 beta1=0.9 'rotation="none"']
 
 All train on the same rows in the same order, in batches of 2,048, and are judged on the same held-out rows in their
 form for inference. Ours take what `recipe = "auto"` chooses, except for the keys of `--change`, whose values are TOML,
@@ -210,7 +210,7 @@ def _leads(
 
 
 def main() -> None:
-    """Print what ours reach at k or target L0 32, and the contest's table."""
+    """Print what ours reach at a k or target L0, and the contest's table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     demo = f"demo={ROOT / 'runs/demo/store'}:blocks.2.resid_post"
     parser.add_argument("data", nargs="*", type=Data.of, default=[Data.of(demo)], metavar="NAME=STORE:HOOK_POINT")
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--share", nargs="*", type=float, default=[], help="shares of the tokens for ours to try")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="keys of our runs or their tables")
     parser.add_argument("--tokens", type=int, default=491_520)
+    parser.add_argument("--l0", type=float, default=32, help="k or target L0 of our runs in the first table")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "runs/bench/recipes")
     options = parser.parse_args()
@@ -231,7 +232,7 @@ def main() -> None:
     for data, architecture in cells:
         for lr in (None, *options.our_lr):
             for seed in range(options.seeds):
-                run = contest.ours(data, architecture, 32, seed, lr)
+                run = contest.ours(data, architecture, options.l0, seed, lr)
                 rate = "recipe's" if lr is None else f"{lr:g}"
                 print(
                     f"| {data.name} | {architecture} | {rate} | {seed} | {run['explained_variance']:.4f} | "

@@ -43,6 +43,9 @@ _LR_SHARES = {
 }
 """Each architecture's best rate, as a share of TopK's; one that is not here keeps its own."""
 
+# Measured at shares of active latents of d_in from 1/16 to .7, at 240 and 960 steps.
+_STEPS_AT_FULL_L0 = 20
+
 # JumpReLU's L0 at first, measured at 240 to 1,953 steps: a dense start finds more features, but takes steps to leave.
 _STEPS_PER_TARGET, _MOST_TARGETS, _MOST_OF_WIDTH = 320, 8.0, 0.4
 
@@ -141,7 +144,7 @@ def _chosen(config: SaeConfig, facts: RunFacts) -> dict[str, Setting]:
         return {}
     chosen = {"lr": _rate(config, facts, share), "beta2": _beta2(n_steps)}
     if config.wiring.kind == "sae":
-        chosen["beta1"] = _beta1(n_steps)
+        chosen["beta1"] = _beta1(config, facts)
     if isinstance(config, GatedConfig):
         chosen["beta1"] = _OVER_TEN_STEPS
         chosen["decoder_lr_scale"] = Setting(3.0, "lr is the encoder's; decoder rows of unit norm turn slowly")
@@ -182,9 +185,14 @@ def _rate(config: SaeConfig, facts: RunFacts, share: float) -> Setting:
     return Setting(float(f"{found:.2g}"), reason)
 
 
-def _beta1(n_steps: int) -> Setting:
-    """Return the decay rate with which Adam averages gradients: over few steps in short runs, whose rate is high."""
-    memory = min(max(n_steps / 300, 2.5), 10.0)
+def _beta1(config: SaeConfig, facts: RunFacts) -> Setting:
+    """Return the decay rate with which Adam averages gradients: over few steps in short runs, whose rate is high.
+
+    Where many latents of a row are active, they move its reconstruction together, and the average is longer.
+    """
+    l0 = config.target_l0 if isinstance(config, JumpReLUConfig) else getattr(config, "k", None)
+    by_l0 = _STEPS_AT_FULL_L0 * (l0 or 0) / facts.d_in
+    memory = min(max(facts.n_steps / 300, by_l0, 2.5), 10.0)
     return Setting(float(f"{1 - 1 / memory:.3g}"), f"averages gradients over {memory:.2g} steps")
 
 

@@ -77,7 +77,7 @@ def evaluation(config, tmp_path):
     """An evaluation of an SAE whose latents are directions in which tokens of the store differ."""
     import msgspec
 
-    harvest(msgspec.structs.replace(config, holdout_fraction=0.3))
+    harvest(msgspec.structs.replace(config, holdout_fraction=0.3, holdout="contexts"))
     from thresher.shared import ActivationStore
 
     store = ActivationStore.open(config.store)

@@ -65,9 +65,12 @@ def test_rates_fall_with_the_length_and_moments_average_over_a_tenth_of_it():
 def test_gradients_are_averaged_over_few_steps_in_short_runs_of_saes():
     """Over `steps / 300`, from 2.5 to 10; transcoders, which keep the channels, and gated SAEs are better at 10."""
     assert [settings(TOPK, n)["beta1"] for n in (100, 750, 1500, 3000, 10**5)] == [0.6, 0.6, 0.8, 0.9, 0.9]
+    by_k = [settings(TOPK | {"k": k}, 200)["beta1"] for k in (2, 4, 8, 16, 24)]
+    assert by_k == [0.6, 0.6, 0.8, 0.9, 0.9]  # 20 steps times the share of the 32 channels
+    assert settings(TOPK | {"k": 8}, 2400)["beta1"] == 0.875
     assert "beta1" not in settings(TOPK | {"reads": "h", "writes": "g"}, 200)
     jumprelu = {"architecture": "jumprelu", "hook_point": "h", "d_sae": 32, "name": "sae"}
-    assert settings(jumprelu | {"target_l0": 4.0}, 200)["beta1"] == 0.6
+    assert [settings(jumprelu | {"target_l0": l0}, 200)["beta1"] for l0 in (4.0, 8.0)] == [0.6, 0.8]
     assert "beta1" not in settings(jumprelu | {"l0_coefficient": 1.0}, 200)
     gated = {"architecture": "gated", "hook_point": "h", "d_sae": 32, "name": "sae", "target_l0": 4.0}
     assert settings(gated, 200)["beta1"] == 0.9
