@@ -39,6 +39,10 @@ class SaeConfig(Config, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0, lt=1)] | None,
         Meta(description="Adam's decay rate of squared gradients; the recipe's if not given."),
     ] = None
+    decoder_lr_scale: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Factor of the decoder's learning rate; the recipe's if not given."),
+    ] = None
     weight_decay: Annotated[
         float, Meta(ge=0, description="AdamW's decay of the weight matrices, times the learning rate; 0 is Adam.")
     ] = 0.0

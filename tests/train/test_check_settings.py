@@ -75,7 +75,7 @@ USED = {
     "standard": {"l1_coefficient", "target_l0", "sparsity_warmup_steps", "p_final", "p_anneal_steps"},
     "gated": {
         *("l1_coefficient", "target_l0", "sparsity_warmup_steps", "unit_norm_decoder"),
-        *("initial_l0", "threshold_lr_scale", "decoder_lr_scale"),
+        *("initial_l0", "threshold_lr_scale"),
     },
     "jumprelu": {
         *("l0_coefficient", "target_l0", "initial_l0", "sparsity_loss", "tanh_scale", "pre_act_coefficient"),
@@ -86,6 +86,8 @@ USED = {
     "crosscoder": {"l1_coefficient", "target_l0", "sparsity_warmup_steps"},
 }
 """What the pages of the architectures name, key by key."""
+for _name in USED.keys() - {"random"}:
+    USED[_name].add("decoder_lr_scale")
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,10 @@ def weights(config):
 
 
 def test_rates_fall_with_the_length_and_moments_average_over_a_tenth_of_it():
-    assert settings(TOPK, 200) == {"lr": 8e-3, "beta1": 0.6, "beta2": 0.95}
-    assert settings(TOPK, 50) == {"lr": 8e-3, "beta1": 0.6, "beta2": 0.95}
-    assert settings(TOPK, 20_000) == {"lr": 1.2e-3, "beta1": 0.9, "beta2": 0.999}
+    alike = {"decoder_lr_scale": 1.6}
+    assert settings(TOPK, 200) == alike | {"lr": 8e-3, "beta1": 0.6, "beta2": 0.95}
+    assert settings(TOPK, 50) == alike | {"lr": 8e-3, "beta1": 0.6, "beta2": 0.95}
+    assert settings(TOPK, 20_000) == alike | {"lr": 1.2e-3, "beta1": 0.9, "beta2": 0.999}
     wide = TOPK | {"d_sae": 2**15}
     assert settings(wide, 10**6)["lr"] == pytest.approx(2e-4 / math.sqrt(2), rel=0.02)  # the published rule
     assert settings(wide, 200)["lr"] == pytest.approx(8e-3 / 4, rel=0.02)
@@ -76,6 +77,22 @@ def test_gradients_are_averaged_over_few_steps_in_short_runs_of_saes():
     assert settings(gated, 200)["beta1"] == 0.9
 
 
+def test_decoders_of_saes_learn_faster_than_encoders():
+    """Of the architectures of which that was measured; those with an L1 penalty, and transcoders, keep one rate."""
+    saes = [
+        TOPK,
+        TOPK | {"architecture": "batch_topk"},
+        {"architecture": "jumprelu", "hook_point": "h", "d_sae": 32, "name": "sae", "target_l0": 4.0},
+    ]
+    for table in saes:
+        assert settings(table, 200)["decoder_lr_scale"] == 1.6
+        assert "decoder_lr_scale" not in settings(table | {"decoder_lr_scale": 1.0}, 200)
+        assert "decoder_lr_scale" not in settings(table | {"reads": "h", "writes": "g"}, 200)
+    of_penalty = {"hook_point": "h", "d_sae": 32, "name": "sae"}
+    for kind in ({"architecture": "standard", "target_l0": 4.0}, {"architecture": "jumprelu", "l0_coefficient": 1.0}):
+        assert "decoder_lr_scale" not in settings(of_penalty | kind, 200)
+
+
 @pytest.mark.parametrize(
     ("target", "n_steps", "first"),
     [(2, 320, 4.0), (2, 640, 6.0), (1, 10_000, 8.0), (2, 10_000, 0.4 * 32), (13, 10_000, None)],
@@ -91,8 +108,9 @@ def test_jumprelu_starts_above_its_target_in_long_runs(target, n_steps, first):
 
 
 def test_what_a_table_gives_is_not_chosen():
-    assert settings(TOPK | {"lr": 1e-3}, 200) == {"beta1": 0.6, "beta2": 0.95}
-    assert settings(TOPK | {"lr": 1e-3, "beta1": 0.0, "beta2": 0.5}, 200) == {}
+    given = {"lr": 1e-3, "decoder_lr_scale": 1.0}
+    assert settings(TOPK | given, 200) == {"beta1": 0.6, "beta2": 0.95}
+    assert settings(TOPK | given | {"beta1": 0.0, "beta2": 0.5}, 200) == {}
     assert completed(make_config(**TOPK, lr=1e-3), {"lr": 5.0, "beta2": 0.9}).lr == 1e-3
 
 
@@ -103,7 +121,7 @@ def test_published_settings_are_those_of_the_architecture():
 
 
 def test_a_chosen_setting_trains_as_the_same_one_given(config, tmp_path):
-    given = TOPK | {"lr": 3.2e-3, "beta1": 0.6, "beta2": 0.95}
+    given = TOPK | {"lr": 3.2e-3, "beta1": 0.6, "beta2": 0.95, "decoder_lr_scale": 1.6}
     chosen = weights(config)
     assert chosen == weights(change(config, output=str(tmp_path / "given"), sae=[given], warmup_steps=2))
     assert chosen != weights(change(config, output=str(tmp_path / "published"), recipe="published"))

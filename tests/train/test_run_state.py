@@ -314,7 +314,7 @@ LONGER = BATCH * 70
 
 def test_a_finished_run_is_trained_on_from_its_last_state(config, store, tmp_path, capsys):
     """Weights are those of a plain loop whose learning rate is first a short run's, then that of the longer one."""
-    table = TOPK | {"dead_after_tokens": BATCH * 6, "beta1": 0.9, "beta2": 0.9}
+    table = TOPK | {"dead_after_tokens": BATCH * 6, "beta1": 0.9, "beta2": 0.9, "decoder_lr_scale": 1.6}
     config = change(config, rotation="none")
     train(change(config, sae=[table]))
     (folder,) = train(change(config, sae=[table], tokens=LONGER))

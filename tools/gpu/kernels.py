@@ -235,7 +235,7 @@ def update(shape: Shape) -> None:
         schedule = torch.tensor([1e-2, 0.1, 0.001, 1.0], device=DEVICE)
         since = torch.arange(shape.d_sae, device=DEVICE)
         counters = fused.LatentCounters(since, torch.zeros((), dtype=torch.int32, device=DEVICE), shape.d_sae // 2)
-        hyperparameters = fused.Hyperparameters(schedule, eps=1e-4)
+        hyperparameters = fused.Hyperparameters(schedule, eps=1e-4, decoder_lr_scale=2.5)
         ops.update(values, by_acts, csc, x, g, *states, hyperparameters, counters, max_norm, dense)
         return [getattr(state, name) for state in states for name in ("weight", "mean", "square")] + [*counters[:2]]
 

@@ -156,7 +156,8 @@ class Architecture(Generic[_C]):
     @property
     def lr_scales(self) -> dict[str, float]:
         """Return the factors of the learning rate that are not 1, by parameter."""
-        return {}
+        scale = self.config.decoder_lr_scale or 1.0
+        return {} if scale == 1.0 else {"W_dec": scale}
 
     @property
     def undecayed(self) -> frozenset[str]:

@@ -41,10 +41,6 @@ class GatedConfig(PenaltyConfig, frozen=True, kw_only=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="Factor of the learning rate of both biases and the rescaling; 1 if not given."),
     ] = None
-    decoder_lr_scale: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Factor of the learning rate of the decoder; 1 if not given."),
-    ] = None
     unit_norm_decoder: Annotated[
         bool | None,
         Meta(description="Hold decoder rows at unit norm, without the gradient along them."),
@@ -81,10 +77,8 @@ class Gated(PenaltyArchitecture[GatedConfig]):
     @property
     def lr_scales(self) -> dict[str, float]:
         """Return the factors of the learning rate that are not 1."""
-        by_latent = self.config.threshold_lr_scale or 1.0
-        scales = {"b_gate": by_latent, "b_mag": by_latent, "r_mag": by_latent}
-        scales["W_dec"] = self.config.decoder_lr_scale or 1.0
-        return {name: scale for name, scale in scales.items() if scale != 1.0}
+        scale = self.config.threshold_lr_scale or 1.0
+        return super().lr_scales | ({} if scale == 1.0 else dict.fromkeys(("b_gate", "b_mag", "r_mag"), scale))
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return the base's weights, the encoder's scaled down, and zero for both biases and the rescaling."""

@@ -177,10 +177,10 @@ class JumpReLU(PenaltyArchitecture[JumpReLUConfig]):
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """Return the factor of the thresholds' learning rate, if it is not one."""
+        """Return the factors of the learning rate that are not 1, also of the thresholds' logarithms."""
         default = 1.0 if self._first_l0 is None else _FAST_LR_SCALE
         scale = self.config.threshold_lr_scale or default
-        return {} if scale == 1.0 else {"log_threshold": scale}
+        return super().lr_scales | ({} if scale == 1.0 else {"log_threshold": scale})
 
     def initial_parameters(self, generator: torch.Generator) -> Parameters:
         """Return the base's parameters, the encoder's scaled for a given L0, and the thresholds' logarithms."""

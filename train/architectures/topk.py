@@ -184,6 +184,7 @@ class TopK(Architecture[_L]):
             beta1=beta1,
             beta2=beta2,
             eps=self.eps,
+            decoder_lr_scale=self.lr_scales.get("W_dec", 1.0),
             max_norm=self.config.clip_grad_norm,
             aux_coefficient=self.aux_coefficient,
             k_aux=self.k_aux,
@@ -339,7 +340,7 @@ class RandomConfig(LargestConfig, frozen=True, kw_only=True):
     """Random directions: a TopK SAE of which only the biases are trained, as a baseline (arXiv 2602.14111)."""
 
     architecture: Literal["random"] = "random"
-    unused = (*LargestConfig.unused, "aux_coefficient", "k_aux", "unit_norm_decoder")
+    unused = (*LargestConfig.unused, "aux_coefficient", "k_aux", "unit_norm_decoder", "decoder_lr_scale")
 
 
 @register(RandomConfig)

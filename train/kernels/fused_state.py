@@ -40,6 +40,7 @@ class Hyperparameters:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
+    decoder_lr_scale: float = 1.0
 
 
 class DenseGradients(NamedTuple):
@@ -95,6 +96,7 @@ class TopKOptions:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
+    decoder_lr_scale: float = 1.0
     max_norm: float | None = None
     aux_coefficient: float = 0.0
     k_aux: int = 0

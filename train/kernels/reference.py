@@ -225,7 +225,7 @@ def update(
         squares = torch.stack([gradient.double().square().sum() for _, gradient in gradients])
         norm = clip_gradients(squares, by_g, through_encoder, hyperparameters.schedule, max_norm)
     for state, gradient in gradients:
-        _adam(state, gradient, hyperparameters)
+        _adam(state, gradient, hyperparameters, hyperparameters.decoder_lr_scale if state is W_dec else 1.0)
     W_dec.weight.div_(W_dec.weight.norm(dim=1, keepdim=True))
     for state in (W_enc, W_dec):
         state.shadow.copy_(state.weight)
@@ -236,12 +236,12 @@ def update(
     return norm
 
 
-def _adam(state: AdamState, gradient: Tensor, hyperparameters: Hyperparameters) -> None:
+def _adam(state: AdamState, gradient: Tensor, hyperparameters: Hyperparameters, lr_scale: float = 1.0) -> None:
     lr, correction1, correction2, coefficient = hyperparameters.schedule
     state.mean.lerp_(gradient * coefficient, 1 - hyperparameters.beta1)
     state.square.lerp_((gradient * coefficient).square(), 1 - hyperparameters.beta2)
     denominator = (state.square / correction2).sqrt() + hyperparameters.eps
-    state.weight.sub_(lr / correction1 * state.mean / denominator)
+    state.weight.sub_(lr_scale * lr / correction1 * state.mean / denominator)
 
 
 def begin_step(

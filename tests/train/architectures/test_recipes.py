@@ -155,7 +155,7 @@ def test_weight_decay_does_not_use_the_fused_step():
         {"architecture": "standard", "l1_coefficient": 1.0, "multi_topk_coefficient": 0.1},
         {"architecture": "gated", "l1_coefficient": 1.0, "p_final": 0.2},
         {"architecture": "standard", "l1_coefficient": 1.0, "threshold_lr_scale": 2.0},
-        {"architecture": "jumprelu", "l0_coefficient": 1.0, "decoder_lr_scale": 2.0},
+        {"architecture": "random", "k": 2, "decoder_lr_scale": 2.0},
         {"k": 2, "initial_l0": 2.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "initial_threshold": 1.0, "initial_l0": 2.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "sparsity_loss": "tanh", "initial_l0": 2.0},

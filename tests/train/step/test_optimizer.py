@@ -20,11 +20,12 @@ from thresher.train.step.schedule import lr_factor, sparsity_factor
         {"architecture": "standard", "l1_coefficient": 1.0, "weight_decay": 0.3},
         {"k": 2, "weight_decay": 0.3},
         {"k": 2, "beta2": 0.7},
+        {"k": 2, "decoder_lr_scale": 2.5},
         {"architecture": "gated", "l1_coefficient": 1.0, "beta1": 0.8},
         {"architecture": "gated", "l1_coefficient": 1.0, "threshold_lr_scale": 0.3, "decoder_lr_scale": 3.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0},
         {"architecture": "jumprelu", "l0_coefficient": 1.0, "threshold_lr_scale": 0.3},
-        {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 2.0},
+        {"architecture": "jumprelu", "l0_coefficient": 1.0, "target_l0": 2.0, "decoder_lr_scale": 2.5},
     ],
 )
 def test_equals_adam(kind, clip, block, monkeypatch):

@@ -111,6 +111,7 @@ def update_kernel(
     new1,
     new2,
     eps,
+    decoder_lr_scale,
     n_rows,
     dead_after_tokens,
     d_sae,
@@ -134,6 +135,8 @@ def update_kernel(
         clip_by = tl.load(schedule_ptr + 3)
     # A row and its moments are asked for first, and arrive while its gradient is summed.
     if is_encoder == 0:
+        if not NORM_ONLY:
+            lr *= decoder_lr_scale
         n_dead = 0
         for latent in range(first, stop):
             at = latent * d_in
@@ -318,6 +321,7 @@ def update(
             1 - h.beta1,
             1 - h.beta2,
             h.eps,
+            h.decoder_lr_scale,
             len(x),
             counters.dead_after_tokens,
             d_sae,

@@ -68,7 +68,9 @@ class TopKStep:
         n_dead = torch.zeros((), dtype=torch.int32, device=device)
         self._counters = LatentCounters(self.tokens_since_fired, n_dead, options.dead_after_tokens)
         schedule = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device)
-        self.hyperparameters = Hyperparameters(schedule, options.beta1, options.beta2, options.eps)
+        self.hyperparameters = Hyperparameters(
+            schedule, options.beta1, options.beta2, options.eps, options.decoder_lr_scale
+        )
         self._betas = torch.tensor([options.beta1, options.beta2], dtype=torch.float64, device=device)
         self._steps = torch.zeros(len(_NAMES), device=device)
         self._lr: float | None = None

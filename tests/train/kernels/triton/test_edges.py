@@ -186,7 +186,7 @@ def test_update_equals_the_reference_twice(device, monkeypatch, batch, k, d_in, 
     def after(update):
         states = [fused.AdamState.of(weight) for weight in (W_enc, W_enc[:, 0], W_dec, 0.5 * x[0])]
         schedule = torch.tensor([0.01, 0.1, 0.001, 1.0], device=device)
-        hyperparameters = fused.Hyperparameters(schedule, eps=1e-4)
+        hyperparameters = fused.Hyperparameters(schedule, eps=1e-4, decoder_lr_scale=2.5)
         since = torch.arange(9, device=device)
         counters = fused.LatentCounters(since, torch.full((), 77, dtype=torch.int32, device=device), 7 + batch)
         norms = [

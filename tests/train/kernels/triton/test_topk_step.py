@@ -35,9 +35,11 @@ class Autograd:
     def __init__(self, parameters, options):
         self.options = options
         self.parameters = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
-        self.optimizer = torch.optim.Adam(
-            self.parameters.values(), lr=1e-2, betas=(options.beta1, options.beta2), eps=options.eps
-        )
+        groups = [
+            {"params": [parameter], "lr": 1e-2 * (options.decoder_lr_scale if name == "W_dec" else 1.0)}
+            for name, parameter in self.parameters.items()
+        ]
+        self.optimizer = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), eps=options.eps)
         self.since = torch.zeros(D_SAE, device=parameters["W_enc"].device)
 
     def step(self, x, shadows):
@@ -76,7 +78,7 @@ class Autograd:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(TopKOptions(3, VARIANCE, eps=EPS), id="plain"),
+        pytest.param(TopKOptions(3, VARIANCE, eps=EPS, decoder_lr_scale=2.5), id="plain"),
         pytest.param(
             TopKOptions(1, VARIANCE, eps=EPS, max_norm=0.05, aux_coefficient=0.5, k_aux=2, dead_after_tokens=BATCH),
             id="clipped, AuxK, k=1",
